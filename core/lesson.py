@@ -1,0 +1,252 @@
+"""The frame of a lesson: arguments, title, progress bar, evidence table, report and exit code.
+
+Exit codes: 0 every claim held; 1 a claim failed, or the run stopped; 2 the configuration or the input was refused.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from core.launch import SHORTEST_TIMEOUT, Job, Place, choose_device, launch, place
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the slide says and what this run measured."""
+
+    claim: str
+    formula: str
+    expected: float
+    measured: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return abs(self.measured - self.expected) <= self.tolerance  # never true of NaN or infinity
+
+
+@dataclass
+class Evidence:
+    """The claims of a run; rank 0 fills and prints them."""
+
+    claims: list[Claim] = field(default_factory=list)
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    def claim(self, claim: str, formula: str, expected: float, measured: float, tolerance: float = 0.0) -> None:
+        """One claim. `formula` is what the paper or slide says, with this run's numbers."""
+        self.each(claim, formula, [(claim, expected, measured)], tolerance)
+
+    def each(self, claim: str, formula: str, cases: Iterable[tuple[str, float, float]], tolerance: float = 0.0) -> None:
+        """The same claim of several ranks or sizes, in one row: (name of the case, expected, measured)."""
+        made = [Claim(name, formula, float(expected), float(measured), tolerance) for name, expected, measured in cases]
+        self.claims += made
+        measured = " ".join(_number(c.measured) for c in made)
+        self.rows.append((claim, formula, measured, "yes" if all(c.holds for c in made) else "NO"))
+
+    def table(self) -> str:
+        header = ("claim", "slide or paper", "measured", "holds")
+        return tabulate(self.rows, header, disable_numparse=True, maxcolwidths=[44, 46, 40, 5])
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:.4g}"
+
+
+@dataclass
+class Run:
+    """What a lesson works with while it runs."""
+
+    args: argparse.Namespace
+    job: Job
+    dtype: torch.dtype
+    evidence: Evidence = field(default_factory=Evidence)
+    mesh: dict[str, int] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    reference_losses: list[float] = field(default_factory=list)
+    training_seconds: float = 0.0
+    tokens: int = 0
+
+    def say(self, text: str = "") -> None:
+        """Print on rank 0."""
+        if self.job.rank == 0:
+            print(text, flush=True)
+
+    def steps(self) -> tqdm:
+        """The training steps as a progress bar, on rank 0."""
+        return tqdm(range(self.args.steps), desc="training", unit="step", disable=self.job.rank != 0, file=sys.stderr)
+
+
+class Lesson:
+    """One script beside one slide.
+
+    Args:
+        path: the script's `__file__`.
+        lecture: number of the lecture or practice, as in "08".
+        title: English title.
+        title_zh: Chinese title, as the course gives it.
+        summary: one or two sentences for `--help`.
+        smallest: fewest ranks that make sense.
+        example: ranks in the command that a hint shows.
+    """
+
+    def __init__(
+        self, path: str, lecture: str, title: str, title_zh: str, summary: str, smallest: int = 1, example: int = 8
+    ):
+        self.script = "/".join(Path(path).parts[-2:])
+        self.lecture, self.title, self.title_zh = lecture, title, title_zh
+        self.smallest, self.example = smallest, example
+        self.parser = _Parser(prog=self.script, description=f"Lecture {lecture}: {title} ({title_zh}). {summary}")
+        flag = self.parser.add_argument
+        flag("--steps", type=int, default=20, help="training steps (default %(default)s)")
+        flag("--seed", type=int, default=0, help="seed of weights, batches and dropout (default %(default)s)")
+        flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where there are enough")
+        flag("--dtype", choices=tuple(DTYPES), default="float64", help="default %(default)s, which proves most")
+        flag("--data", metavar="FILE", help="text to train on (default: CPython's help text)")
+        flag("--report", metavar="FILE.json", help="write the evidence as JSON")
+        flag("--plot", metavar="FILE.svg", help="draw the lesson's diagram; needs the extra 'plot'")
+        flag("--timeout", type=float, default=60.0, help="seconds any wait may take (default %(default)s)")
+
+    def main(self, check: Callable[[argparse.Namespace, int], None], teach: Callable[[Run], None]) -> int:
+        """Run the lesson; the exit code.
+
+        Args:
+            check: refuses arguments that do not fit each other or the number of ranks, by ValueError, before any
+                process group exists.
+            teach: the lesson itself, on every rank.
+        """
+        here = place()
+        try:
+            args = self.parser.parse_args()
+            self._check_common(args, here)
+            check(args, here.world_size)
+            device, why = choose_device(args.device, here)
+        except ValueError as error:
+            return self._refuse(str(error), here)
+        except SystemExit:  # --help, which rank 0 has printed
+            return 0
+        began = time.perf_counter()
+        with launch(device, args.timeout) as job:
+            run = Run(args, job, DTYPES[args.dtype])
+            run.say(f"Lecture {self.lecture}: {self.title} · {self.title_zh}")
+            run.say(f"{self.script} on {here.world_size} ranks, {job.backend} on {device.type} ({why}), {args.dtype}\n")
+            teach(run)
+            held = job.share(
+                all(claim.holds for claim in run.evidence.claims) and bool(run.evidence.claims)
+                if job.rank == 0
+                else None
+            )
+            if job.rank == 0:
+                self._conclude(run, time.perf_counter() - began)
+        return 0 if held else 1
+
+    def _check_common(self, args: argparse.Namespace, here: Place) -> None:
+        if here.world_size < self.smallest:
+            command = f"torchrun --nproc_per_node={self.example} {self.script}"
+            if not here.by_torchrun:
+                raise ValueError(f"this lesson needs several ranks, start it with: {command}")
+            raise ValueError(f"--nproc_per_node {here.world_size}: at least {self.smallest} ranks; use {command}")
+        if args.steps < 1:
+            raise ValueError(f"--steps {args.steps}: at least one step; use --steps 20")
+        if not 0 <= args.seed < 2**63:
+            raise ValueError(f"--seed {args.seed}: must be in [0, 2^63); use --seed 0")
+        if not SHORTEST_TIMEOUT <= args.timeout <= 86400:  # also refuses NaN
+            raise ValueError(f"--timeout {args.timeout}: must be in [{SHORTEST_TIMEOUT:.0f}, 86400]; use --timeout 60")
+        if args.plot and find_spec("matplotlib") is None:
+            raise ValueError(f"--plot {args.plot}: needs matplotlib; pip install -e '.[plot]', or leave --plot out")
+        if here.node == 0:  # where rank 0 is, which writes
+            for name in ("report", "plot", "trace"):
+                if path := getattr(args, name, None):
+                    check_writable(f"--{name}", path)
+
+    def _refuse(self, message: str, here: Place) -> int:
+        if here.local_rank == 0:  # another machine may lack a file that this one has
+            print(f"{self.script}: {message}", file=sys.stderr, flush=True)
+        else:
+            # torchrun ends all ranks as soon as one exits: give the one that speaks the time to do so.
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+            time.sleep(8)
+        return 2
+
+    def _conclude(self, run: Run, seconds: float) -> None:
+        claims = run.evidence.claims
+        held = sum(claim.holds for claim in claims)
+        run.say(f"\n{run.evidence.table()}\n")
+        run.say(f"{held} of {len(claims)} claims held · {seconds:.1f} s")
+        if run.args.report:
+            report = {
+                "script": self.script,
+                "lecture": self.lecture,
+                "world_size": run.job.world_size,
+                "backend": run.job.backend,
+                "device": run.job.device.type,
+                "dtype": run.args.dtype,
+                "mesh": run.mesh,
+                "config": vars(run.args),
+                "losses": run.losses,
+                "reference_losses": run.reference_losses,
+                "claims": [asdict(claim) | {"holds": claim.holds} for claim in claims],
+                "seconds": seconds,
+                "tokens_per_second": run.tokens / run.training_seconds if run.training_seconds else 0.0,
+            }
+            write_file(run.args.report, json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is a ValueError, so that rank 0 alone prints it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+    def print_help(self, file: Any = None) -> None:
+        if place().rank == 0:
+            super().print_help(file)
+
+
+def check_writable(flag: str, path: str) -> None:
+    """Raises ValueError, naming the flag, unless a file can be written at `path`."""
+    target = Path(path)
+    folder = target.parent
+    if target.is_dir():
+        raise ValueError(f"{flag} {path}: is a folder; use a file name in it")
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {folder}; make it, or use {flag} {target.name}")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot write in {folder}: {error.strerror}; use another folder") from None
+
+
+def write_file(path: str, content: str | bytes) -> None:
+    """Write `content` under a temporary name and rename it: a reader never sees half a file."""
+    data = content.encode() if isinstance(content, str) else content
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(target)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null says that there is no number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,97 @@
+"""Named axes over the ranks: which ranks share a tensor, a sequence, a batch, a pipeline. Lecture 03.
+
+Megatron's order string says which axis varies fastest: in `tp-cp-ep-dp-pp` neighbouring ranks differ in tp. Expert
+layers fold the same ranks differently: the dense world is tp x cp x dp x pp, the expert world etp x ep x edp x pp.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from core.ledger import Ledger
+
+ORDER = "tp-cp-ep-dp-pp"
+DENSE = ("tp", "cp", "dp", "pp")
+EXPERT = {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}  # place in the order string: axis of the expert world
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's line of ranks along one axis. `group` is None where the axis has one rank and nothing is sent."""
+
+    name: str
+    ranks: tuple[int, ...]  # global ranks along the axis
+    index: int  # this rank's place among them
+    group: dist.ProcessGroup | None
+    ledger: Ledger
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+def axis_sizes(
+    world_size: int, *, tp: int = 1, cp: int = 1, dp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1
+) -> dict[str, int]:
+    """All axis sizes, with edp derived.
+
+    Raises:
+        ValueError: the dense axes do not multiply to the number of ranks, or ep x etp does not divide tp x cp x dp.
+    """
+    sizes = {"tp": tp, "cp": cp, "dp": dp, "pp": pp, "ep": ep, "etp": etp}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"--{name} {size}: an axis has at least one rank; use --{name} 1")
+    if tp * cp * dp * pp != world_size:
+        raise ValueError(
+            f"tp {tp} x cp {cp} x dp {dp} x pp {pp} = {tp * cp * dp * pp} ranks, but {world_size} are running; "
+            f"use torchrun --nproc_per_node={tp * cp * dp * pp}"
+        )
+    if tp * cp * dp % (ep * etp):
+        raise ValueError(f"--ep {ep} x --etp {etp} must divide tp x cp x dp = {tp * cp * dp}; use --ep 1 --etp 1")
+    return sizes | {"edp": tp * cp * dp // (ep * etp)}
+
+
+def _dimensions(sizes: dict[str, int], order: str, *, expert: bool) -> list[str]:
+    """Axis names from the slowest varying to the fastest, the way an array of ranks is indexed."""
+    places = order.split("-")
+    if sorted(places) != sorted(ORDER.split("-")):
+        raise ValueError(f"--order {order}: must name each of tp, cp, ep, dp and pp once; use --order {ORDER}")
+    names = [EXPERT.get(p) for p in places] if expert else [p if p in DENSE else None for p in places]
+    return [name for name in reversed(names) if name]
+
+
+def axis_groups(sizes: dict[str, int], axis: str, order: str = ORDER) -> list[list[int]]:
+    """All groups of ranks that differ along `axis` only; needs no process."""
+    names = _dimensions(sizes, order, expert=axis not in DENSE)
+    ranks = torch.arange(prod(sizes[n] for n in names)).reshape([sizes[n] for n in names])
+    return ranks.movedim(names.index(axis), -1).reshape(-1, sizes[axis]).tolist()
+
+
+class Mesh:
+    """The axes of this rank, as `mesh["pp"]`. Groups are made for axes of more than one rank, by DeviceMesh.
+
+    Every rank of the job must build it at the same time, with the same sizes (see `axis_sizes`). The axes of the
+    expert world (ep, etp, edp) exist where ep or etp is given.
+    """
+
+    def __init__(self, device_type: str, ledger: Ledger, order: str = ORDER, **sizes: int):
+        self.sizes = axis_sizes(dist.get_world_size(), **sizes)
+        self._axes: dict[str, Axis] = {}
+        for expert in (False, True) if {"ep", "etp"} & set(sizes) else (False,):
+            names = _dimensions(self.sizes, order, expert=expert)
+            wide = [n for n in names if self.sizes[n] > 1]
+            shape = [self.sizes[n] for n in wide]
+            ranks = torch.arange(dist.get_world_size()).reshape(shape)
+            device_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=(*wide,)) if wide else None
+            for name in names:
+                if name not in self._axes:  # pp is in both worlds, with the same groups
+                    line = next(g for g in axis_groups(self.sizes, name, order) if dist.get_rank() in g)
+                    group = device_mesh.get_group(name) if name in wide else None
+                    self._axes[name] = Axis(name, (*line,), line.index(dist.get_rank()), group, ledger)
+
+    def __getitem__(self, name: str) -> Axis:
+        return self._axes[name]

@@ -1,0 +1,71 @@
+"""The oracle: the same training in one process, with the whole batch at once. What every layout is compared with."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from core.gpt import GPT, GPTConfig, materialize, token_loss
+from core.seeded import Draw
+
+# Largest relative difference that rounding alone explains, by dtype: of a loss or gradient, and of a parameter after
+# the steps. Adam divides by the root of the second moment, so it magnifies the rounding of gradients that are nearly
+# zero (a key bias has none in theory); in float64 nothing of that is left to see.
+TOLERANCE = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-4, 5e-2), torch.bfloat16: (1e-1, 3e-1)}
+
+
+class Oracle:
+    """The reference GPT trained in one process.
+
+    Args:
+        make_optimizer: builds the optimizer over the parameters it is given; the layouts call the same function.
+        clip: largest global gradient norm, as `torch.nn.utils.clip_grad_norm_` applies it.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        clip: float,
+    ):
+        self.model = materialize(GPT(config), seed, device, dtype)
+        self.optimizer = make_optimizer(self.model.parameters())
+        self.clip = clip
+        self.gradients: dict[str, Tensor] = {}
+        self.norm = 0.0
+
+    def step(self, inputs: Tensor, targets: Tensor, draw: Draw | None = None) -> float:
+        """One step on the whole batch, (samples, sequence) each. Keeps the gradients as they were before clipping."""
+        self.optimizer.zero_grad()
+        loss = token_loss(self.model(inputs, draw), targets, targets.numel())
+        loss.backward()
+        self.gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+        self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip).item()
+        self.optimizer.step()
+        return loss.item()
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+
+def worst_difference(pieces: Iterable[tuple[str, Tensor]], reference: dict[str, Tensor]) -> float:
+    """The largest max|a - b| / max|b| over the tensors, comparing each of `pieces` with its namesake.
+
+    Infinite when a tensor of the reference has no counterpart, when one has no namesake, and when anything is NaN:
+    a layout that lost a parameter must not pass for equal.
+    """
+    worst, seen = 0.0, set()
+    for name, value in pieces:
+        if name not in reference or reference[name].shape != value.shape:
+            return float("inf")
+        expected = reference[name].double().cpu()
+        scale = expected.abs().max().item() or 1.0
+        difference = (value.double().cpu() - expected).abs().max().item() / scale
+        if difference != difference:
+            return float("inf")
+        worst = max(worst, difference)
+        seen.add(name)
+    return worst if seen == set(reference) else float("inf")

@@ -1,0 +1,39 @@
+"""Random numbers that depend on what they are for, never on which rank draws them.
+
+Every layout must start from the same weights, see the same batches and drop the same activations; otherwise a
+comparison with one process means nothing. So each draw has a generator of its own, seeded by its purpose.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def generator(*purpose: object) -> torch.Generator:
+    """A fresh CPU generator seeded by `purpose`, for example `generator(seed, "embed.token.weight")`.
+
+    CPU on every machine, so that a GPU run starts from the same numbers as a CPU run.
+    """
+    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Draw(NamedTuple):
+    """Which samples of which step a microbatch holds: all that a dropout mask may depend on besides its name."""
+
+    seed: int
+    step: int
+    first_sample: int
+
+
+def keep_mask(shape: tuple[int, ...], drop: float, draw: Draw, name: str, device: torch.device) -> Tensor:
+    """The dropout mask of one microbatch: bool, `shape` = (samples, ...), True where the activation is kept.
+
+    Each sample has its own generator, so a batch cut into microbatches, or over data-parallel ranks, drops exactly
+    what the whole batch in one process drops.
+    """
+    samples = range(draw.first_sample, draw.first_sample + shape[0])
+    uniform = [torch.rand(shape[1:], generator=generator(draw.seed, draw.step, i, name)) for i in samples]
+    return (torch.stack(uniform) >= drop).to(device)

@@ -1,0 +1,81 @@
+"""Lecture 08: pipeline parallelism, 1F1B (流水并行 1F1B 原理). PipeDream-flush; Narayanan et al. 2021 (2104.04473), 2.2.
+
+    torchrun --nproc_per_node=8 pipeline/1f1b.py
+
+GPipe's bubble, at a fraction of its memory: a rank starts backwards as soon as it can, so it never holds more than
+p-r microbatches, whatever m is. Three phases on rank r of p:
+
+    warm-up       p-r-1 forwards, as many as there are stages after this one
+    steady state  one forward, one backward, in turn: one more held, one less
+    cool-down     the backwards of what the warm-up left
+
+How a rank carries out such a list, and where its messages come from, is lecture 09: `runtime.py`.
+"""
+
+import sys
+
+from core.ledger import Event
+from core.lesson import Lesson, Run
+from pipeline.schedules import Action, Schedule
+from pipeline.training import add_flags, check, claim_bubble, claim_in_flight, teach
+
+
+def schedule(stages: int, microbatches: int) -> Schedule:
+    """The order of every rank's forwards (F) and backwards (B)."""
+    return [one_rank(rank, stages, microbatches) for rank in range(stages)]
+
+
+def one_rank(rank: int, stages: int, microbatches: int) -> list[Action]:
+    actions = []
+    forward = backward = 0  # the next microbatch of each kind
+
+    # Warm-up: the last rank has none.
+    warm_up = min(stages - rank - 1, microbatches)
+    for _ in range(warm_up):
+        actions.append(Action(rank, "F", forward))
+        forward += 1
+
+    # Steady state: 1F1B.
+    for _ in range(microbatches - warm_up):
+        actions.append(Action(rank, "F", forward))
+        actions.append(Action(rank, "B", backward))
+        forward += 1
+        backward += 1
+
+    # Cool-down: as many backwards as there were warm-up forwards.
+    for _ in range(warm_up):
+        actions.append(Action(rank, "B", backward))
+        backward += 1
+
+    return actions
+
+
+def lesson(run: Run) -> None:
+    p, m = run.job.world_size, run.args.microbatches
+    measured = teach(run, schedule(p, m))
+    if not measured:
+        return
+    run.evidence.each(
+        "forwards before the first backward, per rank",
+        "warm-up p-r-1, and the first of the steady state; at most m",
+        [(f"forwards first on rank {r}", min(p - r, m), _forwards_first(measured[r].events)) for r in range(p)],
+    )
+    claim_in_flight(run, measured, "min(m, p-r) on rank r", lambda rank: min(m, p - rank))
+    claim_bubble(run, measured)
+
+
+def _forwards_first(events: list[Event]) -> int:
+    return next(i for i, event in enumerate(events) if "B" in event.label)
+
+
+if __name__ == "__main__":
+    frame = Lesson(
+        __file__,
+        "08",
+        "Pipeline parallelism: 1F1B",
+        "流水并行 1F1B 原理",
+        "One forward, one backward: GPipe's bubble with at most p-r microbatches in flight on rank r.",
+        smallest=2,
+    )
+    add_flags(frame)
+    sys.exit(frame.main(check, lesson))

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: lectures 07, 08 and 09, CODE 03."""

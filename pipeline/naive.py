@@ -1,0 +1,42 @@
+"""Lecture 07: Megatron-LM pipeline parallelism, principle (Megatron-LM PP 基本原理). First: the naive pipeline.
+
+    torchrun --nproc_per_node=8 pipeline/naive.py
+
+The model is cut into p stages, one a rank, and each microbatch goes all the way forward and all the way back before
+the next begins. The model fits where it did not fit before, but only one rank computes at any time: the others are
+idle for (p-1)/p of it, however many microbatches there are. `gpipe.py` is the first answer.
+"""
+
+import sys
+
+from core.lesson import Lesson, Run
+from pipeline.schedules import Action, Schedule
+from pipeline.training import add_flags, bubble, check, claim_in_flight, teach
+
+
+def schedule(stages: int, microbatches: int) -> Schedule:
+    """Each rank: the forward and the backward of one microbatch, then of the next."""
+    return [[Action(r, kind, i) for i in range(microbatches) for kind in "FB"] for r in range(stages)]
+
+
+def lesson(run: Run) -> None:
+    p, m = run.job.world_size, run.args.microbatches
+    measured = teach(run, schedule(p, m))
+    if not measured:
+        return
+    idle, _ = bubble([each.events for each in measured])
+    run.evidence.claim("idle share of the time of all ranks", f"(p-1)/p = {p - 1}/{p}", (p - 1) / p, idle, 1e-12)
+    claim_in_flight(run, measured, "1 on every rank", lambda rank: 1)
+
+
+if __name__ == "__main__":
+    frame = Lesson(
+        __file__,
+        "07",
+        "Megatron-LM pipeline parallelism, principle: the naive pipeline",
+        "Megatron-LM PP 基本原理",
+        "A model cut into stages, one microbatch at a time: right, and idle for (p-1)/p of the time.",
+        smallest=2,
+    )
+    add_flags(frame, microbatches=2)
+    sys.exit(frame.main(check, lesson))

@@ -1,0 +1,264 @@
+"""What the pipeline lessons share: train the GPT with a schedule, compare with one process, measure, and claim.
+
+The schedule, and what is special about it, stand in each lesson's own file.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+from einops import rearrange
+from tabulate import tabulate
+from torch import Tensor
+
+from core.gpt import GPT, GPTConfig, materialize, token_loss
+from core.launch import Stop
+from core.ledger import Event, Ledger, SavedActivations, VirtualClock, live_bytes
+from core.lesson import DTYPES, Lesson, Run, write_file
+from core.mesh import Mesh
+from core.oracle import TOLERANCE, Oracle, worst_difference
+from core.seeded import Draw
+from core.text import VOCABULARY, Text
+from pipeline.runtime import Pipeline, Trace
+from pipeline.schedules import Schedule
+from pipeline.stages import check_layers, clip_and_total, cut, sum_tied_gradients, tied_weight
+from pipeline.timeline import LEGEND, draw, to_svg, to_trace
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank measured."""
+
+    parameter_bytes: int
+    in_flight: int  # most microbatches between forward and backward
+    first_saved: int  # bytes autograd saved for one microbatch
+    peak_saved: int  # bytes at the peak
+    events: list[Event]  # of the traced step
+    messages: dict[str, tuple[int, float]]  # of all steps, by direction F or B: messages and bytes sent
+    copies: Tensor | None  # this rank's copy of the tied embedding
+
+
+def add_flags(lesson: Lesson, microbatches: int = 8) -> None:
+    """The flags of a pipeline lesson."""
+    flag = lesson.parser.add_argument
+    flag("--microbatches", type=int, default=microbatches, help="microbatches in a step (default %(default)s)")
+    flag("--batch", type=int, default=16, help="samples in a step, over all microbatches (default %(default)s)")
+    flag("--layers", type=int, default=8, help="layers of the whole model (default %(default)s)")
+    flag("--hidden", type=int, default=64, help="default %(default)s")
+    flag("--heads", type=int, default=4, help="default %(default)s")
+    flag("--sequence", type=int, default=64, help="tokens in a sample (default %(default)s)")
+    flag("--attention", choices=("sdpa", "softmax"), default="sdpa", help="default %(default)s")
+    flag("--dropout", type=float, default=0.0, help="needs --attention softmax (default %(default)s)")
+    flag("--untied", action="store_true", help="give the head a weight of its own")
+    flag("--lr", type=float, default=3e-3, help="learning rate of AdamW (default %(default)s)")
+    flag("--clip", type=float, default=1.0, help="largest global gradient norm (default %(default)s)")
+    flag("--trace", metavar="FILE.json", help="write the timeline for Perfetto or chrome://tracing")
+
+
+def configuration(args: argparse.Namespace) -> GPTConfig:
+    return GPTConfig(
+        vocabulary=VOCABULARY,
+        sequence=args.sequence,
+        hidden=args.hidden,
+        layers=args.layers,
+        heads=args.heads,
+        dropout=args.dropout,
+        attention=args.attention,
+        tied=not args.untied,
+    )
+
+
+def check(args: argparse.Namespace, stages: int) -> None:
+    """Raises ValueError when the arguments cannot make a pipeline of this many stages."""
+    configuration(args)
+    check_layers(args.layers, stages)
+    for name in ("batch", "microbatches"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1; use --{name} 8")
+    if args.batch % args.microbatches:
+        raise ValueError(
+            f"--batch {args.batch}: must be a multiple of --microbatches {args.microbatches}, so that all are equal; "
+            f"use --batch {max(1, round(args.batch / args.microbatches)) * args.microbatches}"
+        )
+    for name in ("lr", "clip"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise ValueError(f"--{name} {getattr(args, name)}: must be positive; use --{name} 1e-3")
+    Text(args.data, args.sequence)
+
+
+def teach(run: Run, schedule: Schedule) -> list[Measured]:
+    """Train, print the timeline, and claim what every schedule must: it equals one process, and its messages.
+
+    Returns:
+        every rank's measurements, on rank 0; an empty list elsewhere.
+    """
+    args, job, ledger = run.args, run.job, Ledger()
+    config, text = configuration(args), Text(args.data, args.sequence)
+    axis = Mesh(job.device.type, ledger, pp=job.world_size)["pp"]
+    run.mesh = {"pp": axis.size}
+
+    optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
+    stage = materialize(cut(GPT(config), axis.index, axis.size), args.seed, job.device, run.dtype)
+    optimizer = optimizer_of(stage.parameters())
+    tokens = args.batch * args.sequence
+    micro_shape = (args.batch // args.microbatches, args.sequence, args.hidden)
+    loss = partial(token_loss, tokens=tokens)
+    pipeline = Pipeline(stage, loss, schedule, axis, micro_shape, run.dtype, job.device)
+    oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
+
+    trace: Trace | None = None
+    worst_gradient = worst_norm = 0.0
+    bar = run.steps()
+    for step in bar:
+        inputs, targets = (t.to(job.device) for t in text.batch(args.seed, step, args.batch))
+        split = partial(rearrange, pattern="(m b) s -> m b s", m=args.microbatches)
+        samples = Draw(args.seed, step, 0)
+        if step == args.steps - 1:
+            held_anyway = [*stage.parameters(), inputs, targets]
+            trace = Trace(VirtualClock(job.device), SavedActivations(held_anyway))
+
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        share = pipeline.step(split(inputs), split(targets), samples, trace)
+        sum_tied_gradients(stage, axis)
+        gradients = [(stage.whole_name(n), p.grad.clone()) for n, p in stage.named_parameters() if p.requires_grad]
+        norm, step_loss = clip_and_total(stage, axis, args.clip, share)
+        stop_unless_finite(run, step, norm, gradients)
+        optimizer.step()
+        run.training_seconds += time.perf_counter() - began
+        run.tokens += tokens
+        run.losses.append(step_loss)
+        bar.set_postfix(loss=f"{step_loss:.4f}")
+
+        pieces = job.gather(gradients)  # as they were before clipping: a wrong scale must show
+        if oracle:
+            run.reference_losses.append(oracle.step(inputs, targets, samples))
+            worst_gradient = max(worst_gradient, worst_difference(chain(*pieces), oracle.gradients))
+            worst_norm = max(worst_norm, abs(norm / oracle.norm - 1))
+    pipeline.close()
+
+    weights = job.gather([(stage.whole_name(n), p.detach()) for n, p in stage.named_parameters()])
+    sent = {kind: ledger.traffic[f"send {kind}", "pp"] for kind in ("F", "B")}
+    tied = tied_weight(stage, axis)
+    measured = job.gather(
+        Measured(
+            live_bytes(stage.parameters()),
+            pipeline.in_flight_peak,
+            trace.saved.first,
+            trace.saved.peak,
+            trace.clock.events,
+            {kind: (traffic.messages, traffic.bytes) for kind, traffic in sent.items()},
+            None if tied is None else tied.detach().cpu(),
+        )
+    )
+    if oracle:
+        _show(run, measured)
+        _claim_equal(run, worst_gradient, worst_norm, worst_difference(chain(*weights), oracle.parameters()), measured)
+        _claim_messages(run, measured, micro_shape)
+    return measured
+
+
+def stop_unless_finite(run: Run, step: int, norm: float, gradients: list[tuple[str, Tensor]]) -> None:
+    """Stop all ranks together, saying where, when a gradient is NaN or infinite: then the global norm is, everywhere."""
+    if norm - norm == 0:
+        return
+    bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
+    found = [f"{name} on rank {rank}" for rank, names in enumerate(run.job.gather(bad)) for name in names]
+    shown = ", ".join(found[-3:]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    raise Stop(f"NaN or Inf at step {step} in the gradient of {shown}; try a smaller --lr than {run.args.lr}")
+
+
+def _show(run: Run, measured: list[Measured]) -> None:
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    timeline = [m.events for m in measured]
+    run.say(f"\nThe last step on virtual devices, as it was executed. {LEGEND}")
+    run.say(draw(timeline, colour))
+    if run.args.plot:
+        write_file(run.args.plot, to_svg(timeline, f"{run.args.microbatches} microbatches on {len(measured)} stages"))
+    if run.args.trace:
+        write_file(run.args.trace, to_trace(timeline))
+    rows = [
+        (rank, m.parameter_bytes / 1e6, m.in_flight, m.first_saved / 1e6, m.peak_saved / 1e6,
+         sum(e.end[1] - e.start[1] for e in m.events) * 1e3, sum(n for n, _ in m.messages.values()) // run.args.steps)
+        for rank, m in enumerate(measured)
+    ]  # fmt: skip
+    header = ("rank", "parameters MB", "in flight", "saved MB, 1 microbatch", "saved MB, peak", "CPU ms a step",
+              "messages a step")  # fmt: skip
+    run.say("\n" + tabulate(rows, header, floatfmt=".3f"))
+    run.say(f"\nloss {run.losses[0]:.4f} at the first step, {run.losses[-1]:.4f} at the last, "
+            f"{run.tokens / run.training_seconds:,.0f} tokens a second")  # fmt: skip
+    run.say(f"with this machine's own costs the bubble is {bubble(timeline, model=1)[0]:.4f} of wall time: "
+            "the last stage also has the head and the loss, so stages are not equal")  # fmt: skip
+
+
+def _claim_equal(run: Run, gradient: float, norm: float, parameter: float, measured: list[Measured]) -> None:
+    tolerance, parameter_tolerance = TOLERANCE[run.dtype]
+    pairs = zip(run.losses, run.reference_losses, strict=True)
+    loss = max(abs(a / b - 1) for a, b in pairs)
+    claim = run.evidence.claim
+    claim("losses equal one process, all steps", "largest relative difference 0", 0, loss, tolerance)
+    claim("every gradient equals one process, all steps", "largest relative difference 0", 0, gradient, tolerance)
+    claim("the global gradient norm, tied weight once", "relative difference 0", 0, norm, tolerance)
+    claim("every parameter after the steps", "largest relative difference 0", 0, parameter, parameter_tolerance)
+    copies = [m.copies for m in measured if m.copies is not None]
+    if copies:
+        differing = (copies[0] != copies[-1]).sum().item()
+        claim("the two copies of the tied embedding", "differ in 0 elements", 0, differing)
+
+
+def _claim_messages(run: Run, measured: list[Measured], micro_shape: tuple[int, ...]) -> None:
+    stages, microbatches, steps = len(measured), run.args.microbatches, run.args.steps
+    message = torch.Size(micro_shape).numel() * DTYPES[run.args.dtype].itemsize
+    ends = range(stages)
+    counts = [sum(n for n, _ in m.messages.values()) / steps for m in measured]
+    volumes = [sum(b for _, b in m.messages.values()) / steps for m in measured]
+    expected = [microbatches * ((r < stages - 1) + (r > 0)) for r in ends]
+    run.evidence.each(
+        "messages sent per rank and step",
+        "m forward but on the last rank, m backward but on the first",
+        [(f"messages sent a step on rank {r}", expected[r], counts[r]) for r in ends],
+    )
+    run.evidence.each(
+        "bytes sent per rank and step",
+        f"messages x b·s·h elements = messages x {message:,}",
+        [(f"bytes sent a step on rank {r}", expected[r] * message, volumes[r]) for r in ends],
+    )
+
+
+def bubble(timeline: list[list[Event]], model: int = 0) -> tuple[float, float]:
+    """Idle time over wall time, and over computing time, of a recorded timeline under one of the clock's cost models."""
+    busy = sum(e.end[model] - e.start[model] for row in timeline for e in row)
+    wall = len(timeline) * max(row[-1].end[model] for row in timeline)
+    return 1 - busy / wall, wall / busy - 1
+
+
+def claim_bubble(run: Run, measured: list[Measured]) -> None:
+    """The bubble that GPipe and 1F1B share, from the timeline of the executed step."""
+    p, m = len(measured), run.args.microbatches
+    of_wall, of_ideal = bubble([each.events for each in measured])
+    run.evidence.claim(
+        "bubble over wall time", f"(p-1)/(m+p-1) = {p - 1}/{m + p - 1}", (p - 1) / (m + p - 1), of_wall, 1e-12
+    )
+    run.evidence.claim("bubble over ideal time", f"(p-1)/m = {p - 1}/{m}", (p - 1) / m, of_ideal, 1e-12)
+
+
+def claim_in_flight(run: Run, measured: list[Measured], formula: str, expected: Callable[[int], int]) -> None:
+    """Microbatches in flight on each rank, and the same in bytes that autograd really held."""
+    ranks = range(len(measured))
+    run.evidence.each(
+        "most microbatches in flight per rank",
+        formula,
+        [(f"in flight on rank {r}", expected(r), measured[r].in_flight) for r in ranks],
+    )
+    run.evidence.each(
+        "saved activations at the peak, in microbatches",
+        formula,
+        [(f"saved on rank {r}", expected(r), measured[r].peak_saved / measured[r].first_saved) for r in ranks],
+        1e-9,
+    )
