@@ -1,4 +1,4 @@
-"""Lecture 08: pipeline parallelism, 1F1B (流水并行 1F1B 原理). PipeDream-flush; Narayanan et al. 2021 (2104.04473), 2.2.
+"""Lecture 08: pipeline parallelism, 1F1B (流水并行 1F1B 原理). Narayanan et al. 2021 (2104.04473).
 
     torchrun --nproc_per_node=8 pipeline/1f1b.py
 

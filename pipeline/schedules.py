@@ -69,9 +69,7 @@ def from_csv(file: Iterable[str]) -> Schedule:
                 continue
             match = re.fullmatch(r"(\d+)([FB])(\d+)", cell.strip())
             if not match:
-                raise ScheduleError(
-                    f"rank {rank}, position {position}: {cell.strip()!r} is no action such as 0F0 or 0B0"
-                )
+                raise ScheduleError(f"rank {rank}, position {position}: {cell!r} is no action like 0F0 or 0B0")
             schedule[rank].append(Action(int(match[1]), match[2], int(match[3])))
     return schedule
 

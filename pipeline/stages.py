@@ -44,9 +44,9 @@ def tied_weight(stage: GPT, axis: Axis) -> nn.Parameter | None:
     """This rank's copy of the embedding that first and last stage share; None where there is nothing to sum."""
     if not stage.config.tied or axis.size == 1:
         return None
-    return (
-        stage.embed.token.weight if stage.embed is not None else stage.head.weight if stage.head is not None else None
-    )
+    if stage.embed is not None:
+        return stage.embed.token.weight
+    return stage.head.weight if stage.head is not None else None
 
 
 def sum_tied_gradients(stage: GPT, axis: Axis) -> None:
@@ -77,8 +77,5 @@ def clip_and_total(stage: GPT, axis: Axis, clip: float, loss: Tensor) -> tuple[f
     totals = torch.stack([sum(squares, torch.zeros((), dtype=torch.float64, device=loss.device)), loss.double()])
     square_norm, total_loss = comm.all_reduce(totals, axis).tolist()
     norm = square_norm**0.5
-    if norm > clip:
-        for p in stage.parameters():
-            if p.grad is not None:
-                p.grad *= clip / norm
+    nn.utils.clip_grads_with_norm_(stage.parameters(), clip, torch.tensor(norm, dtype=torch.float64))
     return norm, total_loss

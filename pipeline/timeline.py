@@ -71,12 +71,10 @@ def to_trace(timeline: Timeline) -> str:
         events.append({"ph": "M", "pid": model, "name": "process_name", "args": {"name": f"{name} costs"}})
         scale = 1e3 if name == "unit" else 1e6  # to microseconds
         for rank, row in enumerate(timeline):
-            events.append(
-                {"ph": "M", "pid": model, "tid": rank, "name": "thread_name", "args": {"name": f"rank {rank}"}}
-            )
+            where = {"pid": model, "tid": rank}
+            events.append({"ph": "M", **where, "name": "thread_name", "args": {"name": f"rank {rank}"}})
             for event in row:
                 start, end = event.start[model] * scale, event.end[model] * scale
                 kind = {"F": "forward", "B": "backward"}[_parts(event)[0]]
-                events.append({"ph": "X", "pid": model, "tid": rank, "name": event.label, "cat": kind,
-                               "ts": start, "dur": end - start})  # fmt: skip
+                events.append({"ph": "X", **where, "name": event.label, "cat": kind, "ts": start, "dur": end - start})
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
