@@ -5,6 +5,7 @@ Counting follows the standard ring algorithms, per rank, for N ranks and a whole
 """
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,9 @@ class PeerError(RuntimeError):
     """A wait on another rank ended without its answer: it died, or was silent for the whole timeout."""
 
     def __init__(self, what: str, cause: Exception):
-        first_line = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        super().__init__(f"{what} failed: {first_line.split('] ')[-1]}")
+        # gloo says: [/its/source/file.cc:123] What happened [address]. Advice.
+        reason = re.sub(r"^\[.*?\] |\. .*", "", str(cause), flags=re.DOTALL)
+        super().__init__(f"{what} failed: {reason or type(cause).__name__}")
 
 
 @contextmanager
@@ -75,16 +77,16 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """
     if axis.size == 1:
         return x
+    assert x.shape[dim] % axis.size == 0, f"{tuple(x.shape)} does not divide into {axis.size} along {dim}"
     parts = torch.stack(x.chunk(axis.size, dim))
     _record("reduce-scatter", axis, parts, (axis.size - 1) / axis.size)
+    what = f"reduce-scatter over {axis.name}"
     if x.device.type == "cpu":
         received = torch.empty_like(parts)
-        wait(
-            dist.all_to_all_single(received, parts, group=axis.group, async_op=True), f"reduce-scatter over {axis.name}"
-        )
+        wait(dist.all_to_all_single(received, parts, group=axis.group, async_op=True), what)
         return received.sum(0)
     mine = torch.empty_like(parts[0])
-    wait(dist.reduce_scatter_tensor(mine, parts, group=axis.group, async_op=True), f"reduce-scatter over {axis.name}")
+    wait(dist.reduce_scatter_tensor(mine, parts, group=axis.group, async_op=True), what)
     return mine
 
 
@@ -204,8 +206,10 @@ class Mail:
             self._postman = threading.Thread(target=self._deliver, daemon=True)
             self._postman.start()
         self.axis.ledger.record(f"send {kind}", self.axis.name, x.numel(), x.element_size())
-        work = dist.isend(x, self.axis.ranks[to], self._lane(self.axis.index, to, kind, x), tag)
-        self._outbox.put((work, x, f"send ({kind}) to rank {self.axis.ranks[to]}"))
+        what = f"send ({kind}) to rank {self.axis.ranks[to]}"
+        with answered(what):
+            work = dist.isend(x, self.axis.ranks[to], self._lane(self.axis.index, to, kind, x), tag)
+        self._outbox.put((work, x, what))
 
     def receive(self, into: Tensor, sender: int, kind: str, tag: int) -> Callable[[], Tensor]:
         """Post a receive into `into`; returns at once. Call the result to wait for the message and get it.
@@ -213,10 +217,12 @@ class Mail:
         Raises (from that call):
             PeerError: the sender died or was silent for the whole timeout.
         """
-        work = dist.irecv(into, self.axis.ranks[sender], self._lane(sender, self.axis.index, kind, into), tag)
+        what = f"receive ({kind}) from rank {self.axis.ranks[sender]}"
+        with answered(what):
+            work = dist.irecv(into, self.axis.ranks[sender], self._lane(sender, self.axis.index, kind, into), tag)
 
         def arrive() -> Tensor:
-            wait(work, f"receive ({kind}) from rank {self.axis.ranks[sender]}")
+            wait(work, what)
             return into
 
         return arrive

@@ -145,7 +145,7 @@ def launch(device: torch.device, timeout: float) -> Iterator[Job]:
     dist.destroy_process_group()
 
 
-class Watch(threading.Thread):
+class Watch:
     """A heart: beats for this rank in the job's store, listens to the others, and names the one that stopped.
 
     It speaks when torchrun ends this rank (SIGTERM, because another died), when a wait on another rank fails, and
@@ -153,12 +153,12 @@ class Watch(threading.Thread):
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float):
-        super().__init__(daemon=True)
         self.rank, self.timeout = rank, timeout
         self._others = [r for r in range(world_size) if r != rank]
         self._heard: dict[int, tuple[bytes, float]] = {}  # the last beat of each, and when it changed
         self._beats = 0
         self._ended = False
+        self._thread: threading.Thread | None = None
         if world_size == 1:
             return
         # A connection of its own: the main thread may be blocked on the first one.
@@ -172,9 +172,10 @@ class Watch(threading.Thread):
         signal.signal(signal.SIGTERM, lambda *_: None)  # the byte in the socket is what counts: the main thread
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)  # may sit in a wait that runs no handler
         self._wake = wake
-        self.start()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
-    def run(self) -> None:
+    def _watch(self) -> None:
         while not self._ended:
             ready, _, _ = select.select([self._signals], [], [], BEAT)
             try:
@@ -189,24 +190,24 @@ class Watch(threading.Thread):
             if signal.SIGTERM in received:
                 self.report_loss("ended by SIGTERM")
             if silent := self._silent(self.timeout / 2):
-                self._name(silent[0], f"no sign of life for {self.timeout / 2:.0f} s")
+                self._blame(silent[0], f"no sign of life for {self.timeout / 2:.0f} s")
 
     def report_loss(self, what: str) -> NoReturn:
         """Name the rank that was lost, if one was, and leave. `what` is what this rank noticed."""
         deadline = time.monotonic() + QUIET + BEAT
         while self._others and time.monotonic() < deadline:
-            if threading.current_thread() is self:
+            if threading.current_thread() is self._thread:
                 self._listen()
             time.sleep(BEAT / 2)
         if silent := self._silent(QUIET):
-            self._name(silent[0], what)
+            self._blame(silent[0], what)
         _leave(f"rank {self.rank}: {what}; every other rank is alive")
 
     def end(self) -> None:
         """Stop listening: the job is over."""
         self._ended = True
-        if self.is_alive():
-            self.join()
+        if self._thread:
+            self._thread.join()
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -222,7 +223,7 @@ class Watch(threading.Thread):
         silent = [r for r in self._others if now - self._heard[r][1] > seconds]
         return sorted(silent, key=lambda r: self._heard[r][1])
 
-    def _name(self, lost: int, what: str) -> NoReturn:
+    def _blame(self, lost: int, what: str) -> NoReturn:
         # Ranks that leave because of the first loss fall silent too: the first name given is the right one.
         first = self._store.compare_set("lost", "", str(lost)).decode()
         _leave(f"rank {self.rank}: lost rank {first} ({what})")

@@ -35,8 +35,8 @@ def lesson(run: Run) -> None:
     claim_bubble(run, measured)
     claim_in_flight(run, measured, f"m = {m} on every rank", lambda rank: m)
 
-    # No machine here has 32 stages: these schedules are carried out on virtual devices, action by action. That the
-    # virtual devices tell the truth is what the claims on the bubble above show, for this run's p and m.
+    # 32 stages are more than a laptop runs: these schedules are carried out on virtual devices, action by action. That
+    # those tell the truth is a claim above: this run's processes did every action when the virtual devices did.
     grid = [(s, n, course, validate(schedule(s, n)).bubble_of_wall) for s, n, course in COURSE_GRID]
     run.say("\n" + tabulate(grid, ("stages", "microbatches", "course", "executed"), floatfmt=("d", "d", ".3f", ".4f")))
     run.evidence.each(

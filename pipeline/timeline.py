@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from core.ledger import Event, VirtualClock
 
 Timeline = Sequence[Sequence[Event]]  # one row a rank
-LEGEND = "forward: 0   backward: [0 ]   idle: .   (numbers are microbatches, time runs to the right, F = 1, B = 2)"
+LEGEND = "forward of microbatch 0: 0   its backward: [0 ]   idle: .   one forward lasts 1, one backward 2"
 _TERMINAL = {"F": "\033[44;97m", "B": "\033[42;30m"}
 _PLOT = {"F": "#9ec5f4", "B": "#a8d8a0"}
 

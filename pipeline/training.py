@@ -26,7 +26,7 @@ from core.oracle import TOLERANCE, Oracle, worst_difference
 from core.seeded import Draw
 from core.text import VOCABULARY, Text
 from pipeline.runtime import Pipeline, Trace
-from pipeline.schedules import Schedule
+from pipeline.schedules import Schedule, Verdict, validate
 from pipeline.stages import check_layers, clip_and_total, cut, sum_tied_gradients, tied_weight
 from pipeline.timeline import LEGEND, draw, to_svg, to_trace
 
@@ -93,11 +93,15 @@ def check(args: argparse.Namespace, stages: int) -> None:
 
 
 def teach(run: Run, schedule: Schedule) -> list[Measured]:
-    """Train, print the timeline, and claim what every schedule must: it equals one process, and its messages.
+    """Draw the schedule, train with it, and claim what every schedule must: it equals one process, and its messages.
 
     Returns:
         every rank's measurements, on rank 0; an empty list elsewhere.
     """
+    planned = validate(schedule)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    run.say(f"{LEGEND}\n{draw(planned.events, colour)}\n")
+
     args, job, ledger = run.args, run.job, Ledger()
     config, text = configuration(args), Text(args.data, args.sequence)
     axis = Mesh(job.device.type, ledger, pp=job.world_size)["pp"]
@@ -134,7 +138,7 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
         run.training_seconds += time.perf_counter() - began
         run.tokens += tokens
         run.losses.append(step_loss)
-        bar.set_postfix(loss=f"{step_loss:.4f}")
+        bar.set_postfix(loss=f"{step_loss:.4f}", refresh=False)
 
         pieces = job.gather(gradients)  # as they were before clipping: a wrong scale must show
         if oracle:
@@ -161,6 +165,7 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
         _show(run, measured)
         _claim_equal(run, worst_gradient, worst_norm, worst_difference(chain(*weights), oracle.parameters()), measured)
         _claim_messages(run, measured, micro_shape)
+        _claim_timeline(run, measured, planned)
     return measured
 
 
@@ -175,10 +180,7 @@ def stop_unless_finite(run: Run, step: int, norm: float, gradients: list[tuple[s
 
 
 def _show(run: Run, measured: list[Measured]) -> None:
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     timeline = [m.events for m in measured]
-    run.say(f"\nThe last step on virtual devices, as it was executed. {LEGEND}")
-    run.say(draw(timeline, colour))
     if run.args.plot:
         write_file(run.args.plot, to_svg(timeline, f"{run.args.microbatches} microbatches on {len(measured)} stages"))
     if run.args.trace:
@@ -188,7 +190,7 @@ def _show(run: Run, measured: list[Measured]) -> None:
          sum(e.end[1] - e.start[1] for e in m.events) * 1e3, sum(n for n, _ in m.messages.values()) // run.args.steps)
         for rank, m in enumerate(measured)
     ]  # fmt: skip
-    header = ("rank", "parameters MB", "in flight", "saved MB, 1 microbatch", "saved MB, peak", "CPU ms a step",
+    header = ("rank", "parameters MB", "in flight", "saved MB, 1 microbatch", "saved MB, peak", "compute ms a step",
               "messages a step")  # fmt: skip
     run.say("\n" + tabulate(rows, header, floatfmt=".3f"))
     run.say(f"\nloss {run.losses[0]:.4f} at the first step, {run.losses[-1]:.4f} at the last, "
@@ -230,6 +232,16 @@ def _claim_messages(run: Run, measured: list[Measured], micro_shape: tuple[int, 
         "bytes sent per rank and step",
         f"messages x b·s·h elements = messages x {message:,}",
         [(f"bytes sent a step on rank {r}", expected[r] * message, volumes[r]) for r in ends],
+    )
+
+
+def _claim_timeline(run: Run, measured: list[Measured], planned: Verdict) -> None:
+    executed = [[(e.label, e.start[0], e.end[0]) for e in m.events] for m in measured]
+    drawn = [[(e.label, e.start[0], e.end[0]) for e in row] for row in planned.events]
+    actions = sum(map(len, drawn))
+    equal = sum(a == b for rows in zip(executed, drawn, strict=True) for a, b in zip(*rows, strict=False))
+    run.evidence.claim(
+        "actions executed when the drawing above says", f"all {actions}, by the ranks' virtual clocks", actions, equal
     )
 
 
