@@ -1,13 +1,10 @@
-"""Communication over one axis of the mesh. Every call enters the ledger of that axis.
+"""Collectives over one axis of the mesh, plain and under autograd. Every call enters the ledger of that axis.
 
 Counting follows the standard ring algorithms, per rank, for N ranks and a whole tensor of S elements: all-reduce
-2(N-1)/N S, all-gather and reduce-scatter (N-1)/N S, all-to-all its off-rank part, point-to-point S.
+2(N-1)/N S, all-gather and reduce-scatter (N-1)/N S, all-to-all its off-rank part; a message (`core.p2p`) S.
 """
 
-import queue
 import re
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -157,132 +154,3 @@ def gather_for(x: Tensor, axis: Axis, dim: int) -> Tensor:
 def scatter_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Reduce-scatter along `dim` forward, all-gather backward."""
     return _Conjugate.apply(x, lambda t: reduce_scatter(t, axis, dim), lambda g: all_gather(g, axis, dim))
-
-
-# ---- Point-to-point --------------------------------------------------------------------------------------------------
-
-
-def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
-    """Swap tensors of equal shape with rank `peer` of the axis; both must call it. Returns the peer's."""
-    received = torch.empty_like(x)
-    axis.ledger.record("exchange", axis.name, x.numel(), x.element_size())
-    swap = [
-        dist.P2POp(dist.isend, x, axis.ranks[peer], axis.group),
-        dist.P2POp(dist.irecv, received, axis.ranks[peer], axis.group),
-    ]
-    for work in dist.batch_isend_irecv(swap):
-        wait(work, f"exchange with rank {axis.ranks[peer]}")
-    return received
-
-
-class Mail:
-    """Point-to-point messages along one axis that neither the sender nor the receiver stops for.
-
-    A sent tensor is let go as soon as it has left: gloo tells that only to who waits, so a thread does.
-
-    Args:
-        routes: every (sender, receiver, kind) that will be used, as places on the axis; the same on all its ranks.
-            On NCCL, which has no tags, the messages of a route arrive in the order they are sent.
-    """
-
-    def __init__(self, axis: Axis, routes: Sequence[tuple[int, int, str]], device: torch.device):
-        self.axis = axis
-        self._lanes: dict[tuple, dist.ProcessGroup] = {}
-        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._failure: Exception | None = None
-        self._postman: threading.Thread | None = None
-        if device.type != "cpu":
-            self._open_lanes(routes, device)
-
-    def send(self, x: Tensor, to: int, kind: str, tag: int) -> None:
-        """Send contiguous `x` to place `to`; returns at once. The caller may drop `x` but not write to it.
-
-        Raises:
-            PeerError: an earlier send failed.
-        """
-        if self._failure:
-            raise self._failure
-        if self._postman is None:
-            self._postman = threading.Thread(target=self._deliver, daemon=True)
-            self._postman.start()
-        self.axis.ledger.record(f"send {kind}", self.axis.name, x.numel(), x.element_size())
-        what = f"send ({kind}) to rank {self.axis.ranks[to]}"
-        with answered(what):
-            work = dist.isend(x, self.axis.ranks[to], self._lane(self.axis.index, to, kind, x), tag)
-        self._outbox.put((work, x, what))
-
-    def receive(self, into: Tensor, sender: int, kind: str, tag: int) -> Callable[[], Tensor]:
-        """Post a receive into `into`; returns at once. Call the result to wait for the message and get it.
-
-        Raises (from that call):
-            PeerError: the sender died or was silent for the whole timeout.
-        """
-        what = f"receive ({kind}) from rank {self.axis.ranks[sender]}"
-        with answered(what):
-            work = dist.irecv(into, self.axis.ranks[sender], self._lane(sender, self.axis.index, kind, into), tag)
-
-        def arrive() -> Tensor:
-            wait(work, what)
-            return into
-
-        return arrive
-
-    def flush(self) -> None:
-        """Wait until everything sent has left.
-
-        Raises:
-            PeerError: a send failed.
-        """
-        if self._postman is not None:
-            done = threading.Event()
-            self._outbox.put(done)
-            done.wait()
-        if self._failure:
-            raise self._failure
-
-    def close(self) -> None:
-        """Flush, and end the thread."""
-        self.flush()
-        if self._postman is not None:
-            self._outbox.put(None)
-            self._postman.join()
-            self._postman = None
-
-    def _deliver(self) -> None:
-        while (item := self._outbox.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            work, tensor, what = item
-            try:
-                if tensor.device.type == "cpu":
-                    wait(work, what)
-                else:  # here wait() would hold up this device's stream, not this thread
-                    while not work.is_completed():
-                        time.sleep(0.001)
-            except PeerError as error:
-                self._failure = self._failure or error
-            del item, work, tensor  # not kept while the thread waits for the next message
-
-    def _lane(self, sender: int, receiver: int, kind: str, x: Tensor) -> dist.ProcessGroup | None:
-        if x.device.type == "cpu":
-            return self.axis.group  # gloo has tags
-        return self._lanes[_lane_key(sender, receiver, kind)]
-
-    def _open_lanes(self, routes: Sequence[tuple[int, int, str]], device: torch.device) -> None:
-        # NCCL runs the messages of one communicator on one stream, in the order of the calls: a receive posted ahead
-        # would hold up the sends behind it. So a lane never both sends and receives on one rank. The first message
-        # makes the connection and blocks until both ends are there, hence one round in a fixed order.
-        for key in sorted({_lane_key(*route) for route in routes}):
-            self._lanes[key] = dist.new_group(list(self.axis.ranks), use_local_synchronization=True)
-        probe = torch.zeros(1, device=device)
-        for sender, receiver, kind in sorted(routes):
-            group = self._lanes[_lane_key(sender, receiver, kind)]
-            if self.axis.index == sender:
-                dist.send(probe, self.axis.ranks[receiver], group)
-            elif self.axis.index == receiver:
-                dist.recv(probe, self.axis.ranks[sender], group)
-
-
-def _lane_key(sender: int, receiver: int, kind: str) -> tuple[str, bool, int]:
-    return kind, sender < receiver, sender % 2

@@ -16,8 +16,9 @@ import sys
 
 from core.ledger import Event
 from core.lesson import Lesson, Run
+from pipeline.evidence import claim_bubble, claim_in_flight
 from pipeline.schedules import Action, Schedule
-from pipeline.training import add_flags, check, claim_bubble, claim_in_flight, teach
+from pipeline.training import add_flags, check, teach
 
 
 def schedule(stages: int, microbatches: int) -> Schedule:

@@ -12,8 +12,10 @@ import sys
 from tabulate import tabulate
 
 from core.lesson import Lesson, Run
-from pipeline.schedules import Action, Schedule, validate
-from pipeline.training import add_flags, check, claim_bubble, claim_in_flight, teach
+from pipeline.evidence import claim_bubble, claim_in_flight
+from pipeline.schedules import Action, Schedule
+from pipeline.training import add_flags, check, teach
+from pipeline.validator import validate
 
 # The course's table: stages, microbatches, bubble over wall time to three decimals.
 COURSE_GRID = [

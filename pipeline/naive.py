@@ -10,8 +10,9 @@ idle for (p-1)/p of it, however many microbatches there are. `gpipe.py` is the f
 import sys
 
 from core.lesson import Lesson, Run
+from pipeline.evidence import bubble, claim_in_flight
 from pipeline.schedules import Action, Schedule
-from pipeline.training import add_flags, bubble, check, claim_in_flight, teach
+from pipeline.training import add_flags, check, teach
 
 
 def schedule(stages: int, microbatches: int) -> Schedule:

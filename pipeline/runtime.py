@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from core.comm import Mail
 from core.ledger import SavedActivations, VirtualClock
 from core.mesh import Axis
+from core.p2p import Mail
 from core.seeded import Draw
-from pipeline.schedules import UNIT_COSTS, Action, Schedule, placement, validate, with_communication
+from pipeline.schedules import UNIT_COSTS, Action, Schedule, placement, with_communication
+from pipeline.validator import validate
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from core import comm
+from core import comm, p2p
 from core.gpt import GPT
 from core.mesh import Axis
 
@@ -57,7 +57,7 @@ def sum_tied_gradients(stage: GPT, axis: Axis) -> None:
     weight = tied_weight(stage, axis)
     if weight is not None and weight.requires_grad:
         other_end = axis.size - 1 - axis.index
-        weight.grad += comm.exchange(weight.grad, axis, other_end)
+        weight.grad += p2p.exchange(weight.grad, axis, other_end)
 
 
 def _counted_once(stage: GPT, axis: Axis) -> Iterator[Tensor]:

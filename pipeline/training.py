@@ -7,41 +7,28 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
 import torch
 from einops import rearrange
-from tabulate import tabulate
 from torch import Tensor
 
 from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.launch import Stop
-from core.ledger import Event, Ledger, SavedActivations, VirtualClock, live_bytes
-from core.lesson import DTYPES, Lesson, Run, write_file
+from core.ledger import Ledger, SavedActivations, VirtualClock, live_bytes
+from core.lesson import Lesson, Run
 from core.mesh import Mesh
-from core.oracle import TOLERANCE, Oracle, worst_difference
+from core.oracle import Oracle, worst_difference
 from core.seeded import Draw
 from core.text import VOCABULARY, Text
+from pipeline import evidence
+from pipeline.evidence import Measured
 from pipeline.runtime import Pipeline, Trace
-from pipeline.schedules import Schedule, Verdict, validate
+from pipeline.schedules import Schedule
 from pipeline.stages import check_layers, clip_and_total, cut, sum_tied_gradients, tied_weight
-from pipeline.timeline import LEGEND, draw, to_svg, to_trace
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one rank measured."""
-
-    parameter_bytes: int
-    in_flight: int  # most microbatches between forward and backward
-    first_saved: int  # bytes autograd saved for one microbatch
-    peak_saved: int  # bytes at the peak
-    events: list[Event]  # of the traced step
-    messages: dict[str, tuple[int, float]]  # of all steps, by direction F or B: messages and bytes sent
-    copies: Tensor | None  # this rank's copy of the tied embedding
+from pipeline.timeline import LEGEND, draw
+from pipeline.validator import validate
 
 
 def add_flags(lesson: Lesson, microbatches: int = 8) -> None:
@@ -162,10 +149,12 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
         )
     )
     if oracle:
-        _show(run, measured)
-        _claim_equal(run, worst_gradient, worst_norm, worst_difference(chain(*weights), oracle.parameters()), measured)
-        _claim_messages(run, measured, micro_shape)
-        _claim_timeline(run, measured, planned)
+        evidence.show(run, measured)
+        evidence.claim_equal(
+            run, worst_gradient, worst_norm, worst_difference(chain(*weights), oracle.parameters()), measured
+        )
+        evidence.claim_messages(run, measured, micro_shape)
+        evidence.claim_timeline(run, measured, planned)
     return measured
 
 
@@ -177,102 +166,3 @@ def stop_unless_finite(run: Run, step: int, norm: float, gradients: list[tuple[s
     found = [f"{name} on rank {rank}" for rank, names in enumerate(run.job.gather(bad)) for name in names]
     shown = ", ".join(found[-3:]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
     raise Stop(f"NaN or Inf at step {step} in the gradient of {shown}; try a smaller --lr than {run.args.lr}")
-
-
-def _show(run: Run, measured: list[Measured]) -> None:
-    timeline = [m.events for m in measured]
-    if run.args.plot:
-        write_file(run.args.plot, to_svg(timeline, f"{run.args.microbatches} microbatches on {len(measured)} stages"))
-    if run.args.trace:
-        write_file(run.args.trace, to_trace(timeline))
-    rows = [
-        (rank, m.parameter_bytes / 1e6, m.in_flight, m.first_saved / 1e6, m.peak_saved / 1e6,
-         sum(e.end[1] - e.start[1] for e in m.events) * 1e3, sum(n for n, _ in m.messages.values()) // run.args.steps)
-        for rank, m in enumerate(measured)
-    ]  # fmt: skip
-    header = ("rank", "parameters MB", "in flight", "saved MB, 1 microbatch", "saved MB, peak", "compute ms a step",
-              "messages a step")  # fmt: skip
-    run.say("\n" + tabulate(rows, header, floatfmt=".3f"))
-    run.say(f"\nloss {run.losses[0]:.4f} at the first step, {run.losses[-1]:.4f} at the last, "
-            f"{run.tokens / run.training_seconds:,.0f} tokens a second")  # fmt: skip
-    run.say(f"with this machine's own costs the bubble is {bubble(timeline, model=1)[0]:.4f} of wall time: "
-            "the last stage also has the head and the loss, so stages are not equal")  # fmt: skip
-
-
-def _claim_equal(run: Run, gradient: float, norm: float, parameter: float, measured: list[Measured]) -> None:
-    tolerance = TOLERANCE[run.dtype]
-    pairs = zip(run.losses, run.reference_losses, strict=True)
-    loss = max(abs(a / b - 1) for a, b in pairs)
-    claim = run.evidence.claim
-    claim("losses equal one process, all steps", "largest relative difference 0", 0, loss, tolerance.loss)
-    claim(
-        "every gradient equals one process, all steps", "largest relative difference 0", 0, gradient, tolerance.gradient
-    )
-    claim("the global gradient norm, tied weight once", "relative difference 0", 0, norm, tolerance.loss)
-    claim("every parameter after the steps", "largest relative difference 0", 0, parameter, tolerance.parameter)
-    copies = [m.copies for m in measured if m.copies is not None]
-    if copies:
-        differing = (copies[0] != copies[-1]).sum().item()
-        claim("the two copies of the tied embedding", "differ in 0 elements", 0, differing)
-
-
-def _claim_messages(run: Run, measured: list[Measured], micro_shape: tuple[int, ...]) -> None:
-    stages, microbatches, steps = len(measured), run.args.microbatches, run.args.steps
-    message = torch.Size(micro_shape).numel() * DTYPES[run.args.dtype].itemsize
-    ends = range(stages)
-    counts = [sum(n for n, _ in m.messages.values()) / steps for m in measured]
-    volumes = [sum(b for _, b in m.messages.values()) / steps for m in measured]
-    expected = [microbatches * ((r < stages - 1) + (r > 0)) for r in ends]
-    run.evidence.each(
-        "messages sent per rank and step",
-        "m forward but on the last rank, m backward but on the first",
-        [(f"messages sent a step on rank {r}", expected[r], counts[r]) for r in ends],
-    )
-    run.evidence.each(
-        "bytes sent per rank and step",
-        f"messages x b·s·h elements = messages x {message:,}",
-        [(f"bytes sent a step on rank {r}", expected[r] * message, volumes[r]) for r in ends],
-    )
-
-
-def _claim_timeline(run: Run, measured: list[Measured], planned: Verdict) -> None:
-    executed = [[(e.label, e.start[0], e.end[0]) for e in m.events] for m in measured]
-    drawn = [[(e.label, e.start[0], e.end[0]) for e in row] for row in planned.events]
-    actions = sum(map(len, drawn))
-    equal = sum(a == b for rows in zip(executed, drawn, strict=True) for a, b in zip(*rows, strict=False))
-    run.evidence.claim(
-        "actions executed when the drawing above says", f"all {actions}, by the ranks' virtual clocks", actions, equal
-    )
-
-
-def bubble(timeline: list[list[Event]], model: int = 0) -> tuple[float, float]:
-    """Idle time over wall time, and over computing time, of a timeline under one of the clock's cost models."""
-    busy = sum(e.end[model] - e.start[model] for row in timeline for e in row)
-    wall = len(timeline) * max(row[-1].end[model] for row in timeline)
-    return 1 - busy / wall, wall / busy - 1
-
-
-def claim_bubble(run: Run, measured: list[Measured]) -> None:
-    """The bubble that GPipe and 1F1B share, from the timeline of the executed step."""
-    p, m = len(measured), run.args.microbatches
-    of_wall, of_ideal = bubble([each.events for each in measured])
-    run.evidence.claim(
-        "bubble over wall time", f"(p-1)/(m+p-1) = {p - 1}/{m + p - 1}", (p - 1) / (m + p - 1), of_wall, 1e-12
-    )
-    run.evidence.claim("bubble over ideal time", f"(p-1)/m = {p - 1}/{m}", (p - 1) / m, of_ideal, 1e-12)
-
-
-def claim_in_flight(run: Run, measured: list[Measured], formula: str, expected: Callable[[int], int]) -> None:
-    """Microbatches in flight on each rank, and the same in bytes that autograd really held."""
-    ranks = range(len(measured))
-    run.evidence.each(
-        "most microbatches in flight per rank",
-        formula,
-        [(f"in flight on rank {r}", expected(r), measured[r].in_flight) for r in ranks],
-    )
-    run.evidence.each(
-        "saved activations at the peak, in microbatches",
-        formula,
-        [(f"saved on rank {r}", expected(r), measured[r].peak_saved / measured[r].first_saved) for r in ranks],
-        1e-9,
-    )
