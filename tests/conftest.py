@@ -1,0 +1,33 @@
+import faulthandler
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.pool import Pool
+
+LONGEST_TEST = 120  # seconds
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    workers = Pool()
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(autouse=True)
+def _timeout() -> Iterator[None]:
+    """No test may hang: the alarm shows where it stood and fails it."""
+
+    def expire(*_: object) -> None:
+        faulthandler.dump_traceback()
+        raise TimeoutError(f"the test took more than {LONGEST_TEST} s")
+
+    signal.signal(signal.SIGALRM, expire)
+    signal.alarm(LONGEST_TEST)
+    yield
+    signal.alarm(0)

@@ -1,0 +1,149 @@
+"""The lessons as a reader starts them: claims, report, files, refusals, and a rank that dies."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pool import Pool
+
+LESSONS = ("naive", "gpipe", "1f1b")
+QUICK = ("--steps", "2", "--batch", "8", "--sequence", "16", "--hidden", "16")
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 1), (2, 8), (4, 4), (8, 2), (8, 8)])
+def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int, microbatches: int) -> None:
+    report = tmp_path / "report.json"
+    flags = (*QUICK, "--microbatches", str(microbatches), "--report", str(report))
+    outcome = pool.script(ranks, f"pipeline/{lesson}.py", *flags)
+    assert outcome.codes == [0] * ranks, outcome.err
+    written = json.loads(report.read_text())
+    assert written["script"] == f"pipeline/{lesson}.py"
+    assert (written["world_size"], written["backend"], written["device"]) == (ranks, "gloo", "cpu")
+    assert (written["dtype"], written["mesh"]) == ("float64", {"pp": ranks})
+    assert written["losses"] == pytest.approx(written["reference_losses"], rel=1e-10)
+    assert len(written["losses"]) == 2
+    assert written["config"]["microbatches"] == microbatches
+    assert written["claims"]
+    assert all(c["holds"] and abs(c["measured"] - c["expected"]) <= c["tolerance"] for c in written["claims"])
+    assert written["seconds"] > 0
+    assert written["tokens_per_second"] > 0
+    assert f"{len(written['claims'])} of {len(written['claims'])} claims held" in outcome.out
+    assert outcome.out.count("Lecture") == 1, "only rank 0 speaks"
+
+
+@pytest.mark.parametrize("flags", [("--dtype", "float32"), ("--dtype", "bfloat16"), ("--untied",), ("--clip", "1e9"),
+                                   ("--dropout", "0.2", "--attention", "softmax")])  # fmt: skip
+def test_options(pool: Pool, flags: tuple[str, ...]) -> None:
+    outcome = pool.script(4, "pipeline/1f1b.py", *QUICK, *flags)
+    assert outcome.codes == [0] * 4, outcome.out
+
+
+def test_own_text_and_files(pool: Pool, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question\n" * 20)
+    plot, trace = tmp_path / "plot.svg", tmp_path / "trace.json"
+    flags = ("--data", str(text), "--plot", str(plot), "--trace", str(trace))
+    outcome = pool.script(2, "pipeline/1f1b.py", *QUICK, *flags)
+    assert outcome.codes == [0, 0], outcome.err
+    assert "<svg" in plot.read_text()
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X" and e["pid"] == 0]
+    assert len(events) == 2 * 2 * 8
+    assert {e["dur"] for e in events if e["name"].endswith("B0")} == {2000.0}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plot.svg", "text.txt", "trace.json"], "no temporary file"
+
+
+REFUSED = {
+    "layers": (("--layers", "7"), "--layers 8"),
+    "fewer layers than stages": (("--layers", "2"), "--layers 4"),
+    "batch": (("--batch", "9"), "--batch 8"),
+    "no microbatch": (("--microbatches", "0"), "--microbatches 8"),
+    "heads": (("--heads", "3"), "--heads 2"),
+    "dtype": (("--dtype", "float16"), "bfloat16"),
+    "device": (("--device", "tpu"), "cuda"),
+    "no GPU": (("--device", "cuda"), "--device cpu"),
+    "not a number": (("--steps", "many"), "--steps"),
+    "no step": (("--steps", "0"), "--steps 20"),
+    "unknown flag": (("--stages", "4"), "--stages"),
+    "seed": (("--seed", "-1"), "--seed 0"),
+    "timeout": (("--timeout", "nan"), "--timeout 60"),
+    "learning rate": (("--lr", "0"), "--lr 1e-3"),
+    "dropout in sdpa": (("--dropout", "0.1"), "--attention softmax"),
+    "missing text": (("--data", "/nowhere/text"), "--data /nowhere/text: No such file"),
+    "text is a folder": (("--data", "/"), "--data /: "),
+    "empty text": (("--data", os.devnull), "the file is empty"),
+    "report folder": (("--report", "/nowhere/report.json"), "there is no folder /nowhere"),
+    "report is a folder": (("--report", "/"), "is a folder"),
+    "plot folder": (("--plot", "/nowhere/plot.svg"), "there is no folder"),
+    "trace folder": (("--trace", "/proc/trace.json"), "cannot write"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused(pool: Pool, case: str) -> None:
+    flags, hint = REFUSED[case]
+    outcome = pool.script(4, "pipeline/1f1b.py", *flags, started=1)  # alone: a process group would wait for the others
+    assert outcome.codes == [2], outcome.err
+    assert hint in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert outcome.err.startswith("pipeline/1f1b.py: ")
+    assert outcome.out == ""
+
+
+def test_every_rank_refuses_and_one_says_why(pool: Pool) -> None:
+    outcome = pool.script(3, "pipeline/gpipe.py", "--layers", "8")
+    assert outcome.codes == [2, 2, 2]
+    assert outcome.err.count("--layers 8: must be a multiple of the 3 stages") == 1
+    assert "2, 4, 8" in outcome.err
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_without_torchrun(pool: Pool, lesson: str) -> None:
+    outcome = pool.script(1, f"pipeline/{lesson}.py", torchrun=False)
+    assert outcome.codes == [2]
+    assert f"torchrun --nproc_per_node=8 pipeline/{lesson}.py" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_one_rank_is_too_few(pool: Pool) -> None:
+    outcome = pool.script(1, "pipeline/1f1b.py")
+    assert outcome.codes == [2]
+    assert "at least 2 ranks" in outcome.err
+
+
+def test_help(pool: Pool) -> None:
+    outcome = pool.script(2, "pipeline/1f1b.py", "--help")
+    assert outcome.codes == [0, 0]
+    assert outcome.out.count("usage:") == 1
+    assert "流水并行 1F1B" in outcome.out
+
+
+def test_divergence_stops_all_ranks_and_says_where(pool: Pool) -> None:
+    outcome = pool.script(2, "pipeline/1f1b.py", *QUICK, "--lr", "1e300")
+    assert outcome.codes == [1, 1]
+    assert "NaN or Inf at step 1 in the gradient of " in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_is_named_by_all_others(pool: Pool, how: signal.Signals) -> None:
+    killed_at = 0.0
+
+    def lose_rank_2(processes: list) -> None:
+        nonlocal killed_at
+        time.sleep(6)
+        os.kill(processes[2].pid, how)
+        killed_at = time.monotonic()
+        for rank in (0, 1, 3):
+            processes[rank].join(60)
+        assert time.monotonic() - killed_at < 12, "longer than --timeout"
+        processes[2].kill()
+
+    outcome = pool.script(4, "pipeline/1f1b.py", *QUICK, "--steps", "100000", "--timeout", "12", during=lose_rank_2)
+    assert outcome.codes == [1, 1, -signal.SIGKILL, 1], outcome.err
+    for rank in (0, 1, 3):
+        assert f"rank {rank}: lost rank 2" in outcome.err

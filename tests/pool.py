@@ -1,0 +1,193 @@
+"""Gloo workers for the tests, forked from one process that has imported torch once.
+
+`Pool.run` calls a function on n ranks that stay alive between the tests; `Pool.script` runs a lesson as torchrun
+would, in fresh processes. Both end within a timeout and show what the failing rank said.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+ROOT = Path(__file__).parent.parent
+LARGEST = 8
+
+
+@dataclass
+class Outcome:
+    """How a lesson ended on each rank."""
+
+    codes: list[int]
+    out: str  # of all ranks
+    err: str
+    seconds: float
+
+
+class WorkerError(AssertionError):
+    """A rank failed; the message holds its traceback."""
+
+
+class Pool:
+    """The workers of a test session."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        # torch.optim imports torch._dynamo when the first optimizer is made, which takes a second.
+        self._context.set_forkserver_preload(["torch", "torch._dynamo", "einops", "tabulate", "tests.pool"])
+        self._folder = tempfile.TemporaryDirectory()
+        self._workers: list[tuple[Any, Connection]] = []
+        self._calls = 0
+
+    def run(self, ranks: int, function: Callable, *args: Any, timeout: float = 60.0) -> list[Any]:
+        """function(*args) on each of `ranks` ranks of a fresh process group; the results in rank order.
+
+        Raises:
+            WorkerError: a rank raised, or none answered for `timeout` seconds.
+        """
+        while len(self._workers) < LARGEST:
+            mine, theirs = self._context.Pipe()
+            process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, mine))
+        self._calls += 1
+        store = os.path.join(self._folder.name, str(self._calls))
+        for rank in range(ranks):
+            self._workers[rank][1].send((function, args, rank, ranks, store, timeout))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        waiting = {self._workers[rank][1]: rank for rank in range(ranks)}
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._discard()
+                raise WorkerError(f"ranks {sorted(waiting.values())} gave no answer within {timeout} s")
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    good, results[rank] = connection.recv()
+                except EOFError:
+                    good, results[rank] = False, "the process died"
+                if not good:
+                    self._discard()  # the other ranks may be waiting for it
+                    raise WorkerError(f"rank {rank} of {ranks}:\n{results[rank]}")
+        return [results[rank] for rank in range(ranks)]
+
+    def script(
+        self,
+        ranks: int,
+        script: str,
+        *flags: str,
+        timeout: float = 90.0,
+        torchrun: bool = True,
+        started: int | None = None,
+        during: Callable[[list[Any]], None] | None = None,
+    ) -> Outcome:
+        """Run a lesson on `ranks` ranks, with torchrun's environment or as plain python.
+
+        Args:
+            started: start only the first so many ranks: enough for what happens before any process group exists.
+            during: called with the processes once they run.
+        """
+        began = time.monotonic()
+        port = _free_port()
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        processes = []
+        for rank in range(ranks if started is None else started):
+            job = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+            environment = {name: str(value) for name, value in job.items()} if torchrun else {}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+            arguments = (script, flags, environment, str(folder / str(rank)))
+            processes.append(self._context.Process(target=_play, args=arguments, daemon=True))
+            processes[-1].start()
+        if during:
+            during(processes)
+        for process in processes:
+            process.join(max(0.0, began + timeout - time.monotonic()))
+        hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for rank in hung:
+            processes[rank].kill()
+            processes[rank].join()
+
+        def said(stream: str) -> str:
+            return "".join((folder / f"{rank}.{stream}").read_text() for rank in range(len(processes)))
+
+        outcome = Outcome([p.exitcode for p in processes], said("out"), said("err"), time.monotonic() - began)
+        assert not hung, f"ranks {hung} did not end within {timeout} s\n{outcome.out}\n{outcome.err}"
+        return outcome
+
+    def _discard(self) -> None:
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers.clear()
+
+    def close(self) -> None:
+        self._discard()
+        self._folder.cleanup()
+
+
+def _work(connection: Connection) -> None:
+    """The life of one worker."""
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, rank, ranks, store, timeout = connection.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, ranks),
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=timeout / 2),
+            )
+            result = function(*args)
+            dist.barrier()
+            answer = (True, result)
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send(answer)
+        if not answer[0]:
+            time.sleep(timeout)  # killed with the other ranks; leaving first would make them fail too, and hide this
+        dist.destroy_process_group()
+
+
+def _play(script: str, flags: Sequence[str], environment: dict[str, str], log: str) -> None:
+    """Be one rank of a lesson: its output in files, its exit code this process's."""
+    for number, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    import torch
+
+    torch.set_num_threads(1)
+    path = ROOT / script
+    sys.argv = [str(path), *flags]
+    sys.path[0] = str(path.parent)
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
