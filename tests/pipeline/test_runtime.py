@@ -1,0 +1,218 @@
+"""The runtime on real processes: equal to one process in every corner, and careful with memory."""
+
+import gc
+import importlib
+import weakref
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+
+from core.gpt import GPT, GPTConfig, materialize, token_loss
+from core.ledger import Ledger
+from core.mesh import Mesh
+from core.oracle import Oracle, worst_difference
+from core.p2p import Mail
+from core.seeded import Draw
+from core.text import Text
+from pipeline.runtime import Pipeline
+from pipeline.schedules import Schedule, build
+from pipeline.stages import clip_and_total, cut, sum_tied_gradients
+from tests.pool import Pool
+
+CPU, SAMPLES, SEQUENCE, CLIP = torch.device("cpu"), 12, 8, 0.5
+optimizer_of = partial(torch.optim.AdamW, lr=1e-3)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    return Text(None, SEQUENCE).batch(7, step, SAMPLES)
+
+
+def frozen(name: str, prefixes: tuple[str, ...]) -> bool:
+    return name.startswith(prefixes)
+
+
+def train(config: GPTConfig, schedule: Schedule, freeze: tuple[str, ...], steps: int) -> tuple[list, list, list, list]:
+    """On one rank: losses, norms, the last step's gradients and the parameters after it, by full name."""
+    axis = Mesh("cpu", Ledger(), pp=dist.get_world_size())["pp"]
+    stage = materialize(cut(GPT(config), axis.index, axis.size), 7, CPU, torch.float64)
+    for name, p in stage.named_parameters():
+        p.requires_grad_(not frozen(stage.whole_name(name), freeze))
+    m = 1 + max(a.microbatch for a in schedule[0])
+    loss = partial(token_loss, tokens=SAMPLES * SEQUENCE)
+    pipeline = Pipeline(stage, loss, schedule, axis, (SAMPLES // m, SEQUENCE, config.hidden), torch.float64, CPU)
+    optimizer = optimizer_of(stage.parameters())
+    losses, norms, gradients = [], [], []
+    for step in range(steps):
+        optimizer.zero_grad()
+        inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in batch(step))
+        share = pipeline.step(inputs, targets, Draw(7, step, 0))
+        sum_tied_gradients(stage, axis)
+        gradients = [(stage.whole_name(n), p.grad.clone()) for n, p in stage.named_parameters() if p.grad is not None]
+        norm, total = clip_and_total(stage, axis, CLIP, share)
+        losses.append(total)
+        norms.append(norm)
+        optimizer.step()
+    pipeline.close()
+    return losses, norms, gradients, [(stage.whole_name(n), p.detach()) for n, p in stage.named_parameters()]
+
+
+def check_against_one_process(
+    pool: Pool, ranks: int, schedule: Schedule, config: GPTConfig, freeze: tuple[str, ...] = (), steps: int = 3
+) -> None:
+    oracle = Oracle(config, 7, CPU, torch.float64, optimizer_of, CLIP)
+    for name, p in oracle.model.named_parameters():
+        p.requires_grad_(not frozen(name, freeze))
+    losses, norms = [], []
+    for step in range(steps):
+        losses.append(oracle.step(*batch(step), Draw(7, step, 0)))
+        norms.append(oracle.norm)
+    results = pool.run(ranks, train, config, schedule, freeze, steps)
+    for rank_losses, rank_norms, _, _ in results:
+        assert rank_losses == pytest.approx(losses, rel=1e-10)
+        assert rank_norms == pytest.approx(norms, rel=1e-10)
+    assert worst_difference([g for r in results for g in r[2]], oracle.gradients) < 1e-10
+    assert worst_difference([p for r in results for p in r[3]], oracle.parameters()) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["naive", "gpipe", "1f1b"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
+def test_equals_one_process(pool: Pool, name: str, ranks: int) -> None:
+    config = GPTConfig(sequence=SEQUENCE, hidden=16, layers=ranks, heads=2)
+    for microbatches in (1, 2, 3, 12):  # fewer than stages, not a multiple of them, and more
+        check_against_one_process(pool, ranks, build(name, ranks, microbatches), config)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "options"),
+    [
+        ((), {"tied": False}),
+        ((), {"dropout": 0.3, "attention": "softmax"}),
+        (("embed.token",), {}),  # the tied weight: no gradient on either copy
+        (("embed", "blocks.0", "blocks.1."), {"tied": False}),  # nothing to train on the first stage
+        (("blocks.2", "blocks.3"), {}),  # nothing in the middle, but gradients pass through
+        (("norm", "head", "blocks.5", "blocks.4"), {"tied": False}),  # nothing on the last
+    ],
+)
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+def test_variants_equal_one_process(pool: Pool, name: str, freeze: tuple[str, ...], options: dict) -> None:
+    config = GPTConfig(sequence=SEQUENCE, hidden=16, layers=6, heads=2, **options)
+    check_against_one_process(pool, 3, build(name, 3, 4), config, freeze)
+
+
+def test_any_valid_schedule_runs(pool: Pool) -> None:
+    """The runtime knows no schedule: here backwards run in another order than forwards."""
+    rows = ["F0 F1 B1 F2 B0 F3 B3 B2", "F0 F1 B1 F2 B0 F3 B3 B2"]
+    schedule = [
+        [a._replace(kind=c[0], microbatch=int(c[1])) for a, c in zip(row, cells.split(), strict=True)]
+        for row, cells in zip(build("gpipe", 2, 4), rows, strict=True)
+    ]
+    check_against_one_process(pool, 2, schedule, GPTConfig(sequence=SEQUENCE, hidden=16, layers=2, heads=2))
+
+
+def misplaced() -> str:
+    axis = Mesh("cpu", Ledger(), pp=2)["pp"]
+    with pytest.raises(ValueError, match="must put stage r on rank r") as error:
+        Pipeline(nn.Identity(), token_loss, build("1f1b", 3, 4), axis, (1,), torch.float64, CPU)
+    return str(error.value)
+
+
+def test_a_schedule_for_other_ranks_is_refused(pool: Pool) -> None:
+    assert "each of the 2 ranks" in pool.run(2, misplaced)[0]
+
+
+# ---- Memory and messages
+
+
+class Watched(nn.Module):
+    """A stage that remembers its outputs weakly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+        self.outputs: list[weakref.ref] = []
+
+    def forward(self, x: Tensor, draw: Draw | None) -> Tensor:
+        y = x + self.linear(x)
+        self.outputs.append(weakref.ref(y.untyped_storage()))
+        return y
+
+
+def outputs_alive_in_first_backward() -> tuple[int, int] | None:
+    """On rank 0, when its first backward starts: outputs still in memory, microbatches in flight."""
+    axis = Mesh("cpu", Ledger(), pp=2)["pp"]
+    stage, seen = Watched(), []
+    pipeline = Pipeline(stage, lambda y, t: y.sum(), build("gpipe", 2, 6), axis, (3, 4), torch.float64, CPU)
+    backward = pipeline._backward
+
+    def spy(action: object) -> Tensor | None:
+        if not seen:
+            pipeline._mail.flush()
+            gc.collect()
+            seen.append((sum(o() is not None for o in stage.outputs), len(pipeline._kept)))
+        return backward(action)
+
+    pipeline._backward = spy
+    pipeline.step(torch.ones(6, 3, 4, dtype=torch.float64), torch.zeros(6, 1))
+    pipeline.close()
+    return seen[0] if axis.index == 0 else None
+
+
+def test_a_sent_output_is_let_go(pool: Pool) -> None:
+    assert pool.run(2, outputs_alive_in_first_backward)[0] == (0, 6)
+
+
+def a_send_does_not_wait() -> str:
+    """Rank 0 sends much more than any buffer holds before rank 1 asks for it, then rank 1 takes it backwards."""
+    axis = Mesh("cpu", Ledger(), pp=2)["pp"]
+    mail = Mail(axis, [(0, 1, "F")], CPU)
+    if axis.index == 0:
+        for tag in range(4):
+            mail.send(torch.full((1 << 20,), float(tag)), 1, "F", tag)
+        dist.barrier()
+        mail.close()
+    else:
+        dist.barrier()
+        got = [mail.receive(torch.empty(1 << 20), 0, "F", tag) for tag in (3, 2, 1, 0)]
+        return str([arrive()[0].item() for arrive in got])
+    return ""
+
+
+def test_sends_do_not_block_and_tags_find_their_message(pool: Pool) -> None:
+    assert pool.run(2, a_send_does_not_wait)[1] == "[3.0, 2.0, 1.0, 0.0]"
+
+
+# ---- torch's own pipelines carry out the same order
+
+
+def torchs_order(name: str, microbatches: int) -> list[str]:
+    """What torch.distributed.pipelining really does on this rank, action by action."""
+    from torch.distributed.pipelining import PipelineStage, schedules
+
+    rank, ranks, done = dist.get_rank(), dist.get_world_size(), []
+    stage = PipelineStage(nn.Linear(4, 4), rank, ranks, CPU)
+    for method, kind in (("forward_one_chunk", "F"), ("backward_one_chunk", "B")):
+
+        def spy(index: int, *args: object, _call: object = getattr(stage, method), _kind: str = kind, **more: object):
+            done.append(f"{rank}{_kind}{index}")
+            return _call(index, *args, **more)
+
+        setattr(stage, method, spy)
+    schedule = getattr(schedules, name)(stage, microbatches, loss_fn=lambda y, t: (y - t).square().sum())
+    data = torch.ones(microbatches, 4)
+    schedule.step(*([data] if rank == 0 else []), **({"target": data} if rank == ranks - 1 else {}))
+    return done
+
+
+@pytest.mark.parametrize(("ours", "torchs"), [("gpipe", "ScheduleGPipe"), ("1f1b", "Schedule1F1B")])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 3), (4, 4), (4, 9)])
+def test_the_order_is_torchs(pool: Pool, ours: str, torchs: str, ranks: int, microbatches: int) -> None:
+    executed = pool.run(ranks, torchs_order, torchs, microbatches)
+    assert executed == [[str(a) for a in row] for row in build(ours, ranks, microbatches)]
+
+
+def test_lessons_are_found_by_their_names() -> None:
+    assert importlib.import_module("pipeline.1f1b").schedule(1, 1) == build("1f1b", 1, 1)

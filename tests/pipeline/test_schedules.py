@@ -1,0 +1,193 @@
+"""Schedules without any process: their CSV, the rule for messages, the validator, and torch's own opinion."""
+
+import io
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.pipelining import schedules as torchs
+
+from pipeline.schedules import LESSONS, Action, Schedule, ScheduleError, build, from_csv, to_csv, with_communication
+from pipeline.validator import validate
+
+sizes = given(st.sampled_from(sorted(LESSONS)), st.integers(1, 9), st.integers(1, 20))
+
+
+def parse(*rows: str) -> Schedule:
+    return from_csv(rows)
+
+
+def as_torch(schedule: Schedule) -> dict[int, list]:
+    return {rank: [torchs._Action.from_str(str(a)) for a in row] for rank, row in enumerate(schedule)}
+
+
+# ---- What a valid schedule costs
+
+
+@settings(max_examples=200, deadline=None)
+@sizes
+def test_every_schedule_is_valid_and_its_bubble_is_the_slides(name: str, p: int, m: int) -> None:
+    verdict = validate(build(name, p, m))
+    if name == "naive":
+        assert verdict.bubble_of_wall == pytest.approx((p - 1) / p, abs=1e-12)
+        assert verdict.in_flight == [1] * p
+        return
+    assert verdict.bubble_of_wall == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
+    assert verdict.bubble_of_ideal == pytest.approx((p - 1) / m, abs=1e-12)
+    assert verdict.makespan == 3 * (m + p - 1)
+    assert verdict.busy == [3 * m] * p
+    assert verdict.in_flight == ([m] * p if name == "gpipe" else [min(m, p - r) for r in range(p)])
+
+
+def test_costs_and_messages_move_the_times() -> None:
+    one = parse("0F0,0B0", "1F0,1B0")
+    assert validate(one, {"F": 5.0, "B": 7.0}).makespan == 2 * (5 + 7)
+    assert validate(one, message=0.5).makespan == 2 * 3 + 2 * 0.5
+    several_stages = parse("0F0,2F0,2B0,0B0", "1F0,1B0")  # two stages on rank 0: still a message each way
+    assert validate(several_stages, message=0.5).makespan == 9 + 4 * 0.5
+    assert validate(several_stages).in_flight == [2, 1]
+
+
+# ---- What the validator must refuse. torch's accepts the first four.
+
+ACCEPTED_BY_TORCH = {
+    "a forward twice": (["0F0,0F1,0F1,0B0,0B1", "1F0,1B0,1F1,1B1"], "rank 0, position 2, 0F1: done twice"),
+    "a backward twice": (["0F0,0F1,0B0,0B1,0B1", "1F0,1B0,1F1,1B1"], "rank 0, position 4, 0B1: done twice"),
+    "one never runs backward, another twice": (
+        ["0F0,0F1,0B0,0B1", "1F0,1F1,1B0,1B0,1B5"],
+        "rank 1, position 3, 1B0: done twice",
+    ),
+    "ranks wait for each other": (
+        ["0F0,0B0,0F1,0B1", "1F1,1B1,1F0,1B0"],
+        "deadlock: rank 0, position 1, 0B0 waits for 1B0; rank 1, position 0, 1F1 waits for 0F1",
+    ),
+}
+REFUSED = {
+    "nothing": ([], "no action"),
+    "an empty rank": (["0F0,0B0", ""], "rank 1 has no action"),
+    "backward first": (["0B0,0F0"], "rank 0, position 0, 0B0: backward before its forward"),
+    "no backward": (["0F0,0F1,0B0"], "rank 0: 0B1 is missing"),
+    "a microbatch left out": (["0F0,0B0,0F2,0B2"], "rank 0: 0F1 is missing"),
+    "a stage left out": (["0F0,0B0", "2F0,2B0"], "every rank: 1F0 is missing"),
+    "a stage on two ranks": (["0F0,0B0", "0F1,0B1"], "rank 1, position 0, 0F1: stage 0 is already on rank 0"),
+    "a stage with fewer microbatches": (["0F0,0F1,0B0,0B1", "1F0,1B0"], "rank 1: 1F1 is missing"),
+    "backwards in another order": (
+        ["0F0,0F1,0B1,0B0,0F2,0B2", "1F0,1B0,1F1,1F2,1B2,1B1"],
+        "deadlock: rank 0, position 2, 0B1 waits for 1B1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", {**ACCEPTED_BY_TORCH, **REFUSED})
+def test_a_bad_schedule_is_refused(case: str) -> None:
+    rows, why = {**ACCEPTED_BY_TORCH, **REFUSED}[case]
+    with pytest.raises(ScheduleError) as error:
+        validate(parse(*rows))
+    assert why in str(error.value)
+
+
+def test_a_send_is_no_compute_action() -> None:
+    with pytest.raises(ScheduleError, match="rank 0, position 0, 0SEND_F0: not a compute action"):
+        validate([[Action(0, "SEND_F", 0)]])
+
+
+@pytest.mark.parametrize("case", [c for c in ACCEPTED_BY_TORCH if "another twice" not in c])
+def test_torch_accepts_what_we_refuse(case: str) -> None:
+    torchs._validate_schedule(as_torch(parse(*ACCEPTED_BY_TORCH[case][0])), 2, 2, 2)
+
+
+def test_torch_accepts_a_backward_missing_and_another_of_no_microbatch() -> None:
+    schedule = parse("0F0,0F1,0B0,0B1", "1F0,1F1,1B0,1B0")
+    with pytest.raises(ScheduleError, match="rank 1, position 3, 1B0: done twice"):
+        validate(schedule)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from(sorted(LESSONS)), st.integers(1, 5), st.integers(1, 6))
+def test_no_change_of_one_action_passes(data: st.DataObject, name: str, p: int, m: int) -> None:
+    """Dropping, repeating or replacing any one action makes a schedule invalid."""
+    schedule = build(name, p, m)
+    rank = data.draw(st.integers(0, p - 1))
+    position = data.draw(st.integers(0, len(schedule[rank]) - 1))
+    action = schedule[rank][position]
+    other = Action(action.stage, data.draw(st.sampled_from("FB")), data.draw(st.integers(0, m)))
+    if other == action:
+        other = action._replace(microbatch=action.microbatch + 1)
+    change = data.draw(st.sampled_from(["drop", "repeat", "replace"]))
+    schedule[rank][position : position + 1] = {"drop": [], "repeat": [action, action], "replace": [other]}[change]
+    with pytest.raises(ScheduleError):
+        validate(schedule)
+
+
+# ---- Messages
+
+
+@settings(max_examples=200, deadline=None)
+@sizes
+def test_messages_are_asked_for_one_action_ahead_in_the_senders_order(name: str, p: int, m: int) -> None:
+    schedule = build(name, p, m)
+    program = with_communication(schedule)
+    for rank, row in enumerate(program):
+        assert [a for a in row if a.kind in "FB"] == schedule[rank], "the compute actions stay as they are"
+        for receive, sender, needing in (("RECV_F", rank - 1, "F"), ("RECV_B", rank + 1, "B")):
+            asked = [a.microbatch for a in row if a.kind == receive]
+            if not 0 <= sender < p:
+                assert asked == []
+                continue
+            assert Counter(asked) == Counter(range(m))
+            assert asked == [a.microbatch for a in program[sender] if a.kind == receive.replace("RECV", "SEND")]
+            for i in range(m):
+                ask, need = row.index(Action(rank, receive, i)), row.index(Action(rank, needing, i))
+                between = [a for a in row[ask:need] if a.kind in "FB"]
+                assert ask < need
+                assert len(between) == min(1, sum(a.kind in "FB" for a in row[:need])), "one action ahead, no more"
+        for position, action in enumerate(row):
+            if action.kind.startswith("SEND"):
+                assert row[position - 1] == action._replace(kind=action.kind[-1]), "right after what made it"
+
+
+# ---- CSV, and torch as a reader of it
+
+
+@settings(deadline=None)
+@sizes
+def test_csv_round_trip(name: str, p: int, m: int) -> None:
+    schedule, text = build(name, p, m), io.StringIO()
+    to_csv(schedule, text)
+    assert from_csv(io.StringIO(text.getvalue())) == schedule
+
+
+def test_csv_names_the_bad_cell() -> None:
+    with pytest.raises(ScheduleError, match="rank 1, position 2: '1X0' is no action"):
+        parse("0F0,0B0", "1F0,,1X0")
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_torch_reads_validates_and_simulates_our_csv(name: str) -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "pipeline.schedules", name, "--stages", "4", "--microbatches", "6", "--csv"],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    rows = {r: [torchs._Action.from_str(cell) for cell in line.split(",")] for r, line in enumerate(printed.split())}
+    torchs._validate_schedule(rows, 4, 4, 6)
+    with_messages = torchs._add_send_recv(rows, lambda stage: stage, 4)
+    torchs._simulate_comms_compute(with_messages, lambda stage: stage, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("1f1b", "--stages", "0", "--microbatches", "4"), "--stages 0: must be at least 1"),
+        (("1f1b", "--stages", "4", "--microbatches", "4", "--chunks", "2"), "--chunks 2: 1f1b holds one stage a rank"),
+        (("2f2b", "--stages", "4", "--microbatches", "4"), "invalid choice: '2f2b'"),
+    ],
+)
+def test_the_command_refuses(flags: tuple[str, ...], why: str) -> None:
+    command = [sys.executable, "-m", "pipeline.schedules", *flags]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert outcome.returncode == 2
+    assert why in outcome.stderr
+    assert "Traceback" not in outcome.stderr
