@@ -1,0 +1,78 @@
+"""The rules of the house that a look at the tree can see."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOPICS = {"zero", "megatron_tp", "sequence_parallel", "pipeline", "expert_parallel"}
+HOUSE = {"core", "cluster", "tests"} | TOPICS
+FILES = [p for folder in sorted(HOUSE) for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names & HOUSE
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_house(path: Path) -> None:
+    folder = path.relative_to(ROOT).parts[0]
+    allowed = {"core": {"core"}, "cluster": HOUSE - {"tests"}, "tests": HOUSE}.get(folder, {"core", folder})
+    assert imports(path) <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_path_tricks_and_no_long_files(path: Path) -> None:
+    text = path.read_text()
+    if path.relative_to(ROOT).parts[0] != "tests":
+        assert "sys.path" not in text
+        assert len(text.splitlines()) <= 300
+
+
+def test_ruff_is_content() -> None:
+    for command in (["check"], ["format", "--check"]):
+        outcome = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert outcome.returncode == 0, outcome.stdout
+
+
+def test_run_all_and_both_readmes_name_every_lesson() -> None:
+    lessons = {
+        str(p.relative_to(ROOT))
+        for topic in (*TOPICS, "cluster")
+        for p in (ROOT / topic).glob("*.py")
+        if 'if __name__ == "__main__"' in p.read_text() and "Lesson(" in p.read_text()
+    }
+    assert lessons >= {"pipeline/naive.py", "pipeline/gpipe.py", "pipeline/1f1b.py"}
+    assert set(re.findall(r"^  (\w+/\w+\.py)$", (ROOT / "run_all.sh").read_text(), re.MULTILINE)) == lessons
+    for readme in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / readme).read_text()
+        assert {lesson for lesson in lessons if f"`{lesson}`" in text} == lessons, readme
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.endswith("&& pytest")]
+    assert len(commands) == 1
+    for readme in ("README.md", "README.zh-CN.md"):
+        assert commands[0] in (ROOT / readme).read_text(), readme
+
+
+@pytest.mark.parametrize("nproc", ["0", "many"])
+def test_run_all_refuses(nproc: str) -> None:
+    outcome = subprocess.run(
+        [str(ROOT / "run_all.sh")], env={"NPROC": nproc, "PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+        check=False, timeout=30,
+    )  # fmt: skip
+    assert outcome.returncode == 2
+    assert f"NPROC={nproc}" in outcome.stderr
