@@ -59,11 +59,11 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """The ranks' tensors of equal shape, joined along `dim` in the order of the axis."""
     if axis.size == 1:
         return x
-    parts = x.new_empty(axis.size, *x.shape)
-    _record("all-gather", axis, parts, (axis.size - 1) / axis.size)
-    work = dist.all_gather_into_tensor(parts, x.contiguous(), axis.group, async_op=True)
+    rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    _record("all-gather", axis, rows, (axis.size - 1) / axis.size)
+    work = dist.all_gather_single(rows, x.contiguous(), axis.group, async_op=True)
     wait(work, f"all-gather over {axis.name}")
-    return parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(), dim)
+    return rows if dim == 0 else torch.cat(rows.chunk(axis.size), dim)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -83,7 +83,7 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
         wait(dist.all_to_all_single(received, parts, group=axis.group, async_op=True), what)
         return received.sum(0)
     mine = torch.empty_like(parts[0])
-    wait(dist.reduce_scatter_tensor(mine, parts, group=axis.group, async_op=True), what)
+    wait(dist.reduce_scatter_single(mine, parts, group=axis.group, async_op=True), what)
     return mine
 
 

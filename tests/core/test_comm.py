@@ -1,0 +1,192 @@
+"""Mesh, collectives, their autograd pairs and the ledger, on real ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core import comm, p2p
+from core.ledger import Ledger
+from core.mesh import Axis, Mesh, axis_groups, axis_sizes
+from tests.pool import Pool
+
+# ---- Mesh: the course's example and Megatron's order string
+
+
+def test_the_groups_of_the_slide() -> None:
+    sizes = axis_sizes(16, tp=4, dp=2, pp=2)
+    assert axis_groups(sizes, "tp") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert axis_groups(sizes, "dp")[:5] == [[0, 4], [1, 5], [2, 6], [3, 7], [8, 12]]
+    assert axis_groups(sizes, "pp") == [[r, r + 8] for r in range(8)]
+    folded = axis_sizes(16, tp=4, dp=2, pp=2, ep=4)
+    assert folded["edp"] == 2
+    assert axis_groups(folded, "ep")[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert axis_groups(folded, "edp")[:2] == [[0, 4], [1, 5]]
+    assert axis_groups(folded, "pp") == axis_groups(sizes, "pp"), "both worlds have the same pipelines"
+
+
+def test_the_order_string_decides_who_are_neighbours() -> None:
+    sizes = axis_sizes(8, tp=2, cp=2, dp=2)
+    assert axis_groups(sizes, "tp") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert axis_groups(sizes, "cp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert axis_groups(sizes, "dp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert axis_groups(sizes, "dp", "dp-tp-cp-ep-pp") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [({"tp": 3}, "use torchrun --nproc_per_node=3"), ({"tp": 0}, "--tp 0"), ({"tp": 8, "ep": 3}, "--ep 3")],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes: dict, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        axis_sizes(8, **sizes)
+
+
+def test_a_wrong_order_is_refused() -> None:
+    with pytest.raises(ValueError, match="--order tp-pp"):
+        axis_groups(axis_sizes(2, tp=2), "tp", "tp-pp")
+
+
+def sums_over_axes(sizes: dict) -> dict[str, float]:
+    mesh = Mesh("cpu", Ledger(), **sizes)
+    names = ["tp", "cp", "dp", "pp"] + (["etp", "ep", "edp"] if "ep" in sizes else [])
+    return {n: comm.all_reduce(torch.tensor([2.0 ** dist.get_rank()]), mesh[n]).item() for n in names}
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"pp": 8}, {"tp": 2, "pp": 4}, {"tp": 2, "cp": 2, "dp": 2}, {"dp": 4, "pp": 2, "ep": 2}]
+)
+def test_groups_join_the_right_ranks(pool: Pool, sizes: dict) -> None:
+    for rank, sums in enumerate(pool.run(8, sums_over_axes, sizes)):
+        for name, total in sums.items():
+            line = next(g for g in axis_groups(axis_sizes(8, **sizes), name) if rank in g)
+            assert total == sum(2.0**r for r in line), name
+
+
+# ---- Collectives: result, and what the ledger counted
+
+
+def world() -> Axis:
+    return Mesh("cpu", Ledger(), tp=dist.get_world_size())["tp"]
+
+
+def collectives() -> tuple[dict[str, Tensor], dict[str, tuple[int, float, float]]]:
+    axis = world()
+    n, r = axis.size, axis.index
+    x = (torch.arange(12.0).reshape(4, 3) + 100 * r).double()
+    wide = torch.arange(2.0 * n).reshape(2, n).T.contiguous() + 100 * r  # (n, 2)
+    results = {
+        "all_reduce": comm.all_reduce(x.clone(), axis),
+        "max": comm.all_reduce(x.clone(), axis, dist.ReduceOp.MAX),
+        "gather_rows": comm.all_gather(x, axis),
+        "gather_columns": comm.all_gather(x, axis, dim=1),
+        "scatter_rows": comm.reduce_scatter(wide, axis),
+        "scatter_columns": comm.reduce_scatter(wide.T, axis, dim=1),
+        # rank r gives i rows to rank i: rows that say whose they are
+        "all_to_all": comm.all_to_all(torch.full((n * (n - 1) // 2, 2), float(r)), axis, list(range(n)), [r] * n),
+        "exchange": p2p.exchange(x, axis, n - 1 - r) if r in (0, n - 1) and n > 1 else x,
+    }
+    return results, {op: (t.messages, t.elements, t.bytes) for (op, _), t in axis.ledger.traffic.items()}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_collectives(pool: Pool, n: int) -> None:
+    xs = [(torch.arange(12.0).reshape(4, 3) + 100 * r).double() for r in range(n)]
+    wides = [torch.arange(2.0 * n).reshape(2, n).T + 100 * r for r in range(n)]
+    for r, (results, counted) in enumerate(pool.run(n, collectives)):
+        assert (results["all_reduce"] == sum(xs)).all()
+        assert (results["max"] == xs[-1]).all()
+        assert (results["gather_rows"] == torch.cat(xs)).all()
+        assert (results["gather_columns"] == torch.cat(xs, 1)).all()
+        assert (results["scatter_rows"] == sum(wides)[r : r + 1]).all()
+        assert (results["scatter_columns"] == sum(wides).T[:, r : r + 1]).all()
+        expected = torch.arange(n).repeat_interleave(r) if n > 1 else torch.zeros(0)
+        assert results["all_to_all"][:, 0].tolist() == expected.tolist()
+        if n == 1:
+            assert counted == {}, "nothing is sent where there is nobody else"
+            continue
+        assert (results["exchange"] == xs[n - 1 - r if r in (0, n - 1) else r]).all()
+        ring = (n - 1) / n
+        sent = n * (n - 1) // 2 - r  # rows to others
+        assert counted["all-reduce"] == pytest.approx((2, 2 * 2 * ring * 12, 2 * 2 * ring * 12 * 8))
+        assert counted["all-gather"] == pytest.approx((2, 2 * ring * 12 * n, 2 * ring * 12 * n * 8))
+        assert counted["reduce-scatter"] == pytest.approx((2, 2 * ring * 2 * n, 2 * ring * 2 * n * 4))
+        assert counted["all-to-all"] == (1, sent * 2, sent * 2 * 4)
+        assert counted.get("exchange") == ((1, 12, 12 * 8) if r in (0, n - 1) else None)
+
+
+# ---- The autograd pairs: against the same computation in one process
+
+
+def region(pair: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Each rank's y = region(x) and the gradients of sum(w y) w.r.t. x, with x and w as the pair expects them."""
+    axis = world()
+    whole = torch.arange(24.0, dtype=torch.float64).reshape(2, 4, 3).sin()
+    shared = pair in ("copy_to", "split_to")
+    own = whole if shared else whole * (axis.index + 1)
+    x = own.clone().requires_grad_()
+    call = getattr(comm, pair)
+    y = call(x, axis) if pair in ("copy_to", "reduce_from") else call(x, axis, 1)
+    alike = pair in ("reduce_from", "gather_from")  # a result that all ranks use in the same way
+    w = torch.arange(y.numel(), dtype=torch.float64).reshape(y.shape).cos() * (1 if alike else axis.index + 2)
+    y.backward(w)
+    return y.detach(), w, x.grad
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("pair", ["copy_to", "reduce_from", "split_to", "gather_from", "gather_for", "scatter_from"])
+def test_autograd_pairs(pool: Pool, pair: str, n: int) -> None:
+    whole = torch.arange(24.0, dtype=torch.float64).reshape(2, 4, 3).sin()
+    results = pool.run(n, region, pair)
+    shared = pair in ("copy_to", "split_to")
+    xs = [whole.clone().requires_grad_()] * n if shared else [(whole * (r + 1)).requires_grad_() for r in range(n)]
+    match pair:
+        case "copy_to":
+            ys = xs
+        case "split_to":
+            ys = [part.contiguous() for part in xs[0].chunk(n, 1)]
+        case "reduce_from":
+            ys = [sum(xs)] * n
+        case "scatter_from":
+            ys = [part.contiguous() for part in sum(xs).chunk(n, 1)]
+        case "gather_from" | "gather_for":
+            ys = [torch.cat(xs, 1)] * n
+    alike = pair in ("reduce_from", "gather_from")
+    weights = [w for _, w, _ in results]
+    for x in dict.fromkeys(xs):
+        x.retain_grad()
+    total = (ys[0] * weights[0]).sum() if alike else sum((y * w).sum() for y, w in zip(ys, weights, strict=True))
+    total.backward()
+    for (y, _, gradient), expected, x in zip(results, ys, xs, strict=True):
+        assert torch.allclose(y, expected, rtol=1e-14, atol=1e-14)
+        assert torch.allclose(gradient, x.grad, rtol=1e-14, atol=1e-14)
+
+
+def reuse_of_a_gradient() -> Tensor:
+    """The gradient that enters copy_to's backward is used elsewhere too: the all-reduce must not write to it."""
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    y = comm.copy_to(x, world())
+    (y + x).backward(torch.full((3,), 2.0, dtype=torch.float64))
+    return x.grad
+
+
+def test_backward_does_not_overwrite(pool: Pool) -> None:
+    assert pool.run(3, reuse_of_a_gradient)[0].tolist() == [3 * 2.0 + 2.0] * 3
+
+
+def a_peer_is_silent() -> str:
+    axis = world()
+    if axis.index == 1:
+        return ""
+    arrive = p2p.Mail(axis, [], torch.device("cpu")).receive(torch.empty(1), 1, "F", 0)
+    with pytest.raises(comm.PeerError) as error:
+        arrive()
+    return str(error.value)
+
+
+def test_a_wait_ends_and_names_the_peer(pool: Pool) -> None:
+    try:
+        said = pool.run(2, a_peer_is_silent, timeout=6)[0]
+    except AssertionError as error:  # the last barrier of the pool may fail too: rank 0's connections are closed
+        said = str(error)
+    assert "receive (F) from rank 1" in said or "rank 1 of 2" in said
