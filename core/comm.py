@@ -83,7 +83,7 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
         wait(dist.all_to_all_single(received, parts, group=axis.group, async_op=True), what)
         return received.sum(0)
     mine = torch.empty_like(parts[0])
-    wait(dist.reduce_scatter_single(mine, parts, group=axis.group, async_op=True), what)
+    wait(dist.reduce_scatter_single(mine, parts.flatten(0, 1), group=axis.group, async_op=True), what)
     return mine
 
 

@@ -122,27 +122,30 @@ def launch(device: torch.device, timeout: float) -> Iterator[Job]:
     try:
         alone = {} if here.by_torchrun else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backends, timeout=timedelta(seconds=timeout), **alone)
+        watch = Watch(here.rank, here.world_size, timeout)
     except (RuntimeError, ValueError) as error:
         _leave(f"rank {here.rank}: could not meet the other ranks within {timeout:.0f} s: {str(error).splitlines()[0]}")
-    watch = Watch(here.rank, here.world_size, timeout)
     try:
-        yield Job(here.rank, here.world_size, device, backend)
-        with answered("the last barrier"):
+        try:
+            yield Job(here.rank, here.world_size, device, backend)
+            code = 0
+        except Stop as stop:
+            if here.rank == 0:
+                print(f"stopped: {stop}", file=sys.stderr, flush=True)
+            code = 1
+        with answered("the end of the job"):
             dist.barrier()  # nobody leaves, and looks dead, while another still works
-    except Stop as stop:
-        if here.rank == 0:
-            print(f"stopped: {stop}", file=sys.stderr, flush=True)
-        dist.barrier()
-        watch.end()
-        sys.exit(1)
+            watch.end()
+            dist.barrier()  # nor takes the store away while another still listens
     except (PeerError, dist.DistError) as error:
         watch.report_loss(str(error))
     except Exception:
         # Printed here, not at exit: the other ranks notice at once, and torchrun ends this one while they do.
         traceback.print_exc()
         _leave(f"rank {here.rank}: failed with the error above")
-    watch.end()
     dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 class Watch:
@@ -207,6 +210,7 @@ class Watch:
         """Stop listening: the job is over."""
         self._ended = True
         if self._thread:
+            self._wake.send(b"\0")
             self._thread.join()
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -237,8 +237,11 @@ def write_file(path: str, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(target)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,83 @@
+"""Ranks that fail, fall silent or never come: the others stop, and say who."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.pool import Pool
+
+
+def script(folder: Path, body: str) -> str:
+    """A script that is a rank of a job and then does `body`, with a timeout of 10 s."""
+    head = """
+        import sys, time
+        import torch, torch.distributed as dist
+        from core import comm
+        from core.launch import Stop, launch
+        from core.ledger import Ledger
+        from core.mesh import Mesh
+
+        with launch(torch.device("cpu"), 10.0) as job:
+    """
+    path = folder / "script.py"
+    path.write_text(
+        textwrap.dedent(head).strip() + "\n" + textwrap.indent(textwrap.dedent(body).strip(), "    ") + "\n"
+    )
+    return str(path)
+
+
+def test_one_process_needs_no_torchrun(pool: Pool, tmp_path: Path) -> None:
+    path = script(tmp_path, "print(job.gather('a'), job.share('b'), job.world_size, job.backend)")
+    outcome = pool.script(1, path, torchrun=False)
+    assert (outcome.codes, outcome.out, outcome.err) == ([0], "['a'] b 1 gloo\n", "")
+
+
+def test_an_orderly_end_is_silent(pool: Pool, tmp_path: Path) -> None:
+    path = script(
+        tmp_path, "time.sleep(job.rank)\nprint(job.gather(job.rank), job.share(7 if job.rank == 0 else None))"
+    )
+    outcome = pool.script(3, path)
+    assert (outcome.codes, outcome.err) == ([0, 0, 0], "")
+    assert outcome.out == "[0, 1, 2] 7\n[] 7\n[] 7\n"
+
+
+def test_a_rank_with_a_bug_shows_it_and_is_named(pool: Pool, tmp_path: Path) -> None:
+    body = """
+        axis = Mesh("cpu", Ledger(), dp=3)["dp"]
+        if job.rank == 1:
+            raise KeyError("a bug")
+        comm.all_reduce(torch.ones(3), axis)
+    """
+    outcome = pool.script(3, script(tmp_path, body))
+    assert outcome.codes == [1, 1, 1]
+    assert outcome.err.count("KeyError: 'a bug'") == 1
+    for rank in (0, 2):
+        assert f"rank {rank}: lost rank 1 (all-reduce over dp failed: " in outcome.err
+
+
+def test_a_rank_that_lives_but_is_silent(pool: Pool, tmp_path: Path) -> None:
+    body = """
+        axis = Mesh("cpu", Ledger(), dp=2)["dp"]
+        if job.rank == 1:
+            time.sleep(25)
+        comm.all_reduce(torch.ones(3), axis)
+    """
+    outcome = pool.script(2, script(tmp_path, body), timeout=40)
+    assert outcome.codes == [1, 1]
+    assert outcome.seconds < 35
+    assert "rank 0: all-reduce over dp failed: Timed out waiting 10000ms" in outcome.err
+    assert "every other rank is alive" in outcome.err
+
+
+def test_stop_is_said_once(pool: Pool, tmp_path: Path) -> None:
+    outcome = pool.script(3, script(tmp_path, "raise Stop('enough')"))
+    assert (outcome.codes, outcome.err) == ([1, 1, 1], "stopped: enough\n")
+
+
+@pytest.mark.parametrize("started", [1, 2])
+def test_a_rank_that_never_comes(pool: Pool, tmp_path: Path, started: int) -> None:
+    outcome = pool.script(3, script(tmp_path, "pass"), started=started, timeout=40)
+    assert outcome.codes == [1] * started
+    assert "rank 0: could not meet the other ranks within 10 s" in outcome.err
+    assert "Traceback" not in outcome.err

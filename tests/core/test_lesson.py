@@ -1,0 +1,127 @@
+"""The frame of a script: claims, report, refusals, and the device."""
+
+import json
+import math
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from core.launch import Place, choose_device
+from core.lesson import Claim, Evidence, Lesson, Run, check_writable, write_file
+
+HERE = Place(0, 4, 0, 4, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("expected", "measured", "tolerance", "holds"),
+    [(3, 3, 0, True), (3, 3.0000001, 0, False), (0, 1e-11, 1e-10, True), (0, -2e-10, 1e-10, False),
+     (0, math.nan, 1, False), (0, math.inf, 1e9, False), (math.nan, math.nan, 1, False)],
+)  # fmt: skip
+def test_a_claim_holds_within_its_tolerance_only(
+    expected: float, measured: float, tolerance: float, holds: bool
+) -> None:
+    assert Claim("", "", expected, measured, tolerance).holds is holds
+
+
+def test_one_failing_case_fails_the_row() -> None:
+    evidence = Evidence()
+    evidence.claim("good", "1", 1, 1)
+    evidence.each("per rank", "r", [("rank 0", 0, 0), ("rank 1", 1, 2)])
+    assert [c.holds for c in evidence.claims] == [True, True, False]
+    good, bad = evidence.table().splitlines()[2:]
+    assert good.split()[-1] == "yes"
+    assert bad.split()[-3:] == ["0", "2", "NO"]
+
+
+def lesson_with(*claims: tuple[float, float]) -> int:
+    """The exit code of a lesson that makes these claims: (expected, measured)."""
+
+    def teach(run: Run) -> None:
+        for expected, measured in claims:
+            run.evidence.claim("a claim", "formula", expected, measured)
+        run.losses = [math.nan]
+
+    frame = Lesson("topic/script.py", "00", "A title", "标题", "A summary.")
+    return frame.main(lambda args, ranks: None, teach)
+
+
+@pytest.mark.parametrize(("claims", "code"), [([(1, 1)], 0), ([(1, 1), (1, 2)], 1), ([], 1)])
+def test_exit_code_and_report(
+    claims: list, code: int, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "r.json"
+    monkeypatch.setattr("sys.argv", ["script.py", "--report", str(report), "--device", "cpu"])
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert lesson_with(*claims) == code
+    assert "Lecture 00: A title · 标题" in capsys.readouterr().out
+    written = json.loads(report.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert set(written) == {"script", "lecture", "world_size", "backend", "device", "dtype", "mesh", "config", "losses",
+                            "reference_losses", "claims", "seconds", "tokens_per_second"}  # fmt: skip
+    assert written["losses"] == [None]
+    for claim, (expected, measured) in zip(written["claims"], claims, strict=True):
+        assert claim == {"claim": "a claim", "formula": "formula", "expected": expected, "measured": measured,
+                         "tolerance": 0.0, "holds": expected == measured}  # fmt: skip
+
+
+def test_plot_needs_matplotlib(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["script.py", "--plot", "x.svg"])
+    with patch("core.lesson.find_spec", lambda name: None):
+        assert lesson_with((1, 1)) == 2
+    assert "pip install -e '.[plot]'" in capsys.readouterr().err
+
+
+# ---- Files
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_file(str(path), "old")
+    with patch.object(Path, "replace", side_effect=OSError), pytest.raises(OSError):
+        write_file(str(path), "new")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    check_writable("--report", str(tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="--report .* is a folder"):
+        check_writable("--report", str(tmp_path))
+    with pytest.raises(ValueError, match="there is no folder"):
+        check_writable("--report", str(tmp_path / "no" / "file"))
+    if os.geteuid():
+        tmp_path.chmod(0o500)
+        with pytest.raises(ValueError, match="cannot write in"):
+            check_writable("--report", str(tmp_path / "new"))
+
+
+# ---- The device
+
+
+@pytest.mark.parametrize(
+    ("requested", "gpus", "device", "why"),
+    [("auto", 0, "cpu", "0 GPUs for 4 ranks"), ("auto", 2, "cpu", "2 GPUs for 4 ranks"),
+     ("auto", 4, "cuda:0", "4 GPUs"), ("cpu", 8, "cpu", "asked for"), ("cuda", 8, "cuda:0", "8 GPUs for 4 ranks")],
+)  # fmt: skip
+def test_gpus_where_there_are_enough(requested: str, gpus: int, device: str, why: str) -> None:
+    with _gpus(gpus):
+        chosen, reason = choose_device(requested, HERE)
+    assert str(chosen) == device
+    assert why in reason
+
+
+@pytest.mark.parametrize(("gpus", "hint"), [(0, "use --device cpu$"), (2, "or torchrun --nproc_per_node=2$")])
+def test_too_few_gpus_are_refused(gpus: int, hint: str) -> None:
+    with _gpus(gpus), pytest.raises(ValueError, match=f"--device cuda: 4 ranks .* it has {gpus}; .*{hint}"):
+        choose_device("cuda", HERE)
+
+
+def _gpus(count: int):
+    return patch.multiple(
+        torch.accelerator,
+        current_accelerator=lambda check_available=False: torch.device("cuda") if count else None,
+        device_count=lambda: count,
+    )
