@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -184,27 +184,29 @@ class Watch:
             try:
                 self._listen()
             except RuntimeError:
-                if not self._ended:
-                    _leave(f"rank {self.rank}: lost the job's store (torchrun, or the rank that holds it, is gone)")
-                return
+                if self._ended:
+                    return
+                if silent := self._silent(QUIET / 2):
+                    self._blame(silent, "and then the job's store")
+                by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                _leave(f"rank {self.rank}: lost {'torchrun' if by_torchrun else 'rank 0'}, which held the job's store")
             received = self._signals.recv(64) if ready else b""
             if signal.SIGINT in received:
                 _leave("interrupted" if self.rank == 0 else "")
             if signal.SIGTERM in received:
                 self.report_loss("ended by SIGTERM")
             if silent := self._silent(self.timeout / 2):
-                self._blame(silent[0], f"no sign of life for {self.timeout / 2:.0f} s")
+                self._blame(silent, f"no sign of life for {self.timeout / 2:.0f} s")
 
     def report_loss(self, what: str) -> NoReturn:
         """Name the rank that was lost, if one was, and leave. `what` is what this rank noticed."""
         deadline = time.monotonic() + QUIET + BEAT
         while self._others and time.monotonic() < deadline:
             if threading.current_thread() is self._thread:
-                self._listen()
+                with suppress(RuntimeError):
+                    self._listen()
             time.sleep(BEAT / 2)
-        if silent := self._silent(QUIET):
-            self._blame(silent[0], what)
-        _leave(f"rank {self.rank}: {what}; every other rank is alive")
+        self._blame(self._silent(QUIET), what)
 
     def end(self) -> None:
         """Stop listening: the job is over."""
@@ -227,10 +229,17 @@ class Watch:
         silent = [r for r in self._others if now - self._heard[r][1] > seconds]
         return sorted(silent, key=lambda r: self._heard[r][1])
 
-    def _blame(self, lost: int, what: str) -> NoReturn:
-        # Ranks that leave because of the first loss fall silent too: the first name given is the right one.
-        first = self._store.compare_set("lost", "", str(lost)).decode()
-        _leave(f"rank {self.rank}: lost rank {first} ({what})")
+    def _blame(self, silent: list[int], what: str) -> NoReturn:
+        if not silent:
+            _leave(f"rank {self.rank}: {what}; every other rank is alive")
+        lost = str(silent[0])
+        with suppress(RuntimeError):  # the store may be gone with the rank that held it
+            # Ranks that leave because of the first loss fall silent too: the first name given is the right one.
+            lost = self._store.compare_set("lost", "", lost).decode()
+        print(f"rank {self.rank}: lost rank {lost} ({what})", file=sys.stderr, flush=True)
+        if self.rank == 0:
+            time.sleep(2 * BEAT)  # it may hold the store, in which the others read the name
+        _leave("")
 
 
 def _leave(message: str) -> NoReturn:

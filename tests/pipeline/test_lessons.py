@@ -129,21 +129,22 @@ def test_divergence_stops_all_ranks_and_says_where(pool: Pool) -> None:
     assert "Traceback" not in outcome.err
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_is_named_by_all_others(pool: Pool, how: signal.Signals) -> None:
+@pytest.mark.parametrize(("lost", "how"), [(2, signal.SIGKILL), (2, signal.SIGSTOP), (0, signal.SIGKILL)])
+def test_a_lost_rank_is_named_by_all_others(pool: Pool, lost: int, how: signal.Signals) -> None:
+    others = [rank for rank in range(4) if rank != lost]
     killed_at = 0.0
 
-    def lose_rank_2(processes: list) -> None:
+    def lose(processes: list) -> None:
         nonlocal killed_at
         time.sleep(6)
-        os.kill(processes[2].pid, how)
+        os.kill(processes[lost].pid, how)
         killed_at = time.monotonic()
-        for rank in (0, 1, 3):
+        for rank in others:
             processes[rank].join(60)
         assert time.monotonic() - killed_at < 12, "longer than --timeout"
-        processes[2].kill()
+        processes[lost].kill()
 
-    outcome = pool.script(4, "pipeline/1f1b.py", *QUICK, "--steps", "100000", "--timeout", "12", during=lose_rank_2)
-    assert outcome.codes == [1, 1, -signal.SIGKILL, 1], outcome.err
-    for rank in (0, 1, 3):
-        assert f"rank {rank}: lost rank 2" in outcome.err
+    outcome = pool.script(4, "pipeline/1f1b.py", *QUICK, "--steps", "100000", "--timeout", "12", during=lose)
+    assert outcome.codes == [-signal.SIGKILL if rank == lost else 1 for rank in range(4)], outcome.err
+    for rank in others:
+        assert f"rank {rank}: lost rank {lost}" in outcome.err
