@@ -127,14 +127,15 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
         run.losses.append(step_loss)
         bar.set_postfix(loss=f"{step_loss:.4f}", refresh=False)
 
-        pieces = job.gather(gradients)  # as they were before clipping: a wrong scale must show
+        # As they were before clipping: a wrong scale must show. From the CPU: rank 0 has no part in other ranks' GPUs.
+        pieces = job.gather([(name, gradient.cpu()) for name, gradient in gradients])
         if oracle:
             run.reference_losses.append(oracle.step(inputs, targets, samples))
             worst_gradient = max(worst_gradient, worst_difference(chain(*pieces), oracle.gradients))
             worst_norm = max(worst_norm, abs(norm / oracle.norm - 1))
     pipeline.close()
 
-    weights = job.gather([(stage.whole_name(n), p.detach()) for n, p in stage.named_parameters()])
+    weights = job.gather([(stage.whole_name(n), p.detach().cpu()) for n, p in stage.named_parameters()])
     sent = {kind: ledger.traffic[f"send {kind}", "pp"] for kind in ("F", "B")}
     tied = tied_weight(stage, axis)
     measured = job.gather(
