@@ -170,9 +170,12 @@ class Lesson:
         if args.plot and find_spec("matplotlib") is None:
             raise ValueError(f"--plot {args.plot}: needs matplotlib; pip install -e '.[plot]', or leave --plot out")
         if here.node == 0:  # where rank 0 is, which writes
+            taken: dict[str, str] = {}
             for name in ("report", "plot", "trace"):
-                if path := getattr(args, name, None):
+                if (path := getattr(args, name, None)) is not None:
                     check_writable(f"--{name}", path)
+                    if (first := taken.setdefault(os.path.realpath(path), name)) != name:
+                        raise ValueError(f"--{name} {path}: --{first} writes that file; use another name")
 
     def _refuse(self, message: str, here: Place) -> int:
         if here.local_rank == 0:  # another machine may lack a file that this one has
@@ -211,7 +214,7 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is a ValueError, so that rank 0 alone prints it."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
+        raise ValueError(f"{message.removeprefix('argument ')}; --help shows what works")
 
     def print_help(self, file: Any = None) -> None:
         if place().rank == 0:
@@ -220,10 +223,14 @@ class _Parser(argparse.ArgumentParser):
 
 def check_writable(flag: str, path: str) -> None:
     """Raises ValueError, naming the flag, unless a file can be written at `path`."""
+    if not path or "\0" in path:
+        raise ValueError(f"{flag} {path!r}: is no file name; use {flag} out{flag.replace('--', '.')}")
     target = Path(path)
     folder = target.parent
     if target.is_dir():
         raise ValueError(f"{flag} {path}: is a folder; use a file name in it")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{flag} {path}: is not a regular file, which it would replace; use another name")
     if not folder.is_dir():
         raise ValueError(f"{flag} {path}: there is no folder {folder}; make it, or use {flag} {target.name}")
     try:

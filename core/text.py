@@ -57,8 +57,9 @@ def _help_text() -> bytes:
 def _file(path: str) -> bytes:
     try:
         content = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"--data {path}: {error.strerror}; use the path of a readable text file") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", error)
+        raise ValueError(f"--data {path!r}: {reason}; use the path of a readable text file") from None
     if not content:
         raise ValueError(f"--data {path}: the file is empty; use a text of more than --sequence bytes")
     return content

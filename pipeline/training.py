@@ -73,9 +73,9 @@ def check(args: argparse.Namespace, stages: int) -> None:
             f"--batch {args.batch}: must be a multiple of --microbatches {args.microbatches}, so that all are equal; "
             f"use --batch {max(1, round(args.batch / args.microbatches)) * args.microbatches}"
         )
-    for name in ("lr", "clip"):
+    for name, usual in (("lr", 1e-3), ("clip", 1.0)):
         if not 0 < getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name} {getattr(args, name)}: must be positive; use --{name} 1e-3")
+            raise ValueError(f"--{name} {getattr(args, name)}: must be positive and finite; use --{name} {usual}")
     Text(args.data, args.sequence)
 
 
