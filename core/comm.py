@@ -34,14 +34,17 @@ def answered(what: str) -> Iterator[None]:
         raise PeerError(what, error) from error
 
 
-def wait(work: dist.Work, what: str) -> None:
-    """Wait for `work`, at most the job's timeout.
+def wait(work: dist.Work, axis: Axis, x: Tensor, what: str) -> None:
+    """Wait for `work` on tensor `x` over `axis`, at most the timeout of the axis.
 
     Raises:
         PeerError: it did not finish.
     """
     with answered(what):
-        work.wait()
+        if x.device.type == "cpu":
+            work.wait(axis.timeout)
+        else:
+            work.wait()  # with a timeout it would stop the CPU; NCCL's own watchdog has the timeout of the group
 
 
 # ---- Collectives -----------------------------------------------------------------------------------------------------
@@ -51,7 +54,7 @@ def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceO
     """Reduce `x` over the axis, in place; every rank gets the result. `x` must be contiguous."""
     if axis.size > 1:
         _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size)
-        wait(dist.all_reduce(x, op, axis.group, async_op=True), f"all-reduce over {axis.name}")
+        wait(dist.all_reduce(x, op, axis.group, async_op=True), axis, x, f"all-reduce over {axis.name}")
     return x
 
 
@@ -62,7 +65,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     _record("all-gather", axis, rows, (axis.size - 1) / axis.size)
     work = dist.all_gather_single(rows, x.contiguous(), axis.group, async_op=True)
-    wait(work, f"all-gather over {axis.name}")
+    wait(work, axis, x, f"all-gather over {axis.name}")
     return rows if dim == 0 else torch.cat(rows.chunk(axis.size), dim)
 
 
@@ -80,10 +83,10 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     what = f"reduce-scatter over {axis.name}"
     if x.device.type == "cpu":
         received = torch.empty_like(parts)
-        wait(dist.all_to_all_single(received, parts, group=axis.group, async_op=True), what)
+        wait(dist.all_to_all_single(received, parts, group=axis.group, async_op=True), axis, x, what)
         return received.sum(0)
     mine = torch.empty_like(parts[0])
-    wait(dist.reduce_scatter_single(mine, parts.flatten(0, 1), group=axis.group, async_op=True), what)
+    wait(dist.reduce_scatter_single(mine, parts.flatten(0, 1), group=axis.group, async_op=True), axis, x, what)
     return mine
 
 
@@ -96,7 +99,7 @@ def all_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int
     off_rank = (sum(send) - send[axis.index]) * row
     axis.ledger.record("all-to-all", axis.name, off_rank, x.element_size())
     work = dist.all_to_all_single(received, x.contiguous(), list(receive), list(send), axis.group, async_op=True)
-    wait(work, f"all-to-all over {axis.name}")
+    wait(work, axis, x, f"all-to-all over {axis.name}")
     return received
 
 

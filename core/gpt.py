@@ -37,7 +37,7 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1; use --{name} 8")
         if self.hidden % self.heads:
-            usable = max(a for a in range(1, self.heads) if self.hidden % a == 0)
+            usable = max(a for a in range(1, min(self.heads, self.hidden) + 1) if self.hidden % a == 0)
             raise ValueError(
                 f"--heads {self.heads}: must divide --hidden {self.hidden}, so that heads are equal; "
                 f"use --heads {usable}"

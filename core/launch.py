@@ -65,6 +65,8 @@ def choose_device(requested: str, here: Place) -> tuple[torch.device, str]:
     Raises:
         ValueError: cuda was asked for and there are fewer GPUs on this machine than ranks.
     """
+    # A kernel loaded at its first use may wait for the whole device, and so for a message that waits for that kernel.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     gpus = torch.accelerator.device_count() if accelerator and accelerator.type == "cuda" else 0
     ranks = here.local_world_size
@@ -88,6 +90,7 @@ class Job:
     world_size: int
     device: torch.device
     backend: str
+    timeout: float  # seconds any wait may take
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on rank 0; an empty list elsewhere. For reports, not for training."""
@@ -111,8 +114,8 @@ def launch(device: torch.device, timeout: float) -> Iterator[Job]:
     Args:
         timeout: seconds that any wait may take.
 
-    A rank that dies, or is silent for `timeout`, ends every other rank within `timeout`, each naming it, with exit
-    code 1. `Stop` ends all ranks with its message.
+    A rank that dies, or shows no sign of life for half of `timeout`, ends every other rank within `timeout`, each
+    naming it, with exit code 1. `Stop` ends all ranks with its message.
     """
     here = place()
     backend = "gloo" if device.type == "cpu" else "nccl"
@@ -123,11 +126,20 @@ def launch(device: torch.device, timeout: float) -> Iterator[Job]:
         alone = {} if here.by_torchrun else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backends, timeout=timedelta(seconds=timeout), **alone)
         watch = Watch(here.rank, here.world_size, timeout)
+        chosen: list[str] = [""] * here.world_size
+        dist.all_gather_object(chosen, backend)
     except (RuntimeError, ValueError) as error:
         _leave(f"rank {here.rank}: could not meet the other ranks within {timeout:.0f} s: {str(error).splitlines()[0]}")
+    if len(set(chosen)) > 1:
+        if here.rank == 0:
+            where = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(chosen))
+            print(f"--device: the machines chose differently ({where}); use --device cpu", file=sys.stderr, flush=True)
+        watch.end()
+        dist.barrier()
+        sys.exit(2)
     try:
         try:
-            yield Job(here.rank, here.world_size, device, backend)
+            yield Job(here.rank, here.world_size, device, backend, timeout)
             code = 0
         except Stop as stop:
             if here.rank == 0:
@@ -231,7 +243,7 @@ class Watch:
 
     def _blame(self, silent: list[int], what: str) -> NoReturn:
         if not silent:
-            _leave(f"rank {self.rank}: {what}; every other rank is alive")
+            _leave(f"rank {self.rank}: {what}; every other rank is alive, so a larger --timeout may give it the time")
         lost = str(silent[0])
         with suppress(RuntimeError):  # the store may be gone with the rank that held it
             # Ranks that leave because of the first loss fall silent too: the first name given is the right one.

@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -131,6 +130,8 @@ class Lesson:
             teach: the lesson itself, on every rank.
         """
         here = place()
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Chinese must not end the lesson
+        sys.stderr.reconfigure(errors="replace")
         try:
             args = self.parser.parse_args()
             self._check_common(args, here)
@@ -207,7 +208,7 @@ class Lesson:
                 "seconds": seconds,
                 "tokens_per_second": run.tokens / run.training_seconds if run.training_seconds else 0.0,
             }
-            write_file(run.args.report, json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False))
+            write_file(run.args.report, json.dumps(_finite(report), indent=1, allow_nan=False))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -227,28 +228,33 @@ def check_writable(flag: str, path: str) -> None:
         raise ValueError(f"{flag} {path!r}: is no file name; use {flag} out{flag.replace('--', '.')}")
     target = Path(path)
     folder = target.parent
-    if target.is_dir():
-        raise ValueError(f"{flag} {path}: is a folder; use a file name in it")
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{flag} {path}: is not a regular file, which it would replace; use another name")
-    if not folder.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {folder}; make it, or use {flag} {target.name}")
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        if target.is_dir():
+            raise ValueError(f"{flag} {path}: is a folder; use a file name in it")
+        if target.exists() and not target.is_file():
+            raise ValueError(f"{flag} {path}: is not a regular file, which it would replace; use another name")
+        if not folder.is_dir():
+            raise ValueError(f"{flag} {path}: there is no folder {folder}; make it, or use {flag} {target.name}")
+        _temporary(target).touch()
+        _temporary(target).unlink()
     except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot write in {folder}: {error.strerror}; use another folder") from None
+        raise ValueError(f"{flag} {path}: cannot write there: {error.strerror}; use another place") from None
 
 
 def write_file(path: str, content: str | bytes) -> None:
     """Write `content` under a temporary name and rename it: a reader never sees half a file."""
     data = content.encode() if isinstance(content, str) else content
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = _temporary(target)
     try:
         temporary.write_bytes(data)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}")
 
 
 def _finite(value: Any) -> Any:

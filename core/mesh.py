@@ -5,6 +5,7 @@ layers fold the same ranks differently: the dense world is tp x cp x dp x pp, th
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 
 import torch
@@ -27,6 +28,7 @@ class Axis:
     index: int  # this rank's place among them
     group: dist.ProcessGroup | None
     ledger: Ledger
+    timeout: timedelta  # of every wait
 
     @property
     def size(self) -> int:
@@ -55,7 +57,7 @@ def axis_sizes(
     return sizes | {"edp": tp * cp * dp // (ep * etp)}
 
 
-def _dimensions(sizes: dict[str, int], order: str, *, expert: bool) -> list[str]:
+def _dimensions(order: str, *, expert: bool) -> list[str]:
     """Axis names from the slowest varying to the fastest, the way an array of ranks is indexed."""
     places = order.split("-")
     if sorted(places) != sorted(ORDER.split("-")):
@@ -64,9 +66,9 @@ def _dimensions(sizes: dict[str, int], order: str, *, expert: bool) -> list[str]
     return [name for name in reversed(names) if name]
 
 
-def axis_groups(sizes: dict[str, int], axis: str, order: str = ORDER) -> list[list[int]]:
-    """All groups of ranks that differ along `axis` only; needs no process."""
-    names = _dimensions(sizes, order, expert=axis not in DENSE)
+def axis_groups(sizes: dict[str, int], axis: str, order: str = ORDER, expert: bool = False) -> list[list[int]]:
+    """All groups of ranks that differ along `axis` only, in the dense world or the expert's; needs no process."""
+    names = _dimensions(order, expert=expert or axis not in DENSE)
     ranks = torch.arange(prod(sizes[n] for n in names)).reshape([sizes[n] for n in names])
     return ranks.movedim(names.index(axis), -1).reshape(-1, sizes[axis]).tolist()
 
@@ -75,14 +77,20 @@ class Mesh:
     """The axes of this rank, as `mesh["pp"]`. Groups are made for axes of more than one rank, by DeviceMesh.
 
     Every rank of the job must build it at the same time, with the same sizes (see `axis_sizes`). The axes of the
-    expert world (ep, etp, edp) exist where ep or etp is given.
+    expert world (ep, etp, edp) exist where ep or etp is given. No wait over an axis takes more than `timeout` seconds.
+
+    Raises:
+        ValueError: the sizes do not fit the ranks, or the order would put an expert group across pipeline stages.
     """
 
-    def __init__(self, device_type: str, ledger: Ledger, order: str = ORDER, **sizes: int):
+    def __init__(self, device_type: str, ledger: Ledger, timeout: float, order: str = ORDER, **sizes: int):
         self.sizes = axis_sizes(dist.get_world_size(), **sizes)
+        limit = timedelta(seconds=timeout)
+        if axis_groups(self.sizes, "pp", order) != axis_groups(self.sizes, "pp", order, expert=True):
+            raise ValueError(f"--order {order}: pp must be the same in both worlds; use --order {ORDER}")
         self._axes: dict[str, Axis] = {}
         for expert in (False, True) if {"ep", "etp"} & set(sizes) else (False,):
-            names = _dimensions(self.sizes, order, expert=expert)
+            names = _dimensions(order, expert=expert)
             wide = [n for n in names if self.sizes[n] > 1]
             shape = [self.sizes[n] for n in wide]
             ranks = torch.arange(dist.get_world_size()).reshape(shape)
@@ -91,7 +99,9 @@ class Mesh:
                 if name not in self._axes:  # pp is in both worlds, with the same groups
                     line = next(g for g in axis_groups(self.sizes, name, order) if dist.get_rank() in g)
                     group = device_mesh.get_group(name) if name in wide else None
-                    self._axes[name] = Axis(name, (*line,), line.index(dist.get_rank()), group, ledger)
+                    if group is not None:  # DeviceMesh takes no timeout; NCCL's watchdog reads this one
+                        dist.distributed_c10d._set_pg_timeout(limit, group)
+                    self._axes[name] = Axis(name, (*line,), line.index(dist.get_rank()), group, ledger, limit)
 
     def __getitem__(self, name: str) -> Axis:
         return self._axes[name]

@@ -22,7 +22,7 @@ def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
         dist.P2POp(dist.irecv, received, axis.ranks[peer], axis.group),
     ]
     for work in dist.batch_isend_irecv(swap):
-        wait(work, f"exchange with rank {axis.ranks[peer]}")
+        wait(work, axis, x, f"exchange with rank {axis.ranks[peer]}")
     return received
 
 
@@ -42,6 +42,7 @@ class Mail:
         self._outbox: queue.SimpleQueue = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._postman: threading.Thread | None = None
+        self._device = device
         if device.type != "cpu":
             self._open_lanes(routes, device)
 
@@ -73,7 +74,7 @@ class Mail:
             work = dist.irecv(into, self.axis.ranks[sender], self._lane(sender, self.axis.index, kind, into), tag)
 
         def arrive() -> Tensor:
-            wait(work, what)
+            wait(work, self.axis, into, what)
             return into
 
         return arrive
@@ -100,6 +101,8 @@ class Mail:
             self._postman = None
 
     def _deliver(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.set_device_index(self._device)
         while (item := self._outbox.get()) is not None:
             if isinstance(item, threading.Event):
                 item.set()
@@ -107,13 +110,22 @@ class Mail:
             work, tensor, what = item
             try:
                 if tensor.device.type == "cpu":
-                    wait(work, what)
-                else:  # here wait() would hold up this device's stream, not this thread
-                    while not work.is_completed():
-                        time.sleep(0.001)
-            except PeerError as error:
+                    wait(work, self.axis, tensor, what)
+                else:
+                    self._await_nccl(work, what)
+            except Exception as error:  # whatever it is: told by the next send or flush, on the main thread
                 self._failure = self._failure or error
             del item, work, tensor  # not kept while the thread waits for the next message
+
+    def _await_nccl(self, work: dist.Work, what: str) -> None:
+        # Not work.wait(), which would hold up this device's stream and not this thread.
+        deadline = time.monotonic() + self.axis.timeout.total_seconds()
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise PeerError(what, TimeoutError(f"not taken within {self.axis.timeout.total_seconds():.0f} s"))
+            time.sleep(0.001)
+        if failure := work.exception():
+            raise PeerError(what, RuntimeError(str(failure)))
 
     def _lane(self, sender: int, receiver: int, kind: str, x: Tensor) -> dist.ProcessGroup | None:
         if x.device.type == "cpu":
@@ -125,8 +137,11 @@ class Mail:
         # would hold up the sends behind it. So a lane never both sends and receives on one rank. The first message
         # makes the connection and blocks until both ends are there, hence one round in a fixed order.
         for key in sorted({_lane_key(*route) for route in routes}):
-            self._lanes[key] = dist.new_group(list(self.axis.ranks), use_local_synchronization=True)
+            self._lanes[key] = dist.new_group(
+                list(self.axis.ranks), timeout=self.axis.timeout, use_local_synchronization=True
+            )
         probe = torch.zeros(1, device=device)
+        dist.all_reduce(probe, group=self.axis.group)  # all its ranks: `exchange` must not be the group's first call
         for sender, receiver, kind in sorted(routes):
             group = self._lanes[_lane_key(sender, receiver, kind)]
             if self.axis.index == sender:

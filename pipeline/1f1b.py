@@ -57,16 +57,17 @@ def lesson(run: Run) -> None:
     if not measured:
         return
     run.evidence.each(
-        "forwards before the first backward, per rank",
-        "warm-up p-r-1, and the first of the steady state; at most m",
-        [(f"forwards first on rank {r}", min(p - r, m), _forwards_first(measured[r].events)) for r in range(p)],
+        "warm-up forwards, before the first F-B pair",
+        "p-r-1 on rank r, at most m-1",
+        [(f"warm-up forwards on rank {r}", min(p - r, m) - 1, _warm_up(measured[r].events)) for r in range(p)],
     )
     claim_in_flight(run, measured, "min(m, p-r) on rank r", lambda rank: min(m, p - rank))
     claim_bubble(run, measured)
 
 
-def _forwards_first(events: list[Event]) -> int:
-    return next(i for i, event in enumerate(events) if "B" in event.label)
+def _warm_up(events: list[Event]) -> int:
+    """Forwards executed before the first one that a backward follows."""
+    return next(i for i, event in enumerate(events) if "B" in event.label) - 1
 
 
 if __name__ == "__main__":

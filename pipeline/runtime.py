@@ -96,7 +96,10 @@ class Pipeline:
 
         Raises:
             PeerError: a neighbour died or was silent for the whole timeout.
+            ValueError: the batch does not have the schedule's number of microbatches.
         """
+        if not len(inputs) == len(targets) == self.microbatches:
+            raise ValueError(f"{len(inputs)} microbatches for a schedule of {self.microbatches}")
         self._trace = trace
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         leaving = None  # the result of the last action, until it is sent

@@ -18,7 +18,7 @@ from core.mesh import Axis
 def check_layers(layers: int, stages: int) -> None:
     """Raises ValueError unless every stage gets the same number of layers, at least one."""
     if layers % stages or layers < stages:
-        usable = [n for n in range(2, layers + 1) if layers % n == 0]
+        usable = [n for n in range(2, min(layers, 64) + 1) if layers % n == 0][-8:]
         ranks = f", or --nproc_per_node one of {', '.join(map(str, usable))}" if usable else ""
         raise ValueError(
             f"--layers {layers}: must be a multiple of the {stages} stages, so that each holds as many layers; "

@@ -4,6 +4,7 @@ The schedule, and what is special about it, stand in each lesson's own file.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -19,13 +20,13 @@ from core.launch import Stop
 from core.ledger import Ledger, SavedActivations, VirtualClock, live_bytes
 from core.lesson import Lesson, Run
 from core.mesh import Mesh
-from core.oracle import Oracle, worst_difference
+from core.oracle import Oracle, relative_difference, worst_difference
 from core.seeded import Draw
 from core.text import VOCABULARY, Text
 from pipeline import evidence
 from pipeline.evidence import Measured
 from pipeline.runtime import Pipeline, Trace
-from pipeline.schedules import Schedule
+from pipeline.schedules import Schedule, ScheduleError
 from pipeline.stages import check_layers, clip_and_total, cut, sum_tied_gradients, tied_weight
 from pipeline.timeline import LEGEND, draw
 from pipeline.validator import validate
@@ -85,13 +86,16 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
     Returns:
         every rank's measurements, on rank 0; an empty list elsewhere.
     """
-    planned = validate(schedule)
+    try:
+        planned = validate(schedule)
+    except ScheduleError as error:
+        raise Stop(f"this schedule cannot run: {error}") from error
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     run.say(f"{LEGEND}\n{draw(planned.events, colour)}\n")
 
     args, job, ledger = run.args, run.job, Ledger()
     config, text = configuration(args), Text(args.data, args.sequence)
-    axis = Mesh(job.device.type, ledger, pp=job.world_size)["pp"]
+    axis = Mesh(job.device.type, ledger, job.timeout, pp=job.world_size)["pp"]
     run.mesh = {"pp": axis.size}
 
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
@@ -104,7 +108,8 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
     oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
 
     trace: Trace | None = None
-    worst_gradient = worst_norm = 0.0
+    worst_gradient = worst_norm = worst_parameter = 0.0
+    exact = run.dtype == torch.float64  # then the oracle trains on its own from first to last; see Oracle.adopt
     bar = run.steps()
     for step in bar:
         inputs, targets = (t.to(job.device) for t in text.batch(args.seed, step, args.batch))
@@ -120,22 +125,28 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
         sum_tied_gradients(stage, axis)
         gradients = [(stage.whole_name(n), p.grad.clone()) for n, p in stage.named_parameters() if p.requires_grad]
         norm, step_loss = clip_and_total(stage, axis, args.clip, share)
-        stop_unless_finite(run, step, norm, gradients)
+        stop_unless_finite(run, step, norm + step_loss, gradients)
         optimizer.step()
         run.training_seconds += time.perf_counter() - began
         run.tokens += tokens
         run.losses.append(step_loss)
         bar.set_postfix(loss=f"{step_loss:.4f}", refresh=False)
 
-        # As they were before clipping: a wrong scale must show. From the CPU: rank 0 has no part in other ranks' GPUs.
+        # Gradients as they were before clipping: a wrong scale must show. All from the CPU: rank 0 has no part in the
+        # GPUs of other ranks.
+        weights = [(stage.whole_name(n), p.detach().cpu()) for n, p in stage.named_parameters()]
         pieces = job.gather([(name, gradient.cpu()) for name, gradient in gradients])
+        weights = job.gather(weights)
+        states = [] if exact else job.gather(_states(stage, optimizer))
         if oracle:
             run.reference_losses.append(oracle.step(inputs, targets, samples))
             worst_gradient = max(worst_gradient, worst_difference(chain(*pieces), oracle.gradients))
-            worst_norm = max(worst_norm, abs(norm / oracle.norm - 1))
+            worst_norm = max(worst_norm, relative_difference(norm, oracle.norm))
+            worst_parameter = max(worst_parameter, worst_difference(chain(*weights), oracle.parameters()))
+            if not exact:
+                oracle.adopt(chain(*weights), chain(*states))
     pipeline.close()
 
-    weights = job.gather([(stage.whole_name(n), p.detach().cpu()) for n, p in stage.named_parameters()])
     sent = {kind: ledger.traffic[f"send {kind}", "pp"] for kind in ("F", "B")}
     tied = tied_weight(stage, axis)
     measured = job.gather(
@@ -151,19 +162,28 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
     )
     if oracle:
         evidence.show(run, measured)
-        evidence.claim_equal(
-            run, worst_gradient, worst_norm, worst_difference(chain(*weights), oracle.parameters()), measured
-        )
+        evidence.claim_equal(run, worst_gradient, worst_norm, worst_parameter, measured)
         evidence.claim_messages(run, measured, micro_shape)
         evidence.claim_timeline(run, measured, planned)
     return measured
 
 
-def stop_unless_finite(run: Run, step: int, norm: float, gradients: list[tuple[str, Tensor]]) -> None:
-    """Stop all ranks together, saying where, when a gradient is NaN or infinite: then the global norm is too."""
-    if norm - norm == 0:
+def _states(stage: GPT, optimizer: torch.optim.Optimizer) -> list[tuple[str, dict[str, Tensor]]]:
+    """The optimizer's state of each parameter on this rank, by full name."""
+    named = [(stage.whole_name(n), optimizer.state[p]) for n, p in stage.named_parameters()]
+    return [(name, {key: value.cpu() for key, value in state.items()}) for name, state in named]
+
+
+def stop_unless_finite(run: Run, step: int, total: float, gradients: list[tuple[str, Tensor]]) -> None:
+    """Stop all ranks together, saying where, when the loss or a gradient is NaN or infinite.
+
+    Args:
+        total: the loss plus the global norm, known to all ranks: not finite when anything is not.
+    """
+    if math.isfinite(total):
         return
     bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
     found = [f"{name} on rank {rank}" for rank, names in enumerate(run.job.gather(bad)) for name in names]
     shown = ", ".join(found[-3:]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    raise Stop(f"NaN or Inf at step {step} in the gradient of {shown}; try a smaller --lr than {run.args.lr}")
+    where = f"the gradient of {shown}" if found else "the loss or the gradients' global norm"
+    raise Stop(f"NaN or Inf at step {step} in {where}; try a smaller --lr than {run.args.lr}")

@@ -99,7 +99,9 @@ def _check_complete(schedule: Schedule) -> None:
         for position, action in enumerate(row):
             here = f"rank {rank}, position {position}, {action}"
             if action.kind not in UNIT_COSTS:
-                raise ScheduleError(f"{here}: not a compute action; sends and receives are added by rule")
+                raise ScheduleError(f"{here}: not F or B, the compute actions; messages are added by rule")
+            if action.stage < 0 or action.microbatch < 0:
+                raise ScheduleError(f"{here}: stages and microbatches count from 0")
             if owner.setdefault(action.stage, rank) != rank:
                 raise ScheduleError(f"{here}: stage {action.stage} is already on rank {owner[action.stage]}")
             if action in where:

@@ -44,7 +44,7 @@ def timed(step: Callable[[], None]) -> float:
 
 
 def bench(job: Job, rounds: int) -> None:
-    axis = Mesh(job.device.type, Ledger(), pp=job.world_size)["pp"]
+    axis = Mesh(job.device.type, Ledger(), job.timeout, pp=job.world_size)["pp"]
     dtype, tokens = torch.float32, BATCH * CONFIG.sequence
     whole = [t.to(job.device) for t in Text(None, CONFIG.sequence).batch(0, 0, BATCH)]
     inputs, targets = (rearrange(t, "(m b) s -> m b s", m=MICROBATCHES) for t in whole)

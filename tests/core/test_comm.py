@@ -1,5 +1,8 @@
 """Mesh, collectives, their autograd pairs and the ledger, on real ranks."""
 
+import time
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,7 +51,7 @@ def test_a_wrong_order_is_refused() -> None:
 
 
 def sums_over_axes(sizes: dict) -> dict[str, float]:
-    mesh = Mesh("cpu", Ledger(), **sizes)
+    mesh = Mesh("cpu", Ledger(), 30.0, **sizes)
     names = ["tp", "cp", "dp", "pp"] + (["etp", "ep", "edp"] if "ep" in sizes else [])
     return {n: comm.all_reduce(torch.tensor([2.0 ** dist.get_rank()]), mesh[n]).item() for n in names}
 
@@ -67,7 +70,7 @@ def test_groups_join_the_right_ranks(pool: Pool, sizes: dict) -> None:
 
 
 def world() -> Axis:
-    return Mesh("cpu", Ledger(), tp=dist.get_world_size())["tp"]
+    return Mesh("cpu", Ledger(), 30.0, tp=dist.get_world_size())["tp"]
 
 
 def collectives() -> tuple[dict[str, Tensor], dict[str, tuple[int, float, float]]]:
@@ -175,18 +178,50 @@ def test_backward_does_not_overwrite(pool: Pool) -> None:
 
 
 def a_peer_is_silent() -> str:
-    axis = world()
-    if axis.index == 1:
-        return ""
-    arrive = p2p.Mail(axis, [], torch.device("cpu")).receive(torch.empty(1), 1, "F", 0)
-    with pytest.raises(comm.PeerError) as error:
-        arrive()
-    return str(error.value)
+    axis = Mesh("cpu", Ledger(), 2.0, tp=2, dp=dist.get_world_size() // 2)["tp"]
+    said = ""
+    if axis.index == 0:
+        began = time.monotonic()
+        arrive = p2p.Mail(axis, [], torch.device("cpu")).receive(torch.empty(1), 1, "F", 0)
+        with pytest.raises(comm.PeerError) as error:
+            arrive()
+        said = f"{error.value} after {time.monotonic() - began:.0f} s"
+    time.sleep(3)
+    return said
 
 
-def test_a_wait_ends_and_names_the_peer(pool: Pool) -> None:
-    try:
-        said = pool.run(2, a_peer_is_silent, timeout=6)[0]
-    except AssertionError as error:  # the last barrier of the pool may fail too: rank 0's connections are closed
-        said = str(error)
-    assert "receive (F) from rank 1" in said or "rank 1 of 2" in said
+def test_a_wait_ends_with_the_axis_timeout_and_names_the_peer(pool: Pool) -> None:
+    said = pool.run(4, a_peer_is_silent)
+    assert said[0].startswith("receive (F) from rank 1 failed: Timed out waiting 2000ms")
+    assert said[2].startswith("receive (F) from rank 3 failed: Timed out")
+    assert "after 2 s" in said[0]
+
+
+class Broken:
+    """A message whose sending ends with an error that nobody expected."""
+
+    def wait(self, timeout: object) -> None:
+        raise KeyError("unexpected")
+
+
+def a_send_that_breaks() -> None:
+    mail = p2p.Mail(world(), [], torch.device("cpu"))
+    with patch.object(p2p.dist, "isend", lambda *_: Broken()):
+        mail.send(torch.ones(1), 1, "F", 0)
+    with pytest.raises(KeyError, match="unexpected"):
+        mail.flush()
+    with pytest.raises(KeyError, match="unexpected"):
+        mail.send(torch.ones(1), 1, "F", 0)
+
+
+def test_a_failed_send_is_told_and_does_not_hang(pool: Pool) -> None:
+    pool.run(2, a_send_that_breaks, timeout=20)
+
+
+def pipelines_of_both_worlds() -> None:
+    Mesh("cpu", Ledger(), 30.0, order="tp-cp-pp-ep-dp", tp=2, dp=2, pp=2, ep=2)
+
+
+def test_an_order_that_puts_experts_across_stages_is_refused(pool: Pool) -> None:
+    with pytest.raises(AssertionError, match="--order tp-cp-pp-ep-dp: pp must be the same in both worlds"):
+        pool.run(8, pipelines_of_both_worlds)

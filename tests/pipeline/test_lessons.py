@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.pool import Pool
+from tests.pool import ROOT, Pool
 
 LESSONS = ("naive", "gpipe", "1f1b")
 QUICK = ("--steps", "2", "--batch", "8", "--sequence", "16", "--hidden", "16")
@@ -103,6 +105,28 @@ def test_every_rank_refuses_and_one_says_why(pool: Pool) -> None:
     assert outcome.codes == [2, 2, 2]
     assert outcome.err.count("--layers 8: must be a multiple of the 3 stages") == 1
     assert "2, 4, 8" in outcome.err
+
+
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The real torchrun, started from another folder."""
+    environment = os.environ | {"PYTHONPATH": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=90)
+
+
+def test_with_torchrun_from_anywhere(tmp_path: Path) -> None:
+    outcome = torchrun(tmp_path, str(ROOT / "pipeline" / "1f1b.py"), *QUICK)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "28 of 28 claims held" in outcome.stdout
+
+
+def test_refused_with_torchrun(tmp_path: Path) -> None:
+    began = time.monotonic()
+    outcome = torchrun(tmp_path, str(ROOT / "pipeline" / "1f1b.py"), "--layers", "7")
+    assert time.monotonic() - began < 10
+    assert outcome.returncode == 1, "torchrun's own, whatever the ranks return"
+    assert outcome.stderr.count("--layers 7: must be a multiple of the 4 stages") == 1
+    assert outcome.stderr.count("exitcode  : 2") == 4
 
 
 @pytest.mark.parametrize("lesson", LESSONS)

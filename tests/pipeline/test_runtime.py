@@ -12,15 +12,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.gpt import GPT, GPTConfig, materialize, token_loss
-from core.ledger import Ledger
+from core.ledger import Event, Ledger, SavedActivations, VirtualClock
 from core.mesh import Mesh
 from core.oracle import Oracle, worst_difference
 from core.p2p import Mail
 from core.seeded import Draw
 from core.text import Text
-from pipeline.runtime import Pipeline
+from pipeline.evidence import bubble
+from pipeline.gpipe import COURSE_GRID
+from pipeline.runtime import Pipeline, Trace
 from pipeline.schedules import Schedule, build
 from pipeline.stages import clip_and_total, cut, sum_tied_gradients
+from pipeline.validator import validate
 from tests.pool import Pool
 
 CPU, SAMPLES, SEQUENCE, CLIP = torch.device("cpu"), 12, 8, 0.5
@@ -37,7 +40,7 @@ def frozen(name: str, prefixes: tuple[str, ...]) -> bool:
 
 def train(config: GPTConfig, schedule: Schedule, freeze: tuple[str, ...], steps: int) -> tuple[list, list, list, list]:
     """On one rank: losses, norms, the last step's gradients and the parameters after it, by full name."""
-    axis = Mesh("cpu", Ledger(), pp=dist.get_world_size())["pp"]
+    axis = Mesh("cpu", Ledger(), 30.0, pp=dist.get_world_size())["pp"]
     stage = materialize(cut(GPT(config), axis.index, axis.size), 7, CPU, torch.float64)
     for name, p in stage.named_parameters():
         p.requires_grad_(not frozen(stage.whole_name(name), freeze))
@@ -114,7 +117,7 @@ def test_any_valid_schedule_runs(pool: Pool) -> None:
 
 
 def misplaced() -> str:
-    axis = Mesh("cpu", Ledger(), pp=2)["pp"]
+    axis = Mesh("cpu", Ledger(), 30.0, pp=2)["pp"]
     with pytest.raises(ValueError, match="must put stage r on rank r") as error:
         Pipeline(nn.Identity(), token_loss, build("1f1b", 3, 4), axis, (1,), torch.float64, CPU)
     return str(error.value)
@@ -143,7 +146,7 @@ class Watched(nn.Module):
 
 def outputs_alive_in_first_backward() -> tuple[int, int] | None:
     """On rank 0, when its first backward starts: outputs still in memory, microbatches in flight."""
-    axis = Mesh("cpu", Ledger(), pp=2)["pp"]
+    axis = Mesh("cpu", Ledger(), 30.0, pp=2)["pp"]
     stage, seen = Watched(), []
     pipeline = Pipeline(stage, lambda y, t: y.sum(), build("gpipe", 2, 6), axis, (3, 4), torch.float64, CPU)
     backward = pipeline._backward
@@ -167,7 +170,7 @@ def test_a_sent_output_is_let_go(pool: Pool) -> None:
 
 def a_send_does_not_wait() -> str:
     """Rank 0 sends much more than any buffer holds before rank 1 asks for it, then rank 1 takes it backwards."""
-    axis = Mesh("cpu", Ledger(), pp=2)["pp"]
+    axis = Mesh("cpu", Ledger(), 30.0, pp=2)["pp"]
     mail = Mail(axis, [(0, 1, "F")], CPU)
     if axis.index == 0:
         for tag in range(4):
@@ -183,6 +186,27 @@ def a_send_does_not_wait() -> str:
 
 def test_sends_do_not_block_and_tags_find_their_message(pool: Pool) -> None:
     assert pool.run(2, a_send_does_not_wait)[1] == "[3.0, 2.0, 1.0, 0.0]"
+
+
+# ---- The course's table, on real processes
+
+
+def executed_bubble(microbatches: int) -> list[Event]:
+    """This rank's events when GPipe runs with these microbatches and a stage that costs next to nothing."""
+    axis = Mesh("cpu", Ledger(), 30.0, pp=dist.get_world_size())["pp"]
+    schedule = build("gpipe", axis.size, microbatches)
+    pipeline = Pipeline(Watched(), lambda y, t: y.sum(), schedule, axis, (1, 4), torch.float64, CPU)
+    trace = Trace(VirtualClock(CPU), SavedActivations([]))
+    pipeline.step(torch.ones(microbatches, 1, 4, dtype=torch.float64), torch.zeros(microbatches, 1), trace=trace)
+    pipeline.close()
+    return trace.clock.events
+
+
+@pytest.mark.parametrize(("ranks", "microbatches", "course"), [case for case in COURSE_GRID if case[0] <= 8])
+def test_the_courses_table(pool: Pool, ranks: int, microbatches: int, course: float) -> None:
+    of_wall, _ = bubble(pool.run(ranks, executed_bubble, microbatches))
+    assert of_wall == pytest.approx(course, abs=0.0005)
+    assert of_wall == pytest.approx(validate(build("gpipe", ranks, microbatches)).bubble_of_wall, abs=1e-12)
 
 
 # ---- torch's own pipelines carry out the same order

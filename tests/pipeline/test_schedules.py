@@ -51,7 +51,7 @@ def test_costs_and_messages_move_the_times() -> None:
     assert validate(several_stages).in_flight == [2, 1]
 
 
-# ---- What the validator must refuse. torch's accepts the first four.
+# ---- What the validator must refuse
 
 ACCEPTED_BY_TORCH = {
     "a forward twice": (["0F0,0F1,0F1,0B0,0B1", "1F0,1B0,1F1,1B1"], "rank 0, position 2, 0F1: done twice"),
@@ -90,7 +90,7 @@ def test_a_bad_schedule_is_refused(case: str) -> None:
 
 
 def test_a_send_is_no_compute_action() -> None:
-    with pytest.raises(ScheduleError, match="rank 0, position 0, 0SEND_F0: not a compute action"):
+    with pytest.raises(ScheduleError, match="rank 0, position 0, 0SEND_F0: not F or B"):
         validate([[Action(0, "SEND_F", 0)]])
 
 
@@ -99,10 +99,19 @@ def test_torch_accepts_what_we_refuse(case: str) -> None:
     torchs._validate_schedule(as_torch(parse(*ACCEPTED_BY_TORCH[case][0])), 2, 2, 2)
 
 
-def test_torch_accepts_a_backward_missing_and_another_of_no_microbatch() -> None:
-    schedule = parse("0F0,0F1,0B0,0B1", "1F0,1F1,1B0,1B0")
+def test_torch_accepts_a_backward_missing_and_another_done_twice() -> None:
+    """torch counts: one full backward and one split backward of microbatch 0 make two, and 1 has none."""
+    rows = [["0F0", "0F1", "0B0", "0B1"], ["1F0", "1F1", "1B0", "1I0", "1W0"]]
+    torchs._validate_schedule({r: [torchs._Action.from_str(c) for c in row] for r, row in enumerate(rows)}, 2, 2, 2)
+    with pytest.raises(ScheduleError, match="rank 1, position 3, 1I0: not F or B"):
+        validate([[Action(int(c[0]), c[1], int(c[2])) for c in row] for row in rows])
     with pytest.raises(ScheduleError, match="rank 1, position 3, 1B0: done twice"):
-        validate(schedule)
+        validate(parse("0F0,0F1,0B0,0B1", "1F0,1F1,1B0,1B0"))
+
+
+def test_negative_numbers_are_refused() -> None:
+    with pytest.raises(ScheduleError, match="rank 0, position 0, 0F-1: stages and microbatches count from 0"):
+        validate([[Action(0, "F", -1), Action(0, "B", -1), Action(0, "F", 0), Action(0, "B", 0)]])
 
 
 @settings(max_examples=300, deadline=None)
