@@ -37,9 +37,6 @@ class Ledger:
         entry.elements += elements
         entry.bytes += elements * element_size
 
-    def clear(self) -> None:
-        self.traffic.clear()
-
 
 def live_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each storage counted once however many views share it."""

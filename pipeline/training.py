@@ -102,6 +102,7 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
     stage = materialize(cut(GPT(config), axis.index, axis.size), args.seed, job.device, run.dtype)
     optimizer = optimizer_of(stage.parameters())
     tokens = args.batch * args.sequence
+    split = partial(rearrange, pattern="(m b) s -> m b s", m=args.microbatches)
     micro_shape = (args.batch // args.microbatches, args.sequence, args.hidden)
     loss = partial(token_loss, tokens=tokens)
     pipeline = Pipeline(stage, loss, schedule, axis, micro_shape, run.dtype, job.device)
@@ -113,7 +114,6 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
     bar = run.steps()
     for step in bar:
         inputs, targets = (t.to(job.device) for t in text.batch(args.seed, step, args.batch))
-        split = partial(rearrange, pattern="(m b) s -> m b s", m=args.microbatches)
         samples = Draw(args.seed, step, 0)
         if step == args.steps - 1:
             held_anyway = [*stage.parameters(), inputs, targets]
@@ -134,9 +134,8 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
 
         # Gradients as they were before clipping: a wrong scale must show. All from the CPU: rank 0 has no part in the
         # GPUs of other ranks.
-        weights = [(stage.whole_name(n), p.detach().cpu()) for n, p in stage.named_parameters()]
         pieces = job.gather([(name, gradient.cpu()) for name, gradient in gradients])
-        weights = job.gather(weights)
+        weights = job.gather([(stage.whole_name(n), p.detach().cpu()) for n, p in stage.named_parameters()])
         states = [] if exact else job.gather(_states(stage, optimizer))
         if oracle:
             run.reference_losses.append(oracle.step(inputs, targets, samples))
