@@ -22,6 +22,8 @@ class PeerError(RuntimeError):
     def __init__(self, what: str, cause: Exception):
         # gloo says: [/its/source/file.cc:123] What happened [address]. Advice.
         reason = re.sub(r"^\[.*?\] |\. .*", "", str(cause), flags=re.DOTALL)
+        if "timed out" in reason.lower():
+            reason += "; if it is only slow, a larger --timeout gives it the time"
         super().__init__(f"{what} failed: {reason or type(cause).__name__}")
 
 

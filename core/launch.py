@@ -243,7 +243,7 @@ class Watch:
 
     def _blame(self, silent: list[int], what: str) -> NoReturn:
         if not silent:
-            _leave(f"rank {self.rank}: {what}; every other rank is alive, so a larger --timeout may give it the time")
+            _leave(f"rank {self.rank}: {what}; every other rank is alive")
         lost = str(silent[0])
         with suppress(RuntimeError):  # the store may be gone with the rank that held it
             # Ranks that leave because of the first loss fall silent too: the first name given is the right one.

@@ -15,7 +15,7 @@ from core.ledger import Event
 from core.lesson import DTYPES, Run, write_file
 from core.oracle import TOLERANCE, relative_difference
 from pipeline.timeline import to_svg, to_trace
-from pipeline.validator import Verdict
+from pipeline.validator import Verdict, bubble
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,6 @@ def claim_timeline(run: Run, measured: list[Measured], planned: Verdict) -> None
     run.evidence.claim(
         "actions executed other than drawn above", f"0 of {actions}, by the ranks' virtual clocks", 0, different
     )
-
-
-def bubble(timeline: list[list[Event]], model: int = 0) -> tuple[float, float]:
-    """Idle time over wall time, and over computing time, of a timeline under one of the clock's cost models."""
-    busy = sum(e.end[model] - e.start[model] for row in timeline for e in row)
-    wall = len(timeline) * max(row[-1].end[model] for row in timeline)
-    return 1 - busy / wall, wall / busy - 1
 
 
 def claim_bubble(run: Run, measured: list[Measured]) -> None:

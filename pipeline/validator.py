@@ -11,6 +11,16 @@ from core.ledger import Event
 from pipeline.schedules import UNIT_COSTS, Action, Schedule, ScheduleError, placement
 
 
+def bubble(timeline: list[list[Event]], model: int = 0) -> tuple[float, float]:
+    """Idle time over wall time, and over computing time, of a timeline under one of its cost models.
+
+    (p-1)/(m+p-1) and (p-1)/m on the slides of GPipe and 1F1B.
+    """
+    busy = sum(e.end[model] - e.start[model] for row in timeline for e in row)
+    wall = len(timeline) * max(row[-1].end[model] for row in timeline)
+    return 1 - busy / wall, wall / busy - 1
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a valid schedule costs on devices of its own. Times are in the units of the costs given."""
@@ -22,13 +32,11 @@ class Verdict:
 
     @property
     def bubble_of_wall(self) -> float:
-        """Idle share of all the time of all devices: (p-1)/(m+p-1) on the slides of GPipe and 1F1B."""
-        return 1.0 - sum(self.busy) / (len(self.busy) * self.makespan)
+        return bubble(self.events)[0]
 
     @property
     def bubble_of_ideal(self) -> float:
-        """Idle time over computing time: (p-1)/m on the same slides."""
-        return len(self.busy) * self.makespan / sum(self.busy) - 1.0
+        return bubble(self.events)[1]
 
 
 def validate(schedule: Schedule, costs: Mapping[str, float] = UNIT_COSTS, message: float = 0.0) -> Verdict:

@@ -18,12 +18,11 @@ from core.oracle import Oracle, worst_difference
 from core.p2p import Mail
 from core.seeded import Draw
 from core.text import Text
-from pipeline.evidence import bubble
 from pipeline.gpipe import COURSE_GRID
 from pipeline.runtime import Pipeline, Trace
 from pipeline.schedules import Schedule, build
 from pipeline.stages import clip_and_total, cut, sum_tied_gradients
-from pipeline.validator import validate
+from pipeline.validator import bubble, validate
 from tests.pool import Pool
 
 CPU, SAMPLES, SEQUENCE, CLIP = torch.device("cpu"), 12, 8, 0.5
