@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NoReturn
 
 import torch
@@ -60,11 +61,13 @@ class Evidence:
 
     def table(self) -> str:
         header = ("claim", "slide or paper", "measured", "holds")
-        return tabulate(self.rows, header, disable_numparse=True, maxcolwidths=[44, 46, 40, 5])
+        # Not tabulate's own maxcolwidths: it takes a cell such as "16,384" for a number and fails to read it.
+        rows = [[fill(cell, width) for cell, width in zip(row, (44, 46, 40, 5), strict=True)] for row in self.rows]
+        return tabulate(rows, header, disable_numparse=True)
 
 
 def _number(value: float) -> str:
-    return f"{int(value):,}" if float(value).is_integer() else f"{value:.4g}"
+    return f"{int(value):,}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
 @dataclass

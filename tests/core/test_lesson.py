@@ -36,6 +36,13 @@ def test_one_failing_case_fails_the_row() -> None:
     assert bad.split()[-3:] == ["0", "2", "NO"]
 
 
+@pytest.mark.parametrize("measured", [16384, -1234567, 1e300, 1e-12, math.nan, math.inf, -math.inf])
+def test_any_number_can_be_shown(measured: float) -> None:
+    evidence = Evidence()
+    evidence.claim("a claim", "0", 0, measured)
+    assert evidence.table().splitlines()[-1].endswith("NO")
+
+
 def lesson_with(*claims: tuple[float, float]) -> int:
     """The exit code of a lesson that makes these claims: (expected, measured)."""
 
