@@ -7,6 +7,7 @@ Counting follows the standard ring algorithms, per rank, for N ranks and a whole
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,47 +50,81 @@ def wait(work: dist.Work, axis: Axis, x: Tensor, what: str) -> None:
             work.wait()  # with a timeout it would stop the CPU; NCCL's own watchdog has the timeout of the group
 
 
-# ---- Collectives -----------------------------------------------------------------------------------------------------
+# ---- Collectives. Those with `_async` return at once: compute, then `.wait()` for the result ------------------------
 
 
-def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+@dataclass
+class Pending:
+    """A collective on its way. It reads and writes its buffers until `wait` returns."""
+
+    work: dist.Work | None  # None where the axis has one rank
+    axis: Axis
+    buffer: Tensor
+    what: str
+    finish: Callable[[Tensor], Tensor] = lambda result: result
+
+    def wait(self) -> Tensor:
+        """The result.
+
+        Raises:
+            PeerError: the other ranks did not do their part within the timeout of the axis.
+        """
+        if self.work is not None:
+            wait(self.work, self.axis, self.buffer, f"{self.what} over {self.axis.name}")
+        return self.finish(self.buffer)
+
+
+def all_reduce_async(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
     """Reduce `x` over the axis, in place; every rank gets the result. `x` must be contiguous."""
-    if axis.size > 1:
-        _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size)
-        wait(dist.all_reduce(x, op, axis.group, async_op=True), axis, x, f"all-reduce over {axis.name}")
-    return x
-
-
-def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """The ranks' tensors of equal shape, joined along `dim` in the order of the axis."""
     if axis.size == 1:
-        return x
+        return Pending(None, axis, x, "")
+    _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size)
+    return Pending(dist.all_reduce(x, op, axis.group, async_op=True), axis, x, "all-reduce")
+
+
+def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gather") -> Pending:
+    """The ranks' tensors of equal shape, joined along `dim` in the order of the axis. The ledger calls it `label`."""
+    if axis.size == 1:
+        return Pending(None, axis, x, "")
     rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    _record("all-gather", axis, rows, (axis.size - 1) / axis.size)
+    _record(label, axis, rows, (axis.size - 1) / axis.size)
     work = dist.all_gather_single(rows, x.contiguous(), axis.group, async_op=True)
-    wait(work, axis, x, f"all-gather over {axis.name}")
-    return rows if dim == 0 else torch.cat(rows.chunk(axis.size), dim)
+    return Pending(work, axis, rows, label, lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim))
 
 
-def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
     """Sum `x` over the axis and keep this rank's equal part along `dim`.
 
     On gloo an all-to-all and a local sum in the order of the axis: faster there than gloo's own reduce-scatter, which
     is an all-reduce underneath, and with one fixed order of summation.
     """
     if axis.size == 1:
-        return x
+        return Pending(None, axis, x, "")
     assert x.shape[dim] % axis.size == 0, f"{tuple(x.shape)} does not divide into {axis.size} along {dim}"
     parts = torch.stack(x.chunk(axis.size, dim))
     _record("reduce-scatter", axis, parts, (axis.size - 1) / axis.size)
-    what = f"reduce-scatter over {axis.name}"
     if x.device.type == "cpu":
         received = torch.empty_like(parts)
-        wait(dist.all_to_all_single(received, parts, group=axis.group, async_op=True), axis, x, what)
-        return received.sum(0)
+        work = dist.all_to_all_single(received, parts, group=axis.group, async_op=True)
+        return Pending(work, axis, received, "reduce-scatter", lambda r: r.sum(0))
     mine = torch.empty_like(parts[0])
-    wait(dist.reduce_scatter_single(mine, parts.flatten(0, 1), group=axis.group, async_op=True), axis, x, what)
-    return mine
+    work = dist.reduce_scatter_single(mine, parts.flatten(0, 1), group=axis.group, async_op=True)
+    return Pending(work, axis, mine, "reduce-scatter")
+
+
+def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """`all_reduce_async`, waited for."""
+    return all_reduce_async(x, axis, op).wait()
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """`all_gather_async`, waited for."""
+    return all_gather_async(x, axis, dim).wait()
+
+
+def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """`reduce_scatter_async`, waited for."""
+    return reduce_scatter_async(x, axis, dim).wait()
 
 
 def all_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from core.seeded import Draw, generator, keep_mask
+from core.seeded import Draw, generator
+from core.shards import shard_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class GPTConfig:
     dropout: float = 0.0
     attention: str = "sdpa"  # or "softmax": every intermediate in sight, as the activation formula counts them
     tied: bool = True
+    head_bias: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "sequence", "hidden", "layers", "heads"):
@@ -60,11 +62,12 @@ class Dropout(nn.Module):
     def __init__(self, drop: float, name: str):
         super().__init__()
         self.drop, self.name = drop, name
+        self.split: tuple[int, int, int] | None = None  # (dimension, index, count) where ranks hold parts of x
 
     def forward(self, x: Tensor, draw: Draw | None) -> Tensor:
         if not (self.training and self.drop and draw):
             return x
-        return x * keep_mask(tuple(x.shape), self.drop, draw, self.name, x.device) / (1.0 - self.drop)
+        return x * draw.keep_mask(x.shape, self.drop, self.name, self.split, x.device) / (1.0 - self.drop)
 
 
 class Embedding(nn.Module):
@@ -98,14 +101,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, draw: Draw | None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b s (a three d) -> three b a s d", three=3, d=self.head_size)
-        if self.explicit:
-            scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_size)
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-            weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-            context = self.dropout(weights, draw) @ v
-        else:
-            context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(rearrange(context, "b a s d -> b s (a d)"))
+        return self.out(rearrange(self.core(q, k, v, draw), "b a s d -> b s (a d)"))
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, draw: Draw | None) -> Tensor:
+        """softmax(QK^T / sqrt(D)) V, each (B, A, S, D): the part that selective recomputation repeats."""
+        if not self.explicit:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_size)
+        future = torch.full(scores.shape[-2:], float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+        return self.dropout((scores + future).softmax(-1), draw) @ v  # an addition saves nothing for backward
 
 
 class MLP(nn.Module):
@@ -151,7 +155,7 @@ class GPT(nn.Module):
             self.embed: Embedding | None = Embedding(config)
             self.blocks = nn.ModuleDict({str(i): Block(config, f"blocks.{i}") for i in range(config.layers)})
             self.norm: nn.LayerNorm | None = nn.LayerNorm(config.hidden)
-            self.head: nn.Linear | None = nn.Linear(config.hidden, config.vocabulary, bias=False)
+            self.head: nn.Linear | None = nn.Linear(config.hidden, config.vocabulary, config.head_bias)
         if config.tied:
             self.head.weight = self.embed.token.weight
 
@@ -188,13 +192,15 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
 
 
 def materialize(model: GPT, seed: int, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Replace the meta parameters of `model`, or of a stage cut from it, by their start values. Ties stay ties."""
+    """Replace the meta parameters of `model`, or of what was cut from it, by their start values. Ties stay ties."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, meta in list(module.named_parameters(recurse=False)):
             if meta not in made:
                 name = model.whole_name(f"{prefix}.{leaf}")
-                value = initial_value(name, meta.shape, model.config, seed)
-                made[meta] = nn.Parameter(value.to(device, dtype))
+                mark = shard_of(meta)  # the whole is drawn, then cut: every layout starts from the same numbers
+                value = initial_value(name, mark.whole_shape(meta.shape) if mark else meta.shape, model.config, seed)
+                made[meta] = nn.Parameter((mark.part(value) if mark else value).to(device, dtype), meta.requires_grad)
+                made[meta].shard = mark
             setattr(module, leaf, made[meta])
     return model

@@ -4,7 +4,7 @@ Megatron's order string says which axis varies fastest: in `tp-cp-ep-dp-pp` neig
 layers fold the same ranks differently: the dense world is tp x cp x dp x pp, the expert world etp x ep x edp x pp.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import prod
 
@@ -33,6 +33,10 @@ class Axis:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    def within(self, part: str) -> "Axis":
+        """The same ranks, whose traffic the ledger keeps apart as that of one part of the model."""
+        return replace(self, name=f"{self.name} {part}")
 
 
 def axis_sizes(

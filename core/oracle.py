@@ -49,7 +49,7 @@ class Oracle:
         self.optimizer = make_optimizer(self.model.parameters())
         self.clip = clip
         self.gradients: dict[str, Tensor] = {}
-        self.norm = 0.0
+        self.norm = self.loss = 0.0
 
     def step(self, inputs: Tensor, targets: Tensor, draw: Draw | None = None) -> float:
         """One step on the whole batch, (samples, sequence) each. Keeps the gradients as they were before clipping."""
@@ -59,10 +59,11 @@ class Oracle:
         self.gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
         self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip).item()
         self.optimizer.step()
-        return loss.item()
+        self.loss = loss.item()
+        return self.loss
 
-    def adopt(self, weights: Iterable[tuple[str, Tensor]], states: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
-        """Go on from these weights and optimizer states, by full name.
+    def adopt(self, weights: Iterable[tuple[str, Tensor]], states: Iterable[tuple[tuple[str, str], Tensor]]) -> None:
+        """Go on from these weights, by full name, and optimizer states, by (full name, key).
 
         With few bits two runs that are both right drift apart over the steps, the faster the larger the learning rate.
         Compared step by step from one state, they may differ by the rounding of one step only.
@@ -70,8 +71,8 @@ class Oracle:
         parameters = dict(self.model.named_parameters())
         for name, value in weights:
             parameters[name].data.copy_(value)
-        for name, state in states:
-            self.optimizer.state[parameters[name]] = {key: value.clone() for key, value in state.items()}
+        for (name, key), value in states:
+            self.optimizer.state[parameters[name]][key] = value.clone()
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}

@@ -27,13 +27,23 @@ class Draw(NamedTuple):
     step: int
     first_sample: int
 
+    def keep_mask(
+        self, shape: torch.Size, drop: float, name: str, split: tuple[int, int, int] | None, device: torch.device
+    ) -> Tensor:
+        """The dropout mask of one microbatch: bool, `shape` = (samples, ...), True where the activation is kept.
 
-def keep_mask(shape: tuple[int, ...], drop: float, draw: Draw, name: str, device: torch.device) -> Tensor:
-    """The dropout mask of one microbatch: bool, `shape` = (samples, ...), True where the activation is kept.
+        Each sample has its own generator, so a batch cut into microbatches, or over data-parallel ranks, drops exactly
+        what the whole batch in one process drops.
 
-    Each sample has its own generator, so a batch cut into microbatches, or over data-parallel ranks, drops exactly
-    what the whole batch in one process drops.
-    """
-    samples = range(draw.first_sample, draw.first_sample + shape[0])
-    uniform = [torch.rand(shape[1:], generator=generator(draw.seed, draw.step, i, name)) for i in samples]
-    return (torch.stack(uniform) >= drop).to(device)
+        Args:
+            name: of the dropout in the model.
+            split: (dimension, index, count) where `shape` is one part of the activation that one process has: the
+                mask is drawn whole, and this is its part.
+        """
+        whole = list(shape)
+        if split:
+            whole[split[0]] *= split[2]
+        samples = range(self.first_sample, self.first_sample + shape[0])
+        uniform = [torch.rand(whole[1:], generator=generator(self.seed, self.step, i, name)) for i in samples]
+        keep = torch.stack(uniform) >= drop
+        return (keep.chunk(split[2], split[0])[split[1]].contiguous() if split else keep).to(device)

@@ -7,10 +7,9 @@ adding the gradients of both before every optimizer step.
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-from core import comm, p2p
+from core import p2p
 from core.gpt import GPT
 from core.mesh import Axis
 
@@ -60,22 +59,7 @@ def sum_tied_gradients(stage: GPT, axis: Axis) -> None:
         weight.grad += p2p.exchange(weight.grad, axis, other_end)
 
 
-def _counted_once(stage: GPT, axis: Axis) -> Iterator[Tensor]:
-    """The gradients on this rank, without the last stage's copy of the tied one."""
+def counted_once(stage: GPT, axis: Axis) -> Iterator[Tensor]:
+    """The gradients on this rank that belong in the global norm: without the last stage's copy of the tied one."""
     copy = tied_weight(stage, axis) if axis.index == axis.size - 1 else None
     return (p.grad for p in stage.parameters() if p.grad is not None and p is not copy)
-
-
-def clip_and_total(stage: GPT, axis: Axis, clip: float, loss: Tensor) -> tuple[float, float]:
-    """Clip by the norm of the *whole* model's gradient, as one process would; returns (norm, loss).
-
-    Args:
-        clip: largest global norm.
-        loss: this rank's share of the loss, a scalar; travels along, so that all ranks know the sum.
-    """
-    squares = [g.double().square().sum() for g in _counted_once(stage, axis)]
-    totals = torch.stack([sum(squares, torch.zeros((), dtype=torch.float64, device=loss.device)), loss.double()])
-    square_norm, total_loss = comm.all_reduce(totals, axis).tolist()
-    norm = square_norm**0.5
-    nn.utils.clip_grads_with_norm_(stage.parameters(), clip, torch.tensor(norm, dtype=torch.float64))
-    return norm, total_loss

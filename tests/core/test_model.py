@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from core.gpt import GPT, GPTConfig, initial_value, materialize, token_loss
 from core.oracle import Oracle, worst_difference
-from core.seeded import Draw, generator, keep_mask
+from core.seeded import Draw, generator
 from core.text import Text
 
 CPU = torch.device("cpu")
@@ -124,15 +124,23 @@ def test_the_loss_of_parts_adds_up() -> None:
     assert whole.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel=1e-14)
 
 
+def keep_mask(shape: tuple[int, ...], draw: Draw, split: tuple[int, int, int] | None = None) -> torch.Tensor:
+    return draw.keep_mask(torch.Size(shape), 0.3, "x", split, CPU)
+
+
 def test_dropout_does_not_depend_on_the_layout() -> None:
     shape = (6, 3, 4)
-    whole = keep_mask(shape, 0.3, Draw(0, 1, 0), "x", CPU)
-    parts = [keep_mask((2, 3, 4), 0.3, Draw(0, 1, first), "x", CPU) for first in (0, 2, 4)]
+    whole = keep_mask(shape, Draw(0, 1, 0))
+    parts = [keep_mask((2, 3, 4), Draw(0, 1, first)) for first in (0, 2, 4)]
     assert (torch.cat(parts) == whole).all()
+    for dim, count in ((1, 3), (2, 2), (2, 4)):
+        part = [size // (count if i == dim else 1) for i, size in enumerate(shape)]
+        parts = [keep_mask(tuple(part), Draw(0, 1, 0), (dim, index, count)) for index in range(count)]
+        assert (torch.cat(parts, dim) == whole).all()
     assert (whole[0] != whole[1]).any()
     for other in (Draw(1, 1, 0), Draw(0, 2, 0)):
-        assert (keep_mask(shape, 0.3, other, "x", CPU) != whole).any()
-    assert keep_mask((1, 10000), 0.3, Draw(0, 0, 0), "x", CPU).float().mean() == pytest.approx(0.7, abs=0.02)
+        assert (keep_mask(shape, other) != whole).any()
+    assert keep_mask((1, 10000), Draw(0, 0, 0)).float().mean() == pytest.approx(0.7, abs=0.02)
     gpt, (inputs, _) = model(dropout=0.3, attention="softmax"), batch()
     halves = [gpt(half, Draw(0, 0, first)) for half, first in zip(inputs.split(3), (0, 3), strict=True)]
     assert torch.allclose(gpt(inputs, Draw(0, 0, 0)), torch.cat(halves), rtol=1e-12, atol=1e-12)

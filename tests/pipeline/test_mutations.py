@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import core.training
 from core import comm, gpt, ledger, p2p
 from core.launch import Job, Stop
 from core.lesson import Lesson, Run
@@ -84,7 +85,7 @@ def tied_gradient_summed_on_one_copy() -> AbstractContextManager:
 
 
 def tied_weight_twice_in_the_norm() -> AbstractContextManager:
-    return patch.object(stages, "_counted_once", lambda stage, axis: [p.grad for p in stage.parameters()])
+    return patch.object(training, "counted_once", lambda stage, axis: [p.grad for p in stage.parameters()])
 
 
 def clipped_by_the_local_norm() -> AbstractContextManager:
@@ -117,7 +118,7 @@ def dropout_equal_in_all_microbatches() -> AbstractContextManager:
         def _replace(self, **_: int) -> Draw:
             return self
 
-    return patch.object(training, "Draw", Stuck)
+    return patch.object(core.training, "Draw", Stuck)
 
 
 def a_buffer_is_read_too_early() -> AbstractContextManager:

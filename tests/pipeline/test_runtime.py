@@ -18,10 +18,11 @@ from core.oracle import Oracle, worst_difference
 from core.p2p import Mail
 from core.seeded import Draw
 from core.text import Text
+from core.training import clip_and_total
 from pipeline.gpipe import COURSE_GRID
 from pipeline.runtime import Pipeline, Trace
 from pipeline.schedules import Schedule, build
-from pipeline.stages import clip_and_total, cut, sum_tied_gradients
+from pipeline.stages import counted_once, cut, sum_tied_gradients
 from pipeline.validator import bubble, validate
 from tests.pool import Pool
 
@@ -54,7 +55,7 @@ def train(config: GPTConfig, schedule: Schedule, freeze: tuple[str, ...], steps:
         share = pipeline.step(inputs, targets, Draw(7, step, 0))
         sum_tied_gradients(stage, axis)
         gradients = [(stage.whole_name(n), p.grad.clone()) for n, p in stage.named_parameters() if p.grad is not None]
-        norm, total = clip_and_total(stage, axis, CLIP, share)
+        norm, total = clip_and_total(stage.parameters(), counted_once(stage, axis), [axis], CLIP, share)
         losses.append(total)
         norms.append(norm)
         optimizer.step()

@@ -1,0 +1,85 @@
+"""Which part of a whole parameter a rank holds, and the whole again from all parts."""
+
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from core.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` equal parts of a tensor along `dim`, whose whole `size` need not be a multiple.
+
+    What is missing to a multiple is padding: zeros at the end of the last part or parts.
+    """
+
+    dim: int
+    index: int
+    count: int
+    size: int  # of the whole along dim, without padding
+
+    @property
+    def length(self) -> int:
+        """Of every part along `dim`, padding included."""
+        return -(-self.size // self.count)
+
+    @property
+    def start(self) -> int:
+        """The place of this part in the whole."""
+        return self.index * self.length
+
+    @property
+    def held(self) -> int:
+        """Of this part along `dim`, without padding."""
+        return min(max(self.size - self.start, 0), self.length)
+
+    def whole_shape(self, part: torch.Size) -> torch.Size:
+        return torch.Size([*part[: self.dim], self.size, *part[self.dim + 1 :]])
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This part of `whole`, with storage of its own."""
+        here = whole.narrow(self.dim, min(self.start, self.size), self.held)
+        shape = list(whole.shape)
+        shape[self.dim] = self.length - self.held
+        return torch.cat([here, whole.new_zeros(shape)], self.dim)
+
+
+def shard(parameter: nn.Parameter, dim: int, axis: Axis) -> nn.Parameter:
+    """This rank's part of `parameter` (on the meta device or not), marked so that `shard_of` knows."""
+    mark = Shard(dim, axis.index, axis.size, parameter.shape[dim])
+    part = nn.Parameter(mark.part(parameter.detach()), parameter.requires_grad)
+    part.shard = mark
+    return part
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """How `parameter` was cut; None for one that every rank holds whole."""
+    return getattr(parameter, "shard", None)
+
+
+class Piece(NamedTuple):
+    """What one rank holds of a parameter, or of its gradient or optimizer state, under the name in the whole model."""
+
+    name: Hashable
+    value: Tensor
+    shard: Shard | None
+
+
+def join(pieces: Iterable[Piece]) -> Iterator[tuple[Hashable, Tensor]]:
+    """The whole tensors. What several ranks hold comes several times; what lacks a part does not come at all."""
+    parts: dict[Hashable, list[list[Tensor]]] = {}
+    marks: dict[Hashable, Shard] = {}
+    for name, value, mark in pieces:
+        if mark is None:
+            yield name, value
+        else:
+            marks[name] = mark
+            parts.setdefault(name, [[] for _ in range(mark.count)])[mark.index].append(value)
+    for name, copies in parts.items():
+        mark = marks[name]
+        for whole in zip(*copies):  # noqa: B905  a part without its fellows is left out
+            yield name, torch.cat(whole, mark.dim).narrow(mark.dim, 0, mark.size)
