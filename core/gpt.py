@@ -52,6 +52,8 @@ class GPTConfig:
             raise ValueError(
                 f"--dropout {self.dropout}: the masks drawn inside sdpa depend on the layout; use --attention softmax"
             )
+        if self.feed_forward < 0:
+            raise ValueError(f"--feed-forward {self.feed_forward}: must not be negative; use --feed-forward 0")
         if not self.feed_forward:
             object.__setattr__(self, "feed_forward", 4 * self.hidden)
 

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,12 @@ class Traffic:
     elements: float = 0.0
     bytes: float = 0.0
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.messages + other.messages, self.elements + other.elements, self.bytes + other.bytes)
+
+    def __sub__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.messages - other.messages, self.elements - other.elements, self.bytes - other.bytes)
+
 
 class Ledger:
     """The traffic of this rank, by (operation, axis name)."""
@@ -36,6 +42,10 @@ class Ledger:
         entry.messages += 1
         entry.elements += elements
         entry.bytes += elements * element_size
+
+    def of(self, operation: str) -> dict[str, Traffic]:
+        """What was sent so far with `operation`, by axis."""
+        return defaultdict(Traffic, {axis: replace(t) for (op, axis), t in self.traffic.items() if op == operation})
 
 
 def live_bytes(tensors: Iterable[Tensor]) -> int:

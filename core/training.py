@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,14 @@ from core.shards import Piece, join, shard_of
 from core.text import VOCABULARY, Text
 
 
-def add_model_flags(lesson: Lesson, **defaults: object) -> None:
+def add_model_flags(lesson: Lesson, **defaults: Any) -> None:
     """The flags of every lesson that trains the GPT. `defaults` replace the usual ones, by name."""
     flag = partial(_flag, lesson, defaults)
     flag("batch", 16, "samples in a step")
     flag("layers", 8, "layers of the whole model")
     flag("hidden", 64)
     flag("heads", 4)
+    flag("feed-forward", 0, "0: four times hidden")
     flag("sequence", 64, "tokens in a sample")
     flag("attention", "sdpa", choices=("sdpa", "softmax"))
     flag("dropout", 0.0, "needs --attention softmax")
@@ -42,7 +43,7 @@ def add_model_flags(lesson: Lesson, **defaults: object) -> None:
 def _flag(
     lesson: Lesson, defaults: dict[str, object], name: str, usual: object, what: str = "", **more: object
 ) -> None:
-    default = defaults.get(name, usual)
+    default = defaults.get(name.replace("-", "_"), usual)
     lesson.parser.add_argument(
         f"--{name}", type=type(usual), default=default, help=f"{what} (default %(default)s)".strip(), **more
     )
@@ -55,6 +56,7 @@ def configuration(args: argparse.Namespace) -> GPTConfig:
         hidden=args.hidden,
         layers=args.layers,
         heads=args.heads,
+        feed_forward=args.feed_forward,
         dropout=args.dropout,
         attention=args.attention,
         tied=not args.untied,

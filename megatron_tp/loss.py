@@ -1,0 +1,86 @@
+"""Lecture 05: cross entropy over a vocabulary that is cut over the ranks, without ever gathering the logits.
+
+A softmax needs of the other ranks three numbers a token: the largest logit, the sum of exponentials, and the logit of
+the target, which one rank has. So 3·b·s elements are reduced, where gathering would move b·s·V. Megatron-LM,
+`_VocabParallelCrossEntropy`.
+
+N tokens, V vocabulary padded to a multiple of t, t ranks of the axis
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from core import comm
+from core.mesh import Axis
+from core.shards import Shard
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, part: Shard, smoothing: float) -> Tensor:
+        real = logits[:, : part.held]  # without the padding, which must not take part in the softmax
+        row = targets - part.start
+        here = (row >= 0) & (row < part.held)
+        row = row.masked_fill(~here, 0)
+
+        lowest = logits.new_full((len(logits),), float("-inf"))
+        largest = comm.all_reduce(real.amax(-1) if part.held else lowest, axis, dist.ReduceOp.MAX)
+        shifted = real - largest.unsqueeze(-1)
+        target = shifted.gather(-1, row.unsqueeze(-1)).squeeze(-1) if part.held else torch.zeros_like(largest)
+        own = [shifted.exp().sum(-1), target.masked_fill(~here, 0.0)]
+        if smoothing:
+            own.append(shifted.sum(-1))
+        total, target, *sums = comm.all_reduce(torch.stack(own), axis)  # one message for two or three numbers a token
+
+        log_total = total.log()
+        loss = log_total - target
+        if smoothing:
+            loss = (1 - smoothing) * loss + smoothing * (log_total - sums[0] / part.size)
+        softmax = shifted.sub_(log_total.unsqueeze(-1)).exp_()
+        ctx.save_for_backward(softmax, row, here)
+        ctx.part, ctx.smoothing = part, smoothing
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        softmax, row, here = ctx.saved_tensors
+        part, smoothing = ctx.part, ctx.smoothing
+        of_logits = F.pad(softmax, (0, part.length - part.held))  # the padding has no gradient
+        if smoothing:
+            of_logits[:, : part.held] -= smoothing / part.size
+        if part.held:
+            of_logits.scatter_add_(-1, row.unsqueeze(-1), (smoothing - 1) * here.unsqueeze(-1).to(softmax.dtype))
+        return of_logits.mul_(gradient.unsqueeze(-1)), None, None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int, smoothing: float = 0.0
+) -> Tensor:
+    """Cross entropy of each token, equal on all ranks: the shape of `targets`.
+
+    Args:
+        logits: (..., V/t), this rank's part.
+        targets: (...), int64, of the whole vocabulary, equal on all ranks.
+        vocabulary: the size without padding.
+        smoothing: label smoothing, as in `torch.nn.functional.cross_entropy`.
+
+    Raises:
+        ValueError: the logits are not the part of this vocabulary that the rank holds.
+    """
+    part = Shard(1, axis.index, axis.size, vocabulary)
+    if logits.shape != (*targets.shape, part.length):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)}: each of the {axis.size} ranks holds "
+            f"{part.length} of a vocabulary of {vocabulary}"
+        )
+    losses = _CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), axis, part, smoothing)
+    return losses.view(targets.shape)
+
+
+def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
+    """The loss of `core.gpt.token_loss`, from logits that are cut; equal on all ranks."""
+    return vocab_parallel_cross_entropy(logits, targets, axis.within("loss"), vocabulary).sum() / tokens

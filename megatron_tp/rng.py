@@ -1,0 +1,62 @@
+"""Lecture 05: random numbers in a tensor-parallel region. Shoeybi et al. 2019 (1909.08053), section 3.
+
+Dropout outside the region acts on a tensor that every rank holds, so every rank must drop the same; inside it acts on
+each rank's own part, so every rank must drop something else. Hence two streams of numbers, as in Megatron-LM's
+`CudaRNGStatesTracker`. Recomputation runs a forward twice, and must meet the same numbers again.
+
+The lessons that compare with one process cannot use it: there a rank's masks must be parts of the one-process masks
+(`core.seeded.Draw`, which takes the tracker's place). It is what one trains with: no mask is drawn whole.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from core.mesh import Axis
+
+REPLICATED, SHARDED = "replicated", "sharded"
+
+
+class RandomTracker:
+    """The two streams of one rank. Pass it to the model in place of a `Draw`.
+
+    Args:
+        seed: of the replicated stream, equal on all ranks of `axis`.
+    """
+
+    def __init__(self, seed: int, axis: Axis, device: torch.device):
+        seeds = {REPLICATED: seed, SHARDED: seed + 2718 + axis.index}  # Megatron-LM's offset
+        self.streams = {name: torch.Generator(device).manual_seed(value) for name, value in seeds.items()}
+
+    def keep_mask(
+        self, shape: torch.Size, drop: float, name: str, split: tuple[int, int, int] | None, device: torch.device
+    ) -> Tensor:
+        """The next mask of the stream that fits: bool, True where the activation is kept; see `Draw.keep_mask`."""
+        stream = self.streams[SHARDED if split else REPLICATED]
+        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1.0 - drop, generator=stream)
+
+    @contextmanager
+    def replay(self, states: dict[str, Tensor]) -> Iterator[None]:
+        """Draw what was drawn from `states` on; afterwards the streams go on where they were."""
+        present = self.states()
+        self._set(states)
+        try:
+            yield
+        finally:
+            self._set(present)
+
+    def states(self) -> dict[str, Tensor]:
+        return {name: stream.get_state() for name, stream in self.streams.items()}
+
+    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """For `torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=tracker.contexts)`.
+
+        torch restores its own default generator only.
+        """
+        return nullcontext(), self.replay(self.states())
+
+    def _set(self, states: dict[str, Tensor]) -> None:
+        for name, stream in self.streams.items():
+            stream.set_state(states[name])

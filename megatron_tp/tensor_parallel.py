@@ -1,0 +1,197 @@
+"""Lecture 05: tensor parallelism, the code (Megatron-LM TP 代码解析). Shoeybi et al. 2019 (1909.08053).
+
+    torchrun --nproc_per_node=8 megatron_tp/tensor_parallel.py
+
+The reference GPT with its layers replaced by `layers.py`, its loss by `loss.py`, and, at the end, its dropout masks by
+the two streams of `rng.py`. Everything else is the one-process code: the optimizer does not know of the other ranks.
+
+b samples, s tokens in a sample, h hidden, V vocabulary, t ranks
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from core import comm
+from core.gpt import GPT, GPTConfig, materialize
+from core.ledger import Ledger, Traffic, live_bytes
+from core.lesson import Lesson, Run
+from core.mesh import Axis, Mesh
+from core.oracle import TOLERANCE
+from core.seeded import generator
+from core.shards import shard_of
+from core.text import Text
+from core.training import add_model_flags, check_model, configuration
+from megatron_tp.layers import check, parallelize
+from megatron_tp.loss import vocab_parallel_cross_entropy
+from megatron_tp.rng import RandomTracker
+from megatron_tp.training import Trained, parameters_on_a_rank, teach
+
+DROP, SMOOTHING = 0.2, 0.1
+
+
+def lesson(run: Run) -> None:
+    config = configuration(run.args)
+    axis = Mesh(run.job.device.type, Ledger(), run.job.timeout, tp=run.job.world_size)["tp"]
+    show_cuts(run, config, axis)
+    trained = teach(run, config, axis)
+    claim_traffic(run, config, axis, trained)
+    claim_memory(run, config, axis, trained)
+    claim_smoothing(run, config, axis, trained)
+    claim_streams(run, config, axis)
+
+
+def show_cuts(run: Run, config: GPTConfig, axis: Axis) -> None:
+    """Which parameter is cut how; the first layer stands for all."""
+    whole = dict(GPT(config).named_parameters())
+    rows = [
+        (name, _shape(whole[name]), _shape(p), _how(p))
+        for name, p in parallelize(GPT(config), axis).named_parameters()
+        if not name.startswith("blocks.") or name.startswith("blocks.0.")
+    ]
+    run.say(tabulate(rows, ("parameter", "whole", f"on each of {axis.size} ranks", "cut")) + "\n")
+
+
+def _shape(p: Tensor) -> str:
+    return " x ".join(map(str, p.shape))
+
+
+def _how(p: Tensor) -> str:
+    mark = shard_of(p)
+    if mark is None:
+        return "no"
+    padding = mark.length * mark.count - mark.size
+    return f"by {'rows' if mark.dim == 0 else 'columns'}" + (f", {padding} rows of padding" if padding else "")
+
+
+def claim_traffic(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> None:
+    """The all-reduces of a layer, and of both ends of the model."""
+    kinds = axis.ledger.traffic.items()
+    others = sum(traffic.messages for (operation, _), traffic in kinds if operation != "all-reduce")
+    everyone = run.job.gather((trained.forward, trained.total, others))
+    if not everyone:
+        return
+    t, h, bs = axis.size, config.hidden, run.args.batch * run.args.sequence
+    ring = 2 * (t - 1) / t  # elements that a rank sends to all-reduce one
+
+    def each(claim: str, formula: str, expected: float, measure: Callable[[dict, dict], float]) -> None:
+        values = [measure(forward, total) / run.args.steps for forward, total, _ in everyone]
+        cases = [(f"{claim}, rank {rank}", expected, value) for rank, value in enumerate(values)]
+        run.evidence.each(claim, formula, cases, 1e-9 * expected)
+
+    def layer(traffic: dict[str, Traffic], what: str) -> float:
+        return getattr(traffic["tp layers"], what) / config.layers
+
+    n = 2 * (t > 1)
+    each("all-reduces of a layer, forward", "2, the paper's g", n, lambda f, _: layer(f, "messages"))
+    each("and backward", "2, the paper's f", n, lambda f, a: layer(a, "messages") - layer(f, "messages"))
+    whole = 4 * ring * bs * h
+    each("elements a layer sends a microbatch", f"8bsh(t-1)/t = {whole:,.0f}", whole, lambda _, a: layer(a, "elements"))
+    reduced, gathered = 3 * ring * bs, ring / 2 * bs * config.vocabulary
+    each(
+        "elements the loss sends",
+        f"3bs, each reduced: {reduced:,.0f}; to gather bsV logits: {gathered:,.0f}",
+        reduced,
+        lambda _, a: a["tp loss"].elements,
+    )
+    for part, name in (("embedding", "g"), ("head", "f")):
+        each(
+            f"elements the {part} sends",
+            f"bsh, reduced once, by {name}: {ring * bs * h:,.0f}",
+            ring * bs * h,
+            lambda _, a, part=part: a[f"tp {part}"].elements,
+        )
+    cases = [(f"other messages, rank {rank}", 0, others) for rank, (_, _, others) in enumerate(everyone)]
+    run.evidence.each("messages other than all-reduces", "0: nothing is gathered", cases)
+
+
+def claim_memory(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> None:
+    """What a rank holds of parameters and optimizer state."""
+    states = ((p, value) for p in trained.model.parameters() for value in trained.optimizer.state[p].values())
+    moments = [value for p, value in states if value.shape == p.shape]
+    everyone = run.job.gather((live_bytes(trained.model.parameters()), live_bytes(moments)))
+    expected = parameters_on_a_rank(config, axis.size) * run.dtype.itemsize
+    for i, (what, times) in enumerate((("parameters", 1), ("Adam's two moments", 2))):
+        cases = [(f"bytes of {what}, rank {rank}", times * expected, held[i]) for rank, held in enumerate(everyone)]
+        run.evidence.each(f"bytes of {what}", f"what is cut / t + what is not = {times * expected:,}", cases)
+
+
+def claim_smoothing(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> None:
+    """The loss with label smoothing is torch's, which needs the logits gathered."""
+    inputs, targets = (t.to(run.job.device) for t in Text(run.args.data, config.sequence).batch(run.args.seed, 0, 2))
+    with torch.no_grad():
+        logits = trained.model.eval()(inputs)
+        ours = vocab_parallel_cross_entropy(logits, targets, axis, config.vocabulary, SMOOTHING).flatten()
+        whole = comm.all_gather(logits, axis, -1)[..., : config.vocabulary].flatten(0, 1)
+        theirs = F.cross_entropy(whole, targets.flatten(), reduction="none", label_smoothing=SMOOTHING)
+    difference = ((ours - theirs).norm() / theirs.norm()).item()
+    tolerance = TOLERANCE[run.dtype].loss
+    run.evidence.claim(
+        f"loss with label smoothing {SMOOTHING}", "torch's, of gathered logits", 0, difference, tolerance
+    )
+
+
+class Recorded(RandomTracker):
+    """Remembers the masks, by the name of the dropout."""
+
+    masks: defaultdict[str, list[Tensor]]
+
+    def keep_mask(self, shape: torch.Size, drop: float, name: str, *where: object) -> Tensor:
+        mask = super().keep_mask(shape, drop, name, *where)
+        self.masks[name].append(mask.cpu())
+        return mask
+
+
+def claim_streams(run: Run, config: GPTConfig, axis: Axis) -> None:
+    """Dropout from two streams of random numbers, in one layer, computed plainly and with recomputation."""
+    config = replace(config, dropout=DROP, attention="softmax", layers=1)
+    block = materialize(parallelize(GPT(config), axis), run.args.seed, run.job.device, run.dtype).blocks["0"]
+    x = torch.randn(2, 16, config.hidden, dtype=torch.float64, generator=generator(run.args.seed, "x"))
+    x = x.to(run.job.device, run.dtype).requires_grad_()
+    results = []
+    for recomputed in (False, True):
+        tracker = Recorded(run.args.seed, axis, run.job.device)
+        tracker.masks = defaultdict(list)
+        again = {"use_reentrant": False, "context_fn": tracker.contexts}
+        y = checkpoint(block, x, tracker, **again) if recomputed else block(x, tracker)
+        tracker.keep_mask(x.shape, DROP, "later", None, x.device)  # what is drawn meanwhile must not disturb it
+        gradients = torch.autograd.grad(y.square().sum(), [x, *block.parameters()])
+        tracker.keep_mask(x.shape, DROP, "later", None, x.device)  # nor be disturbed by it
+        results.append((*gradients, *tracker.masks["later"]))
+    changed = sum((a.cpu() != b.cpu()).sum().item() for a, b in zip(*results, strict=True))
+    everyone = run.job.gather((tracker.masks, changed))
+    if not everyone:
+        return
+    pairs = list(combinations([masks for masks, _ in everyone], 2))
+    inside, outside = "blocks.0.attention.scores", ("blocks.0.attention", "blocks.0.mlp")
+    different = sum(not torch.equal(a[name][0], b[name][0]) for a, b in pairs for name in outside)
+    same = sum(torch.equal(a[inside][0], b[inside][0]) for a, b in pairs)
+    claim = run.evidence.claim
+    claim("dropout outside: masks that two ranks draw differently", f"0 of {2 * len(pairs)}", 0, different)
+    claim("dropout of the scores: masks that two ranks share", f"0 of {len(pairs)}", 0, same)
+    claim("elements that recomputation changes", "0, to the last bit", 0, sum(changed for _, changed in everyone))
+
+
+def refuse(args: argparse.Namespace, ranks: int) -> None:
+    check(check_model(args), ranks)
+
+
+if __name__ == "__main__":
+    frame = Lesson(
+        __file__,
+        "05",
+        "Megatron-LM tensor parallelism: code",
+        "Megatron-LM TP 代码解析",
+        "Column- and row-parallel layers, a cut vocabulary, and two streams of random numbers.",
+    )
+    add_model_flags(frame, heads=8, layers=4)
+    sys.exit(frame.main(refuse, lesson))

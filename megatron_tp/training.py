@@ -1,0 +1,80 @@
+"""What lecture 05 and CODE 02 share: train a tensor-parallel GPT beside one process."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from core.gpt import GPT, GPTConfig, materialize
+from core.ledger import Traffic
+from core.lesson import Run
+from core.mesh import Axis
+from core.oracle import Oracle
+from core.seeded import Draw
+from core.shards import shard_of
+from core.training import clip_and_total, train
+from megatron_tp.layers import counted_once, parallelize
+from megatron_tp.loss import token_loss
+
+
+@dataclass
+class Trained:
+    """A rank's model after the training, and what it sent meanwhile."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    oracle: Oracle | None
+    forward: dict[str, Traffic]  # all-reduces of the forward passes, by part of the model
+    total: dict[str, Traffic]  # and of all passes
+
+
+def build(run: Run, config: GPTConfig, axis: Axis) -> tuple[GPT, torch.optim.Optimizer]:
+    """This rank's part of the GPT, and its optimizer: an ordinary one, over the parameters that are here."""
+    model = materialize(parallelize(GPT(config), axis), run.args.seed, run.job.device, run.dtype)
+    return model, torch.optim.AdamW(model.parameters(), lr=run.args.lr)
+
+
+def teach(run: Run, config: GPTConfig, axis: Axis) -> Trained:
+    """Train the model over the ranks of `axis`, and claim that it equals one process, and that the ranks stay one."""
+    args, job, ledger = run.args, run.job, axis.ledger
+    run.mesh = {"tp": axis.size}
+    model, optimizer = build(run, config, axis)
+    optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
+    oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
+    loss_of = partial(token_loss, tokens=args.batch * args.sequence, axis=axis, vocabulary=config.vocabulary)
+    forward: dict[str, Traffic] = defaultdict(Traffic)
+
+    def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
+        before = ledger.of("all-reduce")
+        loss = loss_of(model(inputs, draw), targets)
+        for part, traffic in ledger.of("all-reduce").items():
+            forward[part] += traffic - before[part]
+        loss.backward()
+        # Every rank has the same loss: one of them counts it.
+        return loss.detach() if axis.index == 0 else torch.zeros_like(loss)
+
+    def clip(share: Tensor) -> tuple[float, float]:
+        return clip_and_total(model.parameters(), counted_once(model, axis), [axis], args.clip, share)
+
+    worst = train(run, model, optimizer, oracle, forward_backward, clip)
+    trained = Trained(model, optimizer, oracle, forward, ledger.of("all-reduce"))
+    replicated = {n: p.detach().cpu() for n, p in model.named_parameters() if shard_of(p) is None}
+    copies = job.gather(replicated)
+    if oracle:
+        worst.claim(run)
+        differing = sum((copies[0][n] != other[n]).sum().item() for other in copies for n in replicated)
+        what = f"{sum(p.numel() for p in replicated.values()):,} elements a rank"
+        run.evidence.claim("parameters that every rank holds whole", f"differ in 0 of {what}", 0, differing)
+    return trained
+
+
+def parameters_on_a_rank(config: GPTConfig, ranks: int) -> int:
+    """By the slide's arithmetic: what is cut, a rank's part of it, and what is not."""
+    h, f, layers = config.hidden, config.feed_forward, config.layers
+    vocabulary = -(-config.vocabulary // ranks) * ranks
+    ends = vocabulary * h * (1 if config.tied else 2) + vocabulary * config.head_bias
+    cut = layers * (3 * h * h + 3 * h + h * h + f * h + f + h * f) + ends
+    whole = layers * (4 * h + h + h) + 2 * h + config.sequence * h
+    return cut // ranks + whole

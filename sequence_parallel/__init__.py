@@ -1,0 +1,1 @@
+"""Lecture 06: Megatron sequence parallelism and activation recomputation."""
