@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,28 +24,30 @@ class Traffic:
     elements: float = 0.0
     bytes: float = 0.0
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.messages + other.messages, self.elements + other.elements, self.bytes + other.bytes)
-
-    def __sub__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.messages - other.messages, self.elements - other.elements, self.bytes - other.bytes)
-
 
 class Ledger:
     """The traffic of this rank, by (operation, axis name)."""
 
     def __init__(self) -> None:
         self.traffic: dict[tuple[str, str], Traffic] = defaultdict(Traffic)
+        self._also: Ledger | None = None
 
     def record(self, operation: str, axis: str, elements: float, element_size: int) -> None:
         entry = self.traffic[operation, axis]
         entry.messages += 1
         entry.elements += elements
         entry.bytes += elements * element_size
+        if self._also:
+            self._also.record(operation, axis, elements, element_size)
 
-    def of(self, operation: str) -> dict[str, Traffic]:
-        """What was sent so far with `operation`, by axis."""
-        return defaultdict(Traffic, {axis: replace(t) for (op, axis), t in self.traffic.items() if op == operation})
+    @contextmanager
+    def also(self, other: "Ledger") -> Iterator[None]:
+        """Enter in `other` too what is sent within: a forward pass, for example."""
+        self._also = other
+        try:
+            yield
+        finally:
+            self._also = None
 
 
 def live_bytes(tensors: Iterable[Tensor]) -> int:

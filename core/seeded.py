@@ -5,6 +5,7 @@ comparison with one process means nothing. So each draw has a generator of its o
 """
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -47,3 +48,7 @@ class Draw(NamedTuple):
         uniform = [torch.rand(whole[1:], generator=generator(self.seed, self.step, i, name)) for i in samples]
         keep = torch.stack(uniform) >= drop
         return (keep.chunk(split[2], split[0])[split[1]].contiguous() if split else keep).to(device)
+
+    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """For `torch.utils.checkpoint`, which computes twice: the masks are the same anyway."""
+        return nullcontext(), nullcontext()

@@ -37,6 +37,7 @@ from megatron_tp.rng import RandomTracker
 from megatron_tp.training import Trained, parameters_on_a_rank, teach
 
 DROP, SMOOTHING = 0.2, 0.1
+Sent = dict[tuple[str, str], Traffic]
 
 
 def lesson(run: Run) -> None:
@@ -75,43 +76,53 @@ def _how(p: Tensor) -> str:
 
 def claim_traffic(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> None:
     """The all-reduces of a layer, and of both ends of the model."""
-    kinds = axis.ledger.traffic.items()
-    others = sum(traffic.messages for (operation, _), traffic in kinds if operation != "all-reduce")
-    everyone = run.job.gather((trained.forward, trained.total, others))
+    everyone = run.job.gather((trained.forward.traffic, axis.ledger.traffic))
     if not everyone:
         return
     t, h, bs = axis.size, config.hidden, run.args.batch * run.args.sequence
     ring = 2 * (t - 1) / t  # elements that a rank sends to all-reduce one
 
-    def each(claim: str, formula: str, expected: float, measure: Callable[[dict, dict], float]) -> None:
-        values = [measure(forward, total) / run.args.steps for forward, total, _ in everyone]
+    def each(claim: str, formula: str, expected: float, measure: Callable[[Sent, Sent], float]) -> None:
+        values = [measure(forward, both) / run.args.steps for forward, both in everyone]
         cases = [(f"{claim}, rank {rank}", expected, value) for rank, value in enumerate(values)]
         run.evidence.each(claim, formula, cases, 1e-9 * expected)
 
-    def layer(traffic: dict[str, Traffic], what: str) -> float:
-        return getattr(traffic["tp layers"], what) / config.layers
+    def of(sent: Sent, part: str) -> Traffic:
+        return sent["all-reduce", f"tp {part}"]
+
+    def in_layer(sent: Sent) -> float:
+        return of(sent, "layers").messages / config.layers
 
     n = 2 * (t > 1)
-    each("all-reduces of a layer, forward", "2, the paper's g", n, lambda f, _: layer(f, "messages"))
-    each("and backward", "2, the paper's f", n, lambda f, a: layer(a, "messages") - layer(f, "messages"))
+    each("all-reduces of a layer, forward", "2, the paper's g", n, lambda forward, _: in_layer(forward))
+    each("and backward", "2, the paper's f", n, lambda forward, both: in_layer(both) - in_layer(forward))
     whole = 4 * ring * bs * h
-    each("elements a layer sends a microbatch", f"8bsh(t-1)/t = {whole:,.0f}", whole, lambda _, a: layer(a, "elements"))
+    each(
+        "elements a layer sends a microbatch",
+        f"8bsh(t-1)/t = {whole:,.0f}",
+        whole,
+        lambda _, both: of(both, "layers").elements / config.layers,
+    )
     reduced, gathered = 3 * ring * bs, ring / 2 * bs * config.vocabulary
     each(
         "elements the loss sends",
         f"3bs, each reduced: {reduced:,.0f}; to gather bsV logits: {gathered:,.0f}",
         reduced,
-        lambda _, a: a["tp loss"].elements,
+        lambda _, both: of(both, "loss").elements,
     )
     for part, name in (("embedding", "g"), ("head", "f")):
         each(
             f"elements the {part} sends",
             f"bsh, reduced once, by {name}: {ring * bs * h:,.0f}",
             ring * bs * h,
-            lambda _, a, part=part: a[f"tp {part}"].elements,
+            lambda _, both, part=part: of(both, part).elements,
         )
-    cases = [(f"other messages, rank {rank}", 0, others) for rank, (_, _, others) in enumerate(everyone)]
-    run.evidence.each("messages other than all-reduces", "0: nothing is gathered", cases)
+    each(
+        "messages other than all-reduces",
+        "0: nothing is gathered",
+        0,
+        lambda _, both: sum(traffic.messages for (operation, _), traffic in both.items() if operation != "all-reduce"),
+    )
 
 
 def claim_memory(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> None:

@@ -1,6 +1,5 @@
 """What lecture 05 and CODE 02 share: train a tensor-parallel GPT beside one process."""
 
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from core.gpt import GPT, GPTConfig, materialize
-from core.ledger import Traffic
+from core.ledger import Ledger
 from core.lesson import Run
 from core.mesh import Axis
 from core.oracle import Oracle
@@ -21,13 +20,12 @@ from megatron_tp.loss import token_loss
 
 @dataclass
 class Trained:
-    """A rank's model after the training, and what it sent meanwhile."""
+    """A rank's model after the training."""
 
     model: GPT
     optimizer: torch.optim.Optimizer
     oracle: Oracle | None
-    forward: dict[str, Traffic]  # all-reduces of the forward passes, by part of the model
-    total: dict[str, Traffic]  # and of all passes
+    forward: Ledger  # what was sent in the forward passes
 
 
 def build(run: Run, config: GPTConfig, axis: Axis) -> tuple[GPT, torch.optim.Optimizer]:
@@ -38,19 +36,17 @@ def build(run: Run, config: GPTConfig, axis: Axis) -> tuple[GPT, torch.optim.Opt
 
 def teach(run: Run, config: GPTConfig, axis: Axis) -> Trained:
     """Train the model over the ranks of `axis`, and claim that it equals one process, and that the ranks stay one."""
-    args, job, ledger = run.args, run.job, axis.ledger
+    args, job = run.args, run.job
     run.mesh = {"tp": axis.size}
     model, optimizer = build(run, config, axis)
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
     oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
     loss_of = partial(token_loss, tokens=args.batch * args.sequence, axis=axis, vocabulary=config.vocabulary)
-    forward: dict[str, Traffic] = defaultdict(Traffic)
+    forward = Ledger()
 
     def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
-        before = ledger.of("all-reduce")
-        loss = loss_of(model(inputs, draw), targets)
-        for part, traffic in ledger.of("all-reduce").items():
-            forward[part] += traffic - before[part]
+        with axis.ledger.also(forward):
+            loss = loss_of(model(inputs, draw), targets)
         loss.backward()
         # Every rank has the same loss: one of them counts it.
         return loss.detach() if axis.index == 0 else torch.zeros_like(loss)
@@ -59,7 +55,7 @@ def teach(run: Run, config: GPTConfig, axis: Axis) -> Trained:
         return clip_and_total(model.parameters(), counted_once(model, axis), [axis], args.clip, share)
 
     worst = train(run, model, optimizer, oracle, forward_backward, clip)
-    trained = Trained(model, optimizer, oracle, forward, ledger.of("all-reduce"))
+    trained = Trained(model, optimizer, oracle, forward)
     replicated = {n: p.detach().cpu() for n, p in model.named_parameters() if shard_of(p) is None}
     copies = job.gather(replicated)
     if oracle:

@@ -1,0 +1,183 @@
+"""Lecture 06: sequence parallelism (Megatron-LM SP 代码解析). Korthikanti et al. 2022 (2205.05198), section 4.2.
+
+Tensor parallelism cuts what is inside attention and MLP, and every rank repeats what is between them: LayerNorm,
+dropout, the residual stream. Here that is cut too, along the sequence. The all-reduce at each border becomes its two
+halves, and moves the same bytes. The paper's names, forward / backward:
+
+    tensor parallelism     f  identity / all-reduce         f̄  all-reduce / identity
+    with sequence          g  all-gather / reduce-scatter   ḡ  reduce-scatter / all-gather
+
+B batch, S sequence, H hidden, I and O in and out features, V vocabulary padded to a multiple of t, t ranks of the axis
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core import comm
+from core.gpt import GPT, Block, GPTConfig
+from core.mesh import Axis
+from core.shards import shard, shard_of
+
+SEQUENCE = 1  # the dimension of (B, S, ...) that is cut
+
+
+class _GatherLinear(torch.autograd.Function):
+    """g, then x W^T + b with this rank's rows of W.
+
+    Only the part x/t is saved. Backward gathers it again while the input's gradient is computed, and scatters that
+    gradient while the weight's is computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.axis = axis
+        return F.linear(comm.all_gather(x, axis, SEQUENCE), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        again = comm.all_gather_async(x, ctx.axis, SEQUENCE, "all-gather again") if needs_weight else None
+        of_x = comm.reduce_scatter_async(gradient @ weight, ctx.axis, SEQUENCE) if needs_x else None
+        of_bias = rows.sum(0) if needs_bias else None
+        of_weight = rows.T @ again.wait().flatten(0, -2) if again else None
+        return of_x.wait() if of_x else None, of_weight, of_bias, None
+
+
+class ColumnParallelLinear(nn.Module):
+    """This rank's (B, S/t, I) to its (B, S, O/t)."""
+
+    def __init__(self, linear: nn.Linear, axis: Axis, sequence: bool = True):
+        super().__init__()
+        self.axis, self.sequence = axis, sequence
+        self.weight = shard(linear.weight, 0, axis)
+        self.register_parameter("bias", None if linear.bias is None else shard(linear.bias, 0, axis))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.sequence:
+            return _GatherLinear.apply(x, self.weight, self.bias, self.axis)
+        return F.linear(comm.copy_to(x, self.axis), self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """This rank's (B, S, I/t) to its (B, S/t, O). The bias, whole on every rank, is added to each token once."""
+
+    def __init__(self, linear: nn.Linear, axis: Axis, sequence: bool = True):
+        super().__init__()
+        self.axis, self.sequence = axis, sequence
+        self.weight = shard(linear.weight, 1, axis)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        y = comm.scatter_from(y, self.axis, SEQUENCE) if self.sequence else comm.reduce_from(y, self.axis)
+        return y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """(B, S) int64, equal on all ranks, to this rank's (B, S/t, H); each rank has V/t rows of the table."""
+
+    def __init__(self, embedding: nn.Embedding, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        self.weight = shard(embedding.weight, 0, axis)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        row = tokens - shard_of(self.weight).start
+        elsewhere = (row < 0) | (row >= len(self.weight))
+        found = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
+        return comm.scatter_from(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.axis, SEQUENCE)
+
+
+class PositionPart(nn.Module):
+    """The positions (S) to the embeddings (S/t, H) of this rank's part of the sequence; the table is whole."""
+
+    def __init__(self, embedding: nn.Embedding, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        self.weight = embedding.weight
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.embedding(positions.chunk(self.axis.size)[self.axis.index], self.weight)
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+
+def check(config: GPTConfig, ranks: int, sequence: int) -> None:
+    """Raises ValueError unless heads, feed-forward and the sequence can be cut into `ranks` equal parts.
+
+    Args:
+        sequence: tokens in a sample, which may be fewer than the model has positions for.
+    """
+    if ranks == 1:
+        raise ValueError(
+            "--nproc_per_node 1: sequence parallelism cuts what tensor parallelism leaves whole, and needs its ranks; "
+            "use --nproc_per_node 2"
+        )
+    sizes = {"heads": config.heads, "feed-forward": config.feed_forward, "sequence": sequence}
+    usable = [t for t in range(2, config.heads + 1) if not any(size % t for size in sizes.values())][-8:]
+    or_ranks = f", or --nproc_per_node one of {', '.join(map(str, usable))}" if usable else ""
+    for name, size in sizes.items():
+        if size % ranks:
+            use = f"--{name} {max(1, round(size / ranks)) * ranks}"
+            if name == "heads":
+                heads = [a for a in range(ranks, config.hidden + 1, ranks) if config.hidden % a == 0]
+                use = f"--heads {heads[0]}" if heads else f"--heads {ranks} --hidden {16 * ranks}"
+            raise ValueError(
+                f"--{name} {size}: must be a multiple of the {ranks} ranks, each of which has an equal part; "
+                f"use {use}{or_ranks}"
+            )
+
+
+def parallelize_block(block: Block, axis: Axis, sequence: bool = True) -> Block:
+    """Cut one transformer layer. With `sequence` False only as tensor parallelism does, to compare with."""
+    block.attention.qkv = ColumnParallelLinear(block.attention.qkv, axis, sequence)  # its rows are ordered by head
+    block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A, S, S)
+    block.attention.out = RowParallelLinear(block.attention.out, axis, sequence)
+    block.mlp.up = ColumnParallelLinear(block.mlp.up, axis, sequence)
+    block.mlp.down = RowParallelLinear(block.mlp.down, axis, sequence)
+    if sequence:
+        block.attention_dropout.split = block.mlp_dropout.split = (SEQUENCE, axis.index, axis.size)
+    return block
+
+
+def parallelize(model: GPT, axis: Axis) -> GPT:
+    """Cut the GPT, or a pipeline stage of it, over the ranks of `axis`, the sequence included.
+
+    It maps (B, S) tokens, or this rank's (B, S/t, H), to this rank's (B, S/t, H), or logits (B, S, V/t) for
+    `sequence_parallel.loss.token_loss`. After backward, `sum_whole_gradients`.
+    """
+    for block in model.blocks.values():
+        parallelize_block(block, axis.within("layers"))
+    if model.embed is not None:
+        model.embed.token = VocabParallelEmbedding(model.embed.token, axis.within("embedding"))
+        model.embed.position = PositionPart(model.embed.position, axis)
+        model.embed.dropout.split = (SEQUENCE, axis.index, axis.size)
+    if model.head is not None:
+        model.head = ColumnParallelLinear(model.head, axis.within("head"))
+        if model.config.tied and model.embed is not None:
+            model.head.weight = model.embed.token.weight
+    return model
+
+
+def sum_whole_gradients(model: GPT, axis: Axis) -> None:
+    """Add up over the ranks the gradients of what is not cut: LayerNorms, the rows' biases, positions.
+
+    Each rank has seen its own tokens only, so each has a part of the sum. One all-reduce for all of them.
+    """
+    partial = [p.grad for p in model.parameters() if p.grad is not None and shard_of(p) is None]
+    if partial:
+        flat = comm.all_reduce(torch.cat([g.flatten() for g in partial]), axis.within("whole gradients"))
+        for gradient, total in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+def counted_once(model: GPT, axis: Axis) -> list[Tensor]:
+    """The gradients this rank adds to the global norm: its parts, and on the first rank also what all ranks hold."""
+    return [p.grad for p in model.parameters() if p.grad is not None and (shard_of(p) or axis.index == 0)]

@@ -1,0 +1,43 @@
+"""Lecture 06: recomputation of activations. Korthikanti et al. 2022 (2205.05198), section 5.
+
+Selective: forget what attention makes between Q, K, V and its output, which is large (5as/h of 34+5as/h) and cheap to
+compute again. Full: forget all of a layer but its input. `torch.utils.checkpoint` computes again. It restores torch's
+own generators only, so the draw that is passed (`Draw`, or the tracker of lecture 05) restores its random numbers.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from core.gpt import GPT, Block
+from core.seeded import Draw
+
+KINDS = ("none", "selective", "full")
+
+
+def recompute_block(block: Block, kind: str) -> Block:
+    """Make one layer forget activations in forward and compute them again in backward."""
+    if kind == "selective":
+        block.attention.core = _twice(block.attention.core)
+    elif kind == "full":
+        block.forward = _twice(block.forward)
+    else:
+        assert kind == "none", kind
+    return block
+
+
+def recompute(model: GPT, kind: str) -> GPT:
+    """The same for all layers of the GPT, or of a pipeline stage of it."""
+    for block in model.blocks.values():
+        recompute_block(block, kind)
+    return model
+
+
+def _twice(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*activations_and_draw: Tensor | Draw | None) -> Tensor:
+        draw = activations_and_draw[-1]
+        restored = {"context_fn": draw.contexts} if draw else {}
+        return checkpoint(function, *activations_and_draw, use_reentrant=False, preserve_rng_state=False, **restored)
+
+    return call
