@@ -99,7 +99,7 @@ class Lesson:
 
     Args:
         path: the script's `__file__`.
-        lecture: number of the lecture or practice, as in "08".
+        lecture: number of the lecture, as in "08", or of the practice, as in "CODE 02".
         title: English title.
         title_zh: Chinese title, as the course gives it.
         summary: one or two sentences for `--help`.
@@ -113,7 +113,8 @@ class Lesson:
         self.script = "/".join(Path(path).parts[-2:])
         self.lecture, self.title, self.title_zh = lecture, title, title_zh
         self.smallest, self.example = smallest, example
-        self.parser = _Parser(prog=self.script, description=f"Lecture {lecture}: {title} ({title_zh}). {summary}")
+        self.heading = lecture if lecture.startswith("CODE") else f"Lecture {lecture}"
+        self.parser = _Parser(prog=self.script, description=f"{self.heading}: {title} ({title_zh}). {summary}")
         flag = self.parser.add_argument
         flag("--steps", type=int, default=20, help="training steps (default %(default)s)")
         flag("--seed", type=int, default=0, help="seed of weights, batches and dropout (default %(default)s)")
@@ -147,7 +148,7 @@ class Lesson:
         began = time.perf_counter()
         with launch(device, args.timeout) as job:
             run = Run(args, job, DTYPES[args.dtype])
-            run.say(f"Lecture {self.lecture}: {self.title} · {self.title_zh}")
+            run.say(f"{self.heading}: {self.title} · {self.title_zh}")
             run.say(f"{self.script} on {here.world_size} ranks, {job.backend} on {device.type} ({why}), {args.dtype}\n")
             teach(run)
             held = job.share(

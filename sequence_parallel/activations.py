@@ -114,7 +114,13 @@ def claim_same_gradients(run: Run, config: GPTConfig, axis: Axis) -> None:
 
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
-    check(check_model(args), ranks, args.sequence)
+    config = check_model(args)
+    check(config, ranks, args.sequence)
+    if config.feed_forward != 4 * config.hidden:
+        raise ValueError(
+            f"--feed-forward {config.feed_forward}: the paper's formulas are those of 4 times --hidden; "
+            f"use --feed-forward {4 * config.hidden}"
+        )
     if args.attention != "softmax" or not args.dropout:
         raise ValueError(
             f"--attention {args.attention} --dropout {args.dropout}: the paper's formulas count every intermediate of "

@@ -1,0 +1,54 @@
+"""A tensor-parallel GPT, alone and in a pipeline, equals one process in every corner."""
+
+import pytest
+
+from core.gpt import GPTConfig
+from tests.layouts import Layout, equals_one_process
+from tests.pool import Pool
+
+SMALL = {"sequence": 8, "hidden": 24, "layers": 2, "heads": 12}  # 12 heads: for 2, 3, 4 and 6 ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tied": False, "head_bias": True},
+        {"vocabulary": 257},  # padded to 258, 260, 258
+        {"dropout": 0.3, "attention": "softmax"},
+        {"feed_forward": 36},
+        {"sequence": 20},  # more positions than tokens
+    ],
+    ids=str,
+)
+def test_equals_one_process(pool: Pool, ranks: int, options: dict) -> None:
+    equals_one_process(pool, GPTConfig(**SMALL | options), Layout(tp=ranks))
+
+
+@pytest.mark.parametrize(
+    ("freeze", "options"),
+    [
+        (("embed.token",), {}),
+        (("embed", "blocks.0"), {"tied": False}),  # the first trained layer's input needs no gradient
+        (("blocks.1",), {}),  # gradients pass through
+        (("norm", "head", "blocks.1"), {"tied": False}),
+    ],
+)
+def test_frozen_parameters(pool: Pool, freeze: tuple[str, ...], options: dict) -> None:
+    equals_one_process(pool, GPTConfig(**SMALL | options), Layout(tp=3, freeze=freeze))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation(pool: Pool, recompute: str) -> None:
+    config = GPTConfig(**SMALL, dropout=0.3, attention="softmax")
+    equals_one_process(pool, config, Layout(tp=4, recompute=recompute))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize(
+    "options", [{}, {"tied": False, "dropout": 0.3, "attention": "softmax"}, {"vocabulary": 259}], ids=str
+)
+def test_in_a_pipeline(pool: Pool, tp: int, pp: int, options: dict) -> None:
+    config = GPTConfig(**SMALL | {"layers": 4} | options)
+    equals_one_process(pool, config, Layout(tp=tp, pp=pp, samples=6, microbatches=3))
