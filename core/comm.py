@@ -163,7 +163,7 @@ def _summed(x: Tensor, axis: Axis) -> Tensor:
 
 
 def _own_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    return x.chunk(axis.size, dim)[axis.index].contiguous()
+    return x.chunk(axis.size, dim)[axis.index].clone(memory_format=torch.contiguous_format)  # not a view of the whole
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:

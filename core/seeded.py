@@ -47,7 +47,9 @@ class Draw(NamedTuple):
         samples = range(self.first_sample, self.first_sample + shape[0])
         uniform = [torch.rand(whole[1:], generator=generator(self.seed, self.step, i, name)) for i in samples]
         keep = torch.stack(uniform) >= drop
-        return (keep.chunk(split[2], split[0])[split[1]].contiguous() if split else keep).to(device)
+        if split:  # a copy: a view would keep the whole alive
+            keep = keep.chunk(split[2], split[0])[split[1]].clone(memory_format=torch.contiguous_format)
+        return keep.to(device)
 
     def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """For `torch.utils.checkpoint`, which computes twice: the masks are the same anyway."""

@@ -1,0 +1,208 @@
+"""The layers, the loss and the random-number streams, one by one, against torch's dense ones."""
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core import comm
+from core.gpt import GPTConfig
+from core.ledger import Ledger
+from core.mesh import Axis, Mesh
+from core.shards import shard_of
+from megatron_tp import layers
+from megatron_tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, check
+from megatron_tp.loss import vocab_parallel_cross_entropy
+from megatron_tp.rng import RandomTracker
+from tests.pool import Pool
+
+CPU = torch.device("cpu")
+
+
+def axis_of_all() -> Axis:
+    return Mesh("cpu", Ledger(), 30.0, tp=dist.get_world_size())["tp"]
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    assert a.shape == b.shape
+    assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias, dtype=torch.float64)
+    for i, p in enumerate(layer.parameters()):
+        p.data = random(*p.shape, seed=i)
+    return layer
+
+
+# ---- Linear layers
+
+
+def linears(bias: bool, frozen: tuple[str, ...]) -> None:
+    axis = axis_of_all()
+    i, t = axis.index, axis.size
+    column, row = linear(6, 4 * t, bias), linear(4 * t, 5, bias)
+    split = ColumnParallelLinear(column, axis), RowParallelLinear(row, axis)
+    xs = [random(2, 3, 6, seed=9).requires_grad_("x" not in frozen) for _ in range(2)]
+    for pair in ((column, row), split):
+        for layer in pair:
+            layer.weight.requires_grad_("weight" not in frozen)
+            if bias:
+                layer.bias.requires_grad_("bias" not in frozen)
+    dense = row(column(xs[0]).tanh())
+    ours = split[1](split[0](xs[1]).tanh())
+    close(ours, dense)
+    for y in (dense, ours):
+        (y * random(2, 3, 5, seed=8)).sum().backward()
+    if "x" not in frozen:
+        close(xs[1].grad, xs[0].grad)
+    if "weight" not in frozen:
+        close(split[0].weight.grad, column.weight.grad.chunk(t, 0)[i])
+        close(split[1].weight.grad, row.weight.grad.chunk(t, 1)[i])
+    if bias and "bias" not in frozen:
+        close(split[0].bias.grad, column.bias.grad.chunk(t)[i])
+        close(split[1].bias.grad, row.bias.grad)
+    assert all(p.grad is None for layer in split for n, p in layer.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("bias",), ("x", "bias")], ids=str)
+def test_linears(pool: Pool, ranks: int, bias: bool, frozen: tuple[str, ...]) -> None:
+    pool.run(ranks, linears, bias, frozen)
+
+
+def order_in_backward() -> list[str]:
+    """What happens in which order in the backward of a column-parallel layer."""
+    happened = []
+
+    def note(name: str, call: Callable) -> Callable:
+        def noting(*args: object) -> object:
+            happened.append(name)
+            return call(*args)
+
+        return noting
+
+    y = ColumnParallelLinear(linear(6, 8, True), axis_of_all())(random(2, 6).requires_grad_())
+    with (
+        patch.object(comm, "all_reduce_async", note("start", comm.all_reduce_async)),
+        patch.object(comm.Pending, "wait", note("wait", comm.Pending.wait)),
+        patch.object(layers, "_of_parameters", note("weight", layers._of_parameters)),
+    ):
+        y.sum().backward()
+    return happened
+
+
+def test_the_all_reduce_travels_while_the_weights_gradient_is_computed(pool: Pool) -> None:
+    assert pool.run(2, order_in_backward)[0] == ["start", "weight", "wait"]
+
+
+# ---- Embedding
+
+
+def embedding(vocabulary: int) -> None:
+    axis = axis_of_all()
+    dense = nn.Embedding(vocabulary, 6, dtype=torch.float64)
+    dense.weight.data = random(vocabulary, 6)
+    ours = VocabParallelEmbedding(dense, axis)
+    tokens = torch.arange(3 * vocabulary).reshape(3, vocabulary) % vocabulary
+    close(ours(tokens), dense(tokens))
+    weights = random(3, vocabulary, 6, seed=1)
+    (ours(tokens) * weights).sum().backward()
+    (dense(tokens) * weights).sum().backward()
+    mark = shard_of(ours.weight)
+    close(ours.weight.grad, mark.part(dense.weight.grad))
+    assert not ours.weight[mark.held :].any()
+    assert not ours.weight.grad[mark.held :].any(), "padding is never trained"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("vocabulary", [2, 5, 12])  # with 4 ranks a vocabulary of 2 leaves two ranks nothing
+def test_embedding(pool: Pool, ranks: int, vocabulary: int) -> None:
+    pool.run(ranks, embedding, vocabulary)
+
+
+# ---- Cross entropy
+
+
+def cross_entropy(vocabulary: int, smoothing: float, scale: float) -> None:
+    axis = axis_of_all()
+    whole = scale * random(2, 5, vocabulary)
+    length = -(-vocabulary // axis.size)
+    padded = F.pad(whole, (0, length * axis.size - vocabulary), value=1e6)  # must not matter
+    ours = padded.chunk(axis.size, -1)[axis.index].clone().requires_grad_()
+    dense = whole.requires_grad_()
+    targets = torch.arange(10).reshape(2, 5) % vocabulary
+    expected = F.cross_entropy(dense.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=smoothing)
+    losses = vocab_parallel_cross_entropy(ours, targets, axis, vocabulary, smoothing)
+    close(losses.flatten(), expected)
+    weights = random(10, seed=1)
+    (losses.flatten() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradient = F.pad(dense.grad, (0, length * axis.size - vocabulary))
+    close(ours.grad, gradient.chunk(axis.size, -1)[axis.index])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("vocabulary", [2, 7, 12])
+@pytest.mark.parametrize(("smoothing", "scale"), [(0.0, 1.0), (0.1, 1.0), (0.0, 1e4), (0.3, 1e3)])
+def test_cross_entropy(pool: Pool, ranks: int, vocabulary: int, smoothing: float, scale: float) -> None:
+    pool.run(ranks, cross_entropy, vocabulary, smoothing, scale)
+
+
+def wrong_logits() -> None:
+    with pytest.raises(ValueError, match="each of the 2 ranks holds 4 of a vocabulary of 7"):
+        vocab_parallel_cross_entropy(torch.zeros(2, 7), torch.zeros(2, dtype=torch.int64), axis_of_all(), 7)
+
+
+def test_whole_logits_are_refused(pool: Pool) -> None:
+    pool.run(2, wrong_logits)
+
+
+# ---- Random numbers
+
+
+def test_streams_go_on_after_a_replay() -> None:
+    axis = Axis("tp", (0, 1), 1, None, Ledger(), None)
+    a, b = RandomTracker(5, axis, CPU), RandomTracker(5, axis, CPU)
+    shape = torch.Size([64])
+
+    def masks(tracker: RandomTracker) -> Tensor:
+        return torch.cat([tracker.keep_mask(shape, 0.5, "", split, CPU) for split in (None, (1, 0, 2))])
+
+    states = a.states()
+    first, second = masks(a), masks(a)
+    assert (first != second).any()
+    with a.replay(states):
+        assert torch.equal(masks(a), first)
+        assert torch.equal(masks(a), second)
+    with pytest.raises(KeyError), a.replay(states):
+        raise KeyError
+    masks(b), masks(b)
+    assert torch.equal(masks(a), masks(b)), "a replay leaves no trace, nor does a failed one"
+    assert masks(a).float().mean() == pytest.approx(0.5, abs=0.2)
+
+
+# ---- Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "message"),
+    [
+        ({"heads": 4}, 8, "--heads 4: must be a multiple of the 8 ranks.* use --heads 8, or --nproc_per.* 2, 4"),
+        ({"heads": 1}, 2, "use --heads 2$"),
+        ({"heads": 4}, 5, "use --heads 5 --hidden 80, or"),
+        ({"heads": 8, "feed_forward": 100}, 8, "--feed-forward 100: must be.* use --feed-forward 96, or .*2, 4"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_cut_is_refused(options: dict, ranks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(GPTConfig(hidden=64, **options), ranks)

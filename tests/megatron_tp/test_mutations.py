@@ -1,0 +1,276 @@
+"""Put each known bug in, and see which claims of lecture 05 fail: a check that cannot fail proves nothing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import core.training
+from core import comm, gpt
+from core.launch import Job, Stop
+from core.lesson import Lesson, Run
+from core.mesh import Axis
+from core.seeded import Draw
+from core.shards import Shard
+from megatron_tp import layers, loss, rng, tensor_parallel, training
+from tests.pool import Pool
+
+RANKS = 4
+SIZES = {"steps": 2, "batch": 4, "sequence": 8, "hidden": 16, "heads": 4, "layers": 2, "clip": 0.05}
+FLAGS = ["--attention=softmax", "--dropout=0.2", *(f"--{name}={value}" for name, value in SIZES.items())]
+
+
+# ---- The bugs
+
+
+def every_rank_has_the_first_shard() -> AbstractContextManager:
+    right = Shard.part
+    return patch.object(Shard, "part", lambda self, whole: right(replace(self, index=0), whole))
+
+
+def heads_are_cut_across() -> AbstractContextManager:
+    """The fused rows taken as (q|k|v, head, D): a rank gets the queries of all heads, the next the keys."""
+    right = gpt.initial_value
+
+    def wrong(name: str, shape: torch.Size, config: gpt.GPTConfig, seed: int) -> Tensor:
+        value = right(name, shape, config, seed)
+        if "qkv" not in name or dist.get_rank() == 0:
+            return value  # the oracle is on rank 0, whose own part is right
+        heads = value.unflatten(0, (config.heads, 3, -1))
+        return heads.transpose(0, 1).reshape(shape)
+
+    return patch.object(gpt, "initial_value", wrong)
+
+
+def row_bias_once_a_rank() -> AbstractContextManager:
+    def wrong(ctx: object, x: Tensor, weight: Tensor, bias: Tensor, axis: Axis) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return comm.all_reduce(torch.nn.functional.linear(x, weight, bias), axis)
+
+    return patch.object(layers._RowLinear, "forward", staticmethod(wrong))
+
+
+def f_does_not_sum() -> AbstractContextManager:
+    def wrong(x: Tensor, axis: Axis, *op: object) -> comm.Pending:
+        comm._record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size)
+        return comm.Pending(None, axis, x, "")
+
+    return patch.object(comm, "all_reduce_async", wrong)
+
+
+def f_is_read_too_early() -> AbstractContextManager:
+    right = comm.all_reduce_async
+
+    def wrong(x: Tensor, axis: Axis, *op: object) -> comm.Pending:
+        early = x.clone()
+        pending = right(x, axis, *op)
+        return replace(pending, finish=lambda _: early) if axis.name == "tp layers" else pending
+
+    return patch.object(comm, "all_reduce_async", wrong)
+
+
+def g_sums_in_backward_too() -> AbstractContextManager:
+    def wrong(x: Tensor, axis: Axis) -> Tensor:
+        return comm._Conjugate.apply(x, lambda t: comm._summed(t, axis), lambda g: comm._summed(g, axis))
+
+    return patch.object(comm, "reduce_from", wrong)
+
+
+def other_ranks_tokens_are_not_zeroed() -> AbstractContextManager:
+    right = Tensor.masked_fill
+    return patch.object(Tensor, "masked_fill", lambda x, mask, value: x if x.dim() == 3 else right(x, mask, value))
+
+
+def the_largest_logit_is_the_ranks_own() -> AbstractContextManager:
+    right = comm.all_reduce
+
+    def wrong(x: Tensor, axis: Axis, op: object = dist.ReduceOp.SUM) -> Tensor:
+        return x if op == dist.ReduceOp.MAX else right(x, axis, op)
+
+    return patch.object(comm, "all_reduce", wrong)
+
+
+def logits_are_gathered() -> AbstractContextManager:
+    def wrong(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
+        return gpt.token_loss(comm.gather_from(logits, axis, -1), targets, tokens)
+
+    return patch.object(training, "token_loss", wrong)
+
+
+def every_rank_counts_the_loss() -> AbstractContextManager:
+    right = core.training.clip_and_total
+
+    def wrong(parameters: object, counted: object, axes: list[Axis], clip: float, share: Tensor) -> tuple[float, float]:
+        norm, total = right(parameters, counted, axes, clip, share)
+        return norm, total * axes[0].size
+
+    return patch.object(training, "clip_and_total", wrong)
+
+
+def whole_parameters_counted_by_every_rank() -> AbstractContextManager:
+    return patch.object(training, "counted_once", lambda model, axis: [p.grad for p in model.parameters()])
+
+
+def clipped_by_the_local_norm() -> AbstractContextManager:
+    right = comm.all_reduce
+
+    def wrong(x: Tensor, axis: Axis, *op: object) -> Tensor:
+        mine = x[0].clone()
+        right(x, axis, *op)
+        if axis.name == "tp norm":
+            x[0] = mine
+        return x
+
+    return patch.object(comm, "all_reduce", wrong)
+
+
+def scores_dropped_alike_on_all_ranks() -> AbstractContextManager:
+    right = Draw.keep_mask
+
+    def wrong(self: Draw, shape: torch.Size, drop: float, name: str, split: object, device: object) -> Tensor:
+        return right(self, shape, drop, name, split and (split[0], 0, split[2]), device)
+
+    return patch.object(Draw, "keep_mask", wrong)
+
+
+def dropped_differently_outside() -> AbstractContextManager:
+    right = Draw.keep_mask
+
+    def wrong(self: Draw, shape: torch.Size, drop: float, name: str, split: object, device: object) -> Tensor:
+        return right(self._replace(seed=self.seed + dist.get_rank()), shape, drop, name, split, device)
+
+    return patch.object(Draw, "keep_mask", wrong)
+
+
+def one_inside_stream_for_all_ranks() -> AbstractContextManager:
+    right = rng.RandomTracker.__init__
+
+    def wrong(self: rng.RandomTracker, seed: int, axis: Axis, device: torch.device) -> None:
+        right(self, seed, replace(axis, index=0), device)
+
+    return patch.object(rng.RandomTracker, "__init__", wrong)
+
+
+def both_streams_seeded_by_rank() -> AbstractContextManager:
+    right = rng.RandomTracker.__init__
+
+    def wrong(self: rng.RandomTracker, seed: int, axis: Axis, device: torch.device) -> None:
+        right(self, seed + axis.index, axis, device)
+
+    return patch.object(rng.RandomTracker, "__init__", wrong)
+
+
+def recomputation_goes_on_with_the_streams() -> AbstractContextManager:
+    return patch.object(rng.RandomTracker, "contexts", lambda self: (nullcontext(), nullcontext()))
+
+
+def recomputation_leaves_the_streams_behind() -> AbstractContextManager:
+    @contextmanager
+    def wrong(self: rng.RandomTracker, states: dict[str, Tensor]) -> Iterator[None]:
+        self._set(states)
+        yield
+
+    return patch.object(rng.RandomTracker, "replay", wrong)
+
+
+def one_ranks_layernorm_drifts() -> AbstractContextManager:
+    right = torch.optim.AdamW.step
+
+    def wrong(self: torch.optim.AdamW) -> None:
+        right(self)
+        if dist.get_rank() == 2:
+            self.param_groups[0]["params"][-1].data *= 1 + 1e-15
+
+    return patch.object(torch.optim.AdamW, "step", wrong)
+
+
+def the_mlp_is_left_whole() -> AbstractContextManager:
+    right = training.parallelize
+
+    def wrong(model: gpt.GPT, axis: Axis) -> gpt.GPT:
+        whole = {name: block.mlp for name, block in gpt.GPT(model.config).blocks.items()}
+        model = right(model, axis)
+        for name, block in model.blocks.items():
+            block.mlp = whole[name]
+        return model
+
+    return patch.object(training, "parallelize", wrong)
+
+
+def smoothing_over_the_ranks_part() -> AbstractContextManager:
+    def wrong(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int, smoothing: float = 0.0) -> Tensor:
+        return loss.vocab_parallel_cross_entropy(logits, targets, axis, vocabulary, smoothing / axis.size)
+
+    return patch.object(tensor_parallel, "vocab_parallel_cross_entropy", wrong)
+
+
+def the_sum_is_gathered() -> AbstractContextManager:
+    def wrong(x: Tensor, axis: Axis, *op: object) -> Tensor:
+        if axis.name != "tp layers":
+            return right(x, axis, *op)
+        return comm.all_gather(x[None], axis).sum(0)
+
+    right = comm.all_reduce
+    return patch.object(comm, "all_reduce", wrong)
+
+
+LOSS, GRADIENT, NORM = "losses equal", "every gradient equals", "the global gradient norm"
+PARAMETER, WHOLE = "every parameter after every step", "parameters that every rank holds whole"
+INSIDE, OUTSIDE = "dropout of the scores", "dropout outside"
+MUST_FAIL = {
+    every_rank_has_the_first_shard: {LOSS, GRADIENT, PARAMETER},
+    heads_are_cut_across: {LOSS, GRADIENT, PARAMETER},
+    row_bias_once_a_rank: {LOSS, GRADIENT},
+    f_does_not_sum: {GRADIENT, PARAMETER, WHOLE},
+    f_is_read_too_early: {GRADIENT, PARAMETER},
+    g_sums_in_backward_too: {GRADIENT, NORM, "elements the embedding sends"},
+    other_ranks_tokens_are_not_zeroed: {LOSS, GRADIENT},
+    the_largest_logit_is_the_ranks_own: {LOSS, GRADIENT, "elements the loss sends"},
+    logits_are_gathered: {"elements the loss sends", "messages other than all-reduces"},
+    every_rank_counts_the_loss: {LOSS},
+    whole_parameters_counted_by_every_rank: {NORM, PARAMETER},
+    clipped_by_the_local_norm: {NORM, PARAMETER, WHOLE},
+    scores_dropped_alike_on_all_ranks: {LOSS, GRADIENT},
+    dropped_differently_outside: {LOSS, GRADIENT},
+    one_inside_stream_for_all_ranks: {INSIDE},
+    both_streams_seeded_by_rank: {OUTSIDE},
+    recomputation_goes_on_with_the_streams: {"elements that recomputation changes"},
+    recomputation_leaves_the_streams_behind: {"elements that recomputation changes"},
+    one_ranks_layernorm_drifts: {WHOLE},
+    the_mlp_is_left_whole: {"bytes of parameters", "bytes of Adam's", "all-reduces of a layer", "elements a layer"},
+    smoothing_over_the_ranks_part: {"loss with label smoothing"},
+    the_sum_is_gathered: {"all-reduces of a layer, forward", "elements a layer", "messages other than"},
+}
+
+
+# ---- The lesson with a bug in it
+
+
+def failing_claims(bug: Callable[[], AbstractContextManager] | None) -> list[str]:
+    """Run the lesson inside a worker; the claims that failed, on rank 0."""
+    frame = Lesson("megatron_tp/tensor_parallel.py", "05", "", "", "")
+    core.training.add_model_flags(frame)
+    args = frame.parser.parse_args(FLAGS)
+    run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), torch.float64)
+    with bug() if bug else nullcontext():
+        try:
+            tensor_parallel.lesson(run)
+        except Stop as stop:
+            return [f"stopped: {stop}"]
+    return [claim.claim for claim in run.evidence.claims if not claim.holds]
+
+
+def test_without_a_bug_every_claim_holds(pool: Pool) -> None:
+    assert pool.run(RANKS, failing_claims, None)[0] == []
+
+
+@pytest.mark.parametrize("bug", MUST_FAIL, ids=lambda bug: bug.__name__)
+def test_the_claims_catch(pool: Pool, bug: Callable) -> None:
+    failed = pool.run(RANKS, failing_claims, bug)[0]
+    missed = {claim for claim in MUST_FAIL[bug] if not any(f.startswith(claim) for f in failed)}
+    assert not missed, f"only these failed: {failed}"
