@@ -1,0 +1,217 @@
+"""Lecture 04: its claims on several numbers of ranks, what it prints and refuses, and which claims each bug breaks."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core import comm
+from core.launch import Job
+from core.lesson import Lesson, Run
+from core.mesh import Axis
+from megatron_tp import principle
+from tests.pool import Pool
+
+SCRIPT = "megatron_tp/principle.py"
+SIZES = {"batch": 2, "sequence": 8, "hidden": 16, "heads": 8, "lr": 0.1}
+QUICK = ("--steps=2", *(f"--{name}={value}" for name, value in SIZES.items()))
+
+
+# ---- The script
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_claim_holds(pool: Pool, tmp_path: Path, ranks: int) -> None:
+    report = tmp_path / "report.json"
+    outcome = pool.script(ranks, SCRIPT, *QUICK, "--report", str(report))
+    assert outcome.codes == [0] * ranks, outcome.out + outcome.err
+    written = json.loads(report.read_text())
+    assert (written["lecture"], written["world_size"], written["mesh"]) == ("04", ranks, {"tp": ranks})
+    assert written["losses"] == pytest.approx(written["reference_losses"], rel=1e-10)
+    assert len(written["losses"]) == 2
+    assert written["tokens_per_second"] > 0
+    # 11 differences from dense, on several ranks that of the GeLU that comes too early, and 12 counts on each rank
+    assert len(written["claims"]) == 11 + (ranks > 1) + 12 * ranks
+    assert all(claim["holds"] for claim in written["claims"])
+    assert "Megatron-LM TP 原理" in outcome.out
+    assert outcome.out.count("Lecture") == 1, "only rank 0 speaks"
+
+
+def test_what_is_shown(pool: Pool) -> None:
+    out = pool.script(4, SCRIPT, *QUICK).out
+    assert out.count("| A_0 | A_1 | A_2 | A_3 |") == 4, "as high as B, which has a band a rank"
+    assert [line.rstrip()[-7:] for line in out.splitlines() if "| A_0" in line] == [f"| B_{i} |" for i in range(4)]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert ["column", "X", "2 x 8 x 16", "not cut", "2 x 8 x 16", "0", "1"] in cells
+    assert ["Y_i = f(X) A_i", "A", "16 x 64", "columns", "16 x 16", "", ""] in cells
+    assert ["row", "X", "2 x 8 x 16", "columns", "2 x 8 x 4", "1", "0"] in cells
+    assert ["Y = g(X_i A_i)", "A", "16 x 64", "rows", "4 x 64", "", ""] in cells
+    assert ["", "B", "64 x 16", "rows", "16 x 16", "", ""] in cells
+    assert ["", "O", "16 x 16", "rows", "4 x 16", "", ""] in cells
+    assert [row[5:] for row in cells if row[0] in ("mlp", "attention")] == [["1", "1"], ["1", "1"]]
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(4, ("--dtype", "float32")), (4, ("--dtype", "bfloat16")),
+                                              (3, ("--heads", "3", "--hidden", "15", "--seed", "7"))])  # fmt: skip
+def test_options(pool: Pool, ranks: int, flags: tuple[str, ...]) -> None:
+    outcome = pool.script(ranks, SCRIPT, *QUICK, *flags)
+    assert outcome.codes == [0] * ranks, outcome.out
+
+
+REFUSED = {
+    "heads and ranks": (("--heads", "2"), "must be a multiple of the 4 ranks, which hold as many whole heads each; "
+                        "use --heads 4, or --nproc_per_node one of 1, 2"),
+    "heads and hidden": (("--heads", "12"), "must divide --hidden 64, so that heads are equal; use --heads 8"),
+    "hidden and ranks": (("--hidden", "6", "--heads", "3"), "use --heads 4 --hidden 32"),
+    "no heads": (("--heads", "0"), "--heads 0: must be positive and finite; use --heads 8"),
+    "batch": (("--batch", "0"), "use --batch 8"),
+    "sequence": (("--sequence", "-1"), "use --sequence 32"),
+    "learning rate": (("--lr", "nan"), "use --lr 0.1"),
+    "short text": (("--sequence", "1000000"), "is too short"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused(pool: Pool, case: str) -> None:
+    flags, hint = REFUSED[case]
+    outcome = pool.script(4, SCRIPT, *flags, started=1)  # alone: a process group would wait for the others
+    assert outcome.codes == [2], outcome.err
+    assert hint in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert outcome.out == ""
+
+
+def test_divergence_stops_all_ranks_and_says_where(pool: Pool) -> None:
+    outcome = pool.script(2, SCRIPT, *QUICK, "--lr", "1e300")
+    assert outcome.codes == [1, 1]
+    assert "NaN or Inf at step 1 in " in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+# ---- The bugs
+
+
+def no_all_reduce_in_the_backward_of_f() -> AbstractContextManager:
+    return patch.object(comm, "copy_to", lambda x, axis: x)
+
+
+def no_all_reduce_in_the_forward_of_g() -> AbstractContextManager:
+    return patch.object(comm, "reduce_from", lambda x, axis: x)
+
+
+def all_reduce_in_the_backward_of_g_too() -> AbstractContextManager:
+    right = comm.reduce_from
+    return patch.object(comm, "reduce_from", lambda x, axis: comm.copy_to(right(x, axis), axis))
+
+
+def bias_added_once_a_rank() -> AbstractContextManager:
+    """As g(y B + bias) does: t times the bias forward, the right gradient backward."""
+    mlp, attention, t = principle.Split.mlp, principle.Split.attention, dist.get_world_size()
+
+    def with_more(layer: Callable, name: str) -> Callable:
+        return lambda self, x, w: layer(self, x, w) + (t - 1) * w[name].detach()
+
+    return patch.multiple(principle.Split, mlp=with_more(mlp, "B bias"), attention=with_more(attention, "O bias"))
+
+
+def bias_of_the_column_split_is_lost() -> AbstractContextManager:
+    right = principle.part
+
+    def wrong(run: Run, name: str, cut: int | None, axis: Axis) -> Tensor:
+        return right(run, name, cut, axis) * (name != "A bias")
+
+    return patch.object(principle, "part", wrong)
+
+
+def identical_parts_on_all_ranks() -> AbstractContextManager:
+    right = principle.part
+
+    def wrong(run: Run, name: str, cut: int | None, axis: Axis) -> Tensor:
+        is_weight = name in principle.MODEL
+        return right(run, name, cut, replace(axis, index=0) if is_weight else axis)
+
+    return patch.object(principle, "part", wrong)
+
+
+def qkv_cut_straight_through() -> AbstractContextManager:
+    """The columns of q|k|v are cut as if they were one matrix: rank 0 gets much of Q, and calls it Q, K and V."""
+    right = principle.part
+
+    def wrong(run: Run, name: str, cut: int | None, axis: Axis) -> Tensor:
+        if name not in ("Q", "K", "V"):
+            return right(run, name, cut, axis)
+        fused = torch.cat([principle.whole(run, n) for n in "QKV"], -1)
+        return fused.chunk(axis.size, -1)[axis.index].chunk(3, -1)["QKV".index(name)].contiguous()
+
+    return patch.object(principle, "part", wrong)
+
+
+def gathered_instead_of_reduced() -> AbstractContextManager:
+    def wrong(x: Tensor, axis: Axis) -> Tensor:
+        return comm.gather_from(x.unsqueeze(0), axis, 0).sum(0)
+
+    return patch.object(comm, "reduce_from", wrong)
+
+
+RESULT = {name: f"{name}: result" for name in principle.EXPERIMENTS}
+GRADIENTS = {name: f"{name}: all gradients" for name in principle.EXPERIMENTS}
+FORWARD = {name: f"{name}: all-reduces forward" for name in principle.EXPERIMENTS}
+BACKWARD = {name: f"{name}: all-reduces backward" for name in principle.EXPERIMENTS}
+SENT = {f"{name}: elements" for name in ("mlp", "attention")} | {"training: elements"}
+TRAINING = {f"training: every {what}" for what in ("loss", "gradient", "parameter")}
+OTHERS, GELU = "messages other", "GeLU"
+
+
+def of(claims: dict[str, str], *names: str) -> set[str]:
+    return {claims[name] for name in names}
+
+
+ALL = ("column", "row", "mlp", "attention")
+LAYER = ("mlp", "attention")
+WITH_F, WITH_G = ("column", *LAYER), ("row", *LAYER)
+MUST_FAIL = {  # exactly these, and no others
+    no_all_reduce_in_the_backward_of_f: {*of(GRADIENTS, *WITH_F), *of(BACKWARD, *WITH_F), *SENT, *TRAINING},
+    no_all_reduce_in_the_forward_of_g: {
+        *of(RESULT, *WITH_G), *of(FORWARD, *WITH_G), *SENT, *TRAINING, GELU
+    },
+    all_reduce_in_the_backward_of_g_too: {
+        *of(GRADIENTS, *WITH_G), *of(BACKWARD, *WITH_G), *SENT, *TRAINING
+    },
+    bias_added_once_a_rank: {*of(RESULT, *LAYER), *TRAINING},
+    bias_of_the_column_split_is_lost: {RESULT["mlp"], GRADIENTS["mlp"], *TRAINING},
+    identical_parts_on_all_ranks: {*of(RESULT, *ALL), *of(GRADIENTS, *ALL), *TRAINING},
+    qkv_cut_straight_through: {RESULT["attention"], GRADIENTS["attention"], *TRAINING},
+    gathered_instead_of_reduced: {*of(FORWARD, *WITH_G), *SENT, OTHERS},
+}  # fmt: skip
+
+
+def failing_claims(bug: Callable[[], AbstractContextManager] | None) -> list[str]:
+    """Run the lesson inside a worker; the claims that failed, on rank 0."""
+    frame = Lesson(SCRIPT, "04", "", "", "")
+    for name, default in principle.DEFAULTS.items():
+        frame.parser.add_argument(f"--{name}", type=type(default), default=default)
+    job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
+    run = Run(frame.parser.parse_args(QUICK), job, torch.float64)
+    with bug() if bug else nullcontext():
+        principle.lesson(run)
+    return [claim.claim for claim in run.evidence.claims if not claim.holds]
+
+
+def test_without_a_bug_every_claim_holds(pool: Pool) -> None:
+    assert pool.run(4, failing_claims, None)[0] == []
+
+
+@pytest.mark.parametrize("bug", MUST_FAIL, ids=lambda bug: bug.__name__)
+def test_the_claims_catch(pool: Pool, bug: Callable) -> None:
+    failed = pool.run(4, failing_claims, bug)[0]
+    missed = {claim for claim in MUST_FAIL[bug] if not any(f.startswith(claim) for f in failed)}
+    besides = [f for f in failed if not any(f.startswith(claim) for claim in MUST_FAIL[bug])]
+    assert not missed, f"only these failed: {failed}"
+    assert not besides, "these should hold"
