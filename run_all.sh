@@ -7,6 +7,11 @@ set -u
 cd "$(dirname "$0")" || exit 2
 NPROC=${NPROC:-8}
 lessons=(
+  megatron_tp/principle.py
+  megatron_tp/tensor_parallel.py
+  megatron_tp/train.py
+  sequence_parallel/megatron_sp.py
+  sequence_parallel/activations.py
   pipeline/naive.py
   pipeline/gpipe.py
   pipeline/1f1b.py

@@ -43,11 +43,11 @@ class Ledger:
     @contextmanager
     def also(self, other: "Ledger") -> Iterator[None]:
         """Enter in `other` too what is sent within: a forward pass, for example."""
-        self._also = other
+        before, self._also = self._also, other
         try:
             yield
         finally:
-            self._also = None
+            self._also = before
 
 
 def live_bytes(tensors: Iterable[Tensor]) -> int:

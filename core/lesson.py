@@ -149,7 +149,8 @@ class Lesson:
         with launch(device, args.timeout) as job:
             run = Run(args, job, DTYPES[args.dtype])
             run.say(f"{self.heading}: {self.title} · {self.title_zh}")
-            run.say(f"{self.script} on {here.world_size} ranks, {job.backend} on {device.type} ({why}), {args.dtype}\n")
+            ranks = f"{here.world_size} rank" + "s" * (here.world_size > 1)
+            run.say(f"{self.script} on {ranks}, {job.backend} on {device.type} ({why}), {args.dtype}\n")
             teach(run)
             held = job.share(
                 all(claim.holds for claim in run.evidence.claims) and bool(run.evidence.claims)

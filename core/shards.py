@@ -17,7 +17,7 @@ class Shard:
     What is missing to a multiple is padding: zeros at the end of the last part or parts.
     """
 
-    dim: int
+    dim: int  # from the front, so not negative
     index: int
     count: int
     size: int  # of the whole along dim, without padding

@@ -27,6 +27,7 @@ from core.ledger import Ledger, Traffic, live_bytes
 from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
 from core.oracle import TOLERANCE
+from core.plot import bars
 from core.seeded import generator
 from core.shards import shard_of
 from core.text import Text
@@ -123,6 +124,11 @@ def claim_traffic(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> 
         0,
         lambda _, both: sum(traffic.messages for (operation, _), traffic in both.items() if operation != "all-reduce"),
     )
+    if run.args.plot:
+        parts, (forward, both) = ("embedding", "layers", "head", "loss"), everyone[0]
+        ahead, total = ([of(sent, part).bytes / run.args.steps / 1e6 for part in parts] for sent in (forward, both))
+        sent = {"forward": ahead, "backward": [b - a for a, b in zip(ahead, total, strict=True)]}
+        bars(run.args.plot, f"All-reduced by each of {t} ranks in a step", "MB sent", parts, sent)
 
 
 def claim_memory(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> None:

@@ -18,6 +18,7 @@ from core.ledger import Ledger, SavedActivations, live_bytes
 from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
 from core.oracle import TOLERANCE
+from core.plot import bars
 from core.seeded import Draw
 from core.text import VOCABULARY, Text
 from core.training import add_model_flags, check_model, configuration
@@ -90,7 +91,7 @@ def lesson(run: Run) -> None:
 
 def show(run: Run, held: dict[int, list[Held]]) -> None:
     whole = held[1][0].total
-    rows = []
+    rows: list[tuple[float, ...]] = []
     for t, ranks in held.items():
         most = max(ranks, key=lambda rank: rank.total)
         sizes = (most.weights, most.gradients, most.optimizer, most.activations, most.total, whole / t)
@@ -98,6 +99,9 @@ def show(run: Run, held: dict[int, list[Held]]) -> None:
     header = ("tp", "parameters", "weights", "gradients", "Adam", "activations", "total", "ideal", "x ideal")
     run.say("one step: what a rank holds, in MB; ideal is the total of one process / tp")
     run.say(tabulate(rows, header, floatfmt=".2f", intfmt=",") + "\n")
+    if run.args.plot:
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(header) if 2 <= i <= 7}
+        bars(run.args.plot, "What a rank holds", "MB", [f"tp {t}" for t in held], columns)
 
 
 def claim_sizes(run: Run, config: GPTConfig, held: dict[int, list[Held]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core.ledger import Event
 from core.lesson import DTYPES, Run, write_file
-from pipeline.timeline import to_svg, to_trace
+from pipeline.timeline import plot, to_trace
 from pipeline.validator import Verdict, bubble
 
 
@@ -33,7 +33,7 @@ class Measured:
 def show(run: Run, measured: list[Measured]) -> None:
     timeline = [m.events for m in measured]
     if run.args.plot:
-        write_file(run.args.plot, to_svg(timeline, f"{run.args.microbatches} microbatches on {len(measured)} stages"))
+        plot(run.args.plot, timeline, f"{run.args.microbatches} microbatches on {len(measured)} stages")
     if run.args.trace:
         write_file(run.args.trace, to_trace(timeline))
     rows = [

@@ -1,11 +1,11 @@
 """Draw a timeline: in the terminal, as SVG, and as a trace for Perfetto or chrome://tracing."""
 
-import io
 import json
 import re
 from collections.abc import Sequence
 
 from core.ledger import Event, VirtualClock
+from core.plot import picture
 
 Timeline = Sequence[Sequence[Event]]  # one row a rank
 LEGEND = "forward of microbatch 0: 0   its backward: [0 ]   idle: .   one forward lasts 1, one backward 2"
@@ -40,28 +40,19 @@ def draw(timeline: Timeline, colour: bool = False) -> str:
     return "\n".join(lines)
 
 
-def to_svg(timeline: Timeline, title: str) -> str:
-    """The timeline in unit costs as an SVG picture, drawn by matplotlib."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
+def plot(path: str, timeline: Timeline, title: str) -> None:
+    """Write the timeline in unit costs as an SVG picture."""
     end = max(event.end[0] for row in timeline for event in row)
-    figure, axes = pyplot.subplots(figsize=(min(40, 2 + end / 3), 1 + 0.4 * len(timeline)), layout="constrained")
-    for rank, row in enumerate(timeline):
-        for event in row:
-            kind, microbatch = _parts(event)
-            start, length = event.start[0], event.end[0] - event.start[0]
-            axes.barh(rank, length, left=start, height=0.9, color=_PLOT[kind], edgecolor="white")
-            axes.text(start + length / 2, rank, microbatch, ha="center", va="center", fontsize=7)
-    axes.set(title=title, xlabel="virtual time (forward = 1, backward = 2)", ylabel="rank", xlim=(0, end))
-    axes.set_yticks(range(len(timeline)))
-    axes.invert_yaxis()
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg")
-    pyplot.close(figure)
-    return picture.getvalue()
+    with picture(path, min(40, 2 + end / 3), 1 + 0.4 * len(timeline)) as axes:
+        for rank, row in enumerate(timeline):
+            for event in row:
+                kind, microbatch = _parts(event)
+                start, length = event.start[0], event.end[0] - event.start[0]
+                axes.barh(rank, length, left=start, height=0.9, color=_PLOT[kind], edgecolor="white")
+                axes.text(start + length / 2, rank, microbatch, ha="center", va="center", fontsize=7)
+        axes.set(title=title, xlabel="virtual time (forward = 1, backward = 2)", ylabel="rank", xlim=(0, end))
+        axes.set_yticks(range(len(timeline)))
+        axes.invert_yaxis()
 
 
 def to_trace(timeline: Timeline) -> str:

@@ -20,6 +20,7 @@ from core.gpt import GPT, Block, GPTConfig, materialize
 from core.ledger import Ledger, SavedActivations
 from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
+from core.plot import bars
 from core.seeded import Draw, generator
 from core.training import add_model_flags, check_model, configuration
 from sequence_parallel.layers import check, parallelize_block
@@ -85,6 +86,9 @@ def claim_bytes(run: Run, config: GPTConfig, axis: Axis) -> None:
         )
     run.say("\nbytes that one layer keeps for backward, in units of sbh")
     run.say(tabulate(rows, ("", "paper", "", "measured", "surplus %"), floatfmt=".4f"))
+    if run.args.plot:
+        pairs = {"paper": [row[2] for row in rows], "measured": [row[3] for row in rows]}
+        bars(run.args.plot, f"What a layer keeps for backward, t = {t}", "bytes / sbh", [row[0] for row in rows], pairs)
     run.say("The surplus: both LayerNorms keep the mean and the deviation of each token, which the paper leaves out.")
 
 

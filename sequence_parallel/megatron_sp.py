@@ -21,6 +21,7 @@ from core.gpt import GPT, GPTConfig, materialize
 from core.ledger import Ledger, Traffic
 from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
+from core.plot import bars
 from core.seeded import Draw
 from core.text import Text
 from core.training import add_model_flags, check_model, configuration
@@ -109,6 +110,11 @@ def claim_traffic(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> 
         2 * half * whole,
         lambda _, both: both["all-reduce", "tp whole gradients"].elements,
     )
+    if run.args.plot:
+        operations, times = (gather, scatter, again), run.args.steps * 1e6
+        ahead, total = ([layer(sent, name, what="bytes") / times for name in operations] for sent in everyone[0])
+        sent = {"forward": ahead, "backward": [b - a for a, b in zip(ahead, total, strict=True)]}
+        bars(run.args.plot, f"Sent by each of {t} ranks for a layer, in a step", "MB", operations, sent)
 
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:

@@ -37,6 +37,15 @@ def test_options(pool: Pool, flags: tuple[str, ...]) -> None:
     assert outcome.codes == [0] * 4, outcome.out
 
 
+@pytest.mark.parametrize("lesson", ["principle", "tensor_parallel", "train"])
+def test_plot(pool: Pool, tmp_path: Path, lesson: str) -> None:
+    plot = tmp_path / "plot.svg"
+    flags = QUICK[:-2] if lesson == "principle" else COURSE_QUICK if lesson == "train" else QUICK
+    outcome = pool.script(2, f"megatron_tp/{lesson}.py", *flags, "--plot", str(plot))
+    assert outcome.codes == [0, 0], outcome.err
+    assert "<svg" in plot.read_text()
+
+
 def test_the_courses_own_model(pool: Pool, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     outcome = pool.script(4, "megatron_tp/train.py", "--steps", "1", "--batch", "1", "--report", str(report))

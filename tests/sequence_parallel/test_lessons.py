@@ -39,6 +39,14 @@ def test_options(pool: Pool, lesson: str, flags: tuple[str, ...]) -> None:
     assert outcome.codes == [0] * 4, outcome.out
 
 
+@pytest.mark.parametrize("lesson", ["megatron_sp", "activations"])
+def test_plot(pool: Pool, tmp_path: Path, lesson: str) -> None:
+    plot = tmp_path / "plot.svg"
+    outcome = pool.script(2, f"sequence_parallel/{lesson}.py", *QUICK, "--plot", str(plot))
+    assert outcome.codes == [0, 0], outcome.err
+    assert "<svg" in plot.read_text()
+
+
 def test_the_surplus_is_within_one_percent(pool: Pool, tmp_path: Path) -> None:
     """With the lesson's own sizes: the paper's formulas but for the LayerNorms' statistics."""
     report = tmp_path / "report.json"
