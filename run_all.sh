@@ -7,6 +7,11 @@ set -u
 cd "$(dirname "$0")" || exit 2
 NPROC=${NPROC:-8}
 lessons=(
+  zero/ddp.py
+  zero/zero1.py
+  zero/zero2.py
+  zero/zero3.py
+  zero/memory.py
   megatron_tp/principle.py
   megatron_tp/tensor_parallel.py
   megatron_tp/train.py

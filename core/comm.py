@@ -92,6 +92,15 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
     return Pending(work, axis, rows, label, lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim))
 
 
+def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
+    """Fill `x`, of which this rank has its own equal part of the rows, with the other ranks' parts."""
+    if axis.size == 1:
+        return Pending(None, axis, x, "")
+    _record("all-gather", axis, x, (axis.size - 1) / axis.size)
+    work = dist.all_gather_single(x, x.chunk(axis.size)[axis.index], axis.group, async_op=True)
+    return Pending(work, axis, x, "all-gather")
+
+
 def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
     """Sum `x` over the axis and keep this rank's equal part along `dim`.
 
@@ -101,7 +110,10 @@ def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
     if axis.size == 1:
         return Pending(None, axis, x, "")
     assert x.shape[dim] % axis.size == 0, f"{tuple(x.shape)} does not divide into {axis.size} along {dim}"
-    parts = torch.stack(x.chunk(axis.size, dim))
+    if dim == 0 and x.is_contiguous():
+        parts = x.view(axis.size, -1, *x.shape[1:])
+    else:
+        parts = torch.stack(x.chunk(axis.size, dim))
     _record("reduce-scatter", axis, parts, (axis.size - 1) / axis.size)
     if x.device.type == "cpu":
         received = torch.empty_like(parts)

@@ -52,7 +52,12 @@ class Ledger:
 
 def live_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each storage counted once however many views share it."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _key(tensor: Tensor) -> int:
+    """The same for all tensors on one storage, and not its address, which changes where ZeRO-3 frees and gathers."""
+    return tensor.untyped_storage()._cdata
 
 
 class SavedActivations:
@@ -68,7 +73,7 @@ class SavedActivations:
         self.live = self.peak = 0
         self.first = 0  # after the first pass under the hooks: one microbatch
         self._holders: dict[int, int] = defaultdict(int)
-        self._ignored = {t.untyped_storage().data_ptr() for t in held_anyway}
+        self._ignored = {_key(t) for t in held_anyway}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Held(t, self), lambda held: held.tensor)
 
     def __enter__(self) -> "SavedActivations":
@@ -79,14 +84,14 @@ class SavedActivations:
         self._hooks.__exit__(*error)
         self.first = self.first or self.live
 
-    def _change(self, storage: torch.UntypedStorage, step: int) -> None:
-        address = storage.data_ptr()
-        if address in self._ignored:
+    def _change(self, tensor: Tensor, step: int) -> None:
+        key = _key(tensor)
+        if key in self._ignored:
             return
-        before = self._holders[address]
-        self._holders[address] += step
+        before = self._holders[key]
+        self._holders[key] += step
         if before == 0 or before + step == 0:
-            self.live += step * storage.nbytes()
+            self.live += step * tensor.untyped_storage().nbytes()
             self.peak = max(self.peak, self.live)
 
 
@@ -95,10 +100,10 @@ class _Held:
 
     def __init__(self, tensor: Tensor, account: SavedActivations):
         self.tensor, self.account = tensor, account
-        account._change(tensor.untyped_storage(), +1)
+        account._change(tensor, +1)
 
     def __del__(self) -> None:
-        self.account._change(self.tensor.untyped_storage(), -1)
+        self.account._change(self.tensor, -1)
 
 
 class Event(NamedTuple):

@@ -72,10 +72,16 @@ class Oracle:
         for name, value in weights:
             parameters[name].data.copy_(value)
         for (name, key), value in states:
-            self.optimizer.state[parameters[name]][key] = value.clone()
+            mine = parameters[name]
+            self.optimizer.state[mine][key] = value.to(mine.dtype) if value.shape == mine.shape else value.clone()
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    def states(self) -> dict[tuple[str, str], Tensor]:
+        """The optimizer's state, by (full name of the parameter, key)."""
+        named = self.model.named_parameters()
+        return {(name, key): value for name, p in named for key, value in self.optimizer.state[p].items()}
 
 
 def relative_difference(value: float, expected: float) -> float:

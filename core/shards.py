@@ -61,21 +61,34 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return getattr(parameter, "shard", None)
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Elements first:end of a tensor of `shape`, flattened."""
+
+    first: int
+    end: int
+    shape: torch.Size
+
+
 class Piece(NamedTuple):
     """What one rank holds of a parameter, or of its gradient or optimizer state, under the name in the whole model."""
 
     name: Hashable
     value: Tensor
-    shard: Shard | None
+    shard: Shard | Segment | None
 
 
 def join(pieces: Iterable[Piece]) -> Iterator[tuple[Hashable, Tensor]]:
     """The whole tensors. What several ranks hold comes several times; what lacks a part does not come at all."""
     parts: dict[Hashable, list[list[Tensor]]] = {}
     marks: dict[Hashable, Shard] = {}
-    for name, value, mark in pieces:
+    segments: dict[Hashable, list[Piece]] = {}
+    for piece in pieces:
+        name, value, mark = piece
         if mark is None:
             yield name, value
+        elif isinstance(mark, Segment):
+            segments.setdefault(name, []).append(piece)
         else:
             marks[name] = mark
             parts.setdefault(name, [[] for _ in range(mark.count)])[mark.index].append(value)
@@ -83,3 +96,11 @@ def join(pieces: Iterable[Piece]) -> Iterator[tuple[Hashable, Tensor]]:
         mark = marks[name]
         for whole in zip(*copies):  # noqa: B905  a part without its fellows is left out
             yield name, torch.cat(whole, mark.dim).narrow(mark.dim, 0, mark.size)
+    for name, found in segments.items():
+        starts: dict[int, list[Piece]] = {}
+        for piece in sorted(found, key=lambda piece: piece.shard.first):
+            starts.setdefault(piece.shard.first, []).append(piece)
+        for copy in zip(*starts.values()):  # noqa: B905
+            shape = copy[0].shard.shape
+            if [0, *(piece.shard.end for piece in copy)] == [*(piece.shard.first for piece in copy), shape.numel()]:
+                yield name, torch.cat([piece.value.flatten() for piece in copy]).view(shape)

@@ -6,9 +6,9 @@ What is parallel is the topic's: it gives the model, and the functions that comp
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,39 +75,80 @@ def check_model(args: argparse.Namespace) -> GPTConfig:
     return config
 
 
-def clip_and_total(
-    parameters: Iterable[nn.Parameter], counted: Iterable[Tensor], axes: Sequence[Axis], clip: float, loss: Tensor
-) -> tuple[float, float]:
-    """Clip by the norm of the *whole* model's gradient, as one process would; returns (norm, loss).
+def norm_and_totals(counted: Iterable[Tensor], axes: Sequence[Axis], more: Tensor) -> tuple[float, list[float]]:
+    """The norm of the whole model's gradient, and what else is to be summed over the ranks, in one message an axis.
 
     Args:
         counted: the gradients that this rank adds to the norm: over the ranks of `axes`, each number once.
+        more: this rank's numbers to be summed, one-dimensional.
+    """
+    squares = [g.double().square().sum() for g in counted]
+    square = sum(squares, torch.zeros((), dtype=torch.float64, device=more.device))
+    totals = torch.cat([square[None], more.double()])
+    for axis in axes:
+        comm.all_reduce(totals, axis.within("norm"))
+    square_norm, *sums = totals.tolist()
+    return square_norm**0.5, sums
+
+
+def clip_by(parameters: Iterable[nn.Parameter], clip: float, norm: float) -> None:
+    """Scale the gradients as one process would, whose gradient has this norm."""
+    nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=torch.float64))
+
+
+def clip_and_total(
+    parameters: Iterable[nn.Parameter], counted: Iterable[Tensor], axes: Sequence[Axis], clip: float, loss: Tensor
+) -> tuple[float, float]:
+    """Clip by the norm of the *whole* model's gradient; returns (norm, loss).
+
+    Args:
+        counted: see `norm_and_totals`.
         clip: largest global norm.
         loss: this rank's share of the loss, a scalar; travels along, so that all ranks know the sum.
     """
-    squares = [g.double().square().sum() for g in counted]
-    totals = torch.stack([sum(squares, torch.zeros((), dtype=torch.float64, device=loss.device)), loss.double()])
-    for axis in axes:
-        comm.all_reduce(totals, axis.within("norm"))
-    square_norm, total_loss = totals.tolist()
-    norm = square_norm**0.5
-    nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=torch.float64))
-    return norm, total_loss
+    norm, (total,) = norm_and_totals(counted, axes, loss[None])
+    clip_by(parameters, clip, norm)
+    return norm, total
 
 
-class Optimizer(Protocol):
-    """What `train` needs of an optimizer."""
+class Layout:
+    """What `train` needs to know of a rank's part of the model; this one is that of an ordinary optimizer.
 
-    state: dict[Tensor, dict[str, Tensor]]
+    Args:
+        model: this rank's part of the GPT, its parameters named as in the whole and marked where cut.
+    """
 
-    def step(self) -> object: ...
-    def zero_grad(self) -> None: ...
+    compares_states = False  # whether the optimizer's state is compared with one process's, too
+
+    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
+        self.zero_grad, self.step = optimizer.zero_grad, optimizer.step
+
+    def gradients(self) -> list[Piece]:
+        """Copies of the gradients, as they are before clipping."""
+        return self._pieces(lambda p: p.grad.clone() if p.requires_grad else None)
+
+    def weights(self) -> list[Piece]:
+        return self._pieces(lambda p: p.detach())
+
+    def states(self) -> list[Piece]:
+        """The optimizer's state, named (parameter, key)."""
+        return [
+            Piece((self.model.whole_name(name), key), value, shard_of(p) if value.shape == p.shape else None)
+            for name, p in self.model.named_parameters()
+            for key, value in self.optimizer.state[p].items()
+        ]
+
+    def _pieces(self, of: Callable[[nn.Parameter], Tensor | None]) -> list[Piece]:
+        found = [(name, p, of(p)) for name, p in self.model.named_parameters()]
+        return [Piece(self.model.whole_name(name), value, shard_of(p)) for name, p, value in found if value is not None]
 
 
 class Comparison:
     """The largest relative differences from one process so far."""
 
     loss = gradient = norm = parameter = 0.0
+    state: float | None = None  # where it is compared
 
     def claim(self, run: Run, norm_note: str = "") -> None:
         tolerance, claim = TOLERANCE[run.dtype], run.evidence.claim
@@ -116,23 +157,22 @@ class Comparison:
         claim("every gradient equals one process, all steps", same, 0, self.gradient, tolerance.gradient)
         claim(f"the global gradient norm{norm_note}", "relative difference 0", 0, self.norm, tolerance.loss)
         claim("every parameter after every step", same, 0, self.parameter, tolerance.parameter)
+        if self.state is not None:
+            claim("the optimizer's state after every step", same, 0, self.state, tolerance.parameter)
 
 
 def train(
     run: Run,
-    model: GPT,
-    optimizer: Optimizer,
+    layout: Layout,
     oracle: Oracle | None,
     forward_backward: Callable[[int, Tensor, Tensor, Draw], Tensor],
     clip: Callable[[Tensor], tuple[float, float]],
 ) -> Comparison:
-    """Train `model` and the oracle for `--steps` steps of `--batch` samples of `--data`, and compare them.
+    """Train for `--steps` steps of `--batch` samples of `--data`, and compare with the oracle after each.
 
     Args:
-        model: this rank's part of the GPT, its parameters named as in the whole and marked where cut.
         oracle: the same GPT in one process, on rank 0; None elsewhere.
-        forward_backward: (step, inputs, targets, draw) to this rank's share of the loss; leaves in `.grad` what the
-            whole model's gradient is for the parameters, or the parts of parameters, on this rank.
+        forward_backward: (step, inputs, targets, draw) to this rank's share of the loss, a scalar.
         clip: this rank's share of the loss to (global gradient norm, loss), as `clip_and_total`.
     """
     args, worst = run.args, Comparison()
@@ -144,49 +184,34 @@ def train(
         samples = Draw(args.seed, step, 0)
 
         began = time.perf_counter()
-        optimizer.zero_grad()
+        layout.zero_grad()
         share = forward_backward(step, inputs, targets, samples)
-        # Gradients as they were before clipping: a wrong scale must show.
-        gradients = _pieces(model, lambda p: p.grad.clone() if p.requires_grad else None)
+        gradients = layout.gradients()  # as they are before clipping: a wrong scale must show
         norm, loss = clip(share)
         stop_unless_finite(run, step, norm + loss, gradients)
-        optimizer.step()
+        layout.step()
         run.training_seconds += time.perf_counter() - began
         run.tokens += targets.numel()
         run.losses.append(loss)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-        # All from the CPU: rank 0 has no part in the GPUs of other ranks.
-        whole_gradients = _gathered(run, gradients)
-        weights = _gathered(run, _pieces(model, lambda p: p.detach()))
-        states = {} if exact else _gathered(run, _states(model, optimizer))
+        whole_gradients, weights = gathered(run, gradients), gathered(run, layout.weights())
+        states = gathered(run, layout.states()) if layout.compares_states or not exact else []
         if oracle:
             run.reference_losses.append(oracle.step(inputs, targets, samples))
             worst.loss = max(worst.loss, relative_difference(loss, oracle.loss))
             worst.gradient = max(worst.gradient, worst_difference(whole_gradients, oracle.gradients))
             worst.norm = max(worst.norm, relative_difference(norm, oracle.norm))
             worst.parameter = max(worst.parameter, worst_difference(weights, oracle.parameters()))
+            if layout.compares_states:
+                worst.state = max(worst.state or 0.0, worst_difference(states, oracle.states()))
             if not exact:
                 oracle.adopt(weights, states)
     return worst
 
 
-def _pieces(model: GPT, of: Callable[[nn.Parameter], Tensor | None]) -> list[Piece]:
-    found = [(name, p, of(p)) for name, p in model.named_parameters()]
-    return [Piece(model.whole_name(name), value, shard_of(p)) for name, p, value in found if value is not None]
-
-
-def _states(model: GPT, optimizer: Optimizer) -> list[Piece]:
-    """The optimizer's state, named (parameter, key)."""
-    return [
-        Piece((model.whole_name(name), key), value, shard_of(p) if value.shape == p.shape else None)
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state[p].items()
-    ]
-
-
-def _gathered(run: Run, pieces: list[Piece]) -> list[tuple[object, Tensor]]:
-    """The whole tensors from all ranks' pieces, on rank 0."""
+def gathered(run: Run, pieces: list[Piece]) -> list[tuple[Hashable, Tensor]]:
+    """The whole tensors from all ranks' pieces, on rank 0, on the CPU: it has no part in the GPUs of other ranks."""
     everyone = run.job.gather([piece._replace(value=piece.value.cpu()) for piece in pieces])
     return list(join(piece for rank in everyone for piece in rank))
 

@@ -13,7 +13,7 @@ from core.mesh import Axis
 from core.oracle import Oracle
 from core.seeded import Draw
 from core.shards import shard_of
-from core.training import clip_and_total, train
+from core.training import Layout, clip_and_total, train
 from megatron_tp.layers import counted_once, parallelize
 from megatron_tp.loss import token_loss
 
@@ -54,7 +54,7 @@ def teach(run: Run, config: GPTConfig, axis: Axis) -> Trained:
     def clip(share: Tensor) -> tuple[float, float]:
         return clip_and_total(model.parameters(), counted_once(model, axis), [axis], args.clip, share)
 
-    worst = train(run, model, optimizer, oracle, forward_backward, clip)
+    worst = train(run, Layout(model, optimizer), oracle, forward_backward, clip)
     trained = Trained(model, optimizer, oracle, forward)
     replicated = {n: p.detach().cpu() for n, p in model.named_parameters() if shard_of(p) is None}
     copies = job.gather(replicated)

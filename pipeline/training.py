@@ -19,7 +19,7 @@ from core.lesson import Lesson, Run
 from core.mesh import Mesh
 from core.oracle import Oracle
 from core.seeded import Draw
-from core.training import add_model_flags, check_model, clip_and_total, configuration, train
+from core.training import Layout, add_model_flags, check_model, clip_and_total, configuration, train
 from pipeline import evidence
 from pipeline.evidence import Measured
 from pipeline.runtime import Pipeline, Trace
@@ -89,7 +89,7 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
     def clip(share: Tensor) -> tuple[float, float]:
         return clip_and_total(stage.parameters(), counted_once(stage, axis), [axis], args.clip, share)
 
-    worst = train(run, stage, optimizer_of(stage.parameters()), oracle, forward_backward, clip)
+    worst = train(run, Layout(stage, optimizer_of(stage.parameters())), oracle, forward_backward, clip)
     pipeline.close()
 
     sent = {kind: ledger.traffic[f"send {kind}", "pp"] for kind in ("F", "B")}

@@ -13,7 +13,7 @@ from core.mesh import Axis
 from core.oracle import Oracle
 from core.seeded import Draw
 from core.shards import shard_of
-from core.training import clip_and_total, train
+from core.training import Layout, clip_and_total, train
 from sequence_parallel.layers import counted_once, parallelize, sum_whole_gradients
 from sequence_parallel.loss import token_loss
 from sequence_parallel.recompute import recompute
@@ -48,7 +48,7 @@ def teach(run: Run, config: GPTConfig, axis: Axis, kind: str = "none") -> Traine
     def clip(share: Tensor) -> tuple[float, float]:
         return clip_and_total(model.parameters(), counted_once(model, axis), [axis], args.clip, share)
 
-    worst = train(run, model, optimizer_of(model.parameters()), oracle, forward_backward, clip)
+    worst = train(run, Layout(model, optimizer_of(model.parameters())), oracle, forward_backward, clip)
     whole = {n: p.detach().cpu() for n, p in model.named_parameters() if shard_of(p) is None}
     copies = job.gather(whole)
     if oracle:

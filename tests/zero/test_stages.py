@@ -1,0 +1,243 @@
+"""Every stage of ZeRO on real ranks: equal to one process, and to the other stages, in every corner."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from core.gpt import GPT, GPTConfig, materialize, token_loss
+from core.ledger import Ledger
+from core.mesh import Axis, Mesh
+from core.oracle import worst_difference
+from core.seeded import Draw
+from core.shards import Piece, join
+from core.text import Text
+from tests.pool import Pool
+from zero.ddp import DataParallel
+from zero.stage import Stage
+from zero.zero1 import Zero1
+from zero.zero2 import Zero2
+from zero.zero3 import Zero3
+
+STAGES: dict[str, type[Stage]] = {"ddp": DataParallel, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
+CPU, SEED, CLIP = torch.device("cpu"), 7, 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to train, and how. `decay`: a second parameter group of biases and LayerNorms, without weight decay."""
+
+    config: GPTConfig = GPTConfig(sequence=8, hidden=12, layers=2, heads=2)  # noqa: RUF009
+    optimizer: Callable = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)  # noqa: RUF009
+    freeze: tuple[str, ...] = ("none",)
+    two_groups: bool = False
+    microbatches: int = 1
+    samples: int = 0  # 0: two a microbatch and rank
+    elements: int = 1000
+    steps: int = 3
+    dtype: torch.dtype = torch.float64
+
+    def model(self) -> GPT:
+        model = materialize(GPT(self.config), SEED, CPU, self.dtype)
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.startswith(self.freeze))
+        return model
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
+        if not self.two_groups:
+            return None
+        trained = [p for p in model.parameters() if p.requires_grad]
+        small = [p for p in trained if p.dim() < 2]
+        return [{"params": [p for p in trained if p.dim() == 2]}, {"params": small, "weight_decay": 0.0, "lr": 2e-3}]
+
+
+Result = tuple[list[float], list[float], list[Piece], list[Piece], list[Piece]]
+
+
+def train(kind: str, case: Case) -> Result:
+    """On one rank: losses, norms, the last gradients, the weights and the optimizer's state after."""
+    axis = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"]
+    model = case.model()
+    stage = STAGES[kind](model, axis, case.optimizer, case.groups(model), case.dtype, case.elements)
+    losses, norms, gradients = [], [], []
+    each = case.samples or 2
+    batch = each * axis.size * case.microbatches
+    for step in range(case.steps):
+        stage.zero_grad()
+        share = torch.zeros((), dtype=case.dtype)
+        inputs, targets = Text(None, case.config.sequence).batch(SEED, step, batch)
+        for m in range(case.microbatches):
+            first = (axis.index * case.microbatches + m) * each
+            part = slice(first, first + each)
+            loss = token_loss(model(inputs[part], Draw(SEED, step, first)), targets[part], targets.numel())
+            stage.backward(loss, last=m == case.microbatches - 1)
+            share += loss.detach()
+        gradients = stage.gradients()
+        norm, total = stage.clip_and_total(CLIP, share)
+        losses.append(total)
+        norms.append(norm)
+        stage.step()
+    return losses, norms, gradients, stage.weights(), stage.states()
+
+
+def one_process(case: Case, ranks: int) -> tuple[list[float], list[float], dict, dict, dict]:
+    model = case.model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = case.optimizer(case.groups(model) or trained)
+    losses, norms, gradients = [], [], {}
+    for step in range(case.steps):
+        optimizer.zero_grad()
+        batch = (case.samples or 2) * ranks * case.microbatches
+        inputs, targets = Text(None, case.config.sequence).batch(SEED, step, batch)
+        loss = token_loss(model(inputs, Draw(SEED, step, 0)), targets, targets.numel())
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        norms.append(nn.utils.clip_grad_norm_(trained, CLIP).item())
+        losses.append(loss.item())
+        optimizer.step()
+    states = {(n, k): v for n, p in model.named_parameters() for k, v in optimizer.state[p].items() if v is not None}
+    return losses, norms, gradients, {n: p.detach() for n, p in model.named_parameters()}, states
+
+
+def equal(results: list[Result], expected: tuple) -> None:
+    losses, norms, *tensors = expected
+    for rank in results:
+        assert rank[0] == pytest.approx(losses, rel=1e-10)
+        assert rank[1] == pytest.approx(norms, rel=1e-10)
+    for i, reference in enumerate(tensors, 2):
+        assert worst_difference(join(piece for rank in results for piece in rank[i]), reference) < 1e-10
+
+
+def wide(**options: Any) -> GPTConfig:
+    return GPTConfig(**{"sequence": 8, "hidden": 12, "layers": 3, "heads": 2} | options)
+
+
+CASES = {
+    "plain": Case(),
+    "accumulated": Case(microbatches=3),
+    "untied": Case(wide(tied=False)),
+    "dropout": Case(wide(dropout=0.3, attention="softmax"), microbatches=2),
+    "sgd with momentum": Case(optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)),
+    "adagrad": Case(optimizer=partial(torch.optim.Adagrad, lr=1e-2)),
+    "two groups": Case(two_groups=True, microbatches=2),
+    "frozen ends": Case(wide(tied=False), freeze=("embed", "head"), microbatches=2),
+    "frozen first block and embedding": Case(wide(tied=False), freeze=("embed", "blocks.0")),
+    "frozen middle": Case(wide(), freeze=("blocks.1",)),
+    "frozen last block and end": Case(wide(tied=False), freeze=("blocks.2", "norm", "head")),
+    "frozen weights, trained biases": Case(wide(), freeze=("blocks.1.attention.qkv.weight", "blocks.1.mlp.up.weight")),
+    "one bucket": Case(elements=10**9),
+    "a bucket a parameter": Case(elements=1),
+}
+
+
+@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_one_process(pool: Pool, kind: str, case: Case) -> None:
+    equal(pool.run(4, train, kind, case), one_process(case, 4))
+
+
+@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 7, 8])
+def test_any_number_of_ranks(pool: Pool, kind: str, ranks: int) -> None:
+    case = Case(microbatches=2, steps=2)
+    equal(pool.run(ranks, train, kind, case), one_process(case, ranks))
+
+
+def test_the_stages_are_equal_to_the_last_bit(pool: Pool) -> None:
+    """From ZeRO-1 on each rank sums its part in the order of the ranks, so the gradients of a step are the same."""
+    case = Case(steps=1)
+    results = [pool.run(4, train, kind, case) for kind in ("zero1", "zero2", "zero3")]
+    wholes = [dict(join(piece for rank in result for piece in rank[2])) for result in results]
+    for name, value in wholes[0].items():
+        assert all(torch.equal(value, other[name]) for other in wholes[1:]), name
+
+
+# ---- Models that are no GPT
+
+
+class Odd(nn.Module):
+    """Blocks that use their parameters, or not, as `uses` says; an empty parameter; fewer elements than ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.start = nn.Parameter(torch.randn(3, dtype=torch.float64, generator=generator))
+        self.nothing = nn.Parameter(torch.empty(0, 5, dtype=torch.float64))
+        self.never = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.blocks = nn.ModuleDict({str(i): Scale(i) for i in range(3)})
+
+    def forward(self, x: Tensor, uses: tuple[int, ...]) -> Tensor:
+        x = x + self.start
+        for i, block in enumerate(self.blocks.values()):
+            if i in uses:
+                x = block(x)
+        return x
+
+
+class Scale(nn.Module):
+    def __init__(self, i: int):
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((1,), 0.5 + i, dtype=torch.float64))
+        self.shift = nn.Parameter(torch.full((3,), 0.1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.factor + self.shift).tanh()
+
+
+def data(rank: int, step: int) -> Tensor:
+    return torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+USES = {0: (0, 1, 2), 1: (1,), 2: (), 3: (0, 2)}  # by rank; block 3 of 3 is missing on two of them
+
+
+def train_odd(kind: str, uses: dict[int, tuple[int, ...]]) -> tuple[list[Piece], list[Piece]]:
+    axis = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"]
+    model = Odd()
+    stage = STAGES[kind](model, axis, partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5), None, torch.float64, 4)
+    for step in range(3):
+        stage.zero_grad()
+        for m in range(2):
+            loss = model(data(axis.index, 2 * step + m), uses[axis.index % 4]).square().sum() / 100
+            stage.backward(loss, last=m == 1)
+        stage.clip_and_total(CLIP, loss.detach())
+        stage.step()
+    return stage.weights(), stage.states()
+
+
+@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("uses", [USES, dict.fromkeys(range(4), (0,)), dict.fromkeys(range(4), ())], ids=str)
+@pytest.mark.parametrize("ranks", [4, 8])  # 15 elements in the whole model, most parameters smaller than the ranks
+def test_unused_parameters_and_tiny_ones(pool: Pool, kind: str, uses: dict, ranks: int) -> None:
+    """Ranks differ in what they use: no hang, and what nobody uses is not even decayed."""
+    model = Odd()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+    for step in range(3):
+        optimizer.zero_grad()
+        for m in range(2):
+            for rank in range(ranks):
+                (model(data(rank, 2 * step + m), uses[rank % 4]).square().sum() / 100).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+    results = pool.run(ranks, train_odd, kind, uses)
+    weights = {n: p.detach() for n, p in model.named_parameters() if p.numel() or kind != "zero3"}
+    states = {(n, k): v for n, p in model.named_parameters() for k, v in optimizer.state[p].items() if p.numel()}
+    assert worst_difference(join(p for r in results for p in r[0]), weights) < 1e-10
+    assert worst_difference(join(p for r in results for p in r[1]), states) < 1e-10
+
+
+def shared_by_two_blocks() -> None:
+    axis = Axis("dp", (0,), 0, None, Ledger(), None)
+    model = Odd()
+    model.blocks["1"].factor = model.blocks["0"].factor
+    with pytest.raises(ValueError, match="two blocks share a parameter"):
+        Zero3(model, axis, torch.optim.SGD)
+
+
+def test_a_parameter_shared_by_two_blocks_is_refused() -> None:
+    shared_by_two_blocks()
