@@ -59,6 +59,13 @@ class Evidence:
         measured = " ".join(_number(c.measured) for c in made)
         self.rows.append((claim, formula, measured, "yes" if all(c.holds for c in made) else "NO"))
 
+    def on_ranks(
+        self, claim: str, formula: str, expected: float, measured: Iterable[float], tolerance: float = 0.0
+    ) -> None:
+        """The same claim of every rank; `measured` in rank order."""
+        cases = [(f"{claim}, rank {rank}", expected, value) for rank, value in enumerate(measured)]
+        self.each(claim, formula, cases, tolerance)
+
     def table(self) -> str:
         header = ("claim", "slide or paper", "measured", "holds")
         # Not tabulate's own maxcolwidths: it takes a cell such as "16,384" for a number and fails to read it.

@@ -61,6 +61,11 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return getattr(parameter, "shard", None)
 
 
+def counted_once(parameters: Iterable[nn.Parameter], axis: Axis) -> list[Tensor]:
+    """The gradients this rank adds to the global norm: its parts, and on the first rank also what all ranks hold."""
+    return [p.grad for p in parameters if p.grad is not None and (shard_of(p) or axis.index == 0)]
+
+
 @dataclass(frozen=True)
 class Segment:
     """Elements first:end of a tensor of `shape`, flattened."""

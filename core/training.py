@@ -75,6 +75,36 @@ def check_model(args: argparse.Namespace) -> GPTConfig:
     return config
 
 
+def check_cuts(args: argparse.Namespace, ranks: int, sequence: bool = False) -> None:
+    """Raises ValueError unless heads, feed-forward and (with `sequence`) a sample can be cut into `ranks` equal parts.
+
+    Says what would do for all of them together. Sizes below 1 are left to `GPTConfig`.
+    """
+    heads, hidden, feed_forward = args.heads, args.hidden, args.feed_forward
+    if min(heads, hidden) < 1 or feed_forward < 0:
+        return
+    fitting = [a for a in range(ranks, hidden + 1, ranks) if hidden % a == 0]
+    use: dict[str, int] = {}
+    if heads % ranks or hidden % heads:
+        use["heads"] = min(fitting, key=lambda a: abs(a - heads), default=max(1, round(heads / ranks)) * ranks)
+        if hidden % use["heads"]:
+            use["hidden"] = max(1, round(hidden / use["heads"])) * use["heads"]
+    if feed_forward % ranks:  # 0, four times hidden, always fits
+        use["feed-forward"] = max(1, round(feed_forward / ranks)) * ranks
+    if sequence and args.sequence % ranks:
+        use["sequence"] = max(1, round(args.sequence / ranks)) * ranks
+    if not use:
+        return
+    sizes = [heads, feed_forward or heads, args.sequence if sequence else heads]
+    usable = [] if hidden % heads else [t for t in range(2, heads + 1) if not any(size % t for size in sizes)][-8:]
+    now = " ".join(f"--{name} {getattr(args, name.replace('-', '_'))}" for name in use)
+    raise ValueError(
+        f"{now}: heads must divide --hidden, and what is cut must be a multiple of the {ranks} ranks, so that each "
+        f"gets as much; use {' '.join(f'--{name} {value}' for name, value in use.items())}"
+        + (f", or --nproc_per_node one of {', '.join(map(str, usable))}" if usable else "")
+    )
+
+
 def norm_and_totals(counted: Iterable[Tensor], axes: Sequence[Axis], more: Tensor) -> tuple[float, list[float]]:
     """The norm of the whole model's gradient, and what else is to be summed over the ranks, in one message an axis.
 
@@ -126,7 +156,7 @@ class Layout:
 
     def gradients(self) -> list[Piece]:
         """Copies of the gradients, as they are before clipping."""
-        return self._pieces(lambda p: p.grad.clone() if p.requires_grad else None)
+        return self._pieces(lambda p: None if p.grad is None else p.grad.clone())
 
     def weights(self) -> list[Piece]:
         return self._pieces(lambda p: p.detach())
@@ -214,6 +244,16 @@ def gathered(run: Run, pieces: list[Piece]) -> list[tuple[Hashable, Tensor]]:
     """The whole tensors from all ranks' pieces, on rank 0, on the CPU: it has no part in the GPUs of other ranks."""
     everyone = run.job.gather([piece._replace(value=piece.value.cpu()) for piece in pieces])
     return list(join(piece for rank in everyone for piece in rank))
+
+
+def claim_whole_parameters(run: Run, model: GPT) -> None:
+    """What every rank holds whole has stayed equal on all of them."""
+    whole = {n: p.detach().cpu() for n, p in model.named_parameters() if shard_of(p) is None}
+    copies = run.job.gather(whole)
+    if copies:
+        differing = sum((copies[0][n] != other[n]).sum().item() for other in copies for n in whole)
+        what = f"{sum(p.numel() for p in whole.values()):,} elements a rank"
+        run.evidence.claim("parameters that every rank holds whole", f"differ in 0 of {what}", 0, differing)
 
 
 def stop_unless_finite(run: Run, step: int, total: float, gradients: list[Piece]) -> None:

@@ -100,7 +100,7 @@ class RowParallelLinear(_Linear):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """(B, S) int64 to (B, S, H), equal on all ranks; each rank has V/t rows of the table.
+    """(B, S) int64 in [0, vocabulary) to (B, S, H), equal on all ranks; each rank has V/t rows of the table.
 
     A token of another rank's rows gives zeros here, so that the sum over the ranks is the row itself.
     """
@@ -114,31 +114,17 @@ class VocabParallelEmbedding(nn.Module):
         row = tokens - shard_of(self.weight).start
         elsewhere = (row < 0) | (row >= len(self.weight))
         found = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
-        return comm.reduce_from(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.axis)
+        return comm.reduce_from(found.masked_fill_(elsewhere.unsqueeze(-1), 0.0), self.axis)
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 
 def check(config: GPTConfig, ranks: int) -> None:
-    """Raises ValueError unless heads and feed-forward can be cut into `ranks` equal parts.
-
-    The vocabulary need not: it is padded.
-    """
-    usable = [t for t in range(2, config.heads + 1) if config.heads % t == config.feed_forward % t == 0][-8:]
-    or_ranks = f", or --nproc_per_node one of {', '.join(map(str, usable))}" if usable else ""
-    if config.heads % ranks:
-        heads = [a for a in range(ranks, config.hidden + 1, ranks) if config.hidden % a == 0]
-        use = f"--heads {heads[0]}" if heads else f"--heads {ranks} --hidden {16 * ranks}"
-        raise ValueError(
-            f"--heads {config.heads}: must be a multiple of the {ranks} ranks, which hold as many heads each; "
-            f"use {use}{or_ranks}"
-        )
-    if config.feed_forward % ranks:
-        raise ValueError(
-            f"--feed-forward {config.feed_forward}: must be a multiple of the {ranks} ranks, which hold as many of "
-            f"its columns each; use --feed-forward {max(1, round(config.feed_forward / ranks)) * ranks}{or_ranks}"
-        )
+    """Raises ValueError unless heads and feed-forward can be cut into `ranks` equal parts. The vocabulary is padded."""
+    for name, size in (("heads", config.heads), ("feed-forward", config.feed_forward)):
+        if size % ranks:
+            raise ValueError(f"{size} {name} cannot be cut into {ranks} equal parts; use a multiple of {ranks}")
 
 
 def parallelize(model: GPT, axis: Axis) -> GPT:
@@ -165,8 +151,3 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
         if model.config.tied and model.embed is not None:
             model.head.weight = model.embed.token.weight
     return model
-
-
-def counted_once(model: GPT, axis: Axis) -> list[Tensor]:
-    """The gradients this rank adds to the global norm: its parts, and on the first rank also what all ranks hold."""
-    return [p.grad for p in model.parameters() if p.grad is not None and (shard_of(p) or axis.index == 0)]

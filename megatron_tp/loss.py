@@ -64,7 +64,7 @@ def vocab_parallel_cross_entropy(
 
     Args:
         logits: (..., V/t), this rank's part.
-        targets: (...), int64, of the whole vocabulary, equal on all ranks.
+        targets: (...), int64 in [0, vocabulary), equal on all ranks. Not checked: that would wait for the device.
         vocabulary: the size without padding.
         smoothing: label smoothing, as in `torch.nn.functional.cross_entropy`.
 

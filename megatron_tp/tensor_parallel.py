@@ -29,12 +29,12 @@ from core.mesh import Axis, Mesh
 from core.oracle import TOLERANCE
 from core.plot import bars
 from core.seeded import generator
-from core.shards import shard_of
+from core.shards import Shard, shard_of
+from core.streams import RandomTracker
 from core.text import Text
-from core.training import add_model_flags, check_model, configuration
-from megatron_tp.layers import check, parallelize
+from core.training import add_model_flags, check_cuts, check_model, configuration
+from megatron_tp.layers import parallelize
 from megatron_tp.loss import vocab_parallel_cross_entropy
-from megatron_tp.rng import RandomTracker
 from megatron_tp.training import Trained, parameters_on_a_rank, teach
 
 DROP, SMOOTHING = 0.2, 0.1
@@ -85,8 +85,7 @@ def claim_traffic(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> 
 
     def each(claim: str, formula: str, expected: float, measure: Callable[[Sent, Sent], float]) -> None:
         values = [measure(forward, both) / run.args.steps for forward, both in everyone]
-        cases = [(f"{claim}, rank {rank}", expected, value) for rank, value in enumerate(values)]
-        run.evidence.each(claim, formula, cases, 1e-9 * expected)
+        run.evidence.on_ranks(claim, formula, expected, values, 1e-9 * expected)
 
     def of(sent: Sent, part: str) -> Traffic:
         return sent["all-reduce", f"tp {part}"]
@@ -138,23 +137,30 @@ def claim_memory(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> N
     everyone = run.job.gather((live_bytes(trained.model.parameters()), live_bytes(moments)))
     expected = parameters_on_a_rank(config, axis.size) * run.dtype.itemsize
     for i, (what, times) in enumerate((("parameters", 1), ("Adam's two moments", 2))):
-        cases = [(f"bytes of {what}, rank {rank}", times * expected, held[i]) for rank, held in enumerate(everyone)]
-        run.evidence.each(f"bytes of {what}", f"what is cut / t + what is not = {times * expected:,}", cases)
+        formula = f"what is cut / t + what is not = {times * expected:,}"
+        run.evidence.on_ranks(f"bytes of {what}", formula, times * expected, [held[i] for held in everyone])
 
 
 def claim_smoothing(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> None:
-    """The loss with label smoothing is torch's, which needs the logits gathered."""
-    inputs, targets = (t.to(run.job.device) for t in Text(run.args.data, config.sequence).batch(run.args.seed, 0, 2))
+    """The loss with label smoothing is torch's, which needs the logits gathered; one column less makes it padded."""
+    inputs, targets = (t.to(run.job.device) for t in Text(run.args.data, run.args.sequence).batch(run.args.seed, 0, 2))
+    vocabulary = config.vocabulary - 1
+    targets = targets % vocabulary
     with torch.no_grad():
-        logits = trained.model.eval()(inputs)
-        ours = vocab_parallel_cross_entropy(logits, targets, axis, config.vocabulary, SMOOTHING).flatten()
-        whole = comm.all_gather(logits, axis, -1)[..., : config.vocabulary].flatten(0, 1)
-        theirs = F.cross_entropy(whole, targets.flatten(), reduction="none", label_smoothing=SMOOTHING)
-    difference = ((ours - theirs).norm() / theirs.norm()).item()
-    tolerance = TOLERANCE[run.dtype].loss
-    run.evidence.claim(
-        f"loss with label smoothing {SMOOTHING}", "torch's, of gathered logits", 0, difference, tolerance
-    )
+        logits = trained.model.eval()(inputs)[..., : -(-vocabulary // axis.size)]
+    whole = comm.all_gather(logits, axis, -1)[..., :vocabulary].requires_grad_()
+    ours = vocab_parallel_cross_entropy(logits.requires_grad_(), targets, axis, vocabulary, SMOOTHING)
+    theirs = F.cross_entropy(whole.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=SMOOTHING)
+    mine = Shard(2, axis.index, axis.size, vocabulary).part(torch.autograd.grad(theirs.square().sum(), whole)[0])
+    gradient = torch.autograd.grad(ours.square().sum(), logits)[0]
+    apart = [((a - b).norm() / b.norm()).item() for a, b in ((ours.flatten(), theirs), (gradient, mine))]
+    everyone, tolerance = run.job.gather(apart), TOLERANCE[run.dtype]
+    if everyone:
+        name, formula = f"loss with label smoothing {SMOOTHING}", "torch's, of gathered logits"
+        run.evidence.on_ranks(name, formula, 0, [loss for loss, _ in everyone], tolerance.loss)
+        run.evidence.on_ranks(
+            "and its gradient", formula, 0, [gradient for _, gradient in everyone], tolerance.gradient
+        )
 
 
 class Recorded(RandomTracker):
@@ -188,18 +194,28 @@ def claim_streams(run: Run, config: GPTConfig, axis: Axis) -> None:
     everyone = run.job.gather((tracker.masks, changed))
     if not everyone:
         return
-    pairs = list(combinations([masks for masks, _ in everyone], 2))
-    inside, outside = "blocks.0.attention.scores", ("blocks.0.attention", "blocks.0.mlp")
-    different = sum(not torch.equal(a[name][0], b[name][0]) for a, b in pairs for name in outside)
-    same = sum(torch.equal(a[inside][0], b[inside][0]) for a, b in pairs)
+    inside, outside = "blocks.0.attention.scores", "blocks.0.attention"
+    masks = [{name: drawn[name][0].flatten() for name in (inside, outside)} for drawn, _ in everyone]
     claim = run.evidence.claim
-    claim("dropout outside: masks that two ranks draw differently", f"0 of {2 * len(pairs)}", 0, different)
-    claim("dropout of the scores: masks that two ranks share", f"0 of {len(pairs)}", 0, same)
+    pairs = list(combinations(masks, 2))
+    if pairs:
+        different = sum(not torch.equal(a[outside], b[outside]) for a, b in pairs)
+        same = sum(torch.equal(a[inside], b[inside]) for a, b in pairs)
+        claim("dropout outside: masks that two ranks draw differently", f"0 of {len(pairs)}", 0, different)
+        claim("dropout of the scores: masks that two ranks share", f"0 of {len(pairs)}", 0, same)
+    shortest = min(mask.numel() for mask in masks[0].values())
+    one = sum(torch.equal(mask[inside][:shortest], mask[outside][:shortest]) for mask in masks)
+    claim("ranks whose two streams are one", "0", 0, one)
+    for name, what in ((inside, "scores"), (outside, "outside")):
+        sigma = (DROP * (1 - DROP) / masks[0][name].numel()) ** 0.5
+        kept = [mask[name].double().mean().item() for mask in masks]
+        run.evidence.on_ranks(f"dropout, {what}: share kept", f"1 - {DROP}, within 6 sigma", 1 - DROP, kept, 6 * sigma)
     claim("elements that recomputation changes", "0, to the last bit", 0, sum(changed for _, changed in everyone))
 
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
-    check(check_model(args), ranks)
+    check_cuts(args, ranks)
+    check_model(args)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 megatron_tp/train.py
 
 The course's own model, with an untied, biased head and positions for 1024 tokens, trained on real text over all ranks;
-before that, one step of it on 1, 2, 4, … of the ranks, to see how the memory of a rank falls, and why by less than the
-number of ranks: what is not cut stays.
+before that, one step of it on every divisor of the number of ranks (1, 2, 4, 8), to see how the memory of a rank falls,
+and why by less than their number: what is not cut stays.
 """
 
 import argparse
@@ -21,8 +21,7 @@ from core.oracle import TOLERANCE
 from core.plot import bars
 from core.seeded import Draw
 from core.text import VOCABULARY, Text
-from core.training import add_model_flags, check_model, configuration
-from megatron_tp.layers import check
+from core.training import add_model_flags, check_cuts, check_model, configuration
 from megatron_tp.loss import token_loss
 from megatron_tp.training import build, parameters_on_a_rank, teach
 
@@ -110,16 +109,31 @@ def claim_sizes(run: Run, config: GPTConfig, held: dict[int, list[Held]]) -> Non
         expected = parameters_on_a_rank(config, t)
         if is_course and t in COURSE_PARAMETERS:
             expected = COURSE_PARAMETERS[t]
-        cases = [(f"parameters at tp {t}, rank {r}", expected, each.parameters) for r, each in enumerate(ranks)]
         source = "the course's figure" if is_course and t in COURSE_PARAMETERS else "what is cut / t + what is not"
-        run.evidence.each(f"parameters of a rank at tp {t}", f"{source}: {expected:,}", cases)
+        name = f"parameters at tp {t}"
+        run.evidence.on_ranks(name, f"{source}: {expected:,}", expected, [each.parameters for each in ranks])
     for t, ranks in held.items():
         expected = 4 * parameters_on_a_rank(config, t) * run.dtype.itemsize
-        cases = [
-            (f"bytes of weights, gradients, Adam at tp {t}, rank {r}", expected, e.weights + e.gradients + e.optimizer)
-            for r, e in enumerate(ranks)
-        ]
-        run.evidence.each(f"bytes of weights, gradients and Adam, tp {t}", f"4 x parameters = {expected:,}", cases)
+        run.evidence.on_ranks(
+            f"bytes of weights, gradients and Adam, tp {t}",
+            f"4 x parameters = {expected:,}",
+            expected,
+            [each.weights + each.gradients + each.optimizer for each in ranks],
+        )
+    even = [t for t in held if config.vocabulary % t == 0]  # elsewhere the logits are padded
+    if len(even) > 2:  # of a part that is cut and one that is not two sizes are enough to know both
+        second = even[1]
+        one, two = (max(rank.activations for rank in held[t]) for t in even[:2])
+        cut = (one - two) / (1 - 1 / second)
+        for t, ranks in ((t, held[t]) for t in even[2:]):
+            expected = cut / t + one - cut
+            run.evidence.on_ranks(
+                f"bytes saved for backward at tp {t}",
+                f"what is cut / t + what is not, from tp 1 and {second}: {expected:,.0f}",
+                expected,
+                [each.activations for each in ranks],
+                1e-9 * expected,
+            )
     first = run.reference_losses[0]
     worst = max(abs(each.loss - first) / first for ranks in held.values() for each in ranks)
     sizes = ", ".join(map(str, held))
@@ -127,8 +141,8 @@ def claim_sizes(run: Run, config: GPTConfig, held: dict[int, list[Held]]) -> Non
 
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
+    check_cuts(args, ranks)
     check_model(args)
-    config = course_model(args)
     if args.vocabulary < VOCABULARY:
         raise ValueError(
             f"--vocabulary {args.vocabulary}: the text is bytes, {VOCABULARY} different ones; use --vocabulary 1024"
@@ -138,7 +152,6 @@ def refuse(args: argparse.Namespace, ranks: int) -> None:
             f"--positions {args.positions}: a sample has --sequence {args.sequence} tokens, each at a position of its "
             f"own; use --positions {args.sequence}"
         )
-    check(config, ranks)
 
 
 if __name__ == "__main__":
@@ -147,7 +160,7 @@ if __name__ == "__main__":
         "CODE 02",
         "Megatron tensor parallelism re-implemented",
         "Megatron 张量并行复现",
-        "The course's model on 1, 2, 4, ... ranks: parameters and memory of a rank, and training on all of them.",
+        "Parameters and memory of a rank with the course's model on 1, 2, 4, 8 ranks, and training on all of them.",
     )
     add_model_flags(frame, batch=4, sequence=32)
     frame.parser.add_argument("--vocabulary", type=int, help="rows of the embedding (default %(default)s)")

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 sequence_parallel/activations.py
 
 The paper's table 2: the bytes that one layer keeps for backward, with tensor parallelism, sequence parallelism, and
-recomputation, counted as autograd saves them in bfloat16. And the proof that recomputation changes nothing: it trains
-with dropout, as one process does, and its gradients are those without recomputation to the last bit.
+recomputation, counted as autograd saves them in bfloat16. And the proof that recomputation changes nothing: with it a
+GPT trains as one process does, dropout included, and the gradients of a layer are the same to the last bit.
 
 b samples, s tokens in a sample, h hidden, a heads, t ranks
 """
@@ -22,10 +22,11 @@ from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
 from core.plot import bars
 from core.seeded import Draw, generator
+from core.streams import RandomTracker
 from core.training import add_model_flags, check_model, configuration
 from sequence_parallel.layers import check, parallelize_block
 from sequence_parallel.recompute import KINDS, recompute_block
-from sequence_parallel.training import teach
+from sequence_parallel.training import Trained, teach
 
 MEASURED = torch.bfloat16  # the paper counts 16-bit activations, and dropout masks of one byte
 
@@ -41,7 +42,7 @@ def layer(run: Run, config: GPTConfig, axis: Axis | None, sequence: bool, kind: 
 def lesson(run: Run) -> None:
     config = configuration(run.args)
     axis = Mesh(run.job.device.type, Ledger(), run.job.timeout, tp=run.job.world_size)["tp"]
-    teach(run, config, axis, run.args.recompute)
+    claim_computed(run, config, teach(run, config, axis, run.args.recompute))
     claim_bytes(run, config, axis)
     claim_same_gradients(run, config, axis)
 
@@ -76,13 +77,9 @@ def claim_bytes(run: Run, config: GPTConfig, axis: Axis) -> None:
     for i, (name, _, _, _, formula, expected, surplus) in enumerate(modes):
         measured = [values[i] for values in everyone]
         rows.append((name, formula, expected, max(measured), 100 * (max(measured) / expected - 1)))
-        cases = [(f"bytes saved, {name}, rank {rank}", expected, value) for rank, value in enumerate(measured)]
         and_norms = f", + {surplus:.4g} for the LayerNorms" if surplus else ""
-        run.evidence.each(
-            f"bytes saved by a layer / sbh, {name}",
-            f"{formula} = {expected:.4g}{and_norms}",
-            cases,
-            surplus + 1e-9,
+        run.evidence.on_ranks(
+            f"bytes saved / sbh, {name}", f"{formula} = {expected:.4g}{and_norms}", expected + surplus, measured, 1e-9
         )
     run.say("\nbytes that one layer keeps for backward, in units of sbh")
     run.say(tabulate(rows, ("", "paper", "", "measured", "surplus %"), floatfmt=".4f"))
@@ -98,33 +95,49 @@ def statistics_bytes(run: Run) -> int:
     return torch.native_layer_norm(x, (8,), None, None, 1e-5)[1].dtype.itemsize
 
 
+def claim_computed(run: Run, config: GPTConfig, trained: Trained) -> None:
+    """How often the training has computed what it was told to recompute."""
+    everyone = run.job.gather(trained.computed)
+    kind = run.args.recompute
+    for part, n in (("attention core", 1 if kind == "none" else 2), ("layer", 2 if kind == "full" else 1)):
+        times = [computed[part] / (config.layers * run.args.steps) for computed in everyone]
+        if everyone:
+            run.evidence.on_ranks(f"times each {part} is computed a step", f"{n}, with {kind} recomputation", n, times)
+
+
 def claim_same_gradients(run: Run, config: GPTConfig, axis: Axis) -> None:
-    """Recomputation is the same computation: no gradient differs in a bit."""
-    gradients = []
-    shape = (2, config.sequence // axis.size, config.hidden)
+    """Recomputation is the same computation, to the last bit, though random numbers were drawn in between."""
+    shape = (2, run.args.sequence // axis.size, config.hidden)
+    gradients, counts = [], []
     for kind in KINDS:
         block = layer(run, config, axis, True, kind, run.dtype)
+        calls = []
+        block.attention.dropout.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         x = torch.randn(shape, dtype=torch.float64, generator=generator(run.args.seed, "x", axis.index))
         x = x.to(run.job.device, run.dtype).requires_grad_()
-        y = block(x, Draw(run.args.seed, 1, 0))
+        tracker = RandomTracker(run.args.seed, axis, run.job.device)
+        y = block(x, tracker)
+        tracker.keep_mask(x.shape, run.args.dropout, "later", None, x.device)
         gradients.append(torch.autograd.grad(y.square().sum(), [x, *block.parameters()]))
-    for kind, changed in list(zip(KINDS, gradients, strict=True))[1:]:
+        counts.append(len(calls))
+    for kind, changed, count in list(zip(KINDS, gradients, counts, strict=True))[1:]:
         differing = sum((a != b).sum().item() for a, b in zip(gradients[0], changed, strict=True))
-        everyone = run.job.gather(differing)
+        everyone = run.job.gather((differing, count))
         elements = axis.size * sum(g.numel() for g in changed)
-        run.evidence.claim(
-            f"gradients that {kind} recomputation changes", f"0 of {elements:,}, to the last bit", 0, sum(everyone)
-        )
+        if everyone:
+            name = f"gradients that {kind} recomputation changes"
+            run.evidence.claim(name, f"0 of {elements:,}, to the last bit", 0, sum(n for n, _ in everyone))
+            run.evidence.on_ranks(f"attention computed, {kind}", "twice", 2, [count for _, count in everyone])
 
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
-    config = check_model(args)
-    check(config, ranks, args.sequence)
-    if config.feed_forward != 4 * config.hidden:
+    if args.feed_forward not in (0, 4 * args.hidden):
         raise ValueError(
-            f"--feed-forward {config.feed_forward}: the paper's formulas are those of 4 times --hidden; "
-            f"use --feed-forward {4 * config.hidden}"
+            f"--feed-forward {args.feed_forward}: the paper's formulas are those of 4 times --hidden; "
+            f"use --feed-forward 0"
         )
+    check(args, ranks)
+    check_model(args)
     if args.attention != "softmax" or not args.dropout:
         raise ValueError(
             f"--attention {args.attention} --dropout {args.dropout}: the paper's formulas count every intermediate of "

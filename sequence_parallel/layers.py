@@ -10,6 +10,7 @@ halves, and moves the same bytes. The paper's names, forward / backward:
 B batch, S sequence, H hidden, I and O in and out features, V vocabulary padded to a multiple of t, t ranks of the axis
 """
 
+import argparse
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import comm
-from core.gpt import GPT, Block, GPTConfig
+from core.gpt import GPT, Block
 from core.mesh import Axis
 from core.shards import shard, shard_of
+from core.training import check_cuts
 
 SEQUENCE = 1  # the dimension of (B, S, ...) that is cut
 
@@ -76,11 +78,11 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
         y = comm.scatter_from(y, self.axis, SEQUENCE) if self.sequence else comm.reduce_from(y, self.axis)
-        return y + self.bias
+        return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
-    """(B, S) int64, equal on all ranks, to this rank's (B, S/t, H); each rank has V/t rows of the table."""
+    """(B, S) int64 in [0, vocabulary), equal on all ranks, to this rank's (B, S/t, H); a rank has V/t rows."""
 
     def __init__(self, embedding: nn.Embedding, axis: Axis):
         super().__init__()
@@ -91,7 +93,7 @@ class VocabParallelEmbedding(nn.Module):
         row = tokens - shard_of(self.weight).start
         elsewhere = (row < 0) | (row >= len(self.weight))
         found = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
-        return comm.scatter_from(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.axis, SEQUENCE)
+        return comm.scatter_from(found.masked_fill_(elsewhere.unsqueeze(-1), 0.0), self.axis, SEQUENCE)
 
 
 class PositionPart(nn.Module):
@@ -109,34 +111,28 @@ class PositionPart(nn.Module):
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 
-def check(config: GPTConfig, ranks: int, sequence: int) -> None:
-    """Raises ValueError unless heads, feed-forward and the sequence can be cut into `ranks` equal parts.
-
-    Args:
-        sequence: tokens in a sample, which may be fewer than the model has positions for.
-    """
+def check(args: argparse.Namespace, ranks: int) -> None:
+    """Raises ValueError unless heads, feed-forward and samples can be cut into `ranks` equal parts, two or more."""
     if ranks == 1:
+        sizes = (args.heads, args.sequence, args.feed_forward)
+        usable = next((t for t in range(2, max(args.heads, 2) + 1) if not any(size % t for size in sizes)), None)
         raise ValueError(
             "--nproc_per_node 1: sequence parallelism cuts what tensor parallelism leaves whole, and needs its ranks; "
-            "use --nproc_per_node 2"
+            + (f"use --nproc_per_node {usable}" if usable else "use --nproc_per_node 2 --heads 8 --sequence 64")
         )
-    sizes = {"heads": config.heads, "feed-forward": config.feed_forward, "sequence": sequence}
-    usable = [t for t in range(2, config.heads + 1) if not any(size % t for size in sizes.values())][-8:]
-    or_ranks = f", or --nproc_per_node one of {', '.join(map(str, usable))}" if usable else ""
-    for name, size in sizes.items():
-        if size % ranks:
-            use = f"--{name} {max(1, round(size / ranks)) * ranks}"
-            if name == "heads":
-                heads = [a for a in range(ranks, config.hidden + 1, ranks) if config.hidden % a == 0]
-                use = f"--heads {heads[0]}" if heads else f"--heads {ranks} --hidden {16 * ranks}"
-            raise ValueError(
-                f"--{name} {size}: must be a multiple of the {ranks} ranks, each of which has an equal part; "
-                f"use {use}{or_ranks}"
-            )
+    check_cuts(args, ranks, sequence=True)
 
 
 def parallelize_block(block: Block, axis: Axis, sequence: bool = True) -> Block:
-    """Cut one transformer layer. With `sequence` False only as tensor parallelism does, to compare with."""
+    """Cut one transformer layer. With `sequence` False only as tensor parallelism does, to compare with.
+
+    Raises:
+        ValueError: heads or feed-forward cannot be cut into equal parts.
+    """
+    for name, size in (("heads", block.attention.qkv.in_features // block.attention.head_size),
+                       ("feed-forward", block.mlp.up.out_features)):  # fmt: skip
+        if size % axis.size:
+            raise ValueError(f"{size} {name} cannot be cut into {axis.size} equal parts; use a multiple of {axis.size}")
     block.attention.qkv = ColumnParallelLinear(block.attention.qkv, axis, sequence)  # its rows are ordered by head
     block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A, S, S)
     block.attention.out = RowParallelLinear(block.attention.out, axis, sequence)
@@ -152,6 +148,9 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
 
     It maps (B, S) tokens, or this rank's (B, S/t, H), to this rank's (B, S/t, H), or logits (B, S, V/t) for
     `sequence_parallel.loss.token_loss`. After backward, `sum_whole_gradients`.
+
+    Raises:
+        ValueError: heads or feed-forward cannot be cut into equal parts.
     """
     for block in model.blocks.values():
         parallelize_block(block, axis.within("layers"))
@@ -176,8 +175,3 @@ def sum_whole_gradients(model: GPT, axis: Axis) -> None:
         flat = comm.all_reduce(torch.cat([g.flatten() for g in partial]), axis.within("whole gradients"))
         for gradient, total in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
             gradient.copy_(total.view_as(gradient))
-
-
-def counted_once(model: GPT, axis: Axis) -> list[Tensor]:
-    """The gradients this rank adds to the global norm: its parts, and on the first rank also what all ranks hold."""
-    return [p.grad for p in model.parameters() if p.grad is not None and (shard_of(p) or axis.index == 0)]

@@ -73,8 +73,7 @@ def claim_traffic(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> 
 
     def each(claim: str, formula: str, expected: float, measure: Callable[[Sent, Sent], float]) -> None:
         values = [measure(forward, both) / run.args.steps for forward, both in everyone]
-        cases = [(f"{claim}, rank {rank}", expected, value) for rank, value in enumerate(values)]
-        run.evidence.each(claim, formula, cases, 1e-9 * expected)
+        run.evidence.on_ranks(claim, formula, expected, values, 1e-9 * expected)
 
     def layer(sent: Sent, *operations: str, what: str = "messages") -> float:
         return sum(getattr(sent[operation, "tp layers"], what) for operation in operations) / layers
@@ -99,8 +98,8 @@ def claim_traffic(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> 
     )
     each(
         "elements the loss sends",
-        f"5bs(t-1)/t = {5 * half * bs:,.0f}, where three all-reduces send 6bs(t-1)/t",
-        5 * half * bs,
+        f"4bs(t-1)/t = {4 * half * bs:,.0f}, where three all-reduces send 6bs(t-1)/t",
+        4 * half * bs,
         lambda _, both: sum(traffic.elements for (_, part), traffic in both.items() if part == "tp loss"),
     )
     whole = layers * 6 * h + 2 * h + config.sequence * h
@@ -118,7 +117,8 @@ def claim_traffic(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> 
 
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
-    check(check_model(args), ranks, args.sequence)
+    check(args, ranks)
+    check_model(args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the lessons of lecture 06 share: train a GPT with tensor and sequence parallelism beside one process."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,9 +13,9 @@ from core.lesson import Run
 from core.mesh import Axis
 from core.oracle import Oracle
 from core.seeded import Draw
-from core.shards import shard_of
-from core.training import Layout, clip_and_total, train
-from sequence_parallel.layers import counted_once, parallelize, sum_whole_gradients
+from core.shards import counted_once
+from core.training import Layout, claim_whole_parameters, clip_and_total, train
+from sequence_parallel.layers import parallelize, sum_whole_gradients
 from sequence_parallel.loss import token_loss
 from sequence_parallel.recompute import recompute
 
@@ -26,6 +27,7 @@ class Trained:
     model: GPT
     oracle: Oracle | None
     forward: Ledger  # what was sent in the forward passes
+    computed: Counter[str]  # how often a layer's attention core, and its end, was computed, over layers and steps
 
 
 def teach(run: Run, config: GPTConfig, axis: Axis, kind: str = "none") -> Trained:
@@ -34,6 +36,10 @@ def teach(run: Run, config: GPTConfig, axis: Axis, kind: str = "none") -> Traine
     run.mesh = {"tp": axis.size}
     model = recompute(parallelize(GPT(config), axis), kind)
     materialize(model, args.seed, job.device, run.dtype)
+    computed: Counter[str] = Counter()
+    for block in model.blocks.values():
+        for part, module in (("attention core", block.attention.dropout), ("layer", block.mlp_dropout)):
+            module.register_forward_pre_hook(lambda *_, part=part: computed.update([part]))
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
     oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
     loss_of = partial(token_loss, tokens=args.batch * args.sequence, axis=axis, vocabulary=config.vocabulary)
@@ -46,14 +52,10 @@ def teach(run: Run, config: GPTConfig, axis: Axis, kind: str = "none") -> Traine
         return loss.detach()
 
     def clip(share: Tensor) -> tuple[float, float]:
-        return clip_and_total(model.parameters(), counted_once(model, axis), [axis], args.clip, share)
+        return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], args.clip, share)
 
     worst = train(run, Layout(model, optimizer_of(model.parameters())), oracle, forward_backward, clip)
-    whole = {n: p.detach().cpu() for n, p in model.named_parameters() if shard_of(p) is None}
-    copies = job.gather(whole)
     if oracle:
         worst.claim(run)
-        differing = sum((copies[0][n] != other[n]).sum().item() for other in copies for n in whole)
-        what = f"{sum(p.numel() for p in whole.values()):,} elements a rank"
-        run.evidence.claim("parameters that every rank holds whole", f"differ in 0 of {what}", 0, differing)
-    return Trained(model, oracle, forward)
+    claim_whole_parameters(run, model)
+    return Trained(model, oracle, forward, computed)

@@ -18,7 +18,7 @@ from core.ledger import Ledger
 from core.mesh import Mesh
 from core.oracle import Oracle, worst_difference
 from core.seeded import Draw
-from core.shards import Piece, join, shard_of
+from core.shards import Piece, counted_once, join, shard_of
 from core.text import Text
 from core.training import clip_and_total
 from pipeline.runtime import Pipeline
@@ -76,7 +76,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
             share = torch.zeros_like(share)  # the same on all ranks of tp
         pipeline.stages.sum_tied_gradients(stage, pp)
         gradients = pieces(stage, lambda p: None if p.grad is None else p.grad.clone())
-        once = {id(g) for g in topic.counted_once(stage, tp)}
+        once = {id(g) for g in counted_once(stage.parameters(), tp)}
         counted = [g for g in pipeline.stages.counted_once(stage, pp) if id(g) in once]
         norm, total = clip_and_total(stage.parameters(), counted, [tp, pp], CLIP, share)
         losses.append(total)

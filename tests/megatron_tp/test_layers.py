@@ -14,10 +14,10 @@ from core.gpt import GPTConfig
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.shards import shard_of
+from core.streams import RandomTracker
 from megatron_tp import layers
 from megatron_tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, check
 from megatron_tp.loss import vocab_parallel_cross_entropy
-from megatron_tp.rng import RandomTracker
 from tests.pool import Pool
 
 CPU = torch.device("cpu")
@@ -176,7 +176,7 @@ def test_streams_go_on_after_a_replay() -> None:
     shape = torch.Size([64])
 
     def masks(tracker: RandomTracker) -> Tensor:
-        return torch.cat([tracker.keep_mask(shape, 0.5, "", split, CPU) for split in (None, (1, 0, 2))])
+        return torch.cat([tracker.keep_mask(shape, 0.2, "", split, CPU) for split in (None, (1, 0, 2))])
 
     states = a.states()
     first, second = masks(a), masks(a)
@@ -188,21 +188,15 @@ def test_streams_go_on_after_a_replay() -> None:
         raise KeyError
     masks(b), masks(b)
     assert torch.equal(masks(a), masks(b)), "a replay leaves no trace, nor does a failed one"
-    assert masks(a).float().mean() == pytest.approx(0.5, abs=0.2)
+    assert torch.cat([masks(a) for _ in range(100)]).float().mean() == pytest.approx(0.8, abs=0.02)
+    outside, inside = masks(a).chunk(2)
+    assert (outside != inside).any(), "two streams"
 
 
 # ---- Refusals
 
 
-@pytest.mark.parametrize(
-    ("options", "ranks", "message"),
-    [
-        ({"heads": 4}, 8, "--heads 4: must be a multiple of the 8 ranks.* use --heads 8, or --nproc_per.* 2, 4"),
-        ({"heads": 1}, 2, "use --heads 2$"),
-        ({"heads": 4}, 5, "use --heads 5 --hidden 80, or"),
-        ({"heads": 8, "feed_forward": 100}, 8, "--feed-forward 100: must be.* use --feed-forward 96, or .*2, 4"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_cut_is_refused(options: dict, ranks: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check(GPTConfig(hidden=64, **options), ranks)
+@pytest.mark.parametrize("options", [{"heads": 4}, {"heads": 8, "feed_forward": 100}])
+def test_what_cannot_be_cut_is_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match="cannot be cut into 8 equal parts; use a multiple of 8"):
+        check(GPTConfig(hidden=64, **options), 8)

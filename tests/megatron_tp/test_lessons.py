@@ -58,9 +58,9 @@ def test_the_courses_own_model(pool: Pool, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "heads": ("tensor_parallel", ("--heads", "4"), "--heads 4: must be a multiple of the 8 ranks"),
-    "heads and hidden": ("tensor_parallel", ("--hidden", "60"), "--heads 8: must divide --hidden 60"),
-    "feed-forward": ("tensor_parallel", ("--feed-forward", "100"), "use --feed-forward 96"),
+    "heads": ("tensor_parallel", ("--heads", "4"), "use --heads 8, or --nproc_per_node one of 2, 4"),
+    "heads and hidden": ("tensor_parallel", ("--hidden", "60"), "use --heads 8 --hidden 64"),
+    "feed-forward": ("tensor_parallel", ("--feed-forward", "100"), "use --feed-forward 96, or"),
     "negative feed-forward": ("tensor_parallel", ("--feed-forward", "-8"), "use --feed-forward 0"),
     "batch": ("tensor_parallel", ("--batch", "0"), "--batch 0: must be at least 1; use --batch 8"),
     "vocabulary": ("train", ("--vocabulary", "100"), "--vocabulary 100: the text is bytes, 256 different ones"),

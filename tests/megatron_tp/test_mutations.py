@@ -12,12 +12,13 @@ from torch import Tensor
 
 import core.training
 from core import comm, gpt
+from core import streams as rng
 from core.launch import Job, Stop
 from core.lesson import Lesson, Run
 from core.mesh import Axis
 from core.seeded import Draw
 from core.shards import Shard
-from megatron_tp import layers, loss, rng, tensor_parallel, training
+from megatron_tp import layers, loss, tensor_parallel, training
 from tests.pool import Pool
 
 RANKS = 4
@@ -82,8 +83,7 @@ def g_sums_in_backward_too() -> AbstractContextManager:
 
 
 def other_ranks_tokens_are_not_zeroed() -> AbstractContextManager:
-    right = Tensor.masked_fill
-    return patch.object(Tensor, "masked_fill", lambda x, mask, value: x if x.dim() == 3 else right(x, mask, value))
+    return patch.object(Tensor, "masked_fill_", lambda x, mask, value: x)
 
 
 def the_largest_logit_is_the_ranks_own() -> AbstractContextManager:
@@ -113,7 +113,7 @@ def every_rank_counts_the_loss() -> AbstractContextManager:
 
 
 def whole_parameters_counted_by_every_rank() -> AbstractContextManager:
-    return patch.object(training, "counted_once", lambda model, axis: [p.grad for p in model.parameters()])
+    return patch.object(training, "counted_once", lambda parameters, axis: [p.grad for p in parameters])
 
 
 def clipped_by_the_local_norm() -> AbstractContextManager:
@@ -154,6 +154,38 @@ def one_inside_stream_for_all_ranks() -> AbstractContextManager:
         right(self, seed, replace(axis, index=0), device)
 
     return patch.object(rng.RandomTracker, "__init__", wrong)
+
+
+def one_stream_for_both() -> AbstractContextManager:
+    right = rng.RandomTracker.__init__
+
+    def wrong(self: rng.RandomTracker, seed: int, axis: Axis, device: torch.device) -> None:
+        right(self, seed, axis, device)
+        if axis.index == 0:
+            self.streams[rng.SHARDED].set_state(self.streams[rng.REPLICATED].get_state())
+
+    return patch.object(rng.RandomTracker, "__init__", wrong)
+
+
+def what_should_be_kept_is_dropped() -> AbstractContextManager:
+    right = rng.RandomTracker.keep_mask
+    return patch.object(rng.RandomTracker, "keep_mask", lambda self, shape, drop, *a: right(self, shape, 1 - drop, *a))
+
+
+def smoothing_is_not_in_the_gradient() -> AbstractContextManager:
+    right = loss._CrossEntropy.backward
+
+    def wrong(ctx: object, gradient: Tensor) -> tuple:
+        ctx.smoothing = 0.0
+        return right(ctx, gradient)
+
+    return patch.object(loss._CrossEntropy, "backward", staticmethod(wrong))
+
+
+def smoothing_over_the_padding_too() -> AbstractContextManager:
+    right = loss.Shard
+    padded = lambda dim, index, count, size: right(dim, index, count, -(-size // count) * count)  # noqa: E731
+    return patch.object(loss, "Shard", padded)
 
 
 def both_streams_seeded_by_rank() -> AbstractContextManager:
@@ -238,6 +270,10 @@ MUST_FAIL = {
     scores_dropped_alike_on_all_ranks: {LOSS, GRADIENT},
     dropped_differently_outside: {LOSS, GRADIENT},
     one_inside_stream_for_all_ranks: {INSIDE},
+    one_stream_for_both: {"ranks whose two streams are one"},
+    what_should_be_kept_is_dropped: {"dropout, scores: share kept", "dropout, outside: share kept"},
+    smoothing_is_not_in_the_gradient: {"and its gradient"},
+    smoothing_over_the_padding_too: {"loss with label smoothing", "and its gradient"},
     both_streams_seeded_by_rank: {OUTSIDE},
     recomputation_goes_on_with_the_streams: {"elements that recomputation changes"},
     recomputation_leaves_the_streams_behind: {"elements that recomputation changes"},

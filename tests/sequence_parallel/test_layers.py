@@ -1,5 +1,7 @@
 """The layers and the loss of lecture 06, one by one."""
 
+import argparse
+import re
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -10,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import comm
-from core.gpt import GPTConfig
+from core.gpt import GPT, GPTConfig, materialize
 from core.ledger import Ledger, SavedActivations
 from core.mesh import Axis, Mesh
-from megatron_tp.rng import RandomTracker
+from core.seeded import Draw
+from core.shards import shard_of
+from core.streams import RandomTracker
 from sequence_parallel import recompute
-from sequence_parallel.layers import ColumnParallelLinear, check
+from sequence_parallel.layers import ColumnParallelLinear, RowParallelLinear, check, parallelize, parallelize_block
 from sequence_parallel.loss import cross_entropy
 from tests.pool import Pool
 
@@ -97,6 +101,21 @@ def test_the_loss(pool: Pool, ranks: int, vocabulary: int, scale: float, dtype: 
     pool.run(ranks, losses, vocabulary, scale, dtype)
 
 
+def masked() -> None:
+    """A token for which all of one rank's logits are -inf, as where a part of the vocabulary is forbidden."""
+    axis = axis_of_all()
+    whole = random(1, 2, 6)
+    whole[..., 3:] = -torch.inf
+    targets = torch.tensor([[0, 2]])
+    losses = cross_entropy(whole.chunk(2, -1)[axis.index].contiguous(), targets, axis, 6)
+    expected = F.cross_entropy(whole[0], targets[0], reduction="none")
+    assert torch.allclose(losses.flatten(), expected[axis.index : axis.index + 1])
+
+
+def test_the_loss_of_masked_logits(pool: Pool) -> None:
+    pool.run(2, masked)
+
+
 # ---- Recomputation with the tracker of lecture 05, whose numbers depend on what was drawn before
 
 
@@ -117,14 +136,74 @@ def test_the_trackers_numbers_are_restored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "ranks", "sequence", "message"),
+    ("flags", "ranks", "message"),
     [
-        ({}, 1, 64, "--nproc_per_node 1: sequence parallelism .* use --nproc_per_node 2"),
-        ({"heads": 4}, 8, 64, "--heads 4: must be a multiple of the 8 ranks.* use --heads 8, or --nproc.* 2, 4"),
-        ({"heads": 8}, 8, 60, "--sequence 60: must be a multiple of the 8 ranks.* use --sequence 64, or .* 2, 4"),
-        ({"heads": 8, "feed_forward": 100}, 8, 64, "--feed-forward 100: must be.* use --feed-forward 96, or .* 2, 4"),
+        ({}, 1, "--nproc_per_node 1: sequence parallelism .* use --nproc_per_node 2$"),
+        ({"heads": 1}, 1, "use --nproc_per_node 2 --heads 8 --sequence 64"),
+        ({"heads": 4}, 8, "--heads 4: .* use --heads 8, or --nproc_per_node one of 2, 4$"),
+        ({"sequence": 60}, 8, "--sequence 60: .* use --sequence 64, or --nproc_per_node one of 2, 4$"),
+        ({"feed_forward": 100}, 8, "--feed-forward 100: .* use --feed-forward 96, or .* one of 2, 4$"),
+        ({"hidden": 60}, 8, "--heads 8 --hidden 60: .* use --heads 8 --hidden 64$"),
+        ({}, 3, "use --heads 9 --hidden 63 --sequence 63, or --nproc_per_node one of 2, 4, 8$"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(options: dict, ranks: int, sequence: int, message: str) -> None:
+def test_what_cannot_be_cut_is_refused(flags: dict, ranks: int, message: str) -> None:
+    args = argparse.Namespace(**{"heads": 8, "hidden": 64, "feed_forward": 0, "sequence": 64} | flags)
     with pytest.raises(ValueError, match=message):
-        check(GPTConfig(hidden=64, **options), ranks, sequence)
+        check(args, ranks)
+    if suggested := re.findall(r"--(heads|hidden|feed-forward|sequence) (\d+)", message.partition("use")[2]):
+        for name, value in suggested:
+            setattr(args, name.replace("-", "_"), int(value))
+        check(args, max(ranks, 2))
+
+
+def test_a_block_that_cannot_be_cut_is_refused() -> None:
+    axis = Axis("tp", (0, 1), 0, None, Ledger(), None)
+    for sizes in ({"heads": 3}, {"heads": 4, "feed_forward": 25}):
+        with pytest.raises(ValueError, match="cannot be cut into 2 equal parts; use a multiple of 2"):
+            parallelize(GPT(GPTConfig(hidden=12, **sizes)), axis)
+
+
+# ---- The block that the lesson compares with: tensor parallelism alone; and rows without a bias
+
+
+def a_block(sequence: bool) -> None:
+    axis = axis_of_all()
+    t, i = axis.size, axis.index
+    config = GPTConfig(hidden=16, heads=4, layers=1, sequence=8, dropout=0.2, attention="softmax")
+    dense = materialize(GPT(config), 0, CPU, torch.float64).blocks["0"]
+    model = GPT(config)
+    parallelize_block(model.blocks["0"], axis, sequence)
+    ours = materialize(model, 0, CPU, torch.float64).blocks["0"]
+    x, gradient = random(2, 8, 16).requires_grad_(), random(2, 8, 16, seed=1)
+    part = x.detach().chunk(t, 1)[i] if sequence else x.detach()
+    mine = part.clone().requires_grad_()
+    draw = Draw(0, 0, 0)
+    expected, found = dense(x, draw), ours(mine, draw)
+    expected.backward(gradient)
+    found.backward(gradient.chunk(t, 1)[i].contiguous() if sequence else gradient)
+    cut = (lambda y: y.chunk(t, 1)[i]) if sequence else (lambda y: y)
+    assert torch.allclose(found, cut(expected), rtol=1e-12, atol=1e-13)
+    assert torch.allclose(mine.grad, cut(x.grad), rtol=1e-12, atol=1e-13)
+    whole = dict(dense.named_parameters())
+    for name, p in ours.named_parameters():
+        mark = shard_of(p)
+        if mark is None and sequence:
+            comm.all_reduce(p.grad, axis)
+        right = mark.part(whole[name].grad) if mark else whole[name].grad
+        assert torch.allclose(p.grad, right, rtol=1e-12, atol=1e-13), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_block(pool: Pool, ranks: int, sequence: bool) -> None:
+    pool.run(ranks, a_block, sequence)
+
+
+def rows_without_bias() -> None:
+    layer = RowParallelLinear(nn.Linear(4, 3, bias=False, dtype=torch.float64), axis_of_all())
+    assert layer(random(1, 2, 2)).shape == (1, 1, 3)
+
+
+def test_rows_without_a_bias(pool: Pool) -> None:
+    pool.run(2, rows_without_bias)

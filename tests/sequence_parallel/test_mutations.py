@@ -15,12 +15,13 @@ from torch import Tensor
 
 import core.training
 from core import comm
-from core.gpt import GPT
+from core.gpt import GPT, Dropout
 from core.launch import Job, Stop
 from core.lesson import Lesson, Run
 from core.mesh import Axis
 from core.seeded import Draw
 from core.shards import Shard, shard_of
+from core.streams import RandomTracker
 from sequence_parallel import activations, layers, loss, megatron_sp, recompute, training
 from tests.pool import Pool
 
@@ -165,7 +166,7 @@ def tokens_of_the_loss_out_of_order() -> AbstractContextManager:
     right = loss.rearrange
 
     def wrong(x: Tensor, pattern: str, **sizes: int) -> Tensor:
-        return right(x, pattern.replace("(t s)", "(s t)") if x.dim() == 2 else pattern, **sizes)
+        return right(x, pattern.replace("(t s)", "(s t)"), **sizes)
 
     return patch.object(loss, "rearrange", wrong)
 
@@ -193,7 +194,7 @@ def one_ranks_layernorm_drifts() -> AbstractContextManager:
 
 
 def whole_parameters_counted_by_every_rank() -> AbstractContextManager:
-    return patch.object(training, "counted_once", lambda model, axis: [p.grad for p in model.parameters()])
+    return patch.object(training, "counted_once", lambda parameters, axis: [p.grad for p in parameters])
 
 
 def nothing_is_forgotten() -> AbstractContextManager:
@@ -209,13 +210,16 @@ def masks_of_two_bytes() -> AbstractContextManager:
 
 
 def random_numbers_are_not_restored() -> AbstractContextManager:
-    right, calls = Draw.keep_mask, [0]
+    return patch.object(RandomTracker, "contexts", lambda self: (nullcontext(), nullcontext()))
 
-    def wrong(self: Draw, *arguments: Any) -> Tensor:
-        calls[0] += 1
-        return right(self._replace(step=calls[0]), *arguments)
 
-    return patch.object(Draw, "keep_mask", wrong)
+def the_training_does_not_recompute() -> AbstractContextManager:
+    return patch.object(training, "recompute", lambda model, kind: model)
+
+
+def a_mask_less() -> AbstractContextManager:
+    right = Dropout.forward
+    return patch.object(Dropout, "forward", lambda self, x, draw: x if "mlp" in self.name else right(self, x, draw))
 
 
 LOSS, GRADIENT, NORM = "losses equal", "every gradient equals", "the global gradient norm"
@@ -243,10 +247,20 @@ SP: dict[Callable, set[str]] = {
     whole_parameters_counted_by_every_rank: {NORM, PARAMETER},
 }
 ACTIVATIONS: dict[Callable, set[str]] = {
-    the_gathered_input_is_saved: {"bytes saved, TP + SP, rank 0", "bytes saved, TP + SP, selective, rank 3"},
-    nothing_is_forgotten: {"bytes saved, TP, selective", "bytes saved, TP + SP, selective", "bytes saved, TP, full"},
-    masks_of_two_bytes: {"bytes saved, one process", "bytes saved, TP", "bytes saved, TP + SP"},
-    random_numbers_are_not_restored: {GRADIENT, "gradients that full", "gradients that selective"},
+    the_gathered_input_is_saved: {
+        "bytes saved / sbh, TP + SP, rank 0",
+        "bytes saved / sbh, TP + SP, selective, rank 3",
+    },
+    nothing_is_forgotten: {
+        "attention computed, full",
+        "bytes saved / sbh, TP, selective",
+        "bytes saved / sbh, TP + SP, selective",
+        "bytes saved / sbh, TP, full",
+    },
+    masks_of_two_bytes: {"bytes saved / sbh, one process", "bytes saved / sbh, TP", "bytes saved / sbh, TP + SP"},
+    random_numbers_are_not_restored: {"gradients that full", "gradients that selective"},
+    the_training_does_not_recompute: {"times each attention core", "times each layer"},
+    a_mask_less: {"bytes saved / sbh, one process", "bytes saved / sbh, TP + SP, selective"},
     residual_stream_dropped_alike_on_all_ranks: {LOSS, GRADIENT},
 }
 

@@ -1,11 +1,11 @@
-"""Lecture 05: random numbers in a tensor-parallel region. Shoeybi et al. 2019 (1909.08053), section 3.
+"""Random numbers in a tensor-parallel region: the tracker of lecture 05. Shoeybi et al. 2019 (1909.08053), section 3.
 
 Dropout outside the region acts on a tensor that every rank holds, so every rank must drop the same; inside it acts on
 each rank's own part, so every rank must drop something else. Hence two streams of numbers, as in Megatron-LM's
 `CudaRNGStatesTracker`. Recomputation runs a forward twice, and must meet the same numbers again.
 
-The lessons that compare with one process cannot use it: there a rank's masks must be parts of the one-process masks
-(`core.seeded.Draw`, which takes the tracker's place). It is what one trains with: no mask is drawn whole.
+A lesson that compares with one process cannot train with it: there a rank's masks must be parts of the one-process
+masks (`core.seeded.Draw`, whose place the tracker takes). It is what one trains with: no mask is drawn whole.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core.mesh import Axis
+from core.seeded import generator
 
 REPLICATED, SHARDED = "replicated", "sharded"
 
@@ -27,7 +28,8 @@ class RandomTracker:
     """
 
     def __init__(self, seed: int, axis: Axis, device: torch.device):
-        seeds = {REPLICATED: seed, SHARDED: seed + 2718 + axis.index}  # Megatron-LM's offset
+        purposes = {REPLICATED: (seed, REPLICATED), SHARDED: (seed, SHARDED, axis.index)}
+        seeds = {name: generator(*purpose).initial_seed() for name, purpose in purposes.items()}
         self.streams = {name: torch.Generator(device).manual_seed(value) for name, value in seeds.items()}
 
     def keep_mask(
