@@ -37,9 +37,18 @@ class DataParallel(Stage):
             self.order.watch()
         loss.backward()  # adds to the buckets; those of the last microbatch leave as they are complete
         if last:
-            self.order.finish()
-            self.own_gradients = wait_all(self._pending)
-            self._pending.clear()
+            self._finish()
+
+    def reduce(self) -> None:
+        """Sum what others have added to the gradients, a pipeline for example, in place of the last `backward`."""
+        self.order.watch()
+        self.used.update(member.parameter for bucket in self.buckets for member in bucket.members)
+        self._finish()
+
+    def _finish(self) -> None:
+        self.order.finish()
+        self.own_gradients = wait_all(self._pending)
+        self._pending.clear()
 
     def _launch(self, i: int) -> None:
         self._pending.append(comm.all_reduce_async(self._gradients[i], self.axis))

@@ -81,6 +81,22 @@ class Stage(ABC):
     def _share_weights(self) -> None:  # noqa: B027  neither data parallelism nor stage 3 has anything to share
         pass
 
+    def sum_over(self, axis: Axis, choose: Callable[[nn.Parameter], bool]) -> None:
+        """Add up over `axis` the gradients of the chosen parameters, of which each of its ranks has a term.
+
+        For what sequence parallelism leaves whole: LayerNorms, the rows' biases, positions. After the last backward.
+        """
+        chosen = [
+            part[at : at + end - first]
+            for bucket, part in zip(self.buckets, self.own_gradients, strict=True)
+            for member, first, end, at in bucket.in_part(self.index)
+            if choose(member.parameter)
+        ]
+        if chosen:  # on all ranks of the axis or on none: they have the same parts
+            total = comm.all_reduce(torch.cat(chosen), axis)
+            for gradient, summed in zip(chosen, total.split([len(g) for g in chosen]), strict=True):
+                gradient.copy_(summed)
+
     def clip_and_total(
         self,
         clip: float,
@@ -107,7 +123,9 @@ class Stage(ABC):
             counted = []  # every rank has all of it
         more = torch.tensor([0.0, *used], dtype=torch.float64, device=share.device)
         more[0] = share
-        norm, (loss, *uses) = norm_and_totals(counted, [self.axis, *axes], more)
+        norm, (loss, *uses) = norm_and_totals(counted, [self.axis], more)
+        if axes:  # whose ranks may have other parameters
+            norm, (loss,) = norm_and_totals([more.new_tensor(norm)], axes, more.new_tensor([loss]))
         # One process leaves a parameter that nothing used as it is: no decay, no momentum.
         self.optimizer.drop({member.parameter for member, n in zip(members, uses, strict=True) if not n})
         clip_by(self.optimizer.pieces, clip, norm)

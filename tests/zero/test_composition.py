@@ -2,18 +2,26 @@
 
 from functools import partial
 
+import pytest
 import torch
+from einops import rearrange
+from torch import nn
 
 import megatron_tp.layers
 import megatron_tp.loss
+import pipeline.stages
 import sequence_parallel.layers
 import sequence_parallel.loss
-from core.gpt import GPT, GPTConfig, materialize
+from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.ledger import Ledger
 from core.mesh import Mesh
+from core.oracle import Oracle, worst_difference
 from core.seeded import Draw
-from core.shards import Piece, shard_of
+from core.shards import Piece, join, shard_of
 from core.text import Text
+from pipeline.runtime import Pipeline
+from pipeline.schedules import build
+from tests.pool import Pool
 from tests.zero.test_stages import CPU, SEED, STAGES
 from zero.stage import Stage
 
@@ -22,13 +30,22 @@ SAMPLES, STEPS, CLIP = 8, 2, 0.5
 optimizer_of = partial(torch.optim.AdamW, lr=1e-3)
 
 
-def whole_over_dp(stage: Stage, pieces: list[Piece], name: dict[str, str]) -> list[Piece]:
-    """This rank's own pieces, as those of a parameter that tensor parallelism has cut."""
-    mark = {name_: shard_of(p) for name_, p in stage.model.named_parameters()}
-    return [Piece((n, mark[n]), value, segment) for n, value, segment in pieces]
+def marked(stage: Stage, pieces: list[Piece]) -> list[Piece]:
+    """Pieces under a name that says which part tensor parallelism has cut, so that dp's segments join first."""
+    marks = {name: shard_of(p) for name, p in stage.model.named_parameters()}
+    return [Piece((name, marks[name[0] if isinstance(name, tuple) else name]), *rest) for name, *rest in pieces]
 
 
-def tp_and_dp(kind: str, sequence: bool) -> tuple[list[float], list[float], list[Piece], list[Piece]]:
+def equal(pieces: list[Piece], reference: dict) -> None:
+    parts = [Piece(name, value, mark if value.dim() else None) for (name, mark), value in join(pieces)]
+    assert worst_difference(join(parts), reference) < 1e-10
+
+
+def is_whole(p: nn.Parameter) -> bool:
+    return shard_of(p) is None
+
+
+def tp_and_dp(kind: str, sequence: bool) -> tuple[list[float], list[float], list[Piece], list[Piece], list[Piece]]:
     mesh = Mesh("cpu", Ledger(), 30.0, tp=2, dp=4)
     tp, dp = mesh["tp"], mesh["dp"]
     topic, loss_of = megatron_tp.layers, megatron_tp.loss.token_loss
@@ -44,12 +61,79 @@ def tp_and_dp(kind: str, sequence: bool) -> tuple[list[float], list[float], list
         loss = loss_of(logits, targets, SAMPLES * 8, tp, CONFIG.vocabulary)
         stage.backward(loss)
         if sequence:
-            stage.sum_over(tp, lambda p: shard_of(p) is None)
-        share = loss.detach() if sequence or tp.index == 0 else torch.zeros_like(loss.detach())
+            stage.sum_over(tp, is_whole)
         gradients = stage.gradients()
-        counts = lambda p: shard_of(p) is not None or tp.index == 0  # noqa: E731
-        norm, total = stage.clip_and_total(CLIP, share, [tp], counts)
+        share = loss.detach() * (sequence or tp.index == 0)
+        norm, total = stage.clip_and_total(CLIP, share, [tp], lambda p: tp.index == 0 or not is_whole(p))
         losses.append(total)
         norms.append(norm)
         stage.step()
-    return losses, norms, whole_over_dp(stage, gradients, {}), whole_over_dp(stage, stage.states(), {})
+    return losses, norms, *(marked(stage, pieces) for pieces in (gradients, stage.weights(), stage.states()))
+
+
+def pp_and_dp(name: str) -> tuple[list[float], list[float], list[Piece], list[Piece], list[Piece]]:
+    """ZeRO-1 over a pipeline: the runtime accumulates the microbatches, and the stage reduces once at the end."""
+    mesh = Mesh("cpu", Ledger(), 30.0, dp=2, pp=4)
+    dp, pp = mesh["dp"], mesh["pp"]
+    model = materialize(pipeline.stages.cut(GPT(CONFIG), pp.index, pp.size), SEED, CPU, torch.float64)
+    stage = STAGES["zero1"](model, dp, optimizer_of, None, torch.float64, 1000)
+    m = 4
+    loss = partial(token_loss, tokens=SAMPLES * 8)
+    runtime = Pipeline(model, loss, build(name, 4, m), pp, (SAMPLES // 2 // m, 8, CONFIG.hidden), torch.float64, CPU)
+    losses, norms, gradients = [], [], []
+    for step in range(STEPS):
+        stage.zero_grad()
+        batch = (t.chunk(2)[dp.index] for t in Text(None, 8).batch(SEED, step, SAMPLES))
+        inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in batch)
+        share = runtime.step(inputs, targets, Draw(SEED, step, dp.index * SAMPLES // 2))
+        pipeline.stages.sum_tied_gradients(model, pp)
+        stage.reduce()
+        gradients = stage.gradients()
+        copy = pipeline.stages.tied_weight(model, pp) if pp.index == pp.size - 1 else None
+        norm, total = stage.clip_and_total(CLIP, share, [pp], lambda p, copy=copy: p is not copy)
+        losses.append(total)
+        norms.append(norm)
+        stage.step()
+    runtime.close()
+    found = [
+        [Piece(model.whole_name(piece.name), *piece[1:]) for piece in pieces] for pieces in (gradients, stage.weights())
+    ]
+    states = [Piece((model.whole_name(n), key), *rest) for (n, key), *rest in stage.states()]
+    return losses, norms, *found, states
+
+
+def one_process() -> tuple[list[float], list[float], Oracle]:
+    oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP)
+    losses, norms = [], []
+    for step in range(STEPS):
+        losses.append(oracle.step(*Text(None, 8).batch(SEED, step, SAMPLES), Draw(SEED, step, 0)))
+        norms.append(oracle.norm)
+    return losses, norms, oracle
+
+
+@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("sequence", [False, True])
+def test_with_tensor_parallelism(pool: Pool, kind: str, sequence: bool) -> None:
+    losses, norms, oracle = one_process()
+    results = pool.run(8, tp_and_dp, kind, sequence)
+    for rank in results:
+        assert rank[0] == pytest.approx(losses, rel=1e-10)
+        assert rank[1] == pytest.approx(norms, rel=1e-10)
+    for i, reference in ((2, oracle.gradients), (4, oracle.states())):
+        equal([piece for rank in results for piece in rank[i]], reference)
+    weights = [Piece(name[0], *rest) for rank in results for name, *rest in rank[3]]
+    if kind == "zero3":
+        equal([piece for rank in results for piece in rank[3]], oracle.parameters())
+    else:
+        assert worst_difference(join(weights), oracle.parameters()) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+def test_zero1_with_a_pipeline(pool: Pool, name: str) -> None:
+    losses, norms, oracle = one_process()
+    results = pool.run(8, pp_and_dp, name)
+    for rank in results:
+        assert rank[0] == pytest.approx(losses, rel=1e-10)
+        assert rank[1] == pytest.approx(norms, rel=1e-10)
+    for i, reference in ((2, oracle.gradients), (3, oracle.parameters()), (4, oracle.states())):
+        assert worst_difference(join(p for rank in results for p in rank[i]), reference) < 1e-10
