@@ -112,7 +112,7 @@ def norm_and_totals(counted: Iterable[Tensor], axes: Sequence[Axis], more: Tenso
         counted: the gradients that this rank adds to the norm: over the ranks of `axes`, each number once.
         more: this rank's numbers to be summed, one-dimensional.
     """
-    squares = [g.double().square().sum() for g in counted]
+    squares = [g.double().square().sum().to(more.device) for g in counted]
     square = sum(squares, torch.zeros((), dtype=torch.float64, device=more.device))
     totals = torch.cat([square[None], more.double()])
     for axis in axes:
@@ -242,7 +242,8 @@ def train(
 
 def gathered(run: Run, pieces: list[Piece]) -> list[tuple[Hashable, Tensor]]:
     """The whole tensors from all ranks' pieces, on rank 0, on the CPU: it has no part in the GPUs of other ranks."""
-    everyone = run.job.gather([piece._replace(value=piece.value.cpu()) for piece in pieces])
+    # A copy: of a view all of its storage would travel.
+    everyone = run.job.gather([piece._replace(value=piece.value.cpu().clone()) for piece in pieces])
     return list(join(piece for rank in everyone for piece in rank))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core import comm
 from core.lesson import Lesson, Run
-from zero.stage import Stage, wait_all
+from zero.stage import Stage
 from zero.training import add_flags, check, teach
 
 
@@ -47,8 +47,7 @@ class DataParallel(Stage):
 
     def _finish(self) -> None:
         self.order.finish()
-        self.own_gradients = wait_all(self._pending)
-        self._pending.clear()
+        self.own_gradients = self._wait()
 
     def _launch(self, i: int) -> None:
         self._pending.append(comm.all_reduce_async(self._gradients[i], self.axis))

@@ -1,6 +1,6 @@
 """An ordinary optimizer over a part of the parameters: what ZeRO-1 shards, and all that it needs. Lecture 01."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,72 +24,66 @@ class Owned:
 
 
 class PartOptimizer:
-    """`make_optimizer` over this rank's part of each bucket.
+    """`make_optimizer` over one part of a bucket.
 
     Any optimizer that treats each element by itself works: SGD, Adam, Lion; not one that looks at a whole matrix.
 
     Args:
-        index: the part of each bucket.
-        weights: that part of each bucket's weights, in the model's precision.
+        index: the part of the bucket.
+        weights: that part of the bucket's weights, in the model's precision.
         make_optimizer: maps parameter groups to an optimizer.
         groups: as torch.optim takes them, of the model's parameters; None for one group of all.
         master: the precision of the update. Where it is not the model's, the optimizer has a copy of the weights.
+        host: where the update is made, if not where the weights are; then too it has a copy.
+
+    Raises:
+        ValueError: a parameter is in no group.
     """
 
     def __init__(
         self,
-        buckets: Sequence[Bucket],
+        bucket: Bucket,
         index: int,
-        weights: Sequence[Tensor],
+        weights: Tensor,
         make_optimizer: MakeOptimizer,
         groups: Sequence[dict[str, Any]] | None,
         master: torch.dtype,
+        host: torch.device | None,
     ):
         self._weights = weights
-        self._master = [part if part.dtype == master else part.to(master) for part in weights]
-        groups = groups or [{"params": [member.parameter for bucket in buckets for member in bucket.members]}]
+        same = weights.dtype == master and host is None
+        self._master = weights if same else weights.to(host or weights.device, master, copy=True)
+        self.owned = [
+            Owned(member, first, end, at, nn.Parameter(self._master[at : at + end - first]))
+            for member, first, end, at in bucket.in_part(index)
+        ]
+        groups = groups or [{"params": [member.parameter for member in bucket.members]}]
         group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
-        owned: list[list[Owned]] = []
-        for bucket, flat in zip(buckets, self._master, strict=True):
-            owned.append([
-                Owned(member, first, end, at, nn.Parameter(flat[at : at + end - first]))
-                for member, first, end, at in bucket.in_part(index)
-            ])  # fmt: skip
-        self._owned = owned
+        if lacking := [member.name for member in bucket.members if member.parameter not in group_of]:
+            raise ValueError(f"{lacking[0]} is trained, but in no parameter group; give every trained parameter one")
         pieces: list[list[nn.Parameter]] = [[] for _ in groups]
-        for each in self.owned():
+        for each in self.owned:
             pieces[group_of[each.member.parameter]].append(each.piece)
         self.optimizer = make_optimizer([group | {"params": own} for group, own in zip(groups, pieces, strict=True)])
 
-    def owned(self) -> Iterator[Owned]:
-        return (each for bucket in self._owned for each in bucket)
-
-    @property
-    def pieces(self) -> list[nn.Parameter]:
-        return [each.piece for each in self.owned()]
-
-    def take_gradients(self, parts: Sequence[Tensor]) -> None:
-        """Give the optimizer this rank's part of each bucket's gradients."""
-        for owned, part in zip(self._owned, parts, strict=True):
-            for each in owned:
-                each.piece.grad = part[each.at : each.at + each.end - each.first].to(each.piece.dtype)
-
-    def drop(self, unused: set[nn.Parameter]) -> None:
-        """Take the gradients of these parameters of the model away again."""
-        for each in self.owned():
-            if each.member.parameter in unused:
-                each.piece.grad = None
-
-    def tensors(self) -> list[Tensor]:
-        """What the optimizer holds besides the model's weights: its copy of them, if it has one, and its state."""
-        copies = [own for own, weights in zip(self._master, self._weights, strict=True) if own is not weights]
-        return copies + [value for state in self.optimizer.state.values() for value in state.values() if value.dim()]
+    def take_gradient(self, part: Tensor, unused: Iterable[nn.Parameter] = ()) -> None:
+        """Give the optimizer this part of the bucket's gradient, but none for the parameters that nothing has used."""
+        for each in self.owned:
+            gradient = part[each.at : each.at + each.end - each.first]
+            each.piece.grad = None if each.member.parameter in unused else gradient.to(each.piece.dtype)
 
     def step(self) -> None:
-        """Update, and round to the model's precision. The other ranks' weights are theirs to bring."""
+        """Update this part."""
         self.optimizer.step()
-        for weights, master in zip(self._weights, self._master, strict=True):
-            if weights is not master:
-                weights.copy_(master)
-        for piece in self.pieces:
-            piece.grad = None
+        for each in self.owned:
+            each.piece.grad = None
+
+    def publish(self) -> None:
+        """Round this part to the model's precision, into the model."""
+        if self._weights is not self._master:
+            self._weights.copy_(self._master, non_blocking=True)
+
+    def tensors(self) -> list[Tensor]:
+        """What it holds besides the model's weights: its copy of them, if it has one, and its state."""
+        copy = [] if self._weights is self._master else [self._master]
+        return copy + [value for state in self.optimizer.state.values() for value in state.values() if value.dim()]

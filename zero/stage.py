@@ -16,7 +16,7 @@ from core.mesh import Axis
 from core.shards import Piece, Segment, shard_of
 from core.training import clip_by, norm_and_totals
 from zero.flat import BUCKET_ELEMENTS, Bucket, InOrder, buckets_of
-from zero.optimizer import MakeOptimizer, PartOptimizer
+from zero.optimizer import MakeOptimizer, Owned, PartOptimizer
 
 
 class Stage(ABC):
@@ -48,9 +48,18 @@ class Stage(ABC):
         self._pending: list[comm.Pending] = []
         self.own_gradients: list[Tensor] = []  # this rank's part of each bucket's, summed, after the last backward
         self._own_weights = self._allocate()
-        self.optimizer = PartOptimizer(self.buckets, self.index, self._own_weights, make_optimizer, groups, master)
+        self.optimizers = [
+            PartOptimizer(bucket, self.index, own, make_optimizer, groups, master, self.host)
+            for bucket, own in zip(self.buckets, self._own_weights, strict=True)
+        ]
 
     shards_optimizer = True
+    host: torch.device | None = None  # where the update is made, if not where the model is
+
+    @property
+    def owned(self) -> list[Owned]:
+        """What this rank updates."""
+        return [each for optimizer in self.optimizers for each in optimizer.owned]
 
     def _make_buckets(self, elements: int) -> list[Bucket]:
         buckets = buckets_of(self.model, self.parts, elements)
@@ -74,12 +83,27 @@ class Stage(ABC):
         """Before the first microbatch of a step."""
 
     def step(self) -> None:
-        """Update this rank's part, and bring the others' where all ranks hold the weights."""
-        self.optimizer.step()
-        self._share_weights()
+        """Update this rank's part, bucket by bucket, while those before travel to where all ranks hold the weights."""
+        for i, optimizer in enumerate(self.optimizers):
+            optimizer.step()
+            self._publish(i)
+        self._wait()
 
-    def _share_weights(self) -> None:  # noqa: B027  neither data parallelism nor stage 3 has anything to share
-        pass
+    def publish(self) -> None:
+        """Make the model's weights those of the optimizer, on all ranks."""
+        for i in range(len(self.buckets)):
+            self._publish(i)
+        self._wait()
+
+    def _publish(self, i: int) -> None:
+        """Put bucket i's updated part into the model, and start to bring the others'."""
+        self.optimizers[i].publish()
+
+    def _wait(self) -> list[Tensor]:
+        """For all that is on its way; the results."""
+        results = [pending.wait() for pending in self._pending]
+        self._pending.clear()
+        return results
 
     def sum_over(self, axis: Axis, choose: Callable[[nn.Parameter], bool]) -> None:
         """Add up over `axis` the gradients of the chosen parameters, of which each of its ranks has a term.
@@ -115,10 +139,9 @@ class Stage(ABC):
         members = [member for bucket in self.buckets for member in bucket.members]
         used = [float(member.parameter in self.used) for member in members]
         self.used.clear()
-        self.optimizer.take_gradients(self.own_gradients)
-        counted = [
-            each.piece.grad for each in self.optimizer.owned() if counts is None or counts(each.member.parameter)
-        ]
+        places = zip(self.optimizers, self.own_gradients, strict=True)
+        gradients = [(e, part[e.at : e.at + e.end - e.first]) for optimizer, part in places for e in optimizer.owned]
+        counted = [gradient for each, gradient in gradients if counts is None or counts(each.member.parameter)]
         if not self.shards_optimizer and self.axis.index:
             counted = []  # every rank has all of it
         more = torch.tensor([0.0, *used], dtype=torch.float64, device=share.device)
@@ -127,8 +150,10 @@ class Stage(ABC):
         if axes:  # whose ranks may have other parameters
             norm, (loss,) = norm_and_totals([more.new_tensor(norm)], axes, more.new_tensor([loss]))
         # One process leaves a parameter that nothing used as it is: no decay, no momentum.
-        self.optimizer.drop({member.parameter for member, n in zip(members, uses, strict=True) if not n})
-        clip_by(self.optimizer.pieces, clip, norm)
+        unused = {member.parameter for member, n in zip(members, uses, strict=True) if not n}
+        for optimizer, part in zip(self.optimizers, self.own_gradients, strict=True):
+            optimizer.take_gradient(part, unused)
+        clip_by([each.piece for each in self.owned], clip, norm)
         return norm, loss
 
     def held(self) -> dict[str, int]:
@@ -138,7 +163,7 @@ class Stage(ABC):
         return {
             "weights": live_bytes([*parameters, *self._own_weights]),
             "gradients": live_bytes([*gradients, *self.own_gradients]),
-            "optimizer": live_bytes(self.optimizer.tensors()),
+            "optimizer": live_bytes(t for optimizer in self.optimizers for t in optimizer.tensors()),
         }
 
     # What `core.training.train` compares.
@@ -163,18 +188,33 @@ class Stage(ABC):
         name = self._names()
         return [Piece(name[p], p.detach(), shard_of(p)) for p in self.model.parameters()]
 
+    def master_weights(self) -> list[Piece]:
+        """The weights in the precision of the update: this rank's part of those that are trained, and the others."""
+        name = self._names()
+        mine = self.owned if self.shards_optimizer or self.axis.index == 0 else ()
+        trained = [
+            Piece(name[e.member.parameter], e.piece.detach(), Segment(e.first, e.end, e.member.parameter.shape))
+            for e in mine
+        ]
+        inside = {member.name for bucket in self.buckets for member in bucket.members}
+        return trained + [piece for piece in self.weights() if piece.name not in inside]
+
+    def load_frozen(self, read: Callable[[str, torch.Size], Tensor]) -> None:
+        """Set what is not trained to `read(name, shape)`."""
+        inside = {member.parameter for bucket in self.buckets for member in bucket.members}
+        for name, p in self.model.named_parameters():
+            if p not in inside:
+                p.data.copy_(read(name, p.shape))
+
     def states(self) -> list[Piece]:
         """This rank's part of the optimizer's state, named (parameter, key)."""
         name, found = self._names(), []
-        for each in self.optimizer.owned():
-            for key, value in self.optimizer.optimizer.state[each.piece].items():
+        for optimizer in self.optimizers:
+            for each in optimizer.owned:
                 mark = Segment(each.first, each.end, each.member.parameter.shape)
-                found.append(Piece((name[each.member.parameter], key), value, mark if value.dim() else None))
+                for key, value in optimizer.optimizer.state[each.piece].items():
+                    found.append(Piece((name[each.member.parameter], key), value, mark if value.dim() else None))
         return found
 
     def _names(self) -> dict[nn.Parameter, str]:
         return {p: name for name, p in self.model.named_parameters()}
-
-
-def wait_all(pending: Iterable[comm.Pending]) -> list[Tensor]:
-    return [each.wait() for each in pending]

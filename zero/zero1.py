@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core import comm
 from core.lesson import Lesson, Run
-from zero.stage import Stage, wait_all
+from zero.stage import Stage
 from zero.training import add_flags, check, teach
 
 
@@ -48,15 +48,15 @@ class Zero1(Stage):
 
     def _finish(self) -> None:
         self.order.finish()
-        for own, total in zip(self.own_gradients, wait_all(self._pending), strict=True):
+        for own, total in zip(self.own_gradients, self._wait(), strict=True):
             own.copy_(total)
-        self._pending.clear()
 
     def _launch(self, i: int) -> None:
         self._pending.append(comm.reduce_scatter_async(self._gradients[i], self.axis))
 
-    def _share_weights(self) -> None:
-        wait_all([comm.all_gather_in_place_async(flat, self.axis) for flat in self._weights])
+    def _publish(self, i: int) -> None:
+        super()._publish(i)
+        self._pending.append(comm.all_gather_in_place_async(self._weights[i], self.axis))
 
 
 def lesson(run: Run) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core import comm
 from core.lesson import Lesson, Run
-from zero.stage import Stage, wait_all
+from zero.stage import Stage
 from zero.training import add_flags, check, teach
 
 
@@ -50,8 +50,9 @@ class Zero2(Stage):
             i, pending = self._on_their_way.pop(0)
             self.own_gradients[i] += pending.wait()
 
-    def _share_weights(self) -> None:
-        wait_all([comm.all_gather_in_place_async(flat, self.axis) for flat in self._weights])
+    def _publish(self, i: int) -> None:
+        super()._publish(i)
+        self._pending.append(comm.all_gather_in_place_async(self._weights[i], self.axis))
 
 
 def lesson(run: Run) -> None:

@@ -21,7 +21,7 @@ from core.lesson import Lesson, Run
 from core.mesh import Axis
 from core.shards import Piece
 from zero.flat import Bucket
-from zero.stage import wait_all
+from zero.stage import Stage
 from zero.training import add_flags, check, teach
 from zero.zero2 import Zero2
 
@@ -49,7 +49,8 @@ class Unit:
             self._arriving.append(comm.all_gather_in_place_async(flat, self.axis))
 
     def wait(self) -> None:
-        wait_all(self._arriving)
+        for pending in self._arriving:
+            pending.wait()
         self._arriving.clear()
 
     def free(self) -> None:
@@ -154,8 +155,15 @@ class Zero3(Zero2):
         if unit.trained:
             self._launch(self.buckets.index(unit.trained))
 
-    def _share_weights(self) -> None:
-        """Nothing: the next forward gathers them."""
+    def _publish(self, i: int) -> None:
+        Stage._publish(self, i)  # the next forward gathers the others'
+
+    def load_frozen(self, read: Callable[[str, torch.Size], Tensor]) -> None:
+        for unit in (*self._units, self._rest):
+            for bucket, own in zip(unit.buckets, unit.own, strict=True):
+                if bucket is not unit.trained:
+                    for m, first, end, at in bucket.in_part(self.index):
+                        own[at : at + end - first] = read(m.name, m.parameter.shape).flatten()[first:end]
 
     def weights(self) -> list[Piece]:
         """This rank's part."""

@@ -1,0 +1,81 @@
+"""A checkpoint of any stage on any number of ranks goes on in any other, with its optimizer state."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from core.gpt import token_loss
+from core.launch import Job
+from core.ledger import Ledger
+from core.mesh import Mesh
+from core.text import Text
+from tests.pool import Pool
+from tests.zero.test_stages import CLIP, CPU, SEED, STAGES, Case, Result, equal, one_process, wide
+from zero import checkpoint
+
+BATCH = 24  # for 1, 2, 3, 4 and 8 ranks
+
+
+def go_on(kind: str, case: Case, steps: range, come_from: str | None, save_to: str | None) -> Result:
+    """Train the steps of `steps`, from a checkpoint, or to one."""
+    axis = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"]
+    job = Job(dist.get_rank(), axis.size, CPU, "gloo", 30.0)
+    model = case.model()
+    if come_from:
+        for p in model.parameters():
+            p.data.zero_()  # what is not loaded must show
+    stage = STAGES[kind](model, axis, case.optimizer, case.groups(model), torch.float64, case.elements)
+    if come_from:
+        checkpoint.load(come_from, stage)
+    losses, norms, gradients = [], [], []
+    for step in steps:
+        stage.zero_grad()
+        inputs, targets = (t.chunk(axis.size)[axis.index] for t in Text(None, 8).batch(SEED, step, BATCH))
+        loss = token_loss(model(inputs), targets, BATCH * 8)
+        stage.backward(loss)
+        gradients = stage.gradients()
+        norm, total = stage.clip_and_total(CLIP, loss.detach())
+        losses.append(total)
+        norms.append(norm)
+        stage.step()
+    if save_to:
+        checkpoint.save(save_to, stage, job)
+    return losses, norms, gradients, stage.weights(), stage.states()
+
+
+CASES = {"plain": Case(steps=4), "frozen": Case(wide(), freeze=("blocks.1", "embed.position"), steps=4),
+         "two groups": Case(two_groups=True, steps=4)}  # fmt: skip
+ROADS = [(("ddp", 1), ("zero3", 4)), (("zero3", 4), ("zero1", 2)), (("zero1", 8), ("zero2", 3)),
+         (("zero2", 3), ("ddp", 2)), (("zero3", 3), ("zero3", 8)), (("zero2", 2), ("zero2", 1))]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("first", "second"), ROADS)
+def test_goes_on_in_another_layout(
+    pool: Pool, tmp_path: Path, case: Case, first: tuple[str, int], second: tuple[str, int]
+) -> None:
+    folder = str(tmp_path / "checkpoint")
+    pool.run(first[1], go_on, first[0], case, range(2), None, folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    assert len([p for p in (tmp_path / "checkpoint").iterdir() if p.suffix == ".distcp"]) == 1, "one file"
+    results = pool.run(second[1], go_on, second[0], case, range(2, 4), folder, folder)
+    losses, norms, *rest = one_process(replace(case, samples=BATCH), 1)
+    equal(results, (losses[2:], norms[2:], *rest))
+
+
+def load_from(folder: str, case: Case) -> str:
+    axis = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"]
+    with pytest.raises(ValueError) as error:
+        checkpoint.load(folder, STAGES["zero1"](case.model(), axis, case.optimizer, None, torch.float64))
+    return str(error.value)
+
+
+def test_what_does_not_fit_is_refused(pool: Pool, tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoint")
+    pool.run(1, go_on, "ddp", CASES["plain"], range(1), None, folder)
+    assert "is no checkpoint" in pool.run(1, load_from, str(tmp_path), CASES["plain"])[0]
+    assert "is (12,), not (16,)" in pool.run(1, load_from, folder, Case(wide(hidden=16)))[0]
+    assert "has no weights|blocks.2." in pool.run(1, load_from, folder, Case(wide()))[0]
