@@ -12,6 +12,8 @@ lessons=(
   zero/zero2.py
   zero/zero3.py
   zero/memory.py
+  zero/offload.py
+  zero/zeropp.py
   megatron_tp/principle.py
   megatron_tp/tensor_parallel.py
   megatron_tp/train.py

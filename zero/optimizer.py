@@ -53,6 +53,11 @@ class PartOptimizer:
         self._weights = weights
         same = weights.dtype == master and host is None
         self._master = weights if same else weights.to(host or weights.device, master, copy=True)
+        self._rounded: Tensor | None = None  # on the host, in the model's precision: what goes back
+        if host is not None:
+            self._rounded = self._master if weights.dtype == master else weights.to(host, copy=True)
+            if weights.is_cuda:  # only from pinned memory does a copy go on by itself
+                self._rounded = self._rounded.pin_memory()
         self.owned = [
             Owned(member, first, end, at, nn.Parameter(self._master[at : at + end - first]))
             for member, first, end, at in bucket.in_part(index)
@@ -80,10 +85,14 @@ class PartOptimizer:
 
     def publish(self) -> None:
         """Round this part to the model's precision, into the model."""
-        if self._weights is not self._master:
-            self._weights.copy_(self._master, non_blocking=True)
+        if self._rounded is not None:
+            if self._rounded is not self._master:
+                self._rounded.copy_(self._master)
+            self._weights.copy_(self._rounded, non_blocking=True)
+        elif self._weights is not self._master:
+            self._weights.copy_(self._master)
 
     def tensors(self) -> list[Tensor]:
         """What it holds besides the model's weights: its copy of them, if it has one, and its state."""
-        copy = [] if self._weights is self._master else [self._master]
-        return copy + [value for state in self.optimizer.state.values() for value in state.values() if value.dim()]
+        copies = [c for c in (self._master, self._rounded) if c is not None and c is not self._weights]
+        return copies + [value for state in self.optimizer.state.values() for value in state.values() if value.dim()]

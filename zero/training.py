@@ -42,12 +42,11 @@ def check(args: argparse.Namespace, ranks: int) -> None:
         )
 
 
-def teach(run: Run, stage_of: type[Stage], elements: Callable[[int, int], float]) -> Stage:
-    """Train with a stage of ZeRO, and claim that it equals one process, and what it sends.
+ForwardBackward = Callable[[int, Tensor, Tensor, Draw], Tensor]
 
-    Args:
-        elements: what the paper says that a rank sends in a step, in units of Ψ(N-1)/N, for (m, N).
-    """
+
+def build(run: Run, stage_of: Callable[..., Stage]) -> tuple[Stage, Oracle | None, ForwardBackward]:
+    """A model under a stage of ZeRO on all ranks, one process to compare with, and how to compute its gradients."""
     args, job = run.args, run.job
     config, m = configuration(args), args.microbatches
     axis = Mesh(job.device.type, Ledger(), job.timeout, dp=job.world_size)["dp"]
@@ -71,8 +70,19 @@ def teach(run: Run, stage_of: type[Stage], elements: Callable[[int, int], float]
             share += loss.detach()
         return share
 
-    worst = train(run, stage, oracle, forward_backward, partial(stage.clip_and_total, args.clip))
-    claim_messages(run, stage, elements(m, axis.size))
+    return stage, oracle, forward_backward
+
+
+def teach(run: Run, stage_of: Callable[..., Stage], elements: Callable[[int, int], float] | None) -> Stage:
+    """Train with a stage of ZeRO, and claim that it equals one process, and what it sends.
+
+    Args:
+        elements: what the paper says that a rank sends in a step, in units of Ψ(N-1)/N, for (m, N); None: no claim.
+    """
+    stage, oracle, forward_backward = build(run, stage_of)
+    worst = train(run, stage, oracle, forward_backward, partial(stage.clip_and_total, run.args.clip))
+    if elements:
+        claim_messages(run, stage, elements(run.args.microbatches, stage.axis.size))
     if oracle:
         worst.claim(run)
     return stage

@@ -48,7 +48,10 @@ class Zero2(Stage):
         """Add to this rank's part what has been reduced, `but` for the last so many buckets."""
         while len(self._on_their_way) > but:
             i, pending = self._on_their_way.pop(0)
-            self.own_gradients[i] += pending.wait()
+            self._keep(i, pending.wait())
+
+    def _keep(self, i: int, total: Tensor) -> None:
+        self.own_gradients[i] += total
 
     def _publish(self, i: int) -> None:
         super()._publish(i)

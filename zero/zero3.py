@@ -77,8 +77,8 @@ class Zero3(Zero2):
         if len(set(inside)) < len(inside):
             raise ValueError("two blocks share a parameter, which would be freed with the one and used by the other")
         rest = [(name, p) for name, p in self.model.named_parameters() if p not in set(inside)]
-        self._units = [Unit(parameters, self.axis) for parameters in named]
-        self._rest = Unit(rest, self.axis)  # both ends of the model, which may share the tied embedding
+        self._units = [self._unit(parameters) for parameters in named]
+        self._rest = self._unit(rest)  # both ends of the model, which may share the tied embedding
         self._next = 0  # forward: the first unit whose gathering has not begun; backward: the last that is reached
         self.model.register_forward_pre_hook(lambda *_: self._begin_forward())
         self.model.register_forward_hook(lambda *_: self._end_forward())
@@ -87,6 +87,9 @@ class Zero3(Zero2):
             block.register_forward_pre_hook(lambda *_, i=i: self._forward_reaches(i))
             _before_backward(block, partial(self._backward_reaches, i))
         return [unit.trained for unit in (*self._units, self._rest) if unit.trained]
+
+    def _unit(self, named: Sequence[tuple[str, nn.Parameter]]) -> Unit:
+        return Unit(named, self.axis)
 
     def _allocate(self) -> list[Tensor]:
         own = [unit.own[0] for unit in (*self._units, self._rest) if unit.trained]

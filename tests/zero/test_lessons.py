@@ -8,7 +8,7 @@ import pytest
 from tests.pool import Pool
 
 QUICK = ("--steps", "2", "--sequence", "16", "--hidden", "32", "--layers", "2")
-LESSONS = ("ddp", "zero1", "zero2", "zero3", "memory")
+LESSONS = ("ddp", "zero1", "zero2", "zero3", "memory", "offload", "zeropp")
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8])
@@ -25,7 +25,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int) 
     assert f"{len(written['claims'])} of {len(written['claims'])} claims held" in outcome.out
 
 
-@pytest.mark.parametrize("lesson", ["zero1", "zero3"])
+@pytest.mark.parametrize("lesson", ["zero1", "zero3", "offload"])
 @pytest.mark.parametrize(
     "flags",
     [("--dtype", "float32"), ("--dtype", "bfloat16"), ("--untied",), ("--microbatches", "4"), ("--bucket", "1"),
@@ -48,6 +48,7 @@ REFUSED = {
     "batch": ("zero1", ("--batch", "12"), "--batch 12: must be a multiple of 8 ranks x --microbatches 2"),
     "no microbatch": ("zero1", ("--microbatches", "0"), "--microbatches 0: must be at least 1; use --microbatches 2"),
     "bucket": ("ddp", ("--bucket", "0"), "--bucket 0: must be at least 1; use --bucket 65536"),
+    "node": ("zeropp", ("--node", "3"), "--node 3: the 8 ranks must fill whole nodes; use --node one of 1, 2, 4, 8"),
     "stage": ("memory", ("--stage", "4"), "invalid choice: '4'"),
 }
 

@@ -16,7 +16,7 @@ from core.launch import Job, Stop
 from core.lesson import Lesson, Run
 from core.mesh import Axis
 from tests.pool import Pool
-from zero import ddp, flat, memory, optimizer, stage, training, zero1, zero2, zero3
+from zero import ddp, flat, memory, offload, optimizer, stage, training, zero1, zero2, zero3, zeropp
 
 RANKS = 4
 SIZES = {"steps": 2, "batch": 8, "sequence": 8, "hidden": 16, "heads": 2, "layers": 2, "clip": 0.05, "bucket": 2000}
@@ -149,6 +149,59 @@ def whole_gradients_stay() -> AbstractContextManager:
     return patch.object(flat.Bucket, "take_away_gradients", wrong)
 
 
+def one_microbatch_stays_on_the_device() -> AbstractContextManager:
+    right = offload.Offload._land
+    return patch.object(offload.Offload, "_land", lambda self, but: right(self, max(but, 1)))
+
+
+def the_optimizer_stays_on_the_device() -> AbstractContextManager:
+    return patch.object(offload.Offload, "host", None)
+
+
+def nothing_is_kept_in_the_node() -> AbstractContextManager:
+    right = zeropp.NodeUnit.free
+
+    def wrong(self: zeropp.NodeUnit) -> None:
+        right(self)
+        self._second = []
+
+    return patch.object(zeropp.NodeUnit, "free", wrong)
+
+
+def hops_to_the_wrong_node() -> AbstractContextManager:
+    right = zeropp.ZeroPlusPlus._hop
+
+    def wrong(self: zeropp.ZeroPlusPlus, rows: Tensor, axis: Axis) -> Tensor:
+        return right(self, rows.flip(0) if axis.name == "across" else rows, axis)
+
+    return patch.object(zeropp.ZeroPlusPlus, "_hop", wrong)
+
+
+def one_hop_in_full_precision() -> AbstractContextManager:
+    right = zeropp.ZeroPlusPlus._hop
+
+    def wrong(self: zeropp.ZeroPlusPlus, rows: Tensor, axis: Axis) -> Tensor:
+        bits, self.gradient_bits = self.gradient_bits, 0 if axis.name == "node" else self.gradient_bits
+        try:
+            return right(self, rows, axis)
+        finally:
+            self.gradient_bits = bits
+
+    return patch.object(zeropp.ZeroPlusPlus, "_hop", wrong)
+
+
+def one_scale_for_all_blocks() -> AbstractContextManager:
+    right = zeropp.quantise
+
+    def wrong(x: Tensor, bits: int) -> Tensor:
+        packed = right(x, bits)
+        start = -(-x.shape[1] // zeropp.BLOCK) * zeropp.BLOCK * bits // 8
+        packed[:, start:] = packed[:, start : start + 4].repeat(1, (packed.shape[1] - start) // 4)
+        return packed
+
+    return patch.object(zeropp, "quantise", wrong)
+
+
 LOSS, GRADIENT, NORM, PARAMETER = "losses equal", "every gradient equals", "the global gradient norm", "every parameter"
 STATE, SENT = "the optimizer's state", "elements sent a step"
 MUST_FAIL: dict[tuple[str, Bug], set[str]] = {
@@ -166,6 +219,12 @@ MUST_FAIL: dict[tuple[str, Bug], set[str]] = {
     ("zero3", one_ranks_part_is_not_updated): {PARAMETER, STATE},
     ("zero3", layers_are_read_before_they_arrive): {LOSS, GRADIENT},
     ("zero3", every_rank_trains_on_the_same_samples): {LOSS, GRADIENT},
+    ("offload", one_microbatch_stays_on_the_device): {GRADIENT, NORM},
+    ("offload", the_optimizer_stays_on_the_device): {"bytes on the host"},
+    ("zeropp", nothing_is_kept_in_the_node): {"bytes of hpZ", "bytes of qwZ"},
+    ("zeropp", hops_to_the_wrong_node): {GRADIENT},
+    ("zeropp", one_hop_in_full_precision): {"bytes of qgZ: gradients, inside"},
+    ("zeropp", one_scale_for_all_blocks): {"qgZ: relative error"},
     ("memory", the_optimizer_is_not_sharded): {"bytes of model states, ZeRO-1", "bytes of model states, ZeRO-3"},
     ("memory", whole_gradients_stay): {"bytes of model states, ZeRO-2", "bytes of model states, ZeRO-3"},
 }
@@ -173,23 +232,26 @@ MUST_FAIL: dict[tuple[str, Bug], set[str]] = {
 
 # ---- The lesson with a bug in it
 
+LESSONS = {"ddp": ddp, "zero1": zero1, "zero2": zero2, "zero3": zero3, "memory": memory, "offload": offload,
+           "zeropp": zeropp}  # fmt: skip
+
 
 def failing_claims(name: str, bug: Bug | None) -> list[str]:
     """Run a lesson inside a worker; the claims that failed, on rank 0."""
     frame = Lesson(f"zero/{name}.py", "01", "", "", "")
     training.add_flags(frame)
-    frame.parser.set_defaults(stage="ZeRO-2")
+    frame.parser.set_defaults(stage="ZeRO-2", node=0)
     args = frame.parser.parse_args(FLAGS)
     run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), torch.float64)
     with bug() if bug else nullcontext():
         try:
-            {"ddp": ddp, "zero1": zero1, "zero2": zero2, "zero3": zero3, "memory": memory}[name].lesson(run)
+            LESSONS[name].lesson(run)
         except Stop as stop:
             return [f"stopped: {stop}"]
     return [claim.claim for claim in run.evidence.claims if not claim.holds]
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "memory"])
+@pytest.mark.parametrize("name", LESSONS)
 def test_without_a_bug_every_claim_holds(pool: Pool, name: str) -> None:
     assert pool.run(RANKS, failing_claims, name, None)[0] == []
 

@@ -19,12 +19,15 @@ from core.shards import Piece, join
 from core.text import Text
 from tests.pool import Pool
 from zero.ddp import DataParallel
+from zero.offload import Offload
 from zero.stage import Stage
 from zero.zero1 import Zero1
 from zero.zero2 import Zero2
 from zero.zero3 import Zero3
 
-STAGES: dict[str, type[Stage]] = {"ddp": DataParallel, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
+STAGES: dict[str, type[Stage]] = {
+    "ddp": DataParallel, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3, "offload": Offload
+}  # fmt: skip
 CPU, SEED, CLIP = torch.device("cpu"), 7, 0.5
 
 
