@@ -227,4 +227,5 @@ if __name__ == "__main__":
         "Column- and row-parallel layers, a cut vocabulary, and two streams of random numbers.",
     )
     add_model_flags(frame, heads=8, layers=4)
+    frame.parser.set_defaults(steps=10)
     sys.exit(frame.main(refuse, lesson))

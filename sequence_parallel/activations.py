@@ -154,5 +154,6 @@ if __name__ == "__main__":
         "The bytes that a layer keeps for backward, cut by tensor and sequence parallelism and by recomputation.",
     )
     add_model_flags(frame, heads=8, layers=2, hidden=128, batch=8, attention="softmax", dropout=0.1)
+    frame.parser.set_defaults(steps=10)
     frame.parser.add_argument("--recompute", choices=KINDS, default="full", help="in training (default %(default)s)")
     sys.exit(frame.main(refuse, lesson))

@@ -130,4 +130,5 @@ if __name__ == "__main__":
         "What tensor parallelism repeats on every rank is cut along the sequence, for the same bytes.",
     )
     add_model_flags(frame, heads=8, layers=4)
+    frame.parser.set_defaults(steps=10)
     sys.exit(frame.main(refuse, lesson))

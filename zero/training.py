@@ -23,6 +23,7 @@ from zero.stage import Stage
 
 def add_flags(lesson: Lesson) -> None:
     add_model_flags(lesson, layers=4)
+    lesson.parser.set_defaults(steps=10)
     flag = lesson.parser.add_argument
     flag("--microbatches", type=int, default=2, help="microbatches of a rank in a step (default %(default)s)")
     flag("--bucket", type=int, default=2**16, help="elements in a bucket, about (default %(default)s)")
