@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from core.launch import Job
-from core.shards import join
+from core.shards import join, shard_of
 from zero.stage import Stage
 
 
@@ -20,19 +20,28 @@ def save(folder: str, stage: Stage, job: Job) -> None:
     """Write weights and optimizer state into `folder`, which holds one data file and its index. Every rank calls it.
 
     The folder appears under its name when it is complete, and replaces an older one.
+
+    Raises:
+        ValueError: the model is cut by tensor or pipeline parallelism as well, which this file cannot say.
     """
+    if stage.axis.size != job.world_size or any(shard_of(p) for p in stage.model.parameters()):
+        raise ValueError(f"{folder}: only a model that ZeRO alone has sharded can be saved; use dp over all ranks")
     states = stage.states() if stage.shards_optimizer or stage.axis.index == 0 else []
     pieces = [("weights", stage.master_weights()), ("states", states)]
     mine = [piece._replace(name=_key(kind, piece.name), value=piece.value.cpu().clone()) for kind, all_ in pieces
             for piece in all_]  # fmt: skip
     everyone = job.gather(mine)
     if job.rank == 0:
-        target, temporary = Path(folder), Path(f"{folder}.part")
-        shutil.rmtree(temporary, ignore_errors=True)
+        target = Path(folder)
+        temporary, older = (target.with_name(f".{target.name}.{what}") for what in ("part", "old"))
+        for path in (temporary, older):
+            shutil.rmtree(path, ignore_errors=True)
         whole = dict(join(piece for rank in everyone for piece in rank))
         dcp.save(whole, storage_writer=dcp.FileSystemWriter(temporary), no_dist=True)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.rename(older)
         temporary.rename(target)
+        shutil.rmtree(older, ignore_errors=True)
     job.share(None)  # no rank goes on, or reads it, before it is there
 
 
@@ -70,9 +79,12 @@ def load(folder: str, stage: Stage) -> None:
             name, shape = names[each.member.parameter], each.member.parameter.shape
             each.piece.data.copy_(read(_key("weights", name), shape).flatten()[each.first : each.end])
             state = optimizer.optimizer.state[each.piece]
+            state.clear()  # a checkpoint from before the first step has none
             for key in states.get(name, []):
                 value = read(_key("states", (name, key)))
-                state[key] = value.flatten()[each.first : each.end].to(each.piece.device) if value.dim() else value
+                if value.dim():  # a copy of this part: a view would keep the whole
+                    value = value.flatten()[each.first : each.end].to(each.piece.device, each.piece.dtype, copy=True)
+                state[key] = value
     stage.load_frozen(lambda name, shape: read(_key("weights", name), shape))
     stage.publish()
 

@@ -35,14 +35,14 @@ class DataParallel(Stage):
     def backward(self, loss: Tensor, last: bool = True) -> None:
         if last:
             self.order.watch()
-        loss.backward()  # adds to the buckets; those of the last microbatch leave as they are complete
+        if loss.requires_grad:  # adds to the buckets; those of the last microbatch leave as they are complete
+            loss.backward()
         if last:
             self._finish()
 
     def reduce(self) -> None:
         """Sum what others have added to the gradients, a pipeline for example, in place of the last `backward`."""
         self.order.watch()
-        self.used.update(member.parameter for bucket in self.buckets for member in bucket.members)
         self._finish()
 
     def _finish(self) -> None:

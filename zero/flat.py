@@ -32,7 +32,11 @@ class Member:
 
 
 class Bucket:
-    """Parameters of one data type in one flat buffer of `ranks` equal parts."""
+    """Parameters of one data type in one flat buffer of `ranks` equal parts.
+
+    Raises:
+        ValueError: they differ in data type or device.
+    """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], ranks: int):
         self.members: list[Member] = []
@@ -42,8 +46,10 @@ class Bucket:
             self.size += parameter.numel()
         self.length = -(-self.size // ranks)  # of a part
         self.padded = self.length * ranks
-        first = self.members[0].parameter
-        self.dtype, self.device = first.dtype, first.device
+        kinds = {(m.parameter.dtype, m.parameter.device) for m in self.members}
+        if len(kinds) > 1:
+            raise ValueError(f"{self.members[0].name} and what is sent with it differ in data type or device: {kinds}")
+        ((self.dtype, self.device),) = kinds
 
     def buffer(self) -> Tensor:
         """Zeros for the whole bucket and its padding."""

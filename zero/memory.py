@@ -104,7 +104,13 @@ def measure(run: Run, config: GPTConfig, axis: Axis, stage_of: type[Stage]) -> d
         held = stage.held()
         stage.clip_and_total(args.clip, loss.detach())
         stage.step()
-    return held | {f"most {what}": value for what, value in most.items()} | {"activations": saved.peak}
+    padding = sum(bucket.padded - bucket.size for bucket in stage.buckets)
+    return (
+        held
+        | {"padding": padding}
+        | {f"most {what}": value for what, value in most.items()}
+        | {"activations": saved.peak}
+    )
 
 
 def lesson(run: Run) -> None:
@@ -119,12 +125,12 @@ def lesson(run: Run) -> None:
     rows = []
     for name, ranks in measured.items():
         states = [rank["weights"] + rank["gradients"] + rank["optimizer"] for rank in ranks]
-        expected = size * formula(name, n)
+        expected, padding = size * formula(name, n), ranks[0]["padding"]
         run.evidence.each(
             f"bytes of model states, {name}",
-            f"{FORMULAS[name]} = {expected:,.0f}, within 1 %",
+            f"{FORMULAS[name]} = {expected:,.0f}, within 1 % and {padding} elements of padding",
             [(f"bytes of model states, {name}, rank {rank}", expected, value) for rank, value in enumerate(states)],
-            0.01 * expected,
+            0.01 * expected + 16 * padding,
         )
         kinds = ("weights", "gradients", "optimizer", "activations", "most all")
         rows.append((name, *(max(rank[kind] for rank in ranks) / size for kind in kinds[:3]), max(states) / size,
@@ -134,12 +140,12 @@ def lesson(run: Run) -> None:
     expected = 2 * (size / n + live)
     run.evidence.each(
         "bytes of weights at the peak, ZeRO-3",
-        f"2Ψ/N, and live both ends and two layers: {expected:,.0f}, within 1 %",
+        f"2Ψ/N, and live both ends and two layers: {expected:,.0f}, within 1 % and padding",
         [
             (f"weights at the peak, rank {rank}", expected, r["most weights"])
             for rank, r in enumerate(measured["ZeRO-3"])
         ],
-        0.01 * expected,
+        0.01 * expected + 4 * measured["ZeRO-3"][0]["padding"],
     )
     run.say(f"\nbytes for each of {size:,} parameters, measured on {n} ranks in mixed precision")
     header = ("", "weights", "gradients", "optimizer", "states", "paper", "saved activations", "states at the peak")

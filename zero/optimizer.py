@@ -55,9 +55,11 @@ class PartOptimizer:
         self._master = weights if same else weights.to(host or weights.device, master, copy=True)
         self._rounded: Tensor | None = None  # on the host, in the model's precision: what goes back
         if host is not None:
-            self._rounded = self._master if weights.dtype == master else weights.to(host, copy=True)
             if weights.is_cuda:  # only from pinned memory does a copy go on by itself
-                self._rounded = self._rounded.pin_memory()
+                self._master = self._master.pin_memory()
+            self._rounded = self._master
+            if weights.dtype != master:
+                self._rounded = torch.empty(weights.shape, dtype=weights.dtype, device=host, pin_memory=weights.is_cuda)
         self.owned = [
             Owned(member, first, end, at, nn.Parameter(self._master[at : at + end - first]))
             for member, first, end, at in bucket.in_part(index)

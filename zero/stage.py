@@ -44,10 +44,13 @@ class Stage(ABC):
         self.parts = axis.size if self.shards_optimizer else 1  # of each bucket; this rank updates one
         self.index = axis.index if self.shards_optimizer else 0
         self.used: set[nn.Parameter] = set()  # what got a gradient in this step
+        self._taken = False  # whether the optimizers have this step's gradients
         self.buckets = self._make_buckets(elements)
         self._pending: list[comm.Pending] = []
         self.own_gradients: list[Tensor] = []  # this rank's part of each bucket's, summed, after the last backward
         self._own_weights = self._allocate()
+        if groups is not None:  # the forms torch takes: an iterator, a tensor, (name, parameter) pairs
+            groups = [group | {"params": _listed(group["params"])} for group in groups]
         self.optimizers = [
             PartOptimizer(bucket, self.index, own, make_optimizer, groups, master, self.host)
             for bucket, own in zip(self.buckets, self._own_weights, strict=True)
@@ -84,6 +87,10 @@ class Stage(ABC):
 
     def step(self) -> None:
         """Update this rank's part, bucket by bucket, while those before travel to where all ranks hold the weights."""
+        if not self._taken:  # not clipped
+            for optimizer, part in zip(self.optimizers, self.own_gradients, strict=True):
+                optimizer.take_gradient(part)
+        self._taken = False
         for i, optimizer in enumerate(self.optimizers):
             optimizer.step()
             self._publish(i)
@@ -117,7 +124,7 @@ class Stage(ABC):
             if choose(member.parameter)
         ]
         if chosen:  # on all ranks of the axis or on none: they have the same parts
-            total = comm.all_reduce(torch.cat(chosen), axis)
+            total = comm.all_reduce(torch.cat(chosen).to(self._own_weights[0].device), axis)  # from the host, if there
             for gradient, summed in zip(chosen, total.split([len(g) for g in chosen]), strict=True):
                 gradient.copy_(summed)
 
@@ -153,6 +160,7 @@ class Stage(ABC):
         unused = {member.parameter for member, n in zip(members, uses, strict=True) if not n}
         for optimizer, part in zip(self.optimizers, self.own_gradients, strict=True):
             optimizer.take_gradient(part, unused)
+        self._taken = True
         clip_by([each.piece for each in self.owned], clip, norm)
         return norm, loss
 
@@ -203,7 +211,7 @@ class Stage(ABC):
         """Set what is not trained to `read(name, shape)`."""
         inside = {member.parameter for bucket in self.buckets for member in bucket.members}
         for name, p in self.model.named_parameters():
-            if p not in inside:
+            if p not in inside and p.numel():
                 p.data.copy_(read(name, p.shape))
 
     def states(self) -> list[Piece]:
@@ -218,3 +226,8 @@ class Stage(ABC):
 
     def _names(self) -> dict[nn.Parameter, str]:
         return {p: name for name, p in self.model.named_parameters()}
+
+
+def _listed(parameters: Any) -> list[nn.Parameter]:
+    found = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    return [each if isinstance(each, Tensor) else each[1] for each in found]

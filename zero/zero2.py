@@ -34,7 +34,8 @@ class Zero2(Stage):
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         self.order.watch()  # in every microbatch: there is nowhere to keep a sum of whole gradients
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         self.order.finish()
         self._arrived(0)
 

@@ -41,7 +41,7 @@ class Unit:
         self._arriving: list[comm.Pending] = []
         self.free()
 
-    def gather(self) -> None:
+    def gather(self, forward: bool) -> None:
         """Start to bring the other ranks' parts. The parameters are views of the buffers that fill."""
         for bucket, flat, own in zip(self.buckets, self._flat, self.own, strict=True):
             flat.untyped_storage().resize_(bucket.padded * bucket.dtype.itemsize)
@@ -64,7 +64,7 @@ class Zero3(Zero2):
     """Optimizer state, gradients and parameters are sharded; the units are the blocks of the GPT, and the rest.
 
     All ranks go through the units in one order, forward and back, whatever each of them uses: so the collectives meet
-    even where a rank leaves a block out.
+    even where a rank leaves a block out. A forward is followed by its backward: not by a second one with gradients.
 
     Raises:
         ValueError: a parameter is in two blocks.
@@ -100,7 +100,7 @@ class Zero3(Zero2):
     # Forward: unit i computes while unit i+1 arrives.
 
     def _begin_forward(self) -> None:
-        self._rest.gather()
+        self._rest.gather(forward=True)
         self._next = 0
         self._gather_until(1)
         self._rest.wait()
@@ -118,14 +118,15 @@ class Zero3(Zero2):
 
     def _gather_until(self, stop: int) -> None:
         while self._next < min(stop, len(self._units)):
-            self._units[self._next].gather()
+            self._units[self._next].gather(forward=True)
             self._next += 1
 
     # Backward: unit i computes while unit i-1 arrives and the gradients of unit i+1 leave.
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         self._next = -1
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         self._backward_reaches(0)
         self._leave(self._units[0])
         self._leave(self._rest)
@@ -134,9 +135,9 @@ class Zero3(Zero2):
     def _begin_backward(self) -> None:
         if self._next >= 0:
             return
-        self._rest.gather()
+        self._rest.gather(forward=False)
         self._next = len(self._units)
-        self._units[-1].gather()
+        self._units[-1].gather(forward=False)
         self._rest.wait()
 
     def _backward_reaches(self, i: int) -> None:
@@ -149,7 +150,7 @@ class Zero3(Zero2):
             if after:
                 after.free()
             if here:
-                self._units[here - 1].gather()
+                self._units[here - 1].gather(forward=False)
             if after:
                 self._leave(after)
 

@@ -58,8 +58,9 @@ def restore(packed: Tensor, elements: int, bits: int, dtype: torch.dtype) -> Ten
     if bits == 4:
         whole = torch.stack([whole // 16, whole % 16], -1).flatten(1)
     scale = scale.contiguous().view(torch.float32)
-    values = (whole.unflatten(1, (blocks, BLOCK)).to(dtype) - 2 ** (bits - 1)) * scale.unsqueeze(-1).to(dtype)
-    return values.flatten(1)[:, :elements]
+    exact = torch.promote_types(dtype, torch.float32)
+    values = (whole.unflatten(1, (blocks, BLOCK)).to(exact) - 2 ** (bits - 1)) * scale.unsqueeze(-1).to(exact)
+    return values.flatten(1)[:, :elements].to(dtype)
 
 
 class NodeUnit(Unit):
@@ -71,9 +72,9 @@ class NodeUnit(Unit):
         self._forward = False
         super().__init__(named, axis)
 
-    def gather(self) -> None:
-        from_node, self._second = self._second, []
-        self._forward = not from_node
+    def gather(self, forward: bool) -> None:
+        from_node, self._second = [] if forward else self._second, []
+        self._forward = forward and torch.is_grad_enabled()  # then the node keeps a copy
         for i, (bucket, flat, own) in enumerate(zip(self.buckets, self._flat, self.own, strict=True)):
             flat.untyped_storage().resize_(bucket.padded * bucket.dtype.itemsize)
             if from_node:
@@ -200,18 +201,19 @@ def claim_errors(run: Run, stage: Stage, plus: Callable[..., Stage], quantised: 
     steps_off, norms = [], []
     for own in stage._own_weights:
         packed = quantise(own[None], 8)
-        back = restore(packed, len(own), 8, own.dtype)[0]
+        exact = torch.promote_types(own.dtype, torch.float32)  # without the rounding to bfloat16 that follows
+        back, own = restore(packed, len(own), 8, exact)[0], own.to(exact)
         step = packed[:, -(-len(own) // BLOCK) * BLOCK :].contiguous().view(torch.float32).repeat_interleave(BLOCK)
         steps_off.append(((back - own).abs() / step[: len(own)].clamp(min=1e-30)).max().item())
         norms.append((back - own).norm().item() / own.norm().item())
     gradients = []
     for bits in (0, 4):
-        exact, _, forward_backward = build(
+        stage, _, forward_backward = build(
             Run(run.args, run.job, run.dtype), partial(plus, weight_bits=0, gradient_bits=bits)
         )
         data = Text(run.args.data, run.args.sequence).batch(run.args.seed, 0, run.args.batch)
         forward_backward(0, *(t.to(run.job.device) for t in data), Draw(run.args.seed, 0, 0))
-        gradients.append(torch.cat(exact.own_gradients))
+        gradients.append(torch.cat(stage.own_gradients).double())
     apart = ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()
     everyone = run.job.gather((max(steps_off), max(norms), apart))
     if not everyone:

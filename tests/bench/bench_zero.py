@@ -53,8 +53,6 @@ def bench(job: Job, config: GPTConfig, batch: int, rounds: int) -> None:
         def step() -> None:
             stage.zero_grad()
             stage.backward(token_loss(model(inputs), targets, tokens))
-            for optimizer, part in zip(stage.optimizers, stage.own_gradients, strict=True):
-                optimizer.take_gradient(part)
             stage.step()
 
         return lambda: dict(join(piece for rank in gathered(job, stage.weights()) for piece in rank)), step

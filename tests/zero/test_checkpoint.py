@@ -68,6 +68,28 @@ def test_goes_on_in_another_layout(
     equal(results, (losses[2:], norms[2:], *rest))
 
 
+def early_and_late(folder: str) -> list[str]:
+    """The state after a checkpoint from before the first step is loaded into a stage that has trained since."""
+    axis = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"]
+    job = Job(dist.get_rank(), axis.size, CPU, "gloo", 30.0)
+    case = Case()
+    model = case.model()
+    stage = STAGES["zero1"](model, axis, case.optimizer, None, torch.float64, case.elements)
+    for _ in range(2):  # the second time over the first, and under a name that ends in a slash
+        checkpoint.save(f"{folder}/", stage, job)
+    inputs, targets = Text(None, 8).batch(SEED, 0, 2)
+    stage.backward(token_loss(model(inputs), targets, 16))
+    stage.step()
+    assert stage.states()
+    checkpoint.load(folder, stage)
+    return [str(piece.name) for piece in stage.states()]
+
+
+def test_an_early_checkpoint_clears_the_state(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run(2, early_and_late, str(tmp_path / "checkpoint")) == [[], []]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
 def load_from(folder: str, case: Case) -> str:
     axis = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"]
     with pytest.raises(ValueError) as error:

@@ -25,7 +25,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int) 
     assert f"{len(written['claims'])} of {len(written['claims'])} claims held" in outcome.out
 
 
-@pytest.mark.parametrize("lesson", ["zero1", "zero3", "offload"])
+@pytest.mark.parametrize("lesson", ["zero1", "zero3", "offload", "zeropp"])
 @pytest.mark.parametrize(
     "flags",
     [("--dtype", "float32"), ("--dtype", "bfloat16"), ("--untied",), ("--microbatches", "4"), ("--bucket", "1"),

@@ -19,7 +19,7 @@ from tests.pool import Pool
 from zero import ddp, flat, memory, offload, optimizer, stage, training, zero1, zero2, zero3, zeropp
 
 RANKS = 4
-SIZES = {"steps": 2, "batch": 8, "sequence": 8, "hidden": 16, "heads": 2, "layers": 2, "clip": 0.05, "bucket": 2000}
+SIZES = {"steps": 2, "batch": 8, "sequence": 8, "hidden": 16, "heads": 2, "layers": 4, "clip": 0.05, "bucket": 2000}
 FLAGS = [f"--{name}={value}" for name, value in SIZES.items()]
 Bug = Callable[[], AbstractContextManager]
 
@@ -149,6 +149,14 @@ def whole_gradients_stay() -> AbstractContextManager:
     return patch.object(flat.Bucket, "take_away_gradients", wrong)
 
 
+def no_layer_is_freed_in_forward() -> AbstractContextManager:
+    def wrong(self: zero3.Zero3, i: int) -> None:
+        self._gather_until(i + 2)
+        self._units[i].wait()
+
+    return patch.object(zero3.Zero3, "_forward_reaches", wrong)
+
+
 def one_microbatch_stays_on_the_device() -> AbstractContextManager:
     right = offload.Offload._land
     return patch.object(offload.Offload, "_land", lambda self, but: right(self, max(but, 1)))
@@ -226,6 +234,7 @@ MUST_FAIL: dict[tuple[str, Bug], set[str]] = {
     ("zeropp", one_hop_in_full_precision): {"bytes of qgZ: gradients, inside"},
     ("zeropp", one_scale_for_all_blocks): {"qgZ: relative error"},
     ("memory", the_optimizer_is_not_sharded): {"bytes of model states, ZeRO-1", "bytes of model states, ZeRO-3"},
+    ("memory", no_layer_is_freed_in_forward): {"weights at the peak"},
     ("memory", whole_gradients_stay): {"bytes of model states, ZeRO-2", "bytes of model states, ZeRO-3"},
 }
 

@@ -32,9 +32,9 @@ def order(kind: str) -> list[str]:
         block.mlp.down.bias.register_hook(lambda _, i=i: happened.append(f"backward {i}"))
 
     def note(name: str, call: Callable) -> Callable:
-        def noting(*args: object) -> object:
+        def noting(*args: object, **more: object) -> object:
             happened.append(name)
-            return call(*args)
+            return call(*args, **more)
 
         return noting
 
