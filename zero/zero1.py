@@ -15,12 +15,14 @@ from torch import Tensor
 
 from core import comm
 from core.lesson import Lesson, Run
-from zero.stage import Stage
+from zero.ddp import DataParallel
 from zero.training import add_flags, check, teach
 
 
-class Zero1(Stage):
-    """The optimizer state is sharded."""
+class Zero1(DataParallel):
+    """The optimizer state is sharded: data parallelism but for what is kept, reduced and brought."""
+
+    shards_optimizer = True
 
     def _allocate(self) -> list[Tensor]:
         self._gradients = [bucket.take_gradients() for bucket in self.buckets]
@@ -28,23 +30,6 @@ class Zero1(Stage):
         parts = [bucket.part(self.index) for bucket in self.buckets]
         self.own_gradients = [flat[part] for flat, part in zip(self._gradients, parts, strict=True)]
         return [flat[part] for flat, part in zip(self._weights, parts, strict=True)]
-
-    def zero_grad(self) -> None:
-        for flat in self._gradients:
-            flat.zero_()
-
-    def backward(self, loss: Tensor, last: bool = True) -> None:
-        if last:
-            self.order.watch()
-        if loss.requires_grad:  # adds to the buckets; those of the last microbatch leave as they are complete
-            loss.backward()
-        if last:
-            self._finish()
-
-    def reduce(self) -> None:
-        """Sum what others have added to the gradients, a pipeline for example, in place of the last `backward`."""
-        self.order.watch()
-        self._finish()
 
     def _finish(self) -> None:
         self.order.finish()
