@@ -83,7 +83,7 @@ def measure(run: Run, config: GPTConfig, axis: Axis, stage_of: type[Stage]) -> d
     stage = stage_of(model, axis, partial(torch.optim.AdamW, lr=args.lr), None, torch.float32, args.bucket)
     inputs, targets = (t.to(run.job.device) for t in Text(args.data, args.sequence).batch(args.seed, 0, args.batch))
     inputs, targets = (t.chunk(axis.size)[axis.index] for t in (inputs, targets))
-    most = {"weights": 0, "gradients": 0, "all": 0}
+    most = {"weights": 0, "all": 0}
 
     def sample(*_: object) -> None:
         now = stage.held()
