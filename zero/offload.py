@@ -30,6 +30,8 @@ class Offload(Zero2):
         own = super()._allocate()
         self.own_gradients = [torch.zeros(part.shape, dtype=part.dtype, device=self.host) for part in own]
         self._landing: list[tuple[int, Tensor, torch.Event | None]] = []
+        # Down beside backward, not in its stream, where what is computed next would wait for the copy.
+        self._downwards = torch.Stream(own[0].device) if own[0].is_cuda else None
         return own
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
@@ -40,8 +42,15 @@ class Offload(Zero2):
         """Send a part down to the host, and add it there once it has arrived."""
         self._land(1)
         arriving = torch.empty(total.shape, dtype=total.dtype, device=self.host, pin_memory=total.is_cuda)
-        arriving.copy_(total, non_blocking=True)
-        arrived = torch.accelerator.current_stream().record_event() if total.is_cuda else None
+        arrived = None
+        if self._downwards is None:
+            arriving.copy_(total)
+        else:
+            self._downwards.wait_stream(torch.accelerator.current_stream())
+            with self._downwards:
+                arriving.copy_(total, non_blocking=True)
+            total.record_stream(self._downwards)
+            arrived = self._downwards.record_event()
         self._landing.append((i, arriving, arrived))
         self._count("to the host", total)
 

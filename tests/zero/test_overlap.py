@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from unittest.mock import patch
 
 import pytest
@@ -16,12 +17,14 @@ from core.mesh import Mesh
 from core.text import Text
 from tests.pool import Pool
 from tests.zero.test_stages import STAGES, Case, wide
+from zero.offload import Offload
+from zero.optimizer import PartOptimizer
 from zero.zero3 import Unit
 from zero.zeropp import quantise, restore
 
 
 def order(kind: str) -> list[str]:
-    """One step on this rank: when buckets leave, when units are asked for and there, when layers compute."""
+    """One step on this rank: what leaves, is asked for, waited for and freed, and when layers compute and update."""
     axis = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"]
     case = Case(wide(layers=4), elements=3000)
     model = case.model()
@@ -38,14 +41,33 @@ def order(kind: str) -> list[str]:
 
         return noting
 
+    def wait(pending: comm.Pending) -> Tensor:
+        happened.append(f"waits, {pending.what}")
+        return right_wait(pending)
+
+    def free(unit: Unit) -> None:
+        happened.extend(["frees"] * (unit._flat[0].untyped_storage().size() > 0))
+        right_free(unit)
+
+    def keep(offload: Offload, i: int, total: Tensor) -> None:
+        right_keep(offload, i, total)
+        happened.append(f"{len(offload._landing)} go down")
+
+    right_wait, right_free, right_keep = comm.Pending.wait, Unit.free, Offload._keep
     inputs, targets = Text(None, 8).batch(7, 0, 2)
     with (
         patch.object(comm, "all_reduce_async", note("leaves", comm.all_reduce_async)),
         patch.object(comm, "reduce_scatter_async", note("leaves", comm.reduce_scatter_async)),
-        patch.object(Unit, "gather", note("asks", Unit.gather)),
+        patch.object(comm, "all_gather_in_place_async", note("asks", comm.all_gather_in_place_async)),
+        patch.object(comm.Pending, "wait", wait),
+        patch.object(Unit, "free", free),
+        patch.object(Offload, "_keep", keep),
+        patch.object(PartOptimizer, "step", note("updates", PartOptimizer.step)),
     ):
         stage.zero_grad()
         stage.backward(token_loss(model(inputs), targets, 16))
+        happened.append("steps")
+        stage.step()
     return happened
 
 
@@ -58,12 +80,36 @@ def test_gradients_leave_while_backward_goes_on(pool: Pool, kind: str) -> None:
     assert sum(backward[0] < i < backward[-1] for i in leaves) >= len(leaves) // 2
 
 
-def test_zero3_asks_for_the_next_layer_before_it_computes_this_one(pool: Pool) -> None:
-    happened = [what for what in pool.run(2, order, "zero3")[0] if what != "leaves"]
-    ahead = ["asks", "asks"]  # both ends of the model, and the first layer
+@pytest.mark.parametrize("kind", ["zero2", "offload"])
+def test_two_buckets_of_whole_gradients_are_on_their_way(pool: Pool, kind: str) -> None:
+    steps = {"leaves": 1, "waits, reduce-scatter": -1}
+    happened = pool.run(2, order, kind)[0]
+    assert max(accumulate(steps.get(what, 0) for what in happened)) == 2
+    if kind == "offload":
+        assert max(what for what in happened if what.endswith("go down")) == "2 go down"
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "offload"])
+def test_updated_buckets_travel_while_the_next_is_updated(pool: Pool, kind: str) -> None:
+    happened = pool.run(2, order, kind)[0]
+    step = happened[happened.index("steps") + 1 :]
+    buckets = step.count("updates")
+    assert buckets > 2
+    assert step == ["updates", "asks"] * buckets + ["waits, all-gather"] * buckets
+
+
+def test_zero3_computes_a_layer_while_the_next_arrives(pool: Pool) -> None:
+    here = "waits, all-gather"
+    happened = [what for what in pool.run(2, order, "zero3")[0] if what != "waits, reduce-scatter"]
+    ends_and_first = ["asks", "asks", here]
     assert happened == [
-        *ahead, "asks", "forward 0", "asks", "forward 1", "asks", "forward 2", "forward 3",
-        *ahead, "asks", "backward 3", "asks", "backward 2", "asks", "backward 1", "backward 0",
+        *ends_and_first, "asks", here, "forward 0", "frees", "asks", here, "forward 1", "frees", "asks", here,
+        "forward 2", "frees", here, "forward 3", "frees", "frees",
+        *ends_and_first, here, "asks", "backward 3",
+        here, "frees", "asks", "leaves", "backward 2",
+        here, "frees", "asks", "leaves", "backward 1",
+        here, "frees", "leaves", "backward 0",
+        "frees", "leaves", "frees", "leaves", "steps", *["updates"] * 5,
     ]  # fmt: skip
 
 
