@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from core.linear import Linear
 from core.seeded import Draw, generator
 from core.shards import shard_of
 
@@ -97,8 +98,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = config.hidden // config.heads
         self.explicit = config.attention == "softmax"
-        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
-        self.out = nn.Linear(config.hidden, config.hidden)
+        self.qkv = Linear(config.hidden, 3 * config.hidden)
+        self.out = Linear(config.hidden, config.hidden)
         self.dropout = Dropout(config.dropout, f"{name}.scores")
 
     def forward(self, x: Tensor, draw: Draw | None) -> Tensor:
@@ -119,8 +120,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.up = nn.Linear(config.hidden, config.feed_forward)
-        self.down = nn.Linear(config.feed_forward, config.hidden)
+        self.up = Linear(config.hidden, config.feed_forward)
+        self.down = Linear(config.feed_forward, config.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))
@@ -157,7 +158,7 @@ class GPT(nn.Module):
             self.embed: Embedding | None = Embedding(config)
             self.blocks = nn.ModuleDict({str(i): Block(config, f"blocks.{i}") for i in range(config.layers)})
             self.norm: nn.LayerNorm | None = nn.LayerNorm(config.hidden)
-            self.head: nn.Linear | None = nn.Linear(config.hidden, config.vocabulary, config.head_bias)
+            self.head: Linear | None = Linear(config.hidden, config.vocabulary, config.head_bias)
         if config.tied:
             self.head.weight = self.embed.token.weight
 

@@ -71,7 +71,6 @@ class SavedActivations:
 
     def __init__(self, held_anyway: Iterable[Tensor]):
         self.live = self.peak = 0
-        self.first = 0  # after the first pass under the hooks: one microbatch
         self._holders: dict[int, int] = defaultdict(int)
         self._ignored = {_key(t) for t in held_anyway}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Held(t, self), lambda held: held.tensor)
@@ -82,7 +81,10 @@ class SavedActivations:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
-        self.first = self.first or self.live
+
+    def keep(self, tensors: Iterable[Tensor]) -> list["_Held"]:
+        """Count these too, as long as what is returned lives."""
+        return [_Held(t, self) for t in tensors]
 
     def _change(self, tensor: Tensor, step: int) -> None:
         key = _key(tensor)

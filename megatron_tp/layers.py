@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core import comm
 from core.gpt import GPT, GPTConfig
+from core.linear import of_parameters
 from core.mesh import Axis
 from core.shards import shard, shard_of
 
@@ -26,17 +27,16 @@ class _ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.axis = axis
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias, ctx.axis = weight, bias, axis
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        (x,) = ctx.saved_tensors
         # f: every rank has used x, so their gradients add up. The sum travels while the weight's gradient is computed.
-        summed = comm.all_reduce_async(gradient @ weight, ctx.axis) if needs_x else None
-        of_weight, of_bias = _of_parameters(gradient, x, needs_weight, needs_bias)
+        summed = comm.all_reduce_async(gradient @ ctx.weight, ctx.axis) if ctx.needs_input_grad[0] else None
+        of_weight, of_bias = of_parameters(gradient, x, ctx.weight, ctx.bias)
         return summed.wait() if summed else None, of_weight, of_bias, None
 
 
@@ -45,21 +45,16 @@ class _RowLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias = weight, bias
         y = comm.all_reduce(F.linear(x, weight), axis)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        return gradient @ weight if needs_x else None, *_of_parameters(gradient, x, needs_weight, needs_bias), None
-
-
-def _of_parameters(gradient: Tensor, x: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias, where they are trained."""
-    rows = gradient.flatten(0, -2)
-    return rows.T @ x.flatten(0, -2) if weight else None, rows.sum(0) if bias else None
+        (x,) = ctx.saved_tensors
+        of_x = gradient @ ctx.weight if ctx.needs_input_grad[0] else None
+        return of_x, *of_parameters(gradient, x, ctx.weight, ctx.bias), None
 
 
 class _Linear(nn.Module):

@@ -14,9 +14,8 @@ How a rank carries out such a list, and where its messages come from, is lecture
 
 import sys
 
-from core.ledger import Event
 from core.lesson import Lesson, Run
-from pipeline.evidence import claim_bubble, claim_in_flight
+from pipeline.evidence import claim_bubble, claim_in_flight, in_flight_before_backward
 from pipeline.schedules import Action, Schedule
 from pipeline.training import add_flags, check, teach
 
@@ -59,15 +58,13 @@ def lesson(run: Run) -> None:
     run.evidence.each(
         "warm-up forwards, before the first F-B pair",
         "p-r-1 on rank r, at most m-1",
-        [(f"warm-up forwards on rank {r}", min(p - r, m) - 1, _warm_up(measured[r].events)) for r in range(p)],
+        [
+            (f"warm-up forwards on rank {r}", min(p - r, m) - 1, in_flight_before_backward(measured[r]) - 1)
+            for r in range(p)
+        ],
     )
-    claim_in_flight(run, measured, "min(m, p-r) on rank r", lambda rank: min(m, p - rank))
-    claim_bubble(run, measured)
-
-
-def _warm_up(events: list[Event]) -> int:
-    """Forwards executed before the first one that a backward follows."""
-    return next(i for i, event in enumerate(events) if "B" in event.label) - 1
+    claim_in_flight(run, measured, "min(m, p-r) on rank r", [min(m, p - r) for r in range(p)])
+    claim_bubble(run, measured, (p - 1) / m, f"(p-1)/m = {p - 1}/{m}", f"(p-1)/(m+p-1) = {p - 1}/{m + p - 1}")
 
 
 if __name__ == "__main__":

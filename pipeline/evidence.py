@@ -3,16 +3,17 @@
 p stages, m microbatches, r rank
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-import torch
 from tabulate import tabulate
 from torch import Tensor
 
 from core.ledger import Event
 from core.lesson import DTYPES, Run, write_file
+from pipeline.schedules import Schedule, held, placement, size
 from pipeline.timeline import plot, to_trace
 from pipeline.validator import Verdict, bubble
 
@@ -22,23 +23,23 @@ class Measured:
     """What one rank measured."""
 
     parameter_bytes: int
-    in_flight: int  # most microbatches between forward and backward
-    first_saved: int  # bytes autograd saved for one microbatch
+    in_flight: int  # most microbatches between forward and backward, over all its stages
+    by_stage: dict[int, int]  # bytes autograd saved for one microbatch, by stage
     peak_saved: int  # bytes at the peak
     events: list[Event]  # of the traced step
-    messages: dict[str, tuple[int, float]]  # of all steps, by direction F or B: messages and bytes sent
-    copies: Tensor | None  # this rank's copy of the tied embedding
+    messages: dict[str, tuple[float, float]]  # of a step, by direction F or B: messages and bytes sent
+    copies: dict[str, Tensor]  # this rank's copies of what other ranks hold too
 
 
 def show(run: Run, measured: list[Measured]) -> None:
     timeline = [m.events for m in measured]
     if run.args.plot:
-        plot(run.args.plot, timeline, f"{run.args.microbatches} microbatches on {len(measured)} stages")
+        plot(run.args.plot, {f"{run.args.microbatches} microbatches on {len(measured)} ranks": timeline})
     if run.args.trace:
         write_file(run.args.trace, to_trace(timeline))
     rows = [
-        (rank, m.parameter_bytes / 1e6, m.in_flight, m.first_saved / 1e6, m.peak_saved / 1e6,
-         sum(e.end[1] - e.start[1] for e in m.events) * 1e3, sum(n for n, _ in m.messages.values()) // run.args.steps)
+        (rank, m.parameter_bytes / 1e6, m.in_flight, sum(m.by_stage.values()) / 1e6, m.peak_saved / 1e6,
+         sum(e.end[1] - e.start[1] for e in m.events) * 1e3, sum(n for n, _ in m.messages.values()))
         for rank, m in enumerate(measured)
     ]  # fmt: skip
     header = ("rank", "parameters MB", "in flight", "saved MB, 1 microbatch", "saved MB, peak", "compute ms a step",
@@ -50,64 +51,109 @@ def show(run: Run, measured: list[Measured]) -> None:
             "the last stage also has the head and the loss, so stages are not equal")  # fmt: skip
 
 
-def claim_copies(run: Run, measured: list[Measured]) -> None:
-    """The tied embedding, on first and last stage, stays one."""
-    copies = [m.copies for m in measured if m.copies is not None]
-    if copies:
-        differing = (copies[0] != copies[-1]).sum().item()
-        run.evidence.claim("the two copies of the tied embedding", "differ in 0 elements", 0, differing)
+def claim_copies(run: Run, measured: list[Measured], begin: str = "") -> None:
+    """What several ranks hold, the tied embedding for example, stays one."""
+    first: dict[str, Tensor] = {}
+    differing = elements = 0
+    for name, value in (item for m in measured for item in m.copies.items()):
+        differing += (first.setdefault(name, value) != value).sum().item()
+    elements = sum(value.numel() for value in first.values())
+    if first:
+        run.evidence.claim(
+            f"{begin}copies on several ranks: tied embedding", f"differ in 0 of {elements:,} elements", 0, differing
+        )
 
 
-def claim_messages(run: Run, measured: list[Measured], micro_shape: tuple[int, ...]) -> None:
-    stages, microbatches, steps = len(measured), run.args.microbatches, run.args.steps
-    message = torch.Size(micro_shape).numel() * DTYPES[run.args.dtype].itemsize
-    ends = range(stages)
-    counts = [sum(n for n, _ in m.messages.values()) / steps for m in measured]
-    volumes = [sum(b for _, b in m.messages.values()) / steps for m in measured]
-    expected = [microbatches * ((r < stages - 1) + (r > 0)) for r in ends]
+def claim_messages(run: Run, schedule: Schedule, measured: list[Measured], begin: str = "") -> None:
+    ranks = range(len(measured))
+    stages, microbatches = size(schedule)
+    args, rank_of = run.args, placement(schedule)
+    message = args.batch // microbatches * args.sequence * args.hidden * DTYPES[args.dtype].itemsize
+    expected = [0] * len(measured)
+    for (stage, microbatch), rank in rank_of.items():
+        for neighbour in (stage - 1, stage + 1):  # its gradient goes to the one, its activation to the other
+            expected[rank] += rank_of.get((neighbour, microbatch), rank) != rank
+    one_each = all(len(those) == 1 for those in held(schedule))
     run.evidence.each(
-        "messages sent per rank and step",
-        "m forward but on the last rank, m backward but on the first",
-        [(f"messages sent a step on rank {r}", expected[r], counts[r]) for r in ends],
-    )
+        f"{begin}messages sent per rank and step",
+        "m forward but on the last rank, m backward but on the first"
+        if one_each
+        else f"m = {microbatches} for each border between two of the {stages} stages, but on one rank",
+        [(f"{begin}messages sent a step on rank {r}", expected[r], sum(n for n, _ in measured[r].messages.values()))
+         for r in ranks],
+    )  # fmt: skip
     run.evidence.each(
-        "bytes sent per rank and step",
+        f"{begin}bytes sent per rank and step",
         f"messages x b·s·h elements = messages x {message:,}",
-        [(f"bytes sent a step on rank {r}", expected[r] * message, volumes[r]) for r in ends],
-    )
+        [(f"{begin}bytes sent a step on rank {r}", expected[r] * message,
+          sum(b for _, b in measured[r].messages.values())) for r in ranks],
+    )  # fmt: skip
 
 
-def claim_timeline(run: Run, measured: list[Measured], planned: Verdict) -> None:
+def claim_timeline(run: Run, measured: list[Measured], planned: Verdict, begin: str = "") -> None:
     executed = [[(e.label, e.start[0], e.end[0]) for e in m.events] for m in measured]
     drawn = [[(e.label, e.start[0], e.end[0]) for e in row] for row in planned.events]
     actions = sum(map(len, drawn))
     different = sum(a != b for rows in zip(executed, drawn, strict=True) for a, b in zip_longest(*rows))
     run.evidence.claim(
-        "actions executed other than drawn above", f"0 of {actions}, by the ranks' virtual clocks", 0, different
+        f"{begin}actions executed other than drawn above", f"0 of {actions}, by the ranks' virtual clocks", 0, different
     )
 
 
-def claim_bubble(run: Run, measured: list[Measured]) -> None:
-    """The bubble that GPipe and 1F1B share, from the timeline of the executed step."""
-    p, m = len(measured), run.args.microbatches
-    of_wall, of_ideal = bubble([each.events for each in measured])
-    run.evidence.claim(
-        "bubble over wall time", f"(p-1)/(m+p-1) = {p - 1}/{m + p - 1}", (p - 1) / (m + p - 1), of_wall, 1e-12
-    )
-    run.evidence.claim("bubble over ideal time", f"(p-1)/m = {p - 1}/{m}", (p - 1) / m, of_ideal, 1e-12)
+def claim_bubble(run: Run, measured: list[Measured], of_ideal: float, formula: str, formula_of_wall: str) -> None:
+    """The bubble over ideal time, and so over wall time, from the timeline of the executed step."""
+    wall, ideal = bubble([each.events for each in measured])
+    run.evidence.claim("bubble over wall time", formula_of_wall, of_ideal / (1 + of_ideal), wall, 1e-12)
+    run.evidence.claim("bubble over ideal time", formula, of_ideal, ideal, 1e-12)
 
 
-def claim_in_flight(run: Run, measured: list[Measured], formula: str, expected: Callable[[int], int]) -> None:
+def claim_own_bubble(run: Run, measured: list[Measured], formula: str, expected: float) -> None:
+    """The most idle time between the first and last action of a rank; a unit is a forward of 1/p of the model."""
+    idle = [m.events[-1].end[0] - m.events[0].start[0] - sum(e.end[0] - e.start[0] for e in m.events) for m in measured]
+    run.evidence.claim("bubble within the step, of the rank with most", formula, expected, max(idle), 1e-9)
+    wall = max(m.events[-1].end[0] for m in measured)
+    busy = sum(e.end[0] - e.start[0] for e in measured[0].events)
+    run.say(f"bubble: {max(idle):g} within the step, {wall - busy:g} with the wait for the global norm at its end")
+
+
+def claim_in_flight(run: Run, measured: list[Measured], formula: str, expected: Sequence[int]) -> None:
     """Microbatches in flight on each rank, and the same in bytes that autograd really held."""
     ranks = range(len(measured))
     run.evidence.each(
         "most microbatches in flight per rank",
         formula,
-        [(f"in flight on rank {r}", expected(r), measured[r].in_flight) for r in ranks],
+        [(f"in flight on rank {r}", expected[r], measured[r].in_flight) for r in ranks],
     )
+    held_bytes = [m.peak_saved / _bytes_in_flight(m) * m.in_flight for m in measured]
+    if not any("I" in event.label for event in measured[0].events):
+        run.evidence.each(
+            "saved activations at the peak, in microbatches",
+            formula,
+            [(f"saved on rank {r}", expected[r], held_bytes[r]) for r in ranks],
+            1e-9,
+        )
+        return
+    run.say("saved activations at the peak, in microbatches: " + " ".join(f"{value:.3g}" for value in held_bytes))
+    # An I keeps for its W what arrives at each layer before it gives back what the layer saved.
+    layers = run.args.layers / (1 + max(max(m.by_stage) for m in measured))  # of a stage
     run.evidence.each(
-        "saved activations at the peak, in microbatches",
-        formula,
-        [(f"saved on rank {r}", expected(r), measured[r].peak_saved / measured[r].first_saved) for r in ranks],
-        1e-9,
+        "saved activations at the peak, more than whole microbatches in flight, in layers",
+        "0, but for the layer at which an I is at work: at most 1",
+        [(f"saved above on rank {r}", 0, max(0.0, held_bytes[r] - expected[r]) * layers) for r in ranks],
+        1.0,
     )
+
+
+def _bytes_in_flight(measured: Measured) -> int:
+    """At the peak, if a microbatch is held whole from its forward to the end of its backward."""
+    held_now = most = 0
+    for event in measured.events:
+        stage, kind = re.match(r"(\d+)([A-Z])", event.label).groups()
+        held_now += {"F": 1, "I": 0}.get(kind, -1) * measured.by_stage[int(stage)]
+        most = max(most, held_now)
+    return most
+
+
+def in_flight_before_backward(measured: Measured) -> int:
+    """Forwards executed before the first backward."""
+    return next(i for i, event in enumerate(measured.events) if "F" not in event.label)

@@ -34,8 +34,8 @@ def lesson(run: Run) -> None:
     measured = teach(run, schedule(p, m))
     if not measured:
         return
-    claim_bubble(run, measured)
-    claim_in_flight(run, measured, f"m = {m} on every rank", lambda rank: m)
+    claim_bubble(run, measured, (p - 1) / m, f"(p-1)/m = {p - 1}/{m}", f"(p-1)/(m+p-1) = {p - 1}/{m + p - 1}")
+    claim_in_flight(run, measured, f"m = {m} on every rank", [m] * p)
 
     # 32 stages are more than a laptop runs: these schedules are carried out on virtual devices, action by action. That
     # those tell the truth is a claim above: this run's processes did every action when the virtual devices did.

@@ -1,24 +1,38 @@
 """Carry out any schedule on real processes. Lecture 09: Megatron-LM pipeline code (Megatron-LM 流水并行 PP 代码解析).
 
 The schedule says what to compute in which order; `with_communication` has added when to send and to ask. What is left
-is what you read here: post a receive, compute, send, and forget what is no longer needed.
+is what you read here: post a receive, compute, send, and forget what is no longer needed. A rank holds one stage or
+several; from a stage to the next on the same rank nothing is sent.
 
 M microbatches, B samples in a microbatch, S sequence, H hidden
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from core.ledger import SavedActivations, VirtualClock
+from core.linear import Deferred, Later
 from core.mesh import Axis
 from core.p2p import Mail
 from core.seeded import Draw
-from pipeline.schedules import UNIT_COSTS, Action, Schedule, placement, with_communication
+from pipeline.schedules import (
+    UNIT_COSTS,
+    Action,
+    Schedule,
+    delivery,
+    held,
+    needed,
+    part_of_rank,
+    placement,
+    size,
+    with_communication,
+)
 from pipeline.validator import validate
 
 
@@ -40,14 +54,15 @@ class Trace:
 
     clock: VirtualClock
     saved: SavedActivations
+    by_stage: dict[int, int] = field(default_factory=dict)  # bytes that autograd saved for one microbatch
 
 
 class Pipeline:
-    """One rank of a pipeline that has one stage on each rank.
+    """One rank of a pipeline.
 
     Args:
-        stage: called as stage(x, draw); maps (B, S) tokens or (B, S, H) activations to the next stage's input, or to
-            logits on the last stage.
+        stages: those that this rank holds, by number; called as stage(x, draw). Each maps (B, S) tokens or (B, S, H)
+            activations to the next stage's input, or to logits on the last stage.
         loss: maps (logits, targets) of one microbatch to its share of the global loss, a scalar: the shares add up.
         schedule: what every rank computes, in order; validated here.
         axis: the ranks of the pipeline.
@@ -55,12 +70,12 @@ class Pipeline:
 
     Raises:
         ScheduleError: the schedule cannot run.
-        ValueError: it does not put stage r on rank r for every rank of the axis.
+        ValueError: it is for another number of ranks, or puts other stages on this one.
     """
 
     def __init__(
         self,
-        stage: nn.Module,
+        stages: Mapping[int, nn.Module],
         loss: Callable[[Tensor, Tensor], Tensor],
         schedule: Schedule,
         axis: Axis,
@@ -69,18 +84,32 @@ class Pipeline:
         device: torch.device,
     ):
         validate(schedule)
-        if placement(schedule) != {r: r for r in range(axis.size)}:
-            raise ValueError(f"the schedule must put stage r on rank r, for each of the {axis.size} ranks")
-        self.stage, self.loss, self.axis = stage, loss, axis
+        if len(schedule) != axis.size:
+            raise ValueError(f"the schedule is for {len(schedule)} ranks, the pipeline has {axis.size}")
+        if sorted(stages) != held(schedule)[axis.index]:
+            raise ValueError(f"the schedule puts stages {held(schedule)[axis.index]} here, not {sorted(stages)}")
+        self.stages, self.loss, self.axis = stages, loss, axis
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.is_first, self.is_last = axis.index == 0, axis.index == axis.size - 1
-        self.program = with_communication(schedule)[axis.index]
-        self.microbatches = 1 + max(action.microbatch for action in schedule[0])
+        self.last = size(schedule)[0] - 1
+        self.microbatches = size(schedule)[1]
+        self.part = part_of_rank(schedule)
         self.in_flight_peak = 0
-        self._kept: dict[int, Kept] = {}  # in flight: forward done, backward not yet
+        self._kept: dict[tuple[int, int], Kept] = {}  # by (stage, microbatch): forward done, backward not yet
+        self._owed: dict[tuple[int, int], list[Later]] = {}  # input gradient done, weight gradients not yet
+        split = any(action.kind == "I" for action in schedule[axis.index])
+        self._deferred = Deferred(p for stage in stages.values() for p in stage.parameters()) if split else None
+        # Messages.
+        program = with_communication(schedule)
+        self.program = program[axis.index]
+        self._rank_of = placement(schedule)
         self._arriving: dict[Action, Callable[[], Tensor]] = {}
-        forward = [(r, r + 1, "F") for r in range(axis.size - 1)]
-        self._mail = Mail(axis, forward + [(after, before, "B") for before, after, _ in forward], device)
+        routes = {
+            (rank, self._rank_of[receive.stage, receive.microbatch], receive.kind[-1])
+            for rank, row in enumerate(program)
+            for receive in (delivery(action) for action in row if action.kind in "FBI")
+            if self._rank_of.get((receive.stage, receive.microbatch), rank) != rank
+        }
+        self._mail = Mail(axis, sorted(routes), device)
         self._trace: Trace | None = None
 
     def step(self, inputs: Tensor, targets: Tensor, draw: Draw | None = None, trace: Trace | None = None) -> Tensor:
@@ -92,7 +121,7 @@ class Pipeline:
             trace: measure this step. Each message is then followed by a small one that carries the sender's clock.
 
         Returns:
-            this rank's share of the loss, a scalar: all of it on the last stage, 0 elsewhere.
+            this rank's share of the loss, a scalar: on the ranks of the last stage; 0 elsewhere.
 
         Raises:
             PeerError: a neighbour died or was silent for the whole timeout.
@@ -101,6 +130,8 @@ class Pipeline:
         if not len(inputs) == len(targets) == self.microbatches:
             raise ValueError(f"{len(inputs)} microbatches for a schedule of {self.microbatches}")
         self._trace = trace
+        if self._deferred:
+            self._deferred.account = trace.saved if trace else None
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         leaving = None  # the result of the last action, until it is sent
         for action in self.program:
@@ -111,39 +142,56 @@ class Pipeline:
                 case "F":
                     samples = draw and draw._replace(first_sample=draw.first_sample + m * inputs.shape[1])
                     leaving = self._forward(action, inputs[m], targets[m], samples)
-                    if self.is_last:
+                    if action.stage == self.last:
                         total += leaving.detach()
-                case "B":
+                case "B" | "I":
                     leaving = self._backward(action)
+                case "W":
+                    self._add_weight_gradients(action)
                 case "SEND_F" | "SEND_B":
                     self._send(action, leaving.detach())
                     leaving = None
+            if action.kind in "FBI" and self._rank_of.get((delivery(action)[0], m)) == self.axis.index:
+                self._arriving[delivery(action)] = partial(Tensor.detach, leaving.detach())
+                leaving = None
         self._mail.flush()
-        assert not self._kept, "a valid schedule leaves nothing behind"
+        assert {**self._kept, **self._owed} == {}, "a valid schedule leaves nothing behind"
         return total
 
     def _forward(self, action: Action, tokens: Tensor, targets: Tensor, draw: Draw | None) -> Tensor:
-        x = tokens if self.is_first else self._arrived(action).requires_grad_()
+        x = tokens if action.stage == 0 else self._arrived(action).requires_grad_()
+        before = self._trace.saved.live if self._trace else 0
         with self._measured(action), self._trace.saved if self._trace else nullcontext():
-            y = self.stage(x, draw)
-            if self.is_last:
+            y = self.stages[action.stage](x, draw)
+            if action.stage == self.last:
                 y = self.loss(y, targets)
-        self._kept[action.microbatch] = Kept(x, get_gradient_edge(y) if y.requires_grad else None)
-        self.in_flight_peak = max(self.in_flight_peak, len(self._kept))
+        if self._trace:
+            self._trace.by_stage.setdefault(action.stage, self._trace.saved.live - before)
+        self._kept[action.stage, action.microbatch] = Kept(x, get_gradient_edge(y) if y.requires_grad else None)
+        self.in_flight_peak = max(self.in_flight_peak, len(self._kept) + len(self._owed))
         return y
 
     def _backward(self, action: Action) -> Tensor | None:
-        gradient = None if self.is_last else self._arrived(action)
-        kept = self._kept.pop(action.microbatch)
+        """Whole, or for an I only what does not lead to the gradients of the linear layers' weights."""
+        gradient = None if action.stage == self.last else self._arrived(action)
+        kept = self._kept.pop((action.stage, action.microbatch))
         if kept.exit is not None:
-            with self._measured(action):
+            with self._measured(action), self._deferred if action.kind == "I" else nullcontext():
                 torch.autograd.backward(kept.exit, gradient)
+        if action.kind == "I":
+            self._owed[action.stage, action.microbatch] = self._deferred.take()
         return kept.input.grad
+
+    def _add_weight_gradients(self, action: Action) -> None:
+        owed = self._owed.pop((action.stage, action.microbatch))
+        with self._measured(action):
+            while owed:
+                owed.pop().add()  # and forget what it read
 
     # Messages. One is known on both sides by the action that receives it.
 
     def _ask(self, receive: Action) -> None:
-        sender = self.axis.index + (-1 if receive.kind == "RECV_F" else 1)
+        sender = self._rank_of[receive.stage + (-1 if receive.kind == "RECV_F" else 1), receive.microbatch]
         into = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         self._arriving[receive] = self._mail.receive(into, sender, receive.kind[-1], self._tag(receive))
         if self._trace:
@@ -151,15 +199,15 @@ class Pipeline:
             self._arriving[receive] = self._with_stamp(self._arriving[receive], stamp)
 
     def _arrived(self, action: Action) -> Tensor:
-        return self._arriving.pop(action._replace(kind=f"RECV_{action.kind}"))()
+        return self._arriving.pop(needed(action))()
 
     def _send(self, send: Action, x: Tensor) -> None:
         assert x.shape == self.shape, f"{send}: {tuple(x.shape)} is not the {self.shape} that the next stage expects"
-        step = 1 if send.kind == "SEND_F" else -1
-        receive = Action(send.stage + step, f"RECV_{send.kind[-1]}", send.microbatch)
-        self._mail.send(x, self.axis.index + step, send.kind[-1], self._tag(receive))
+        receive = delivery(send._replace(kind=send.kind[-1]))
+        to = self._rank_of[receive.stage, receive.microbatch]
+        self._mail.send(x, to, send.kind[-1], self._tag(receive))
         if self._trace:
-            self._mail.send(self._trace.clock.stamp(), self.axis.index + step, "clock", self._tag(receive) + 1)
+            self._mail.send(self._trace.clock.stamp(), to, "clock", self._tag(receive) + 1)
 
     def _tag(self, receive: Action) -> int:
         number = receive.stage * self.microbatches + receive.microbatch
@@ -168,7 +216,9 @@ class Pipeline:
     # Measurement.
 
     def _measured(self, action: Action) -> AbstractContextManager:
-        return self._trace.clock.action(str(action), UNIT_COSTS[action.kind]) if self._trace else nullcontext()
+        return (
+            self._trace.clock.action(str(action), self.part * UNIT_COSTS[action.kind]) if self._trace else nullcontext()
+        )
 
     def _with_stamp(self, message: Callable[[], Tensor], stamp: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def arrive() -> Tensor:

@@ -1,12 +1,16 @@
-"""Cut the reference GPT into pipeline stages, and keep its one tied weight one. Lecture 07.
+"""Cut the reference GPT into pipeline stages, and keep what several ranks hold one. Lecture 07.
 
-Each stage holds layers/stages blocks; the first also the embedding, the last also the final LayerNorm and the head.
-The head is the token embedding, so first and last stage each hold a copy of it: equal at the start, and kept equal by
-adding the gradients of both before every optimizer step.
+Each stage has layers/stages blocks; the first also the embedding, the last also the final LayerNorm and the head. A
+rank holds one stage or several. The head is the token embedding, so the ranks of first and last stage each hold a copy
+of it, and DualPipe has every stage on two ranks. Copies are equal at the start, and kept equal by adding their
+gradients before every optimizer step.
 """
 
-from collections.abc import Iterator
+import copy
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from core import p2p
@@ -14,10 +18,10 @@ from core.gpt import GPT
 from core.mesh import Axis
 
 
-def check_layers(layers: int, stages: int) -> None:
+def check_layers(layers: int, stages: int, per_rank: int = 1) -> None:
     """Raises ValueError unless every stage gets the same number of layers, at least one."""
     if layers % stages or layers < stages:
-        usable = [n for n in range(2, min(layers, 64) + 1) if layers % n == 0][-8:]
+        usable = [n for n in range(2, min(layers // per_rank, 64) + 1) if layers % (n * per_rank) == 0][-8:]
         ranks = f", or --nproc_per_node one of {', '.join(map(str, usable))}" if usable else ""
         raise ValueError(
             f"--layers {layers}: must be a multiple of the {stages} stages, so that each holds as many layers; "
@@ -25,41 +29,74 @@ def check_layers(layers: int, stages: int) -> None:
         )
 
 
-def cut(model: GPT, stage: int, stages: int) -> GPT:
-    """Drop from `model` all that `stage` does not hold. The parameters that stay keep their full names."""
+def cut(model: GPT, held: Collection[int], stages: int) -> GPT:
+    """Drop from `model` all that is in none of the stages `held`. The parameters that stay keep their full names."""
     check_layers(model.config.layers, stages)
     layers = model.config.layers // stages
     for name in list(model.blocks):
-        if int(name) // layers != stage:
+        if int(name) // layers not in held:
             del model.blocks[name]
-    if stage > 0:
+    if 0 not in held:
         model.embed = None
-    if stage < stages - 1:
+    if stages - 1 not in held:
         model.norm = model.head = None
     return model
 
 
-def tied_weight(stage: GPT, axis: Axis) -> nn.Parameter | None:
-    """This rank's copy of the embedding that first and last stage share; None where there is nothing to sum."""
-    if not stage.config.tied or axis.size == 1:
-        return None
-    if stage.embed is not None:
-        return stage.embed.token.weight
-    return stage.head.weight if stage.head is not None else None
+def each_stage(part: GPT, held: Collection[int], stages: int) -> dict[int, GPT]:
+    """The stages of which `part` was cut, by number: models of their own, with the modules of `part`."""
+    found = {}
+    for stage in held:
+        found[stage] = copy.copy(part)
+        found[stage]._modules = dict(part._modules)
+        found[stage].blocks = nn.ModuleDict(part.blocks)
+        cut(found[stage], [stage], stages)
+    return found
 
 
-def sum_tied_gradients(stage: GPT, axis: Axis) -> None:
-    """Add the gradients of the two copies: an all-reduce of two ranks, which is one exchange.
+class Copies:
+    """What this rank's part of the model has in common with other ranks' parts.
 
-    a + b is b + a to the last bit, so the copies stay equal to the last bit.
+    Args:
+        held: the stages of each rank of the axis.
     """
-    weight = tied_weight(stage, axis)
-    if weight is not None and weight.requires_grad:
-        other_end = axis.size - 1 - axis.index
-        weight.grad += p2p.exchange(weight.grad, axis, other_end)
 
+    def __init__(self, part: GPT, axis: Axis, held: Sequence[Collection[int]]):
+        self.part, self.axis = part, axis
+        stages = 1 + max(max(those) for those in held)
+        names = []
+        for those in held:
+            other = cut(GPT(part.config), those, stages)  # on the meta device, for the names
+            names.append({other.whole_name(name) for name, _ in other.named_parameters()})
+        self.shared: dict[tuple[int, ...], list[tuple[str, nn.Parameter]]] = defaultdict(list)  # by the ranks
+        for name, p in part.named_parameters():
+            whole = part.whole_name(name)
+            holders = tuple(rank for rank in range(axis.size) if whole in names[rank])
+            if len(holders) > 1:
+                self.shared[holders].append((whole, p))
+        others = (copies for holders, copies in self.shared.items() if holders[0] != axis.index)
+        self._counted_elsewhere = {p for copies in others for _, p in copies}
 
-def counted_once(stage: GPT, axis: Axis) -> Iterator[Tensor]:
-    """The gradients on this rank that belong in the global norm: without the last stage's copy of the tied one."""
-    copy = tied_weight(stage, axis) if axis.index == axis.size - 1 else None
-    return (p.grad for p in stage.parameters() if p.grad is not None and p is not copy)
+    def sum_gradients(self) -> None:
+        """Add the gradients of the copies; for two ranks an all-reduce is one exchange.
+
+        In the order of the ranks on each of them, so copies stay equal to the last bit.
+        """
+        for holders in sorted(self.shared):  # in one order on all ranks
+            gradients = [p.grad for _, p in self.shared[holders] if p.requires_grad]
+            if not gradients:
+                continue
+            flat = torch.cat([g.flatten() for g in gradients])
+            others = [rank for rank in holders if rank != self.axis.index]
+            terms = {rank: p2p.exchange(flat, self.axis, rank) for rank in others} | {self.axis.index: flat}
+            total = sum(terms[rank] for rank in holders)
+            for gradient, summed in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def counted_here(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank adds the parameter's gradient to the global norm: of its holders the first one does."""
+        return parameter not in self._counted_elsewhere
+
+    def counted_once(self) -> Iterator[Tensor]:
+        """The gradients on this rank that belong in the global norm."""
+        return (p.grad for p in self.part.parameters() if p.grad is not None and self.counted_here(p))

@@ -19,28 +19,29 @@ from core.lesson import Lesson, Run
 from core.mesh import Mesh
 from core.oracle import Oracle
 from core.seeded import Draw
-from core.training import Layout, add_model_flags, check_model, clip_and_total, configuration, train
+from core.training import Comparison, Layout, add_model_flags, check_model, clip_and_total, configuration, train
 from pipeline import evidence
 from pipeline.evidence import Measured
 from pipeline.runtime import Pipeline, Trace
-from pipeline.schedules import Schedule, ScheduleError
-from pipeline.stages import check_layers, counted_once, cut, sum_tied_gradients, tied_weight
-from pipeline.timeline import LEGEND, draw
-from pipeline.validator import validate
+from pipeline.schedules import Schedule, ScheduleError, held, size
+from pipeline.stages import Copies, check_layers, cut, each_stage
+from pipeline.timeline import draw, legend
+from pipeline.validator import Verdict, validate
 
 
 def add_flags(lesson: Lesson, microbatches: int = 8) -> None:
     """The flags of a pipeline lesson."""
     add_model_flags(lesson)
+    lesson.parser.set_defaults(steps=10)
     flag = lesson.parser.add_argument
     flag("--microbatches", type=int, default=microbatches, help="microbatches in a step (default %(default)s)")
     flag("--trace", metavar="FILE.json", help="write the timeline for Perfetto or chrome://tracing")
 
 
-def check(args: argparse.Namespace, stages: int) -> None:
+def check(args: argparse.Namespace, stages: int, per_rank: int = 1) -> None:
     """Raises ValueError when the arguments cannot make a pipeline of this many stages."""
     config = check_model(args)
-    check_layers(config.layers, stages)
+    check_layers(config.layers, stages, per_rank)
     if args.microbatches < 1:
         raise ValueError(f"--microbatches {args.microbatches}: must be at least 1; use --microbatches 8")
     if args.batch % args.microbatches:
@@ -50,65 +51,89 @@ def check(args: argparse.Namespace, stages: int) -> None:
         )
 
 
-def teach(run: Run, schedule: Schedule) -> list[Measured]:
-    """Draw the schedule, train with it, and claim what every schedule must: it equals one process, and its messages.
+def show_plan(run: Run, schedule: Schedule) -> Verdict:
+    """Draw a schedule as devices of their own would carry it out.
 
-    Returns:
-        every rank's measurements, on rank 0; an empty list elsewhere.
+    Raises:
+        Stop: it cannot run.
     """
     try:
         planned = validate(schedule)
     except ScheduleError as error:
         raise Stop(f"this schedule cannot run: {error}") from error
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    run.say(f"{LEGEND}\n{draw(planned.events, colour)}\n")
+    run.say(f"{legend(schedule)}\n{draw(schedule, planned.events, colour)}\n")
+    return planned
 
+
+def train_with(run: Run, schedule: Schedule) -> tuple[list[Measured], Comparison]:
+    """Train with the schedule beside one process; every rank's measurements, on rank 0, and the differences."""
     args, job, ledger = run.args, run.job, Ledger()
     config = configuration(args)
     axis = Mesh(job.device.type, ledger, job.timeout, pp=job.world_size)["pp"]
     run.mesh = {"pp": axis.size}
 
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
-    stage = materialize(cut(GPT(config), axis.index, axis.size), args.seed, job.device, run.dtype)
+    mine, stages = held(schedule)[axis.index], size(schedule)[0]
+    part = materialize(cut(GPT(config), mine, stages), args.seed, job.device, run.dtype)
+    copies = Copies(part, axis, held(schedule))
     oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
-    split = partial(rearrange, pattern="(m b) s -> m b s", m=args.microbatches)
-    micro_shape = (args.batch // args.microbatches, args.sequence, args.hidden)
+    microbatches = size(schedule)[1]
+    split = partial(rearrange, pattern="(m b) s -> m b s", m=microbatches)
+    micro_shape = (args.batch // microbatches, args.sequence, args.hidden)
     loss = partial(token_loss, tokens=args.batch * args.sequence)
-    pipeline = Pipeline(stage, loss, schedule, axis, micro_shape, run.dtype, job.device)
+    pipeline = Pipeline(each_stage(part, mine, stages), loss, schedule, axis, micro_shape, run.dtype, job.device)
     trace: Trace | None = None
 
     def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
         nonlocal trace
         if step == args.steps - 1:
-            held_anyway = [*stage.parameters(), inputs, targets]
+            held_anyway = [*part.parameters(), inputs, targets]
             trace = Trace(VirtualClock(job.device), SavedActivations(held_anyway))
         share = pipeline.step(split(inputs), split(targets), draw, trace)
-        sum_tied_gradients(stage, axis)
+        copies.sum_gradients()
         return share
 
     def clip(share: Tensor) -> tuple[float, float]:
-        return clip_and_total(stage.parameters(), counted_once(stage, axis), [axis], args.clip, share)
+        return clip_and_total(part.parameters(), copies.counted_once(), [axis], args.clip, share)
 
-    worst = train(run, Layout(stage, optimizer_of(stage.parameters())), oracle, forward_backward, clip)
+    worst = train(run, Layout(part, optimizer_of(part.parameters())), oracle, forward_backward, clip)
     pipeline.close()
 
     sent = {kind: ledger.traffic[f"send {kind}", "pp"] for kind in ("F", "B")}
-    tied = tied_weight(stage, axis)
     measured = job.gather(
         Measured(
-            live_bytes(stage.parameters()),
+            live_bytes(part.parameters()),
             pipeline.in_flight_peak,
-            trace.saved.first,
+            trace.by_stage,
             trace.saved.peak,
             trace.clock.events,
-            {kind: (traffic.messages, traffic.bytes) for kind, traffic in sent.items()},
-            None if tied is None else tied.detach().cpu(),
+            {kind: (traffic.messages / args.steps, traffic.bytes / args.steps) for kind, traffic in sent.items()},
+            {name: p.detach().cpu() for copies_ in copies.shared.values() for name, p in copies_},
         )
     )
-    if oracle:
+    return measured, worst
+
+
+def teach(run: Run, schedule: Schedule) -> list[Measured]:
+    """Draw the schedule, train with it, and claim what every schedule must: it equals one process, and its messages.
+
+    Returns:
+        every rank's measurements, on rank 0; an empty list elsewhere.
+    """
+    planned = show_plan(run, schedule)
+    measured, worst = train_with(run, schedule)
+    if measured:
         evidence.show(run, measured)
-        worst.claim(run, ", tied weight once")
-        evidence.claim_copies(run, measured)
-        evidence.claim_messages(run, measured, micro_shape)
-        evidence.claim_timeline(run, measured, planned)
+        claim_all(run, schedule, planned, measured, worst)
     return measured
+
+
+def claim_all(
+    run: Run, schedule: Schedule, planned: Verdict, measured: list[Measured], worst: Comparison, name: str = ""
+) -> None:
+    """What every schedule must hold. `name` begins each claim where there are several schedules."""
+    worst.claim(run, ", copies once", name)
+    evidence.claim_copies(run, measured, name)
+    evidence.claim_messages(run, schedule, measured, name)
+    evidence.claim_timeline(run, measured, planned, name)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from core.ledger import Event
-from pipeline.schedules import UNIT_COSTS, Action, Schedule, ScheduleError, placement
+from pipeline.schedules import UNIT_COSTS, Action, Schedule, ScheduleError, held, part_of_rank, placement, size
 
 
 def bubble(timeline: list[list[Event]], model: int = 0) -> tuple[float, float]:
@@ -23,12 +23,16 @@ def bubble(timeline: list[list[Event]], model: int = 0) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a valid schedule costs on devices of its own. Times are in the units of the costs given."""
+    """What a valid schedule costs on devices of its own.
+
+    Times are in the units of the costs given. A microbatch is in flight on a stage from its forward to the end of its
+    backward, the weights' part included.
+    """
 
     events: list[list[Event]]  # per rank; times are 1-tuples
     makespan: float
     busy: list[float]  # per rank
-    in_flight: list[int]  # per rank: most microbatches between forward and backward, over all its stages
+    in_flight: list[int]  # per rank: most at a time, over all its stages
 
     @property
     def bubble_of_wall(self) -> float:
@@ -38,89 +42,130 @@ class Verdict:
     def bubble_of_ideal(self) -> float:
         return bubble(self.events)[1]
 
+    @property
+    def own_bubble(self) -> float:
+        """Idle time between the first and the last action of a rank, of the rank that has most.
 
-def validate(schedule: Schedule, costs: Mapping[str, float] = UNIT_COSTS, message: float = 0.0) -> Verdict:
+        What is lost in a step when no rank waits for another between steps: the zero-bubble paper's measure. It is
+        the whole loss of 1F1B, too, whose first rank starts first and ends last.
+        """
+        return max(row[-1].end[0] - row[0].start[0] - busy for row, busy in zip(self.events, self.busy, strict=True))
+
+
+Costs = Mapping[str, float | list[float]]
+
+
+def validate(schedule: Schedule, costs: Costs = UNIT_COSTS, message: float = 0.0, together: bool = False) -> Verdict:
     """Check that the schedule is complete and can run, and run it on virtual devices.
 
     Args:
-        costs: time of each kind of action.
+        costs: time of each kind of action on one of p equal parts of the model, one a rank; where stages are smaller
+            it is less in proportion. Or a list: the time on each stage.
         message: time a message between ranks travels.
+        together: take the pairs that are meant to overlap as one block: it starts when both can, and both results are
+            there at its end, after the sum of their times.
 
     Raises:
-        ScheduleError: a stage on two ranks or missing; a microbatch without exactly one forward and one backward on
-            every stage; a backward before its forward; ranks that wait for each other for ever.
+        ScheduleError: a stage missing, or on three ranks; a microbatch without exactly one forward and one backward,
+            whole or in two parts, on every stage; a backward before its forward; ranks that wait for each other for
+            ever.
     """
     _check_complete(schedule)
     rank_of = placement(schedule)
-    last = max(rank_of)
-    done: dict[Action, float] = {}  # when each action's result is there
+    stages, _ = size(schedule)
+    part = part_of_rank(schedule)
+    cost = {kind: c if isinstance(c, list) else [c * part] * stages for kind, c in costs.items()}
+    done: dict[tuple[int, str, int], float] = {}  # when a result is there: of F, of B or I, of W
     events: list[list[Event]] = [[] for _ in schedule]
+    now = [0.0] * len(schedule)
     at = [0] * len(schedule)  # next position of each rank
-    held, most = [0] * len(schedule), [0] * len(schedule)
-
-    def ready(rank: int) -> float | Action:
-        """When the rank's next action can start, or the action that it still waits for."""
-        action = schedule[rank][at[rank]]
-        start = events[rank][-1].end[0] if events[rank] else 0.0
-        for source in _sources(action, last):
-            if source not in done:
-                return source
-            start = max(start, done[source] + (message if rank_of[source.stage] != rank else 0.0))
-        return start
+    in_flight, most = [0] * len(schedule), [0] * len(schedule)
 
     progress = True
     while progress:
         progress = False
         for rank, row in enumerate(schedule):
-            while at[rank] < len(row) and isinstance(start := ready(rank), float):
-                action = row[at[rank]]
-                done[action] = start + costs[action.kind]
-                events[rank].append(Event(str(action), (start,), (done[action],)))
-                held[rank] += 1 if action.kind == "F" else -1
-                most[rank] = max(most[rank], held[rank])
-                at[rank] += 1
-                progress = True
+            while at[rank] < len(row):
+                block = row[at[rank] : at[rank] + 1]
+                if together and (*row[at[rank] : at[rank] + 2],) in row.pairs:
+                    block = row[at[rank] : at[rank] + 2]
+                start = now[rank]
+                for action in block:
+                    if (source := _source(action, stages)) is not None:
+                        if source not in done:
+                            break
+                        away = rank_of[source[0], source[2]] != rank
+                        start = max(start, done[source] + (message if away else 0.0))
+                else:
+                    for action in block:
+                        stage, kind, microbatch = action
+                        end = start + cost[kind][stage]
+                        events[rank].append(Event(str(action), (start,), (end,)))
+                        in_flight[rank] += {"F": 1, "I": 0}.get(kind, -1)
+                        most[rank] = max(most[rank], in_flight[rank])
+                        start = end
+                    for stage, kind, microbatch in block:
+                        done[stage, "B" if kind == "I" else kind, microbatch] = end
+                    now[rank] = end
+                    at[rank] += len(block)
+                    progress = True
+                    continue
+                break
     stuck = [r for r, row in enumerate(schedule) if at[r] < len(row)]
     if stuck:
-        waits = [f"rank {r}, position {at[r]}, {schedule[r][at[r]]} waits for {ready(r)}" for r in stuck]
+        waits = [
+            f"rank {r}, position {at[r]}, {schedule[r][at[r]]} waits for {{}}{{}}{{}}".format(
+                *_source(schedule[r][at[r]], stages)
+            )
+            for r in stuck
+        ]
         raise ScheduleError("deadlock: " + "; ".join(waits))
     busy = [sum(e.end[0] - e.start[0] for e in row) for row in events]
-    return Verdict(events, max(row[-1].end[0] for row in events), busy, most)
+    return Verdict(events, max(now), busy, most)
 
 
-def _sources(action: Action, last: int) -> list[Action]:
-    """The actions whose results this one needs."""
+def _source(action: Action, stages: int) -> tuple[int, str, int] | None:
+    """The result that comes from another action than this rank's own before; of an I it is called B."""
     stage, kind, microbatch = action
     if kind == "F":
-        return [Action(stage - 1, "F", microbatch)] if stage > 0 else []
-    return [Action(stage, "F", microbatch)] + ([Action(stage + 1, "B", microbatch)] if stage < last else [])
+        return (stage - 1, "F", microbatch) if stage > 0 else None
+    return (stage + 1, "B", microbatch) if kind in "BI" and stage < stages - 1 else None
 
 
 def _check_complete(schedule: Schedule) -> None:
     if not any(schedule):
         raise ScheduleError("the schedule has no action")
     where: dict[Action, str] = {}
-    owner: dict[int, int] = {}
+    home: dict[tuple[int, int], int] = {}
     for rank, row in enumerate(schedule):
         if not row:
             raise ScheduleError(f"rank {rank} has no action")
         for position, action in enumerate(row):
+            stage, kind, microbatch = action
             here = f"rank {rank}, position {position}, {action}"
-            if action.kind not in UNIT_COSTS:
-                raise ScheduleError(f"{here}: not F or B, the compute actions; messages are added by rule")
-            if action.stage < 0 or action.microbatch < 0:
+            if kind not in UNIT_COSTS:
+                raise ScheduleError(f"{here}: not F, B, I or W, the compute actions; messages are added by rule")
+            if stage < 0 or microbatch < 0:
                 raise ScheduleError(f"{here}: stages and microbatches count from 0")
-            if owner.setdefault(action.stage, rank) != rank:
-                raise ScheduleError(f"{here}: stage {action.stage} is already on rank {owner[action.stage]}")
-            if action in where:
-                raise ScheduleError(f"{here}: done twice, first at {where[action]}")
-            if action.kind == "B" and action._replace(kind="F") not in where:
-                raise ScheduleError(f"{here}: backward before its forward")
+            if home.setdefault((stage, microbatch), rank) != rank:
+                raise ScheduleError(
+                    f"{here}: stage {stage} of microbatch {microbatch} is already on rank {home[stage, microbatch]}"
+                )
+            twice = [action] + [action._replace(kind=k) for k in {"B": "IW", "I": "B", "W": "B"}.get(kind, "")]
+            if before := next((where[a] for a in twice if a in where), None):
+                raise ScheduleError(f"{here}: done twice, first as {before}")
+            first = {"B": "F", "I": "F", "W": "I"}.get(kind)
+            if first and action._replace(kind=first) not in where:
+                raise ScheduleError(f"{here}: before its {first}")
             where[action] = here
-    microbatches = 1 + max(action.microbatch for action in where)
-    for stage in range(1 + max(owner)):
-        for kind in UNIT_COSTS:
-            for microbatch in range(microbatches):
+    stages, microbatches = size(schedule)
+    holders = [[rank for rank, those in enumerate(held(schedule)) if stage in those] for stage in range(stages)]
+    for stage, ranks in enumerate(holders):
+        if len(ranks) > 2:
+            raise ScheduleError(f"stage {stage} is on ranks {', '.join(map(str, ranks))}; at most two hold a copy")
+        for microbatch in range(microbatches):
+            kinds = "FIW" if Action(stage, "I", microbatch) in where else "FB"
+            for kind in kinds:
                 if Action(stage, kind, microbatch) not in where:
-                    holder = f"rank {owner[stage]}" if stage in owner else "every rank"
+                    holder = f"rank {ranks[0]}" if ranks else "every rank"
                     raise ScheduleError(f"{holder}: {stage}{kind}{microbatch} is missing")

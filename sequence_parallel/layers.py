@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from core import comm
 from core.gpt import GPT, Block
+from core.linear import Gradients, deferring, linear
 from core.mesh import Axis
 from core.shards import shard, shard_of
 from core.training import check_cuts
@@ -35,20 +36,30 @@ class _GatherLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.axis = axis
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias, ctx.axis = weight, bias, axis
         return F.linear(comm.all_gather(x, axis, SEQUENCE), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
-        again = comm.all_gather_async(x, ctx.axis, SEQUENCE, "all-gather again") if needs_weight else None
-        of_x = comm.reduce_scatter_async(gradient @ weight, ctx.axis, SEQUENCE) if needs_x else None
-        of_bias = rows.sum(0) if needs_bias else None
-        of_weight = rows.T @ again.wait().flatten(0, -2) if again else None
-        return of_x.wait() if of_x else None, of_weight, of_bias, None
+        (x,), weight, bias, axis = ctx.saved_tensors, ctx.weight, ctx.bias, ctx.axis
+
+        def gather_again() -> comm.Pending | None:
+            return comm.all_gather_async(x, axis, SEQUENCE, "all-gather again") if weight.requires_grad else None
+
+        def of_parameters(again: comm.Pending | None) -> Gradients:
+            rows = gradient.flatten(0, -2)
+            of_bias = rows.sum(0) if bias is not None and bias.requires_grad else None
+            return rows.T @ again.wait().flatten(0, -2) if again else None, of_bias
+
+        deferred = deferring(weight)
+        again = None if deferred else gather_again()
+        of_x = comm.reduce_scatter_async(gradient @ weight, axis, SEQUENCE) if ctx.needs_input_grad[0] else None
+        if deferred:
+            found = deferred.put(weight, bias, lambda: of_parameters(gather_again()), (gradient, x))
+        else:
+            found = of_parameters(again)
+        return of_x.wait() if of_x else None, *found, None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -63,7 +74,7 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.sequence:
             return _GatherLinear.apply(x, self.weight, self.bias, self.axis)
-        return F.linear(comm.copy_to(x, self.axis), self.weight, self.bias)
+        return linear(comm.copy_to(x, self.axis), self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -76,7 +87,7 @@ class RowParallelLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = linear(x, self.weight)
         y = comm.scatter_from(y, self.axis, SEQUENCE) if self.sequence else comm.reduce_from(y, self.axis)
         return y if self.bias is None else y + self.bias
 

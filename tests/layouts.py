@@ -22,7 +22,7 @@ from core.shards import Piece, counted_once, join, shard_of
 from core.text import Text
 from core.training import clip_and_total
 from pipeline.runtime import Pipeline
-from pipeline.schedules import build
+from pipeline.schedules import build, held, size
 from sequence_parallel.recompute import recompute
 from tests.pool import Pool
 
@@ -41,6 +41,7 @@ class Layout:
     freeze: tuple[str, ...] = ()
     samples: int = 4
     microbatches: int = 1
+    schedule: str = "1f1b"
     length: int = 8
     steps: int = 2
 
@@ -55,15 +56,19 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     topic, loss_of = megatron_tp.layers, megatron_tp.loss.token_loss
     if layout.sequence:
         topic, loss_of = sequence_parallel.layers, sequence_parallel.loss.token_loss
-    stage = topic.parallelize(pipeline.stages.cut(GPT(config), pp.index, pp.size), tp)
+    m = layout.microbatches
+    schedule = build(layout.schedule, pp.size, m)
+    stages, everyone = size(schedule)[0], held(schedule)
+    stage = topic.parallelize(pipeline.stages.cut(GPT(config), everyone[pp.index], stages), tp)
     materialize(recompute(stage, layout.recompute), SEED, CPU, torch.float64)
     for name, p in stage.named_parameters():
         p.requires_grad_(not stage.whole_name(name).startswith(layout.freeze or ("none",)))
-    m = layout.microbatches
     tokens = layout.samples * layout.length
     shape = (layout.samples // m, layout.length // (tp.size if layout.sequence else 1), config.hidden)
     loss = partial(loss_of, tokens=tokens, axis=tp, vocabulary=config.vocabulary)
-    runtime = Pipeline(stage, loss, build("1f1b", pp.size, m), pp, shape, torch.float64, CPU)
+    mine = pipeline.stages.each_stage(stage, everyone[pp.index], stages)
+    runtime = Pipeline(mine, loss, schedule, pp, shape, torch.float64, CPU)
+    copies = pipeline.stages.Copies(stage, pp, everyone)
     optimizer = optimizer_of(stage.parameters())
     losses, norms, gradients = [], [], []
     for step in range(layout.steps):
@@ -74,10 +79,10 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
             sequence_parallel.layers.sum_whole_gradients(stage, tp)
         elif tp.index:
             share = torch.zeros_like(share)  # the same on all ranks of tp
-        pipeline.stages.sum_tied_gradients(stage, pp)
+        copies.sum_gradients()
         gradients = pieces(stage, lambda p: None if p.grad is None else p.grad.clone())
         once = {id(g) for g in counted_once(stage.parameters(), tp)}
-        counted = [g for g in pipeline.stages.counted_once(stage, pp) if id(g) in once]
+        counted = [g for g in copies.counted_once() if id(g) in once]
         norm, total = clip_and_total(stage.parameters(), counted, [tp, pp], CLIP, share)
         losses.append(total)
         norms.append(norm)

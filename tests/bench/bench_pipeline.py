@@ -52,11 +52,12 @@ def bench(job: Job, rounds: int) -> None:
     loss = partial(token_loss, tokens=tokens)
 
     def stage() -> GPT:
-        return materialize(cut(GPT(CONFIG), axis.index, axis.size), 0, job.device, dtype)
+        return materialize(cut(GPT(CONFIG), [axis.index], axis.size), 0, job.device, dtype)
 
     def ours(name: str) -> tuple[GPT, Callable[[], None]]:
         model = stage()
-        pipeline = Pipeline(model, loss, build(name, axis.size, MICROBATCHES), axis, shape, dtype, job.device)
+        schedule = build(name, axis.size, MICROBATCHES)
+        pipeline = Pipeline({axis.index: model}, loss, schedule, axis, shape, dtype, job.device)
         return model, lambda: pipeline.step(inputs, targets)
 
     def torchs(schedule_class: type) -> tuple[GPT, Callable[[], None]]:

@@ -95,7 +95,7 @@ def order_in_backward() -> list[str]:
     with (
         patch.object(comm, "all_reduce_async", note("start", comm.all_reduce_async)),
         patch.object(comm.Pending, "wait", note("wait", comm.Pending.wait)),
-        patch.object(layers, "_of_parameters", note("weight", layers._of_parameters)),
+        patch.object(layers, "of_parameters", note("weight", layers.of_parameters)),
     ):
         y.sum().backward()
     return happened

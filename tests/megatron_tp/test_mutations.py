@@ -50,7 +50,8 @@ def heads_are_cut_across() -> AbstractContextManager:
 
 def row_bias_once_a_rank() -> AbstractContextManager:
     def wrong(ctx: object, x: Tensor, weight: Tensor, bias: Tensor, axis: Axis) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias = weight, bias
         return comm.all_reduce(torch.nn.functional.linear(x, weight, bias), axis)
 
     return patch.object(layers._RowLinear, "forward", staticmethod(wrong))

@@ -37,19 +37,21 @@ def loss_is_the_mean_of_each_microbatch() -> AbstractContextManager:
 
 
 def gradients_times_microbatches() -> AbstractContextManager:
-    def wrong(stage: gpt.GPT, axis: Axis) -> None:
-        stages.sum_tied_gradients(stage, axis)
-        for p in stage.parameters():
+    right = stages.Copies.sum_gradients
+
+    def wrong(self: stages.Copies) -> None:
+        right(self)
+        for p in self.part.parameters():
             p.grad *= MICROBATCHES
 
-    return patch.object(training, "sum_tied_gradients", wrong)
+    return patch.object(stages.Copies, "sum_gradients", wrong)
 
 
 def only_the_last_microbatch() -> AbstractContextManager:
     right = Pipeline._backward
 
     def wrong(self: Pipeline, action: object) -> Tensor | None:
-        for p in self.stage.parameters():
+        for p in self.stages[action.stage].parameters():
             p.grad = None
         return right(self, action)
 
@@ -60,10 +62,11 @@ def all_but_the_last_microbatch() -> AbstractContextManager:
     right = Pipeline._backward
 
     def wrong(self: Pipeline, action: object) -> Tensor | None:
-        before = [None if p.grad is None else p.grad.clone() for p in self.stage.parameters()]
+        parameters = list(self.stages[action.stage].parameters())
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
         result = right(self, action)
         if action.microbatch == self.microbatches - 1:
-            for p, gradient in zip(self.stage.parameters(), before, strict=True):
+            for p, gradient in zip(parameters, before, strict=True):
                 p.grad = gradient
         return result
 
@@ -71,21 +74,20 @@ def all_but_the_last_microbatch() -> AbstractContextManager:
 
 
 def tied_gradients_not_summed() -> AbstractContextManager:
-    return patch.object(training, "sum_tied_gradients", lambda stage, axis: None)
+    return patch.object(stages.Copies, "sum_gradients", lambda self: None)
 
 
 def tied_gradient_summed_on_one_copy() -> AbstractContextManager:
-    def wrong(stage: gpt.GPT, axis: Axis) -> None:
-        weight = stages.tied_weight(stage, axis)
-        if weight is not None:
-            other = p2p.exchange(weight.grad, axis, axis.size - 1 - axis.index)
-            weight.grad += other * (axis.index == 0)
+    right = p2p.exchange
 
-    return patch.object(training, "sum_tied_gradients", wrong)
+    def wrong(x: Tensor, axis: Axis, peer: int) -> Tensor:
+        return right(x, axis, peer) * (axis.index == 0)
+
+    return patch.object(p2p, "exchange", wrong)
 
 
 def tied_weight_twice_in_the_norm() -> AbstractContextManager:
-    return patch.object(training, "counted_once", lambda stage, axis: [p.grad for p in stage.parameters()])
+    return patch.object(stages.Copies, "counted_here", lambda self, parameter: True)
 
 
 def clipped_by_the_local_norm() -> AbstractContextManager:
@@ -150,8 +152,8 @@ def one_rank_skips_its_optimizer() -> AbstractContextManager:
 def a_parameter_is_lost() -> AbstractContextManager:
     right = training.cut
 
-    def wrong(model: gpt.GPT, stage: int, of: int) -> gpt.GPT:
-        model = right(model, stage, of)
+    def wrong(model: gpt.GPT, held: list[int], of: int) -> gpt.GPT:
+        model = right(model, held, of)
         for block in model.blocks.values():
             block.mlp.up.register_parameter("bias", None)
         return model
@@ -169,7 +171,7 @@ def activations_are_kept_after_backward() -> AbstractContextManager:
     leak, right = [], Pipeline._backward
 
     def wrong(self: Pipeline, action: object) -> Tensor | None:
-        leak.append(self._kept[action.microbatch])
+        leak.append(self._kept[action.stage, action.microbatch])
         with patch.object(torch.autograd, "backward", partial(torch.autograd.backward, retain_graph=True)):
             return right(self, action)
 
@@ -204,7 +206,7 @@ def every_activation_is_counted_twice() -> AbstractContextManager:
 
 
 LOSS, GRADIENT, NORM = "losses equal", "every gradient equals", "the global gradient norm"
-PARAMETER, COPIES = "every parameter after every step", "the two copies"
+PARAMETER, COPIES = "every parameter after every step", "copies on several ranks"
 MUST_FAIL = {
     loss_is_the_mean_of_each_microbatch: {LOSS, GRADIENT, NORM},
     gradients_times_microbatches: {GRADIENT, NORM},

@@ -4,16 +4,29 @@ import io
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torchs
 
-from pipeline.schedules import LESSONS, Action, Schedule, ScheduleError, build, from_csv, to_csv, with_communication
+from pipeline.schedules import (
+    SCHEDULES,
+    Action,
+    Schedule,
+    ScheduleError,
+    build,
+    from_csv,
+    placement,
+    size,
+    to_csv,
+    with_communication,
+)
 from pipeline.validator import validate
 
-sizes = given(st.sampled_from(sorted(LESSONS)), st.integers(1, 9), st.integers(1, 20))
+ONE_STAGE = ("naive", "gpipe", "1f1b")
+sizes = given(st.sampled_from(ONE_STAGE), st.integers(1, 9), st.integers(1, 20))
 
 
 def parse(*rows: str) -> Schedule:
@@ -47,8 +60,102 @@ def test_costs_and_messages_move_the_times() -> None:
     assert validate(one, {"F": 5.0, "B": 7.0}).makespan == 2 * (5 + 7)
     assert validate(one, message=0.5).makespan == 2 * 3 + 2 * 0.5
     several_stages = parse("0F0,2F0,2B0,0B0", "1F0,1B0")  # two stages on rank 0: still a message each way
-    assert validate(several_stages, message=0.5).makespan == 9 + 4 * 0.5
+    assert validate(several_stages, message=0.5).makespan == pytest.approx(9 * 2 / 3 + 4 * 0.5)  # 2/3 of a rank each
+    uneven = {"F": [1.0, 2.0], "B": [3.0, 4.0]}
+    assert validate(one, uneven).makespan == 10
     assert validate(several_stages).in_flight == [2, 1]
+
+
+times = st.sampled_from([0.5, 1.0, 1.25, 2.0, 3.0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 24))
+def test_interleaved(p: int, v: int, m: int) -> None:
+    verdict = validate(build("interleaved", p, m, v))
+    assert sum(verdict.busy) == pytest.approx(3 * m * p)
+    if m % p == 0:
+        assert verdict.makespan == pytest.approx(3 * m + 3 * (p - 1) / v)
+        assert verdict.bubble_of_ideal == pytest.approx((p - 1) / (v * m))
+        in_flight = [min(m * v, 2 * (p - r - 1) + (v - 1) * p + 1) for r in range(p)]
+        assert verdict.in_flight == in_flight
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 24), times, times, times)
+def test_zero_bubble(p: int, m: int, f: float, i: float, w: float) -> None:
+    """The paper's bubbles, for the costs for which it gives them."""
+    costs = {"F": f, "I": i, "W": w, "B": i + w}
+    one, two = (validate(build(name, p, m), costs) for name in ("zb-h1", "zb-h2"))
+    assert max(one.in_flight) == min(m, p)
+    assert max(two.in_flight) == min(m, 2 * p - 1)
+    if m >= p and f >= w <= i:
+        assert one.own_bubble == pytest.approx((p - 1) * (f + i - w))
+    if m >= 2 * p - 1 and f >= w <= i:
+        assert two.own_bubble == pytest.approx((p - 1) * (f + i - 2 * w))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 24))
+def test_zb_v_has_no_bubble_at_equal_costs(p: int, m: int) -> None:
+    verdict = validate(build("zb-v", p, m))
+    assert max(verdict.in_flight) <= min(2 * m, 2 * p)
+    if m >= 2 * p - 1:
+        assert verdict.own_bubble == 0
+        assert verdict.in_flight == [2 * p] * p
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["dualpipe", "dualpipev"]), st.integers(1, 4), st.integers(0, 8), times, times)
+def test_dualpipe(name: str, half: int, more: int, f: float, w: float) -> None:
+    """The paper's formula holds where F = I >= W."""
+    w, i = min(f, w), f
+    p = 2 * half if name == "dualpipe" else half
+    m = 2 * (p + more)
+    part = p / (2 * half)  # of a rank, on one stage
+    schedule, costs = build(name, p, m), {"F": f, "I": i, "W": w, "B": i + w}
+    together = validate(schedule, costs, together=True)
+    paper = (half - 1) * part * (f + 2 * (i + w) - 3 * w)
+    assert together.makespan - m * (f + i + w) == pytest.approx(paper, abs=1e-9)
+    apart = validate(schedule, costs)
+    assert apart.own_bubble == pytest.approx((half - 1) * part * (f + i - w), abs=1e-9)
+    assert apart.in_flight == [2 * half + 1] * p
+
+
+# ---- Torch's own orders
+
+
+def torchs_order(name: str, p: int, m: int, v: int) -> Schedule:
+    """What a schedule class of torch plans, without its idle slots, a pair that overlaps as forward and backward."""
+    kind = getattr(torchs, name)
+    each = max(1, m // max(1, m // p))
+    sizes = {"pp_group_size": p, "_n_microbatches": m, "num_stages": p * v, "_num_stages": p * v, "n_local_stages": v,
+             "microbatches_per_round": each}  # fmt: skip
+    rows = []
+    for rank in range(p):
+        planned = kind._calculate_single_rank_operations(SimpleNamespace(rank=rank, **sizes), rank)
+        rows.append(",".join(str(action) for action in planned if action))
+    return from_csv(rows)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("ours", "torchs", "v"),
+    [
+        ("interleaved", "ScheduleInterleaved1F1B", 2),
+        ("interleaved", "ScheduleInterleaved1F1B", 3),
+        ("zb-h1", "ScheduleInterleavedZeroBubble", 1),
+        ("zb-v", "ScheduleZBVZeroBubble", 2),
+        ("dualpipev", "ScheduleDualPipeV", 2),
+    ],
+)
+def test_the_order_is_torchs(ours: str, torchs: str, v: int, p: int) -> None:
+    for m in range(2 * p if ours == "dualpipev" else 1, 3 * p + 2):
+        if ours == "interleaved" and m % max(1, m // p):
+            continue  # torch takes no groups of unequal size
+        if ours == "zb-h1" and m < p:
+            continue  # torch's plan has a backward before its forward there
+        assert build(ours, p, m, v) == torchs_order(torchs, p, m, v), (p, m)
 
 
 # ---- What the validator must refuse
@@ -68,11 +175,16 @@ ACCEPTED_BY_TORCH = {
 REFUSED = {
     "nothing": ([], "no action"),
     "an empty rank": (["0F0,0B0", ""], "rank 1 has no action"),
-    "backward first": (["0B0,0F0"], "rank 0, position 0, 0B0: backward before its forward"),
+    "backward first": (["0B0,0F0"], "rank 0, position 0, 0B0: before its F"),
     "no backward": (["0F0,0F1,0B0"], "rank 0: 0B1 is missing"),
     "a microbatch left out": (["0F0,0B0,0F2,0B2"], "rank 0: 0F1 is missing"),
     "a stage left out": (["0F0,0B0", "2F0,2B0"], "every rank: 1F0 is missing"),
-    "a stage on two ranks": (["0F0,0B0", "0F1,0B1"], "rank 1, position 0, 0F1: stage 0 is already on rank 0"),
+    "a microbatch on two ranks": (["0F0,0B0", "0F1,0B0"], "0B0: stage 0 of microbatch 0 is already on rank 0"),
+    "a stage on three ranks": (["0F0,0B0", "0F1,0B1", "0F2,0B2"], "stage 0 is on ranks 0, 1, 2; at most two hold"),
+    "a weight gradient first": (["0F0,0W0,0I0"], "rank 0, position 1, 0W0: before its I"),
+    "no weight gradient": (["0F0,0I0"], "rank 0: 0W0 is missing"),
+    "whole and in parts": (["0F0,0B0,0I0,0W0"], "rank 0, position 2, 0I0: done twice, first as rank 0, position 1"),
+    "in parts and whole": (["0F0,0I0,0W0,0B0"], "rank 0, position 3, 0B0: done twice, first as rank 0, position 1"),
     "a stage with fewer microbatches": (["0F0,0F1,0B0,0B1", "1F0,1B0"], "rank 1: 1F1 is missing"),
     "backwards in another order": (
         ["0F0,0F1,0B1,0B0,0F2,0B2", "1F0,1B0,1F1,1F2,1B2,1B1"],
@@ -90,7 +202,7 @@ def test_a_bad_schedule_is_refused(case: str) -> None:
 
 
 def test_a_send_is_no_compute_action() -> None:
-    with pytest.raises(ScheduleError, match="rank 0, position 0, 0SEND_F0: not F or B"):
+    with pytest.raises(ScheduleError, match="rank 0, position 0, 0SEND_F0: not F, B, I or W"):
         validate([[Action(0, "SEND_F", 0)]])
 
 
@@ -103,10 +215,8 @@ def test_torch_accepts_a_backward_missing_and_another_done_twice() -> None:
     """torch counts: one full backward and one split backward of microbatch 0 make two, and 1 has none."""
     rows = [["0F0", "0F1", "0B0", "0B1"], ["1F0", "1F1", "1B0", "1I0", "1W0"]]
     torchs._validate_schedule({r: [torchs._Action.from_str(c) for c in row] for r, row in enumerate(rows)}, 2, 2, 2)
-    with pytest.raises(ScheduleError, match="rank 1, position 3, 1I0: not F or B"):
-        validate([[Action(int(c[0]), c[1], int(c[2])) for c in row] for row in rows])
-    with pytest.raises(ScheduleError, match="rank 1, position 3, 1B0: done twice"):
-        validate(parse("0F0,0F1,0B0,0B1", "1F0,1F1,1B0,1B0"))
+    with pytest.raises(ScheduleError, match="rank 1, position 3, 1I0: done twice"):
+        validate(parse(*(",".join(row) for row in rows)))
 
 
 def test_negative_numbers_are_refused() -> None:
@@ -115,7 +225,7 @@ def test_negative_numbers_are_refused() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.data(), st.sampled_from(sorted(LESSONS)), st.integers(1, 5), st.integers(1, 6))
+@given(st.data(), st.sampled_from(ONE_STAGE), st.integers(1, 5), st.integers(1, 6))
 def test_no_change_of_one_action_passes(data: st.DataObject, name: str, p: int, m: int) -> None:
     """Dropping, repeating or replacing any one action makes a schedule invalid."""
     schedule = build(name, p, m)
@@ -174,23 +284,33 @@ def test_csv_names_the_bad_cell() -> None:
         parse("0F0,0B0", "1F0,,1X0")
 
 
-@pytest.mark.parametrize("name", LESSONS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "dualpipe"])  # which has a stage on two ranks
 def test_torch_reads_validates_and_simulates_our_csv(name: str) -> None:
-    printed = subprocess.run(
-        [sys.executable, "-m", "pipeline.schedules", name, "--stages", "4", "--microbatches", "6", "--csv"],
-        capture_output=True, text=True, check=True, timeout=60,
-    ).stdout  # fmt: skip
-    rows = {r: [torchs._Action.from_str(cell) for cell in line.split(",")] for r, line in enumerate(printed.split())}
-    torchs._validate_schedule(rows, 4, 4, 6)
-    with_messages = torchs._add_send_recv(rows, lambda stage: stage, 4)
-    torchs._simulate_comms_compute(with_messages, lambda stage: stage, 4)
+    schedule, text = build(name, 4, 8), io.StringIO()
+    to_csv(schedule, text)
+    lines = text.getvalue().split()
+    rows = {r: [torchs._Action.from_str(cell) for cell in line.split(",")] for r, line in enumerate(lines)}
+    stages, rank_of = size(schedule)[0], placement(schedule)
+    torchs._validate_schedule(rows, 4, stages, 8)
+    with_messages = torchs._add_send_recv(rows, lambda stage: rank_of[stage, 0], stages)
+    torchs._simulate_comms_compute(with_messages, lambda stage: rank_of[stage, 0], stages)
+
+
+def test_the_command_prints_a_csv() -> None:
+    command = [sys.executable, "-m", "pipeline.schedules", "zb-v", "--stages", "4", "--microbatches", "6", "--csv"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert from_csv(io.StringIO(printed)) == build("zb-v", 4, 6)
 
 
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
         (("1f1b", "--stages", "0", "--microbatches", "4"), "--stages 0: must be at least 1"),
-        (("1f1b", "--stages", "4", "--microbatches", "4", "--chunks", "2"), "--chunks 2: 1f1b holds one stage a rank"),
+        (
+            ("1f1b", "--stages", "4", "--microbatches", "4", "--chunks", "2"),
+            "--chunks 2: 1f1b has no choice of stages a rank",
+        ),
+        (("dualpipe", "--stages", "3", "--microbatches", "8"), "--nproc_per_node 3: dualpipe pairs"),
         (("2f2b", "--stages", "4", "--microbatches", "4"), "invalid choice: '2f2b'"),
     ],
 )

@@ -1,5 +1,6 @@
 """ZeRO over the dp axis of a model that is cut by tensor or pipeline parallelism as well."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,13 +21,13 @@ from core.seeded import Draw
 from core.shards import Piece, join, shard_of
 from core.text import Text
 from pipeline.runtime import Pipeline
-from pipeline.schedules import build
+from pipeline.schedules import build, held, size
 from tests.pool import Pool
 from tests.zero.test_stages import CPU, SEED, STAGES
 from zero.stage import Stage
 
 CONFIG = GPTConfig(sequence=8, hidden=16, layers=4, heads=4, vocabulary=257)
-SAMPLES, STEPS, CLIP = 8, 2, 0.5
+SAMPLES, STEPS, CLIP = 16, 2, 0.5
 optimizer_of = partial(torch.optim.AdamW, lr=1e-3)
 
 
@@ -75,22 +76,26 @@ def pp_and_dp(name: str) -> tuple[list[float], list[float], list[Piece], list[Pi
     """ZeRO-1 over a pipeline: the runtime accumulates the microbatches, and the stage reduces once at the end."""
     mesh = Mesh("cpu", Ledger(), 30.0, dp=2, pp=4)
     dp, pp = mesh["dp"], mesh["pp"]
-    model = materialize(pipeline.stages.cut(GPT(CONFIG), pp.index, pp.size), SEED, CPU, torch.float64)
+    m = 8 if name == "dualpipe" else 4
+    schedule = build(name, 4, m)
+    stages, everyone = size(schedule)[0], held(schedule)
+    config = replace(CONFIG, layers=stages)
+    model = materialize(pipeline.stages.cut(GPT(config), everyone[pp.index], stages), SEED, CPU, torch.float64)
     stage = STAGES["zero1"](model, dp, optimizer_of, None, torch.float64, 1000)
-    m = 4
     loss = partial(token_loss, tokens=SAMPLES * 8)
-    runtime = Pipeline(model, loss, build(name, 4, m), pp, (SAMPLES // 2 // m, 8, CONFIG.hidden), torch.float64, CPU)
+    mine = pipeline.stages.each_stage(model, everyone[pp.index], stages)
+    runtime = Pipeline(mine, loss, schedule, pp, (SAMPLES // 2 // m, 8, CONFIG.hidden), torch.float64, CPU)
+    copies = pipeline.stages.Copies(model, pp, everyone)
     losses, norms, gradients = [], [], []
     for step in range(STEPS):
         stage.zero_grad()
         batch = (t.chunk(2)[dp.index] for t in Text(None, 8).batch(SEED, step, SAMPLES))
         inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in batch)
         share = runtime.step(inputs, targets, Draw(SEED, step, dp.index * SAMPLES // 2))
-        pipeline.stages.sum_tied_gradients(model, pp)
+        copies.sum_gradients()
         stage.reduce()
         gradients = stage.gradients()
-        copy = pipeline.stages.tied_weight(model, pp) if pp.index == pp.size - 1 else None
-        norm, total = stage.clip_and_total(CLIP, share, [pp], lambda p, copy=copy: p is not copy)
+        norm, total = stage.clip_and_total(CLIP, share, [pp], copies.counted_here)
         losses.append(total)
         norms.append(norm)
         stage.step()
@@ -102,8 +107,8 @@ def pp_and_dp(name: str) -> tuple[list[float], list[float], list[Piece], list[Pi
     return losses, norms, *found, states
 
 
-def one_process() -> tuple[list[float], list[float], Oracle]:
-    oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP)
+def one_process(layers: int = 4) -> tuple[list[float], list[float], Oracle]:
+    oracle = Oracle(replace(CONFIG, layers=layers), SEED, CPU, torch.float64, optimizer_of, CLIP)
     losses, norms = [], []
     for step in range(STEPS):
         losses.append(oracle.step(*Text(None, 8).batch(SEED, step, SAMPLES), Draw(SEED, step, 0)))
@@ -128,9 +133,9 @@ def test_with_tensor_parallelism(pool: Pool, kind: str, sequence: bool) -> None:
         assert worst_difference(join(weights), oracle.parameters()) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h2", "zb-v", "dualpipe"])
 def test_zero1_with_a_pipeline(pool: Pool, name: str) -> None:
-    losses, norms, oracle = one_process()
+    losses, norms, oracle = one_process(layers=8 if name in ("interleaved", "zb-v") else 4)
     results = pool.run(8, pp_and_dp, name)
     for rank in results:
         assert rank[0] == pytest.approx(losses, rel=1e-10)
