@@ -135,9 +135,9 @@ class VirtualClock:
         """Run one action under the clock."""
         began = self._seconds()
         yield
-        start = tuple(self.now)
+        start = tuple(self.now.tolist())
         self.now += (unit_cost, self._seconds() - began)
-        self.events.append(Event(label, start, tuple(self.now)))
+        self.events.append(Event(label, start, tuple(self.now.tolist())))
 
     def stamp(self) -> Tensor:
         """The clock as a message, on the CPU."""

@@ -180,9 +180,8 @@ class Comparison:
     loss = gradient = norm = parameter = 0.0
     state: float | None = None  # where it is compared
 
-    def claim(self, run: Run, norm_note: str = "", begin: str = "") -> None:
-        """Claim that all are 0. `begin` begins each claim, where there are several trainings in a run."""
-        tolerance, claim = TOLERANCE[run.dtype], lambda what, *more: run.evidence.claim(begin + what, *more)
+    def claim(self, run: Run, norm_note: str = "") -> None:
+        tolerance, claim = TOLERANCE[run.dtype], run.evidence.claim
         same = "largest relative difference 0"
         claim("losses equal one process, all steps", same, 0, self.loss, tolerance.loss)
         claim("every gradient equals one process, all steps", same, 0, self.gradient, tolerance.gradient)

@@ -30,6 +30,10 @@ class Measured:
     messages: dict[str, tuple[float, float]]  # of a step, by direction F or B: messages and bytes sent
     copies: dict[str, Tensor]  # this rank's copies of what other ranks hold too
 
+    def sent(self) -> tuple[float, float]:
+        """Messages and bytes of a step, in both directions."""
+        return sum(n for n, _ in self.messages.values()), sum(b for _, b in self.messages.values())
+
 
 def show(run: Run, measured: list[Measured]) -> None:
     timeline = [m.events for m in measured]
@@ -39,7 +43,7 @@ def show(run: Run, measured: list[Measured]) -> None:
         write_file(run.args.trace, to_trace(timeline))
     rows = [
         (rank, m.parameter_bytes / 1e6, m.in_flight, sum(m.by_stage.values()) / 1e6, m.peak_saved / 1e6,
-         sum(e.end[1] - e.start[1] for e in m.events) * 1e3, sum(n for n, _ in m.messages.values()))
+         sum(e.end[1] - e.start[1] for e in m.events) * 1e3, m.sent()[0])
         for rank, m in enumerate(measured)
     ]  # fmt: skip
     header = ("rank", "parameters MB", "in flight", "saved MB, 1 microbatch", "saved MB, peak", "compute ms a step",
@@ -51,53 +55,61 @@ def show(run: Run, measured: list[Measured]) -> None:
             "the last stage also has the head and the loss, so stages are not equal")  # fmt: skip
 
 
-def claim_copies(run: Run, measured: list[Measured], begin: str = "") -> None:
-    """What several ranks hold, the tied embedding for example, stays one."""
-    first: dict[str, Tensor] = {}
-    differing = elements = 0
-    for name, value in (item for m in measured for item in m.copies.items()):
-        differing += (first.setdefault(name, value) != value).sum().item()
-    elements = sum(value.numel() for value in first.values())
-    if first:
-        run.evidence.claim(
-            f"{begin}copies on several ranks: tied embedding", f"differ in 0 of {elements:,} elements", 0, differing
-        )
-
-
-def claim_messages(run: Run, schedule: Schedule, measured: list[Measured], begin: str = "") -> None:
-    ranks = range(len(measured))
-    stages, microbatches = size(schedule)
-    args, rank_of = run.args, placement(schedule)
-    message = args.batch // microbatches * args.sequence * args.hidden * DTYPES[args.dtype].itemsize
-    expected = [0] * len(measured)
+def messages_by_rule(schedule: Schedule) -> list[int]:
+    """Messages that each rank sends: wherever a stage and the one before or after it are on two ranks."""
+    rank_of, sent = placement(schedule), [0] * len(schedule)
     for (stage, microbatch), rank in rank_of.items():
         for neighbour in (stage - 1, stage + 1):  # its gradient goes to the one, its activation to the other
-            expected[rank] += rank_of.get((neighbour, microbatch), rank) != rank
+            sent[rank] += rank_of.get((neighbour, microbatch), rank) != rank
+    return sent
+
+
+def claim_messages(run: Run, schedule: Schedule, measured: list[Measured]) -> None:
+    args, ranks, expected = run.args, range(len(measured)), messages_by_rule(schedule)
+    stages, microbatches = size(schedule)
+    message = args.batch // microbatches * args.sequence * args.hidden * DTYPES[args.dtype].itemsize
     one_each = all(len(those) == 1 for those in held(schedule))
     run.evidence.each(
-        f"{begin}messages sent per rank and step",
+        "messages sent per rank and step",
         "m forward but on the last rank, m backward but on the first"
         if one_each
-        else f"m = {microbatches} for each border between two of the {stages} stages, but on one rank",
-        [(f"{begin}messages sent a step on rank {r}", expected[r], sum(n for n, _ in measured[r].messages.values()))
-         for r in ranks],
-    )  # fmt: skip
+        else f"m = {microbatches} for each end of the {stages} stages with a neighbour on another rank",
+        [(f"messages sent a step on rank {r}", expected[r], measured[r].sent()[0]) for r in ranks],
+    )
     run.evidence.each(
-        f"{begin}bytes sent per rank and step",
+        "bytes sent per rank and step",
         f"messages x b·s·h elements = messages x {message:,}",
-        [(f"{begin}bytes sent a step on rank {r}", expected[r] * message,
-          sum(b for _, b in measured[r].messages.values())) for r in ranks],
-    )  # fmt: skip
+        [(f"bytes sent a step on rank {r}", expected[r] * message, measured[r].sent()[1]) for r in ranks],
+    )
 
 
-def claim_timeline(run: Run, measured: list[Measured], planned: Verdict, begin: str = "") -> None:
+def differing_copies(measured: list[Measured]) -> tuple[int, int]:
+    """Elements that are not the same on all ranks that hold them, and how many are on several ranks."""
+    first: dict[str, Tensor] = {}
+    differing = 0
+    for name, value in (item for m in measured for item in m.copies.items()):
+        differing += (first.setdefault(name, value) != value).sum().item()
+    return differing, sum(value.numel() for value in first.values())
+
+
+def claim_copies(run: Run, measured: list[Measured]) -> None:
+    """What several ranks hold, the tied embedding for example, stays one."""
+    differing, elements = differing_copies(measured)
+    if elements:
+        what = "copies on several ranks: tied embedding"
+        run.evidence.claim(what, f"differ in 0 of {elements:,} elements", 0, differing)
+
+
+def differing_actions(measured: list[Measured], planned: Verdict) -> int:
+    """Actions that the ranks did not carry out when, by their virtual clocks, the plan has them."""
     executed = [[(e.label, e.start[0], e.end[0]) for e in m.events] for m in measured]
     drawn = [[(e.label, e.start[0], e.end[0]) for e in row] for row in planned.events]
-    actions = sum(map(len, drawn))
-    different = sum(a != b for rows in zip(executed, drawn, strict=True) for a, b in zip_longest(*rows))
-    run.evidence.claim(
-        f"{begin}actions executed other than drawn above", f"0 of {actions}, by the ranks' virtual clocks", 0, different
-    )
+    return sum(a != b for rows in zip(executed, drawn, strict=True) for a, b in zip_longest(*rows))
+
+
+def claim_timeline(run: Run, measured: list[Measured], planned: Verdict) -> None:
+    formula = f"0 of {sum(map(len, planned.events))}, by the ranks' virtual clocks"
+    run.evidence.claim("actions executed other than drawn above", formula, 0, differing_actions(measured, planned))
 
 
 def claim_bubble(run: Run, measured: list[Measured], of_ideal: float, formula: str, formula_of_wall: str) -> None:

@@ -125,15 +125,8 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
     measured, worst = train_with(run, schedule)
     if measured:
         evidence.show(run, measured)
-        claim_all(run, schedule, planned, measured, worst)
+        worst.claim(run, ", copies once")
+        evidence.claim_copies(run, measured)
+        evidence.claim_messages(run, schedule, measured)
+        evidence.claim_timeline(run, measured, planned)
     return measured
-
-
-def claim_all(
-    run: Run, schedule: Schedule, planned: Verdict, measured: list[Measured], worst: Comparison, name: str = ""
-) -> None:
-    """What every schedule must hold. `name` begins each claim where there are several schedules."""
-    worst.claim(run, ", copies once", name)
-    evidence.claim_copies(run, measured, name)
-    evidence.claim_messages(run, schedule, measured, name)
-    evidence.claim_timeline(run, measured, planned, name)

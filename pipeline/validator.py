@@ -135,37 +135,44 @@ def _source(action: Action, stages: int) -> tuple[int, str, int] | None:
 def _check_complete(schedule: Schedule) -> None:
     if not any(schedule):
         raise ScheduleError("the schedule has no action")
-    where: dict[Action, str] = {}
+    where: dict[Action, tuple[int, int]] = {}
     home: dict[tuple[int, int], int] = {}
     for rank, row in enumerate(schedule):
         if not row:
             raise ScheduleError(f"rank {rank} has no action")
         for position, action in enumerate(row):
             stage, kind, microbatch = action
-            here = f"rank {rank}, position {position}, {action}"
             if kind not in UNIT_COSTS:
-                raise ScheduleError(f"{here}: not F, B, I or W, the compute actions; messages are added by rule")
-            if stage < 0 or microbatch < 0:
-                raise ScheduleError(f"{here}: stages and microbatches count from 0")
-            if home.setdefault((stage, microbatch), rank) != rank:
-                raise ScheduleError(
-                    f"{here}: stage {stage} of microbatch {microbatch} is already on rank {home[stage, microbatch]}"
-                )
-            twice = [action] + [action._replace(kind=k) for k in {"B": "IW", "I": "B", "W": "B"}.get(kind, "")]
-            if before := next((where[a] for a in twice if a in where), None):
-                raise ScheduleError(f"{here}: done twice, first as {before}")
-            first = {"B": "F", "I": "F", "W": "I"}.get(kind)
-            if first and action._replace(kind=first) not in where:
-                raise ScheduleError(f"{here}: before its {first}")
-            where[action] = here
+                why = "not F, B, I or W, the compute actions; messages are added by rule"
+            elif stage < 0 or microbatch < 0:
+                why = "stages and microbatches count from 0"
+            elif home.setdefault((stage, microbatch), rank) != rank:
+                why = f"stage {stage} of microbatch {microbatch} is already on rank {home[stage, microbatch]}"
+            elif twice := [a for a in (action, *_other_form(action)) if a in where]:
+                why = f"done twice, first as {_here(*where[twice[0]], twice[0])}"
+            elif kind != "F" and (stage, "I" if kind == "W" else "F", microbatch) not in where:
+                why = f"before its {'I' if kind == 'W' else 'F'}"
+            else:
+                where[action] = rank, position
+                continue
+            raise ScheduleError(f"{_here(rank, position, action)}: {why}")
     stages, microbatches = size(schedule)
-    holders = [[rank for rank, those in enumerate(held(schedule)) if stage in those] for stage in range(stages)]
+    everyone = held(schedule)
+    holders = [[rank for rank, those in enumerate(everyone) if stage in those] for stage in range(stages)]
     for stage, ranks in enumerate(holders):
         if len(ranks) > 2:
             raise ScheduleError(f"stage {stage} is on ranks {', '.join(map(str, ranks))}; at most two hold a copy")
         for microbatch in range(microbatches):
-            kinds = "FIW" if Action(stage, "I", microbatch) in where else "FB"
-            for kind in kinds:
-                if Action(stage, kind, microbatch) not in where:
+            for kind in "FIW" if (stage, "I", microbatch) in where else "FB":
+                if (stage, kind, microbatch) not in where:
                     holder = f"rank {ranks[0]}" if ranks else "every rank"
                     raise ScheduleError(f"{holder}: {stage}{kind}{microbatch} is missing")
+
+
+def _other_form(action: Action) -> list[Action]:
+    """What does the same as this backward, or a part of it."""
+    return [action._replace(kind=kind) for kind in {"B": "IW", "I": "B", "W": "B"}.get(action.kind, "")]
+
+
+def _here(rank: int, position: int, action: Action) -> str:
+    return f"rank {rank}, position {position}, {action}"

@@ -12,12 +12,13 @@ import pytest
 
 from tests.pool import ROOT, Pool
 
-LESSONS = ("naive", "gpipe", "1f1b")
+LESSONS = ("naive", "gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe", "auto", "compare")
+ONE_STAGE = LESSONS[:3]  # a rank
 QUICK = ("--steps", "2", "--batch", "8", "--sequence", "16", "--hidden", "16")
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
-@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 1), (2, 8), (4, 4), (8, 2), (8, 8)])
+@pytest.mark.parametrize("lesson", ONE_STAGE)
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 1), (4, 4), (8, 2), (8, 8)])
 def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int, microbatches: int) -> None:
     report = tmp_path / "report.json"
     flags = (*QUICK, "--microbatches", str(microbatches), "--report", str(report))
@@ -36,6 +37,97 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int, 
     assert written["tokens_per_second"] > 0
     assert f"{len(written['claims'])} of {len(written['claims'])} claims held" in outcome.out
     assert outcome.out.count("Lecture") == 1, "only rank 0 speaks"
+
+
+SEVERAL_STAGES = {
+    "interleaved": ("interleaved", ("--microbatches", "8")),
+    "interleaved, three chunks": ("interleaved", ("--microbatches", "8", "--chunks", "3", "--layers", "24")),
+    "interleaved, unequal groups": ("interleaved", ("--microbatches", "7", "--batch", "7")),
+    "interleaved, few": ("interleaved", ("--microbatches", "2")),
+    "zb-h1": ("zero_bubble", ("--schedule", "zb-h1", "--microbatches", "8")),
+    "zb-h2": ("zero_bubble", ("--schedule", "zb-h2")),
+    "zb-v": ("zero_bubble", ("--schedule", "zb-v")),
+    "zb-v, few": ("zero_bubble", ("--schedule", "zb-v", "--microbatches", "2")),
+    "dualpipe": ("dualpipe", ()),
+    "dualpipev": ("dualpipe", ("--schedule", "dualpipev")),
+    "auto": ("auto", ("--microbatches", "8", "--message", "0.2", "--memory", "5")),
+    "compare": ("compare", ("--large", "8", "16", "--costs", "1", "1.2", "0.8", "--memory", "4")),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks"),
+    [*((case, 4) for case in SEVERAL_STAGES), ("interleaved", 2), ("zb-v", 2), ("dualpipe", 2), ("zb-h2", 8),
+     ("dualpipe", 8), ("dualpipev", 8), ("compare", 3)],
+)  # fmt: skip
+def test_every_claim_holds_with_several_stages(pool: Pool, tmp_path: Path, case: str, ranks: int) -> None:
+    lesson, flags = SEVERAL_STAGES[case]
+    report = tmp_path / "report.json"
+    sizes = ("--batch", "48", "--layers", "48" if ranks == 3 else "16", "--report", str(report))
+    sizes = (*QUICK, *sizes, *(("--microbatches", "12") if ranks == 3 else ()))
+    outcome = pool.script(ranks, f"pipeline/{lesson}.py", *sizes, *flags)
+    assert outcome.codes == [0] * ranks, outcome.out + outcome.err
+    claims = json.loads(report.read_text())["claims"]
+    assert claims
+    assert all(claim["holds"] for claim in claims)
+
+
+def test_a_schedule_of_ones_own(pool: Pool, tmp_path: Path) -> None:
+    own, plot = tmp_path / "own.csv", tmp_path / "plot.svg"
+    own.write_text("0F0,0F1,0B0,0I1,0W1\n1F0,1I0,1F1,1W0,1B1\n")
+    flags = ("--csv", str(own), "--plot", str(plot), "--microbatches", "2", "--large", "2", "2")
+    outcome = pool.script(2, "pipeline/compare.py", *QUICK, *flags)
+    assert outcome.codes == [0, 0], outcome.out + outcome.err
+    assert f"{own}: yours" in outcome.out
+    assert "choose " in outcome.out
+    assert "<svg" in plot.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("0F0,0B0\n1F0,1X0\n", "rank 1, position 1: '1X0' is no action"),
+        ("0F0,0B0\n1F0,1I0\n", "rank 1: 1W0 is missing"),
+        ("0F0,0B0\n1B0,1F0\n", "rank 1, position 0, 1B0: before its F"),
+        ("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n", "deadlock: rank 0, position 1, 0B0 waits for 1B0"),
+        ("0F0,0B0\n", "is for 1 ranks; use --nproc_per_node 1"),
+        ("0F0,0B0\n1F0,1B0\n", "has 1 microbatches; use --microbatches 1"),
+    ],
+)
+def test_a_bad_schedule_is_refused(pool: Pool, tmp_path: Path, text: str, why: str) -> None:
+    own = tmp_path / "own.csv"
+    own.write_text(text)
+    flags = (*QUICK, "--microbatches", "2", "--csv", str(own))
+    outcome = pool.script(2, "pipeline/compare.py", *flags, started=1)
+    assert outcome.codes == [2], outcome.err
+    assert f"--csv {own}: " in outcome.err
+    assert why in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("lesson", "ranks", "flags", "hint"),
+    [
+        ("interleaved", 4, ("--layers", "4"), "--layers 8"),
+        ("interleaved", 4, ("--chunks", "0"), "--chunks 2"),
+        ("zero_bubble", 4, ("--layers", "4"), "--layers 8, or --nproc_per_node one of 2"),
+        ("dualpipe", 3, (), "--nproc_per_node 4"),
+        ("dualpipe", 4, ("--microbatches", "4"), "--microbatches 8"),
+        ("dualpipe", 4, ("--microbatches", "13"), "--microbatches 14"),
+        ("dualpipe", 4, ("--schedule", "dualpipev", "--microbatches", "4"), "--microbatches 8"),
+        ("auto", 4, ("--memory", "0.5"), "--memory 4"),
+        ("auto", 4, ("--message", "-1"), "--message 0.1"),
+        ("auto", 4, ("--copies", "0"), "--copies 1"),
+        ("compare", 4, ("--costs", "1", "0", "1"), "--costs 1 1 1"),
+        ("compare", 4, ("--large", "0", "4"), "--large 64 512"),
+        ("compare", 4, ("--csv", "/nowhere.csv"), "--csv /nowhere.csv: No such file"),
+    ],
+)
+def test_other_sizes_are_refused(pool: Pool, lesson: str, ranks: int, flags: tuple[str, ...], hint: str) -> None:
+    outcome = pool.script(ranks, f"pipeline/{lesson}.py", *flags, started=1)
+    assert outcome.codes == [2], outcome.err
+    assert hint in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("flags", [("--dtype", "float32"), ("--dtype", "bfloat16"), ("--untied",), ("--clip", "1e9"),
