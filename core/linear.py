@@ -27,8 +27,9 @@ class Later(NamedTuple):
 
     def add(self) -> None:
         """Compute, and add to `.grad` as autograd does, with its hooks."""
-        pairs = zip(self.parameters, self.compute(), strict=True)
-        trained = [(p, g) for p, g in pairs if g is not None]
+        with torch.no_grad():  # as in a backward
+            gradients = self.compute()
+        trained = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
         torch.autograd.backward([p for p, _ in trained], [g for _, g in trained])
 
 
@@ -40,6 +41,7 @@ class Deferred:
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
         self.on = False
+        self.expected = True  # whether the backward of what is computed now will be within `with deferred:`
         self.account: SavedActivations | None = None
         self._later: list[Later] = []
         for p in parameters:
@@ -103,8 +105,9 @@ class _Split(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., I) to (..., O); torch's own, but where the weight's gradient may be deferred."""
-    if hasattr(weight, "deferred"):
+    """(..., I) to (..., O); torch's own, which is quicker, but where the weight's gradient may be deferred."""
+    deferred = getattr(weight, "deferred", None)
+    if deferred is not None and deferred.expected:
         return _Split.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

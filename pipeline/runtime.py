@@ -96,8 +96,8 @@ class Pipeline:
         self.in_flight_peak = 0
         self._kept: dict[tuple[int, int], Kept] = {}  # by (stage, microbatch): forward done, backward not yet
         self._owed: dict[tuple[int, int], list[Later]] = {}  # input gradient done, weight gradients not yet
-        split = any(action.kind == "I" for action in schedule[axis.index])
-        self._deferred = Deferred(p for stage in stages.values() for p in stage.parameters()) if split else None
+        self._split = {(a.stage, a.microbatch) for a in schedule[axis.index] if a.kind == "I"}
+        self._deferred = Deferred(p for stage in stages.values() for p in stage.parameters()) if self._split else None
         # Messages.
         program = with_communication(schedule)
         self.program = program[axis.index]
@@ -160,6 +160,8 @@ class Pipeline:
 
     def _forward(self, action: Action, tokens: Tensor, targets: Tensor, draw: Draw | None) -> Tensor:
         x = tokens if action.stage == 0 else self._arrived(action).requires_grad_()
+        if self._deferred:
+            self._deferred.expected = (action.stage, action.microbatch) in self._split
         before = self._trace.saved.live if self._trace else 0
         with self._measured(action), self._trace.saved if self._trace else nullcontext():
             y = self.stages[action.stage](x, draw)
@@ -175,6 +177,8 @@ class Pipeline:
         """Whole, or for an I only what does not lead to the gradients of the linear layers' weights."""
         gradient = None if action.stage == self.last else self._arrived(action)
         kept = self._kept.pop((action.stage, action.microbatch))
+        if self._deferred:  # for what is computed again in a backward
+            self._deferred.expected = action.kind == "I"
         if kept.exit is not None:
             with self._measured(action), self._deferred if action.kind == "I" else nullcontext():
                 torch.autograd.backward(kept.exit, gradient)

@@ -87,7 +87,7 @@ def validate(schedule: Schedule, costs: Costs = UNIT_COSTS, message: float = 0.0
         for rank, row in enumerate(schedule):
             while at[rank] < len(row):
                 block = row[at[rank] : at[rank] + 1]
-                if together and (*row[at[rank] : at[rank] + 2],) in row.pairs:
+                if together and (*row[at[rank] : at[rank] + 2],) in getattr(row, "pairs", ()):
                     block = row[at[rank] : at[rank] + 2]
                 start = now[rank]
                 for action in block:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from einops import rearrange
 from tabulate import tabulate
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, schedules
 
 from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.launch import Job, choose_device, launch, place
@@ -26,11 +26,18 @@ from core.ledger import Ledger
 from core.mesh import Mesh
 from core.text import Text
 from pipeline.runtime import Pipeline
-from pipeline.schedules import build
-from pipeline.stages import cut
+from pipeline.schedules import Schedule, build, held, size
+from pipeline.stages import cut, each_stage
 
 CONFIG = GPTConfig(layers=8, hidden=256, heads=4, sequence=64)
 BATCH, MICROBATCHES = 32, 8
+PAIRS = {
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "interleaved": "ScheduleInterleaved1F1B",
+    "zb-v": "ScheduleZBVZeroBubble",
+    "dualpipev": "ScheduleDualPipeV",
+}
 
 
 def timed(step: Callable[[], None]) -> float:
@@ -51,29 +58,31 @@ def bench(job: Job, rounds: int) -> None:
     shape = (BATCH // MICROBATCHES, CONFIG.sequence, CONFIG.hidden)
     loss = partial(token_loss, tokens=tokens)
 
-    def stage() -> GPT:
-        return materialize(cut(GPT(CONFIG), [axis.index], axis.size), 0, job.device, dtype)
+    def part(schedule: Schedule) -> tuple[GPT, dict[int, GPT]]:
+        stages, mine = size(schedule)[0], held(schedule)[axis.index]
+        model = materialize(cut(GPT(CONFIG), mine, stages), 0, job.device, dtype)
+        return model, each_stage(model, mine, stages)
 
     def ours(name: str) -> tuple[GPT, Callable[[], None]]:
-        model = stage()
         schedule = build(name, axis.size, MICROBATCHES)
-        pipeline = Pipeline({axis.index: model}, loss, schedule, axis, shape, dtype, job.device)
+        model, stages = part(schedule)
+        pipeline = Pipeline(stages, loss, schedule, axis, shape, dtype, job.device)
         return model, lambda: pipeline.step(inputs, targets)
 
-    def torchs(schedule_class: type) -> tuple[GPT, Callable[[], None]]:
-        model = stage()
-        pipe = PipelineStage(model, axis.index, axis.size, job.device, group=axis.group)
-        schedule = schedule_class(pipe, MICROBATCHES, loss_fn=loss, scale_grads=False)
-        data = [whole[0]] if axis.index == 0 else []
-        target = {"target": whole[1]} if axis.index == axis.size - 1 else {}
+    def torchs(name: str, schedule_class: type) -> tuple[GPT, Callable[[], None]]:
+        plan = build(name, axis.size, MICROBATCHES)
+        count, (model, stages) = size(plan)[0], part(plan)
+        pipes = [PipelineStage(m, s, count, job.device, group=axis.group) for s, m in stages.items()]
+        one = issubclass(schedule_class, schedules.PipelineScheduleSingle)
+        schedule = schedule_class(pipes[0] if one else pipes, MICROBATCHES, loss_fn=loss, scale_grads=False)
+        data = [whole[0]] if 0 in stages else []
+        target = {"target": whole[1]} if count - 1 in stages else {}
         return model, lambda: schedule.step(*data, **target)
 
-    runs = {
-        "1f1b": ours("1f1b"),
-        "Schedule1F1B": torchs(Schedule1F1B),
-        "gpipe": ours("gpipe"),
-        "ScheduleGPipe": torchs(ScheduleGPipe),
-    }
+    runs = {}
+    for name, theirs in PAIRS.items():
+        runs[name] = ours(name)
+        runs[theirs] = torchs(name, getattr(schedules, theirs))
     single = materialize(GPT(CONFIG), 0, job.device, dtype)
 
     def one_process(parts: list[tuple[Tensor, Tensor]]) -> None:
@@ -92,8 +101,8 @@ def bench(job: Job, rounds: int) -> None:
             times[name].append(timed(step))
     same = [
         all(torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6) for a, b in
-            zip(runs[ours_][0].parameters(), runs[theirs][0].parameters(), strict=True))
-        for ours_, theirs in (("1f1b", "Schedule1F1B"), ("gpipe", "ScheduleGPipe"))
+            zip(runs[name][0].parameters(), runs[theirs][0].parameters(), strict=True))
+        for name, theirs in PAIRS.items()
     ]  # fmt: skip
     equal = job.gather(same)
     if job.rank:
@@ -109,8 +118,8 @@ def bench(job: Job, rounds: int) -> None:
     print(
         f"\nmedian of the ratios, {rounds} rounds, {job.world_size} ranks on {os.cpu_count()} cores, {job.device.type}"
     )
-    print(f"1f1b / torch's Schedule1F1B            {ratio('1f1b', 'Schedule1F1B'):.3f}")
-    print(f"gpipe / torch's ScheduleGPipe          {ratio('gpipe', 'ScheduleGPipe'):.3f}")
+    for name, theirs in PAIRS.items():
+        print(f"{f'{name} / {theirs}':<40} {ratio(name, theirs):.3f}")
     print("parallel efficiency, one process on all cores / 1f1b:")
     print(f"  one process with the whole batch     {ratio('one process, whole batch', '1f1b'):.3f}")
     print(f"  one process with the same m          {ratio('one process, microbatches', '1f1b'):.3f}")

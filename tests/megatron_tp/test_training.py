@@ -52,3 +52,20 @@ def test_recomputation(pool: Pool, recompute: str) -> None:
 def test_in_a_pipeline(pool: Pool, tp: int, pp: int, options: dict) -> None:
     config = GPTConfig(**SMALL | {"layers": 4} | options)
     equals_one_process(pool, config, Layout(tp=tp, pp=pp, samples=6, microbatches=3))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "microbatches"),
+    [("interleaved", 2, 6), ("zb-h1", 4, 6), ("zb-h2", 2, 3), ("zb-v", 4, 3), ("dualpipe", 2, 6), ("dualpipev", 2, 6)],
+)
+def test_with_any_schedule(pool: Pool, schedule: str, pp: int, microbatches: int) -> None:
+    """Several stages a rank, and weight gradients that the layers leave for later."""
+    config = GPTConfig(**SMALL | {"layers": 8})
+    equals_one_process(pool, config, Layout(tp=2, pp=pp, samples=6, microbatches=microbatches, schedule=schedule))
+
+
+def test_recomputation_with_split_backwards(pool: Pool) -> None:
+    config = GPTConfig(**SMALL | {"layers": 8}, dropout=0.3, attention="softmax")
+    equals_one_process(
+        pool, config, Layout(tp=2, pp=4, samples=6, microbatches=6, schedule="zb-v", recompute="selective")
+    )

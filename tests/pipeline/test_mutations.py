@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import core.training
-from core import comm, gpt, ledger, p2p
+from core import comm, gpt, ledger, linear, p2p
 from core.launch import Job, Stop
 from core.lesson import Lesson, Run
 from core.mesh import Axis
@@ -205,6 +205,88 @@ def every_activation_is_counted_twice() -> AbstractContextManager:
     return patch.object(p2p.Mail, "send", wrong)
 
 
+def messages_have_no_tags() -> AbstractContextManager:
+    """With two ranks forward and backward messages come from one peer, not in the order in which they are asked for."""
+    return patch.object(Pipeline, "_tag", lambda self, receive: 0)
+
+
+def chunks_are_placed_side_by_side() -> AbstractContextManager:
+    """Stage k of rank r is rv+k, not kp+r: complete, but no longer interleaved."""
+    module = importlib.import_module("pipeline.interleaved")
+    right = module.schedule
+
+    def wrong(ranks: int, microbatches: int, chunks: int) -> list:
+        rows = right(ranks, microbatches, chunks)
+        return [[a._replace(stage=a.stage % ranks * chunks + a.stage // ranks) for a in row] for row in rows]
+
+    return patch.object(module, "schedule", wrong)
+
+
+def weights_gradients_are_forgotten_once() -> AbstractContextManager:
+    right = Pipeline._add_weight_gradients
+
+    def wrong(self: Pipeline, action: object) -> None:
+        if action.microbatch == 3:
+            self._owed.pop((action.stage, action.microbatch))
+        else:
+            right(self, action)
+
+    return patch.object(Pipeline, "_add_weight_gradients", wrong)
+
+
+def weights_gradients_come_at_once_and_later() -> AbstractContextManager:
+    """As where a backward is run twice, once for each half, and the first does the whole."""
+    right = linear.Deferred.put
+
+    def wrong(self: linear.Deferred, weight: Tensor, bias: Tensor, compute: Callable, reads: tuple) -> tuple:
+        right(self, weight, bias, compute, reads)
+        return compute()
+
+    return patch.object(linear.Deferred, "put", wrong)
+
+
+def the_stage_is_taken_back_whole() -> AbstractContextManager:
+    """No split: an I does all, and a W nothing."""
+    return patch.object(linear, "deferring", lambda weight: None)
+
+
+def what_a_weight_gradient_reads_is_kept() -> AbstractContextManager:
+    leak, right = [], linear.Deferred.take
+
+    def wrong(self: linear.Deferred) -> list:
+        taken = right(self)
+        leak.extend(taken)
+        return taken
+
+    return patch.object(linear.Deferred, "take", wrong)
+
+
+def dualpipes_copies_are_not_summed() -> AbstractContextManager:
+    return patch.object(stages.Copies, "sum_gradients", lambda self: None)
+
+
+def dualpipes_copies_count_twice() -> AbstractContextManager:
+    return patch.object(stages.Copies, "counted_here", lambda self, parameter: True)
+
+
+def dualpipes_copies_take_all_microbatches() -> AbstractContextManager:
+    """The sum of the copies twice, as if each had seen the whole batch and they were averaged wrongly."""
+    right = stages.Copies.sum_gradients
+
+    def wrong(self: stages.Copies) -> None:
+        right(self)
+        right(self)
+
+    return patch.object(stages.Copies, "sum_gradients", wrong)
+
+
+def one_direction_only() -> AbstractContextManager:
+    """DualPipe's name, another schedule: its ranks hold one stage."""
+    module = importlib.import_module("pipeline.dualpipe")
+    right = importlib.import_module("pipeline.1f1b").schedule
+    return patch.object(module, "build", lambda name, ranks, microbatches: right(ranks, microbatches))
+
+
 LOSS, GRADIENT, NORM = "losses equal", "every gradient equals", "the global gradient norm"
 PARAMETER, COPIES = "every parameter after every step", "copies on several ranks"
 MUST_FAIL = {
@@ -230,30 +312,59 @@ MUST_FAIL = {
 }
 
 
+OF_LESSON = {
+    ("zb-v", messages_have_no_tags): {LOSS},  # interleaved asks in the order in which its peers send
+    ("interleaved", chunks_are_placed_side_by_side): {"stopped: this schedule cannot run"},
+    ("zb-h1", weights_gradients_are_forgotten_once): {GRADIENT, NORM, PARAMETER},
+    ("zb-h1", weights_gradients_come_at_once_and_later): {GRADIENT, NORM},
+    ("zb-h2", what_a_weight_gradient_reads_is_kept): {"saved above on rank 0"},
+    ("zb-v", tied_gradient_summed_on_one_copy): set(),  # one rank has both ends: nothing is exchanged
+    ("dualpipe", dualpipes_copies_are_not_summed): {GRADIENT, NORM, COPIES},
+    ("dualpipe", dualpipes_copies_count_twice): {NORM},
+    ("dualpipe", dualpipes_copies_take_all_microbatches): {GRADIENT, NORM},
+    ("dualpipe", one_direction_only): {"parameters on all ranks", "in flight on rank 0", "bubble within"},
+}
+
+
 # ---- The lesson with a bug in it
 
+MODULES = {"dualpipev": "dualpipe", "zb-h1": "zero_bubble", "zb-h2": "zero_bubble", "zb-v": "zero_bubble"}
 
-def failing_claims(bug: Callable[[], AbstractContextManager] | None) -> list[str]:
-    """Run 1f1b.py's lesson inside a worker; the claims that failed, on rank 0."""
-    frame = Lesson("pipeline/1f1b.py", "08", "", "", "")
+
+def failing_claims(bug: Callable[[], AbstractContextManager] | None, name: str = "1f1b") -> list[str]:
+    """Run a lesson inside a worker; the claims that failed, on rank 0."""
+    module = MODULES.get(name, name)
+    frame = Lesson(f"pipeline/{module}.py", "08", "", "", "")
     training.add_flags(frame)
+    frame.parser.set_defaults(schedule=name, chunks=2)
     dropout = ["--dropout=0.2"] if bug is dropout_equal_in_all_microbatches else []
-    args = frame.parser.parse_args(FLAGS + dropout)
+    more = [] if name == "1f1b" else ["--layers=8", "--timeout=10"]
+    args = frame.parser.parse_args(FLAGS + dropout + more)
     run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), torch.float64)
     with bug() if bug else nullcontext():
         try:
-            importlib.import_module("pipeline.1f1b").lesson(run)
+            importlib.import_module(f"pipeline.{module}").lesson(run)
         except Stop as stop:
             return [f"stopped: {stop}"]
     return [claim.claim for claim in run.evidence.claims if not claim.holds]
 
 
-def test_without_a_bug_every_claim_holds(pool: Pool) -> None:
-    assert pool.run(RANKS, failing_claims, None)[0] == []
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe", "dualpipev"])
+def test_without_a_bug_every_claim_holds(pool: Pool, name: str) -> None:
+    assert pool.run(RANKS, failing_claims, None, name)[0] == []
 
 
 @pytest.mark.parametrize("bug", MUST_FAIL, ids=lambda bug: bug.__name__)
 def test_the_claims_catch(pool: Pool, bug: Callable) -> None:
     failed = pool.run(RANKS, failing_claims, bug)[0]
     missed = {claim for claim in MUST_FAIL[bug] if not any(f.startswith(claim) for f in failed)}
+    assert not missed, f"only these failed: {failed}"
+
+
+@pytest.mark.parametrize(("case", "must_fail"), OF_LESSON.items(), ids=[f"{n}-{b.__name__}" for n, b in OF_LESSON])
+def test_the_claims_of_other_schedules_catch(pool: Pool, case: tuple[str, Callable], must_fail: set[str]) -> None:
+    name, bug = case
+    ranks = 2 if bug is messages_have_no_tags else RANKS
+    failed = pool.run(ranks, failing_claims, bug, name)[0]
+    missed = {claim for claim in must_fail if not any(f.startswith(claim) for f in failed)}
     assert not missed, f"only these failed: {failed}"

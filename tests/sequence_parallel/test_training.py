@@ -67,3 +67,12 @@ def test_in_a_pipeline(pool: Pool, tp: int, pp: int, options: dict) -> None:
 def test_recomputation_in_a_pipeline(pool: Pool, recompute: str) -> None:
     config = GPTConfig(**SMALL | {"layers": 4} | DROPOUT)
     equals_one_process(pool, config, layout(tp=2, pp=4, samples=6, microbatches=6, recompute=recompute))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "microbatches"), [("interleaved", 2, 6), ("zb-h1", 4, 6), ("zb-v", 4, 3), ("dualpipe", 2, 6)]
+)
+def test_with_any_schedule(pool: Pool, schedule: str, pp: int, microbatches: int) -> None:
+    """Weight gradients that are left for later gather their input then."""
+    config = GPTConfig(**SMALL | {"layers": 8})
+    equals_one_process(pool, config, layout(tp=2, pp=pp, samples=6, microbatches=microbatches, schedule=schedule))
