@@ -1,4 +1,4 @@
-"""Lecture 08: pipeline parallelism, 1F1B (流水并行 1F1B 原理). Narayanan et al. 2021 (2104.04473).
+"""Lecture 08: pipeline parallelism, 1F1B (流水并行 1F1B/1F1B Interleaved 原理). Narayanan et al. 2021 (2104.04473).
 
     torchrun --nproc_per_node=8 pipeline/1f1b.py
 
@@ -72,7 +72,7 @@ if __name__ == "__main__":
         __file__,
         "08",
         "Pipeline parallelism: 1F1B",
-        "流水并行 1F1B 原理",
+        "流水并行 1F1B/1F1B Interleaved 原理",
         "One forward, one backward: GPipe's bubble with at most p-r microbatches in flight on rank r.",
         smallest=2,
     )

@@ -1,0 +1,48 @@
+"""What `run_all.sh` does once it has checked its input: every lesson on forked ranks, and one summary table.
+
+python -m tests.run_all RANKS LESSON...
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from tabulate import tabulate
+
+from tests.pool import Outcome, Pool
+
+STEPS = "3"
+
+
+def show(lesson: str, ranks: int, outcome: Outcome, report: Path) -> tuple[str, str, str, str]:
+    """Print what it said; its row of the summary."""
+    print(outcome.out, flush=True)
+    claims = json.loads(report.read_text())["claims"] if report.exists() else []
+    held = sum(claim["holds"] for claim in claims)
+    good = outcome.codes == [0] * ranks and held == len(claims) > 0
+    if not good:
+        print(f"exit codes {outcome.codes}\n{outcome.err}", flush=True)
+    shown = f"{held} of {len(claims)}" if claims else "no report"
+    return lesson, shown, f"{outcome.seconds:.0f}", "ok" if good else "FAILED"
+
+
+def main(ranks: int, lessons: list[str]) -> int:
+    pool, rows = Pool(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, lesson in enumerate(lessons):
+            print(f"\n======== torchrun --nproc_per_node={ranks} {lesson} --steps {STEPS}", flush=True)
+            report = Path(folder, f"{i}.json")
+            try:
+                outcome = pool.script(ranks, lesson, "--steps", STEPS, "--report", str(report), timeout=300)
+                rows.append(show(lesson, ranks, outcome, report))
+            except AssertionError as hung:
+                print(hung, flush=True)
+                rows.append((lesson, "hung", "300", "FAILED"))
+    pool.close()
+    print("\n" + tabulate(rows, ("lesson", "claims held", "seconds", "")))
+    return int(any(row[-1] == "FAILED" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
