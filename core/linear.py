@@ -82,8 +82,8 @@ def of_parameters(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | No
     """
 
     def compute() -> Gradients:
-        rows = gradient.flatten(0, -2)
-        of_weight = rows.T @ x.flatten(0, -2) if weight.requires_grad else None
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_weight = rows.T @ x.reshape(-1, x.shape[-1]) if weight.requires_grad else None
         return of_weight, rows.sum(0) if bias is not None and bias.requires_grad else None
 
     deferred = deferring(weight)

@@ -29,7 +29,8 @@ def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
 class Mail:
     """Point-to-point messages along one axis that neither the sender nor the receiver stops for.
 
-    A sent tensor is let go as soon as it has left: gloo tells that only to who waits, so a thread does.
+    A sent tensor is let go once it and what was sent before it have left: gloo tells that only to who waits, so a
+    thread does.
 
     Args:
         routes: every (sender, receiver, kind) that will be used, as places on the axis; the same on all its ranks.

@@ -14,9 +14,11 @@ p ranks, m microbatches
 """
 
 import argparse
+import csv
 import sys
 import time
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 
 from tabulate import tabulate
@@ -31,6 +33,7 @@ from pipeline.training import add_flags, train_with
 from pipeline.training import check as check_stages
 from pipeline.validator import Verdict, validate
 
+LARGEST = 100_000  # ranks x microbatches of a calculation that ends while the other ranks wait
 WHY = {
     "naive": "nothing runs at once",
     "gpipe": "the pipeline fills and empties once a step, and every microbatch is held",
@@ -80,7 +83,7 @@ def rows_for(ranks: int, microbatches: int, args: argparse.Namespace, own: Sched
         except ScheduleError as error:
             missing.append(str(error))
     if own:
-        found[args.csv] = own
+        found[f"your {args.csv}"] = own
     rows = [Row(name, s, validate(s, costs, args.message)) for name, s in found.items()]
     return rows, "".join(f"not here: {why}\n" for why in missing)
 
@@ -124,14 +127,15 @@ def own_schedule(args: argparse.Namespace, ranks: int) -> Schedule | None:
         validate(schedule)
     except OSError as error:
         raise ValueError(f"--csv {args.csv}: {error.strerror}; {usual}") from None
-    except (ScheduleError, UnicodeDecodeError) as error:
-        raise ValueError(f"--csv {args.csv}: {error}; {usual}") from None
-    stages, microbatches = size(schedule)
+    except (csv.Error, ValueError) as error:  # a ScheduleError, or no text at all
+        raise ValueError(f"--csv {args.csv!r}: {error}; {usual}") from None
+    _, microbatches = size(schedule)
     if len(schedule) != ranks:
         raise ValueError(f"--csv {args.csv}: is for {len(schedule)} ranks; use --nproc_per_node {len(schedule)}")
     if microbatches != args.microbatches:
-        raise ValueError(f"--csv {args.csv}: has {microbatches} microbatches; use --microbatches {microbatches}")
-    check_stages(args, stages, -(-stages // ranks))
+        batch = -(-args.batch // microbatches) * microbatches
+        use = f"--microbatches {microbatches} --batch {batch}"
+        raise ValueError(f"--csv {args.csv}: has {microbatches} microbatches; use {use}")
     return schedule
 
 
@@ -139,15 +143,23 @@ def check(args: argparse.Namespace, ranks: int) -> None:
     """Raises ValueError when a flag does not fit the others."""
     if args.chunks < 1:
         raise ValueError(f"--chunks {args.chunks}: a rank holds at least one stage; use --chunks 2")
-    check_stages(args, ranks * args.chunks, args.chunks)
-    check_stages(args, ranks * 2, 2)
-    if min(args.costs) <= 0 or args.message < 0 or max(*args.costs, args.message) == float("inf"):
+    own = own_schedule(args, ranks)
+    all_counts = lcm(ranks * args.chunks, 2 * ranks, size(own)[0] if own else 1)
+    if args.layers % all_counts or args.layers < all_counts:
+        raise ValueError(
+            f"--layers {args.layers}: must be a multiple of {all_counts}, the stages of every schedule; "
+            f"use --layers {max(1, round(args.layers / all_counts)) * all_counts}"
+        )
+    check_stages(args, ranks)
+    if not all(0 < cost < float("inf") for cost in args.costs) or not 0 <= args.message < float("inf"):  # NaN neither
         raise ValueError("--costs and --message: times, F, I and W more than 0; use --costs 1 1 1 --message 0")
     if args.memory is not None and not 0 < args.memory < float("inf"):
         raise ValueError(f"--memory {args.memory}: must be positive; use --memory {ranks}")
-    if min(args.large) < 1:
-        raise ValueError(f"--large {args.large[0]} {args.large[1]}: ranks and microbatches; use --large 64 512")
-    own_schedule(args, ranks)
+    if min(args.large) < 1 or args.large[0] * args.large[1] > LARGEST:
+        raise ValueError(
+            f"--large {args.large[0]} {args.large[1]}: ranks and microbatches, at least 1 and at most {LARGEST:,} "
+            "together; use --large 64 512"
+        )
 
 
 def lesson(run: Run) -> None:
@@ -156,7 +168,7 @@ def lesson(run: Run) -> None:
     rows, missing = rows_for(p, m, args, own)
     plans = {row.name: validate(row.schedule) for row in rows}  # with unit costs, as the ranks' clocks count
     for row in rows:
-        run.say(f"{row.name}: {WHY.get(row.name, 'yours')}\n{legend(row.schedule)}")
+        run.say(f"{row.name}: {WHY.get(row.name, 'from --csv')}\n{legend(row.schedule)}")
         run.say(draw(row.schedule, plans[row.name].events, sys.stdout.isatty()) + "\n")
     done: list[tuple[Row, list[Measured], Comparison]] = []
     for row in rows:
@@ -211,7 +223,7 @@ if __name__ == "__main__":
         "Every schedule on the same model: time, bubble, memory and messages in one table.",
         smallest=2,
     )
-    add_flags(frame, microbatches=16)
+    add_flags(frame, microbatches=16, trace=False)
     flag = frame.parser.add_argument
     flag("--chunks", type=int, default=2, help="stages a rank holds, of interleaved (default %(default)s)")
     flag("--costs", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("F", "I", "W"), help="default 1 1 1")

@@ -35,14 +35,9 @@ from pipeline.validator import validate
 def dualpipe(ranks: int, microbatches: int) -> Schedule:
     """Raises ScheduleError unless there are as many ranks and microbatches for each direction, and 2p or more."""
     if ranks % 2:
-        raise ScheduleError(
-            f"--nproc_per_node {ranks}: dualpipe pairs rank r with rank p-1-r; use --nproc_per_node {ranks + 1}"
-        )
+        raise ScheduleError(f"{ranks} ranks: dualpipe pairs rank r with rank p-1-r, and needs an even number")
     if microbatches % 2 or microbatches < 2 * ranks:
-        raise ScheduleError(
-            f"--microbatches {microbatches}: dualpipe needs p = {ranks} or more in each direction, as many in both; "
-            f"use --microbatches {2 * max(ranks, -(-microbatches // 2))}"
-        )
+        raise ScheduleError(f"{microbatches} microbatches: dualpipe needs an even number, 2p = {2 * ranks} or more")
     half, rows = microbatches // 2, []
     for rank in range(ranks):
         down, up = (rank, 0), (ranks - 1 - rank, half)  # stage and first microbatch
@@ -54,9 +49,7 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
 def dualpipev(ranks: int, microbatches: int) -> Schedule:
     """Raises ScheduleError where there are less than 2p microbatches."""
     if microbatches < 2 * ranks:
-        raise ScheduleError(
-            f"--microbatches {microbatches}: dualpipev needs 2p = {2 * ranks} or more; use --microbatches {2 * ranks}"
-        )
+        raise ScheduleError(f"{microbatches} microbatches: dualpipev needs 2p = {2 * ranks} or more")
     stages = [((rank, 0), (2 * ranks - 1 - rank, 0)) for rank in range(ranks)]
     return [one_rank(Row(*stages[rank]), rank, ranks, microbatches) for rank in range(ranks)]
 
@@ -117,7 +110,14 @@ def one_rank(row: Row, rank: int, ranks: int, microbatches: int) -> Row:
 
 def check(args: argparse.Namespace, ranks: int) -> None:
     """Raises ValueError when the model cannot be cut into the schedule's stages, or another flag does not fit."""
-    build(args.schedule, ranks, args.microbatches)
+    try:
+        build(args.schedule, ranks, args.microbatches)
+    except ScheduleError as error:
+        if ranks % 2 and args.schedule == "dualpipe":
+            raise ValueError(f"--nproc_per_node {error}; use --nproc_per_node 4") from None
+        m = max(2 * ranks, args.microbatches + args.microbatches % 2)
+        batch = -(-args.batch // m) * m
+        raise ValueError(f"--microbatches {error}; use --microbatches {m} --batch {batch}") from None
     chunks = 2 if args.schedule == "dualpipev" else 1
     check_stages(args, ranks * chunks, chunks)
 

@@ -26,6 +26,7 @@ class Measured:
     in_flight: int  # most microbatches between forward and backward, over all its stages
     by_stage: dict[int, int]  # bytes autograd saved for one microbatch, by stage
     peak_saved: int  # bytes at the peak
+    left_for_weights: int  # in the traced step, layers whose weight gradients a W has computed
     events: list[Event]  # of the traced step
     messages: dict[str, tuple[float, float]]  # of a step, by direction F or B: messages and bytes sent
     copies: dict[str, Tensor]  # this rank's copies of what other ranks hold too
@@ -37,10 +38,7 @@ class Measured:
 
 def show(run: Run, measured: list[Measured]) -> None:
     timeline = [m.events for m in measured]
-    if run.args.plot:
-        plot(run.args.plot, {f"{run.args.microbatches} microbatches on {len(measured)} ranks": timeline})
-    if run.args.trace:
-        write_file(run.args.trace, to_trace(timeline))
+    write_timeline(run, measured)
     rows = [
         (rank, m.parameter_bytes / 1e6, m.in_flight, sum(m.by_stage.values()) / 1e6, m.peak_saved / 1e6,
          sum(e.end[1] - e.start[1] for e in m.events) * 1e3, m.sent()[0])
@@ -126,6 +124,27 @@ def claim_own_bubble(run: Run, measured: list[Measured], formula: str, expected:
     wall = max(m.events[-1].end[0] for m in measured)
     busy = sum(e.end[0] - e.start[0] for e in measured[0].events)
     run.say(f"bubble: {max(idle):g} within the step, {wall - busy:g} with the wait for the global norm at its end")
+
+
+def claim_split(run: Run, schedule: Schedule, measured: list[Measured]) -> None:
+    """A W really does what an I has left: every linear layer of the stage, the head too."""
+    stages, _ = size(schedule)
+    each = 4 * run.args.layers // stages  # a layer has four
+    expected = [sum(each + (a.stage == stages - 1) for a in row if a.kind == "W") for row in schedule]
+    run.evidence.each(
+        "weight gradients computed by a W, not before",
+        "4 linear layers of each layer, and the head",
+        [(f"left for W on rank {r}", expected[r], m.left_for_weights) for r, m in enumerate(measured)],
+    )
+
+
+def write_timeline(run: Run, measured: list[Measured]) -> None:
+    """What `--plot` and `--trace` ask for."""
+    timeline = [m.events for m in measured]
+    if run.args.plot:
+        plot(run.args.plot, {f"{run.args.microbatches} microbatches on {len(measured)} ranks": timeline})
+    if run.args.trace:
+        write_file(run.args.trace, to_trace(timeline))
 
 
 def claim_in_flight(run: Run, measured: list[Measured], formula: str, expected: Sequence[int]) -> None:

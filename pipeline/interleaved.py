@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 pipeline/interleaved.py --chunks 2
 
 A rank holds v small stages instead of one large one: chunk k of rank r is stage kp+r, so a microbatch goes round the
-ranks v times. The pipeline fills after (p-1) small forwards, which makes the bubble v times smaller. The price is v
-times the messages, and a little memory: 1 + (p-1)/(pv) of 1F1B's.
+ranks v times. The pipeline fills after (p-1) small forwards, which makes the bubble v times smaller. The price is
+(pv-1)/(p-1) times the messages, a little more than v, and a little memory: 1 + (p-1)/(pv) of 1F1B's.
 
 Microbatches go in groups of p: a rank runs a group through its first chunk, the same group through its second, and so
 on, which is just when they come round again. As in 1F1B there are three phases on rank r:
@@ -87,7 +87,7 @@ if __name__ == "__main__":
         "08",
         "Pipeline parallelism: interleaved 1F1B",
         "流水并行 1F1B/1F1B Interleaved 原理",
-        "v small stages a rank: a bubble v times smaller, for v times the messages.",
+        "v small stages a rank: a bubble v times smaller, for a little more than v times the messages.",
         smallest=2,
     )
     add_flags(frame)

@@ -55,6 +55,7 @@ class Trace:
     clock: VirtualClock
     saved: SavedActivations
     by_stage: dict[int, int] = field(default_factory=dict)  # bytes that autograd saved for one microbatch
+    left_for_weights: int = 0  # layers whose weight gradients a W has computed
 
 
 class Pipeline:
@@ -132,7 +133,7 @@ class Pipeline:
         self._trace = trace
         if self._deferred:
             self._deferred.account = trace.saved if trace else None
-        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)  # not self.dtype: many small shares
         leaving = None  # the result of the last action, until it is sent
         for action in self.program:
             m = action.microbatch
@@ -188,6 +189,8 @@ class Pipeline:
 
     def _add_weight_gradients(self, action: Action) -> None:
         owed = self._owed.pop((action.stage, action.microbatch))
+        if self._trace:
+            self._trace.left_for_weights += len(owed)
         with self._measured(action):
             while owed:
                 owed.pop().add()  # and forget what it read

@@ -71,17 +71,19 @@ def named(problem: Problem) -> Iterator[Found]:
             yield Found(name, schedule, makespan(schedule, problem))
 
 
-def search(problem: Problem, tries: int = 3000, seed: int = 0) -> Found:
+def search(problem: Problem, tries: int | None = None, seed: int = 0) -> Found:
     """The best schedule found; never worse than a named one that fits.
 
     Args:
-        tries: changes tried on each of the few best candidates.
+        tries: changes tried on each of the few best candidates; None: as many as take some seconds, at most 3000.
 
     Raises:
         ScheduleError: nothing fits the memory.
     """
     candidates = list(named(problem))
     p = problem.ranks
+    if tries is None:
+        tries = max(50, min(3000, 1_500_000 // (6 * p * problem.microbatches)))
     placements = {"one stage a rank": [*range(p)], "V": [*range(p), *reversed(range(p))], "round": [*range(p)] * 2}
     settings = product((True, False), (True, False), (0.0, 0.5, 1.0))
     limits = {problem.memory, (problem.memory + p) / 2, float(p)}

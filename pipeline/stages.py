@@ -74,6 +74,8 @@ class Copies:
             holders = tuple(rank for rank in range(axis.size) if whole in names[rank])
             if len(holders) > 1:
                 self.shared[holders].append((whole, p))
+        for copies in self.shared.values():  # in one order on all ranks: a head's place is not an embedding's
+            copies.sort(key=lambda each: each[0])
         others = (copies for holders, copies in self.shared.items() if holders[0] != axis.index)
         self._counted_elsewhere = {p for copies in others for _, p in copies}
 

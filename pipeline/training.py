@@ -29,13 +29,14 @@ from pipeline.timeline import draw, legend
 from pipeline.validator import Verdict, validate
 
 
-def add_flags(lesson: Lesson, microbatches: int = 8) -> None:
-    """The flags of a pipeline lesson."""
+def add_flags(lesson: Lesson, microbatches: int = 8, trace: bool = True) -> None:
+    """The flags of a pipeline lesson, that to write a trace where there is one timeline to write."""
     add_model_flags(lesson)
     lesson.parser.set_defaults(steps=10)
     flag = lesson.parser.add_argument
     flag("--microbatches", type=int, default=microbatches, help="microbatches in a step (default %(default)s)")
-    flag("--trace", metavar="FILE.json", help="write the timeline for Perfetto or chrome://tracing")
+    if trace:
+        flag("--trace", metavar="FILE.json", help="write the timeline for Perfetto or chrome://tracing")
 
 
 def check(args: argparse.Namespace, stages: int, per_rank: int = 1) -> None:
@@ -69,6 +70,9 @@ def show_plan(run: Run, schedule: Schedule) -> Verdict:
 def train_with(run: Run, schedule: Schedule) -> tuple[list[Measured], Comparison]:
     """Train with the schedule beside one process; every rank's measurements, on rank 0, and the differences."""
     args, job, ledger = run.args, run.job, Ledger()
+    run.losses.clear()  # of an earlier schedule: the report has the last one's
+    run.reference_losses.clear()
+    run.training_seconds, run.tokens = 0.0, 0
     config = configuration(args)
     axis = Mesh(job.device.type, ledger, job.timeout, pp=job.world_size)["pp"]
     run.mesh = {"pp": axis.size}
@@ -107,6 +111,7 @@ def train_with(run: Run, schedule: Schedule) -> tuple[list[Measured], Comparison
             pipeline.in_flight_peak,
             trace.by_stage,
             trace.saved.peak,
+            trace.left_for_weights,
             trace.clock.events,
             {kind: (traffic.messages / args.steps, traffic.bytes / args.steps) for kind, traffic in sent.items()},
             {name: p.detach().cpu() for copies_ in copies.shared.values() for name, p in copies_},
@@ -129,4 +134,6 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
         evidence.claim_copies(run, measured)
         evidence.claim_messages(run, schedule, measured)
         evidence.claim_timeline(run, measured, planned)
+        if any(action.kind == "W" for row in schedule for action in row):
+            evidence.claim_split(run, schedule, measured)
     return measured

@@ -157,6 +157,7 @@ def _check_complete(schedule: Schedule) -> None:
                 continue
             raise ScheduleError(f"{_here(rank, position, action)}: {why}")
     stages, microbatches = size(schedule)
+    stages = min(stages, 1 + len(home))  # whatever number a stage has: one is missing before it
     everyone = held(schedule)
     holders = [[rank for rank, those in enumerate(everyone) if stage in those] for stage in range(stages)]
     for stage, ranks in enumerate(holders):
@@ -165,7 +166,8 @@ def _check_complete(schedule: Schedule) -> None:
         for microbatch in range(microbatches):
             for kind in "FIW" if (stage, "I", microbatch) in where else "FB":
                 if (stage, kind, microbatch) not in where:
-                    holder = f"rank {ranks[0]}" if ranks else "every rank"
+                    there = home.get((stage, microbatch), ranks[0] if ranks else None)
+                    holder = "every rank" if there is None else f"rank {there}"
                     raise ScheduleError(f"{holder}: {stage}{kind}{microbatch} is missing")
 
 

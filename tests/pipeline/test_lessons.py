@@ -78,7 +78,7 @@ def test_a_schedule_of_ones_own(pool: Pool, tmp_path: Path) -> None:
     flags = ("--csv", str(own), "--plot", str(plot), "--microbatches", "2", "--large", "2", "2")
     outcome = pool.script(2, "pipeline/compare.py", *QUICK, *flags)
     assert outcome.codes == [0, 0], outcome.out + outcome.err
-    assert f"{own}: yours" in outcome.out
+    assert f"your {own}: from --csv" in outcome.out
     assert "choose " in outcome.out
     assert "<svg" in plot.read_text()
 
@@ -91,7 +91,10 @@ def test_a_schedule_of_ones_own(pool: Pool, tmp_path: Path) -> None:
         ("0F0,0B0\n1B0,1F0\n", "rank 1, position 0, 1B0: before its F"),
         ("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n", "deadlock: rank 0, position 1, 0B0 waits for 1B0"),
         ("0F0,0B0\n", "is for 1 ranks; use --nproc_per_node 1"),
-        ("0F0,0B0\n1F0,1B0\n", "has 1 microbatches; use --microbatches 1"),
+        ("0F0,0B0\n1F0,1B0\n", "has 1 microbatches; use --microbatches 1 --batch 8"),
+        ("0F0,0B0\n99999999999F0,99999999999B0\n", "every rank: 1F0 is missing"),
+        ("0F0,0B0\n" + "1" * 200_000, "field larger than field limit"),
+        ("0F0,0B0\n0F1\n", "rank 1: 0B1 is missing"),
     ],
 )
 def test_a_bad_schedule_is_refused(pool: Pool, tmp_path: Path, text: str, why: str) -> None:
@@ -100,7 +103,7 @@ def test_a_bad_schedule_is_refused(pool: Pool, tmp_path: Path, text: str, why: s
     flags = (*QUICK, "--microbatches", "2", "--csv", str(own))
     outcome = pool.script(2, "pipeline/compare.py", *flags, started=1)
     assert outcome.codes == [2], outcome.err
-    assert f"--csv {own}: " in outcome.err
+    assert f"--csv {own}: " in outcome.err or f"--csv '{own}': " in outcome.err
     assert why in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
 
@@ -113,7 +116,11 @@ def test_a_bad_schedule_is_refused(pool: Pool, tmp_path: Path, text: str, why: s
         ("zero_bubble", 4, ("--layers", "4"), "--layers 8, or --nproc_per_node one of 2"),
         ("dualpipe", 3, (), "--nproc_per_node 4"),
         ("dualpipe", 4, ("--microbatches", "4"), "--microbatches 8"),
-        ("dualpipe", 4, ("--microbatches", "13"), "--microbatches 14"),
+        ("dualpipe", 4, ("--microbatches", "13"), "--microbatches 14 --batch 28"),
+        ("compare", 4, ("--chunks", "3"), "--layers 24"),
+        ("compare", 4, ("--costs", "nan", "1", "1"), "--costs 1 1 1"),
+        ("compare", 4, ("--message", "nan"), "--message 0"),
+        ("compare", 4, ("--large", "1024", "4096"), "--large 64 512"),
         ("dualpipe", 4, ("--schedule", "dualpipev", "--microbatches", "4"), "--microbatches 8"),
         ("auto", 4, ("--memory", "0.5"), "--memory 4"),
         ("auto", 4, ("--message", "-1"), "--message 0.1"),

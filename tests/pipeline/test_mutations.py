@@ -317,6 +317,7 @@ OF_LESSON = {
     ("interleaved", chunks_are_placed_side_by_side): {"stopped: this schedule cannot run"},
     ("zb-h1", weights_gradients_are_forgotten_once): {GRADIENT, NORM, PARAMETER},
     ("zb-h1", weights_gradients_come_at_once_and_later): {GRADIENT, NORM},
+    ("zb-h1", the_stage_is_taken_back_whole): {"left for W on rank 0"},
     ("zb-h2", what_a_weight_gradient_reads_is_kept): {"saved above on rank 0"},
     ("zb-v", tied_gradient_summed_on_one_copy): set(),  # one rank has both ends: nothing is exchanged
     ("dualpipe", dualpipes_copies_are_not_summed): {GRADIENT, NORM, COPIES},

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.ledger import Event, Ledger, SavedActivations, VirtualClock
+from core.linear import Linear
 from core.mesh import Mesh
 from core.oracle import Oracle, worst_difference
 from core.p2p import Mail
@@ -21,7 +22,7 @@ from core.text import Text
 from core.training import clip_and_total
 from pipeline.gpipe import COURSE_GRID
 from pipeline.runtime import Pipeline, Trace
-from pipeline.schedules import SCHEDULES, Schedule, build, held, size
+from pipeline.schedules import SCHEDULES, Schedule, build, from_csv, held, size
 from pipeline.stages import Copies, cut, each_stage
 from pipeline.validator import bubble, validate
 from tests.pool import Pool
@@ -251,3 +252,42 @@ def test_the_order_is_torchs(pool: Pool, ours: str, torchs: str, ranks: int, mic
 
 def test_lessons_are_found_by_their_names() -> None:
     assert importlib.import_module("pipeline.1f1b").schedule(1, 1) == build("1f1b", 1, 1)
+
+
+def test_copies_of_stages_and_of_the_tied_embedding_on_the_same_ranks(pool: Pool) -> None:
+    """A head comes last on a rank, the embedding first: what is summed must have one order on both."""
+    rows = ["0F0,1F0,0F1,1B0,0B0,0B1", "2F0,2B0,1F1,2F1,2B1,1B1"]
+    check_against_one_process(pool, 2, from_csv(rows), GPTConfig(sequence=SEQUENCE, hidden=16, layers=3, heads=2))
+
+
+def left_after_a_step() -> list[bool]:
+    """After a step with split backwards: which inputs of the stages are still in memory, and what is still owed."""
+    axis = Mesh("cpu", Ledger(), 30.0, pp=2)["pp"]
+    schedule, inputs = build("zb-v", 2, 4), []
+    stages = {s: nn.Sequential(Linear(4, 4, dtype=torch.float64)) for s in held(schedule)[axis.index]}
+
+    class Plain(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, draw: Draw | None) -> Tensor:
+            return self.inner(x)
+
+    class Noting(Plain):
+        def forward(self, x: Tensor, draw: Draw | None) -> Tensor:
+            inputs.append(weakref.ref(x))
+            return self.inner(x)
+
+    # Not the first stage: its input is a part of the caller's batch.
+    noting = {s: Noting(stage) if s else Plain(stage) for s, stage in stages.items()}
+    pipeline = Pipeline(noting, lambda y, t: y.sum(), schedule, axis, (3, 4), torch.float64, CPU)
+    pipeline.step(torch.ones(4, 3, 4, dtype=torch.float64), torch.zeros(4, 1))
+    pipeline.close()
+    gc.collect()
+    return [*(ref() is not None for ref in inputs), bool(pipeline._owed), bool(pipeline._deferred.take())]
+
+
+def test_nothing_is_left_after_a_step(pool: Pool) -> None:
+    for rank in pool.run(2, left_after_a_step):
+        assert not any(rank)

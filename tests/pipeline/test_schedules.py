@@ -310,7 +310,7 @@ def test_the_command_prints_a_csv() -> None:
             ("1f1b", "--stages", "4", "--microbatches", "4", "--chunks", "2"),
             "--chunks 2: 1f1b has no choice of stages a rank",
         ),
-        (("dualpipe", "--stages", "3", "--microbatches", "8"), "--nproc_per_node 3: dualpipe pairs"),
+        (("dualpipe", "--stages", "3", "--microbatches", "8"), "3 ranks: dualpipe pairs"),
         (("2f2b", "--stages", "4", "--microbatches", "4"), "invalid choice: '2f2b'"),
     ],
 )

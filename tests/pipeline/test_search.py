@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.schedules import ScheduleError, size
+from pipeline.schedules import SCHEDULES, ScheduleError, build, held, size
 from pipeline.search import Found, Problem, named, search
 from pipeline.validator import validate
 
@@ -19,8 +19,16 @@ def check(problem: Problem, found: Found) -> None:
     assert verdict.makespan == pytest.approx(found.makespan)
     assert size(found.schedule)[1] == problem.microbatches
     assert max(verdict.in_flight) * problem.ranks / size(found.schedule)[0] <= problem.memory
-    for other in named(problem):
-        assert found.makespan <= other.makespan + 1e-9
+    for name in SCHEDULES:  # built, checked and timed here by other code
+        try:
+            schedule = build(name, problem.ranks, problem.microbatches)
+        except ScheduleError:
+            continue
+        stages = size(schedule)[0]
+        other = validate(schedule, problem.of(stages), problem.message)
+        twice = sum(map(len, held(schedule))) > stages * problem.copies
+        if not twice and max(other.in_flight) * problem.ranks / stages <= problem.memory:
+            assert found.makespan <= other.makespan + 1e-9, name
 
 
 @settings(max_examples=25, deadline=None)
