@@ -122,6 +122,48 @@ def test_dualpipe(name: str, half: int, more: int, f: float, w: float) -> None:
     assert apart.in_flight == [2 * half + 1] * p
 
 
+def longest_path(schedule: Schedule, costs: dict[str, float], message: float) -> float:
+    """The critical path through what each action needs, and through the order of each rank: no step can be shorter."""
+    rank_of, (stages, _) = placement(schedule), size(schedule)
+    before = {a: row[i - 1] if i else None for row in schedule for i, a in enumerate(row)}
+    gradient = {(a.stage, a.microbatch): a for row in schedule for a in row if a.kind in "BI"}
+    end: dict[Action, float] = {}
+
+    def needs(action: Action) -> list[tuple[Action, float]]:
+        stage, kind, m = action
+        found = [(before[action], 0.0)] if before[action] else []
+        source = None
+        if kind == "F" and stage:
+            source = Action(stage - 1, "F", m)
+        elif kind in "BI" and stage < stages - 1:
+            source = gradient[stage + 1, m]
+        if source:
+            found.append((source, message * (rank_of[source.stage, m] != rank_of[stage, m])))
+        return found
+
+    waiting = [a for row in schedule for a in row]
+    while waiting:
+        still = []
+        for action in waiting:
+            sources = needs(action)
+            if any(source not in end for source, _ in sources):
+                still.append(action)
+                continue
+            start = max((end[source] + delay for source, delay in sources), default=0.0)
+            end[action] = start + costs[action.kind] * len(schedule) / stages
+        waiting = still
+    return max(end.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 3), times, times, times, st.sampled_from([0.0, 0.4, 3.0]))
+def test_a_step_takes_no_longer_than_the_critical_path(
+    name: str, half: int, f: float, i: float, w: float, message: float
+) -> None:
+    schedule, costs = build(name, 2 * half, 4 * half), {"F": f, "I": i, "W": w, "B": i + w}
+    assert validate(schedule, costs, message).makespan == pytest.approx(longest_path(schedule, costs, message))
+
+
 # ---- Torch's own orders
 
 
