@@ -53,6 +53,7 @@ def order_in_backward() -> tuple[list[str], int]:
     x = random(2, 3, 6).requires_grad_()
     with SavedActivations(layer.parameters()) as saved:
         y = layer(x)
+    kept = saved.live
     with (
         patch.object(comm, "all_gather_async", note("gather", comm.all_gather_async)),
         patch.object(comm, "reduce_scatter_async", note("scatter", comm.reduce_scatter_async)),
@@ -60,7 +61,7 @@ def order_in_backward() -> tuple[list[str], int]:
         patch.object(Tensor, "__matmul__", note("product", Tensor.__matmul__)),
     ):
         y.backward(torch.ones_like(y))
-    return happened, saved.first
+    return happened, kept
 
 
 def test_gather_and_scatter_travel_during_the_products(pool: Pool) -> None:
