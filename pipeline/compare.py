@@ -1,6 +1,6 @@
 """Lecture 08 and 09: every schedule side by side, and which to choose (流水并行 1F1B/1F1B Interleaved 原理).
 
-    torchrun --nproc_per_node=8 pipeline/compare.py [--csv FILE] [--costs 1 1 1] [--message 0.1] [--memory 8]
+    torchrun --nproc_per_node=8 pipeline/compare.py --costs 1 1 1 --message 0.1 --memory 8
 
 One table: what a step takes, how much of it is bubble, the activations and parameters that a rank holds, the messages
 it sends. Calculated on virtual devices with your times for F, I and W, of one p-th of the model each, and for a

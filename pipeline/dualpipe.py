@@ -1,6 +1,6 @@
 """Lecture 08, further: DualPipe and DualPipeV (流水并行 1F1B/1F1B Interleaved 原理). DeepSeek-V3 (2412.19437), 3.2.1.
 
-    torchrun --nproc_per_node=8 pipeline/dualpipe.py --schedule dualpipe|dualpipev
+    torchrun --nproc_per_node=8 pipeline/dualpipe.py --schedule dualpipe
 
 Half of the microbatches enter at the first rank and go down, half enter at the last and go up. So each rank holds two
 stages, r and p-1-r, every stage is on two ranks, and the gradients of its two copies are summed. Where the streams

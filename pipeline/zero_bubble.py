@@ -1,6 +1,6 @@
 """Lecture 08, further: zero-bubble pipelines (流水并行 1F1B/1F1B Interleaved 原理). Qi et al. 2023 (2401.10241).
 
-    torchrun --nproc_per_node=8 pipeline/zero_bubble.py --schedule zb-h1|zb-h2|zb-v
+    torchrun --nproc_per_node=8 pipeline/zero_bubble.py --schedule zb-v
 
 A backward computes two things: the gradient of the stage's input (I), for which the rank before waits, and those of the
 weights (W), for which nobody does. Cut in two (`core/linear.py` does it layer by layer), the W fill the bubbles.
