@@ -19,11 +19,10 @@ from collections import defaultdict
 from tabulate import tabulate
 
 from core.lesson import Lesson, Run
-from pipeline import evidence
-from pipeline.evidence import Measured
-from pipeline.schedules import build, size
+from pipeline.evidence import Measured, write_timeline
+from pipeline.schedules import build, part_of_rank, size
 from pipeline.search import Costs, Found, Problem, named, search
-from pipeline.training import add_flags, show_plan, train_with
+from pipeline.training import add_flags, claim_all, show_plan, train_with
 from pipeline.training import check as check_stages
 from pipeline.validator import validate
 
@@ -72,18 +71,13 @@ def lesson(run: Run) -> None:
 
     others = list(named(problem))
     show(run, problem, [*others, found])
-    worst.claim(run, ", copies once")
-    evidence.claim_copies(run, measured)
-    evidence.claim_messages(run, found.schedule, measured)
-    evidence.claim_timeline(run, measured, planned)
-    evidence.write_timeline(run, measured)
-    if any(action.kind == "W" for row in found.schedule for action in row):
-        evidence.claim_split(run, found.schedule, measured)
+    claim_all(run, found.schedule, planned, measured, worst)
+    write_timeline(run, measured)
     if others:
         best = min(other.makespan for other in others)
         as_validated = validate(found.schedule, problem.of(size(found.schedule)[0]), args.message).makespan
         run.evidence.claim("longer than the best named one that fits", "0", 0, max(0.0, as_validated - best), 1e-9)
-    part = p / size(found.schedule)[0]
+    part = part_of_rank(found.schedule)
     run.evidence.on_ranks(
         "held above --memory, in microbatches", f"0 above {memory:g}", 0,
         [max(0.0, each.in_flight * part - memory) for each in measured],
@@ -96,7 +90,7 @@ def show(run: Run, problem: Problem, schedules: list[Found]) -> None:
     rows = []
     for found in sorted(schedules, key=lambda found: -found.makespan):
         verdict = validate(found.schedule, problem.of(size(found.schedule)[0]), problem.message)
-        held = max(verdict.in_flight) * problem.ranks / size(found.schedule)[0]
+        held = max(verdict.in_flight) * part_of_rank(found.schedule)
         rows.append((found.name, found.makespan, found.makespan / work - 1, held))
     run.say(f"\nwith the measured times, --message {problem.message:g} and --memory {problem.memory:g}:")
     run.say(tabulate(rows, ("schedule", "a step", "over equal work, no bubble", "held"), floatfmt=".3f"))

@@ -130,10 +130,15 @@ def teach(run: Run, schedule: Schedule) -> list[Measured]:
     measured, worst = train_with(run, schedule)
     if measured:
         evidence.show(run, measured)
-        worst.claim(run, ", copies once")
-        evidence.claim_copies(run, measured)
-        evidence.claim_messages(run, schedule, measured)
-        evidence.claim_timeline(run, measured, planned)
-        if any(action.kind == "W" for row in schedule for action in row):
-            evidence.claim_split(run, schedule, measured)
+        claim_all(run, schedule, planned, measured, worst)
     return measured
+
+
+def claim_all(run: Run, schedule: Schedule, planned: Verdict, measured: list[Measured], worst: Comparison) -> None:
+    """What every schedule must hold."""
+    worst.claim(run, ", copies once")
+    evidence.claim_copies(run, measured)
+    evidence.claim_messages(run, schedule, measured)
+    evidence.claim_timeline(run, measured, planned)
+    if any(action.kind == "W" for row in schedule for action in row):
+        evidence.claim_split(run, schedule, measured)
