@@ -124,6 +124,19 @@ def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
     return Pending(work, axis, mine, "reduce-scatter")
 
 
+def all_to_all_async(
+    x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int], label: str = "all-to-all"
+) -> Pending:
+    """Give `send[i]` rows of `x` to rank i of the axis and get `receive[i]` rows from it, in the order of the axis."""
+    if axis.size == 1:
+        return Pending(None, axis, x, "")
+    received = x.new_empty(sum(receive), *x.shape[1:])
+    off_rank = (sum(send) - send[axis.index]) * x.shape[1:].numel()
+    axis.ledger.record(label, axis.name, off_rank, x.element_size())
+    work = dist.all_to_all_single(received, x.contiguous(), list(receive), list(send), axis.group, async_op=True)
+    return Pending(work, axis, received, label)
+
+
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """`all_reduce_async`, waited for."""
     return all_reduce_async(x, axis, op).wait()
@@ -140,16 +153,8 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 
 
 def all_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-    """Give `send[i]` rows of `x` to rank i of the axis and get `receive[i]` rows from it, in the order of the axis."""
-    if axis.size == 1:
-        return x
-    received = x.new_empty(sum(receive), *x.shape[1:])
-    row = x[0].numel() if len(x) else 0
-    off_rank = (sum(send) - send[axis.index]) * row
-    axis.ledger.record("all-to-all", axis.name, off_rank, x.element_size())
-    work = dist.all_to_all_single(received, x.contiguous(), list(receive), list(send), axis.group, async_op=True)
-    wait(work, axis, x, f"all-to-all over {axis.name}")
-    return received
+    """`all_to_all_async`, waited for."""
+    return all_to_all_async(x, axis, send, receive).wait()
 
 
 def _record(operation: str, axis: Axis, whole: Tensor, share: float) -> None:
@@ -178,31 +183,36 @@ def _own_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return x.chunk(axis.size, dim)[axis.index].clone(memory_format=torch.contiguous_format)  # not a view of the whole
 
 
+def conjugate(x: Tensor, ahead: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+    """`ahead` of x forward, `back` of the gradient backward."""
+    return _Conjugate.apply(x, ahead, back)
+
+
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
     """Megatron's f: identity forward, all-reduce backward."""
-    return _Conjugate.apply(x, lambda t: t.view_as(t), lambda g: _summed(g, axis))
+    return conjugate(x, lambda t: t.view_as(t), lambda g: _summed(g, axis))
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     """Megatron's g: all-reduce forward, identity backward."""
-    return _Conjugate.apply(x, lambda t: _summed(t, axis), lambda g: g)
+    return conjugate(x, lambda t: _summed(t, axis), lambda g: g)
 
 
 def split_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` forward, all-gather backward: for a tensor that every rank of the axis holds."""
-    return _Conjugate.apply(x, lambda t: _own_part(t, axis, dim), lambda g: all_gather(g, axis, dim))
+    return conjugate(x, lambda t: _own_part(t, axis, dim), lambda g: all_gather(g, axis, dim))
 
 
 def gather_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """All-gather along `dim` forward, this rank's part backward: for a result that every rank uses alike."""
-    return _Conjugate.apply(x, lambda t: all_gather(t, axis, dim), lambda g: _own_part(g, axis, dim))
+    return conjugate(x, lambda t: all_gather(t, axis, dim), lambda g: _own_part(g, axis, dim))
 
 
 def gather_for(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """All-gather along `dim` forward, reduce-scatter backward: for a result that each rank uses differently."""
-    return _Conjugate.apply(x, lambda t: all_gather(t, axis, dim), lambda g: reduce_scatter(g, axis, dim))
+    return conjugate(x, lambda t: all_gather(t, axis, dim), lambda g: reduce_scatter(g, axis, dim))
 
 
 def scatter_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Reduce-scatter along `dim` forward, all-gather backward."""
-    return _Conjugate.apply(x, lambda t: reduce_scatter(t, axis, dim), lambda g: all_gather(g, axis, dim))
+    return conjugate(x, lambda t: reduce_scatter(t, axis, dim), lambda g: all_gather(g, axis, dim))

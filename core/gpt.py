@@ -188,17 +188,23 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     Biases and LayerNorms are drawn too, not 0 and 1: a bias added twice must show in the first loss.
     """
     std = 0.02
-    if name.endswith(("attention.out.weight", "mlp.down.weight")):
+    if name.endswith(("attention.out.weight", "down.weight")):
         std /= math.sqrt(2 * config.layers)
     value = torch.empty(shape, dtype=torch.float64).normal_(0.0, std, generator=generator(seed, name))
     return value + 1.0 if name.endswith("norm.weight") else value
 
 
 def materialize(model: GPT, seed: int, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Replace the meta parameters of `model`, or of what was cut from it, by their start values. Ties stay ties."""
+    """Replace the meta parameters of `model`, or of what was cut from it, by their start values. Ties stay ties.
+
+    A parameter that has its numbers already keeps them, and its data type.
+    """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, meta in list(module.named_parameters(recurse=False)):
+            if not meta.is_meta:
+                meta.data = meta.data.to(device)
+                continue
             if meta not in made:
                 name = model.whole_name(f"{prefix}.{leaf}")
                 mark = shard_of(meta)  # the whole is drawn, then cut: every layout starts from the same numbers

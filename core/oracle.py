@@ -34,6 +34,7 @@ class Oracle:
     Args:
         make_optimizer: builds the optimizer over the parameters it is given; the layouts call the same function.
         clip: largest global gradient norm, as `torch.nn.utils.clip_grad_norm_` applies it.
+        make: builds the model on the meta device, where it is not the plain GPT.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Oracle:
         dtype: torch.dtype,
         make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
         clip: float,
+        make: Callable[[GPTConfig], GPT] = GPT,
     ):
-        self.model = materialize(GPT(config), seed, device, dtype)
+        self.model = materialize(make(config), seed, device, dtype)
         self.optimizer = make_optimizer(self.model.parameters())
         self.clip = clip
         self.gradients: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
 """Which part of a whole parameter a rank holds, and the whole again from all parts."""
 
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ class Shard:
     index: int
     count: int
     size: int  # of the whole along dim, without padding
+    within: "Shard | None" = None  # where that whole is itself a part
 
     @property
     def length(self) -> int:
@@ -38,10 +39,13 @@ class Shard:
         return min(max(self.size - self.start, 0), self.length)
 
     def whole_shape(self, part: torch.Size) -> torch.Size:
-        return torch.Size([*part[: self.dim], self.size, *part[self.dim + 1 :]])
+        shape = torch.Size([*part[: self.dim], self.size, *part[self.dim + 1 :]])
+        return self.within.whole_shape(shape) if self.within else shape
 
     def part(self, whole: Tensor) -> Tensor:
         """This part of `whole`, with storage of its own."""
+        if self.within:
+            whole = self.within.part(whole)
         here = whole.narrow(self.dim, min(self.start, self.size), self.held)
         shape = list(whole.shape)
         shape[self.dim] = self.length - self.held
@@ -52,7 +56,7 @@ def shard(parameter: nn.Parameter, dim: int, axis: Axis) -> nn.Parameter:
     """This rank's part of `parameter` (on the meta device or not), marked so that `shard_of` knows."""
     mark = Shard(dim, axis.index, axis.size, parameter.shape[dim])
     part = nn.Parameter(mark.part(parameter.detach()), parameter.requires_grad)
-    part.shard = mark
+    part.shard = replace(mark, within=shard_of(parameter))
     return part
 
 
@@ -85,8 +89,7 @@ class Piece(NamedTuple):
 
 def join(pieces: Iterable[Piece]) -> Iterator[tuple[Hashable, Tensor]]:
     """The whole tensors. What several ranks hold comes several times; what lacks a part does not come at all."""
-    parts: dict[Hashable, list[list[Tensor]]] = {}
-    marks: dict[Hashable, Shard] = {}
+    parts: dict[tuple[Hashable, Shard], list[list[Tensor]]] = {}  # by what they are parts of
     segments: dict[Hashable, list[Piece]] = {}
     for piece in pieces:
         name, value, mark = piece
@@ -95,12 +98,14 @@ def join(pieces: Iterable[Piece]) -> Iterator[tuple[Hashable, Tensor]]:
         elif isinstance(mark, Segment):
             segments.setdefault(name, []).append(piece)
         else:
-            marks[name] = mark
-            parts.setdefault(name, [[] for _ in range(mark.count)])[mark.index].append(value)
-    for name, copies in parts.items():
-        mark = marks[name]
+            fellows = parts.setdefault((name, replace(mark, index=0)), [[] for _ in range(mark.count)])
+            fellows[mark.index].append(value)
+    larger: list[Piece] = []
+    for (name, mark), copies in parts.items():
         for whole in zip(*copies):  # noqa: B905  a part without its fellows is left out
-            yield name, torch.cat(whole, mark.dim).narrow(mark.dim, 0, mark.size)
+            larger.append(Piece(name, torch.cat(whole, mark.dim).narrow(mark.dim, 0, mark.size), mark.within))
+    if larger:
+        yield from join(larger)
     for name, found in segments.items():
         starts: dict[int, list[Piece]] = {}
         for piece in sorted(found, key=lambda piece: piece.shard.first):

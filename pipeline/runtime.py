@@ -7,7 +7,7 @@ several; from a stage to the next on the same rank nothing is sent.
 M microbatches, B samples in a microbatch, S sequence, H hidden
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -128,14 +128,26 @@ class Pipeline:
             PeerError: a neighbour died or was silent for the whole timeout.
             ValueError: the batch does not have the schedule's number of microbatches.
         """
-        if not len(inputs) == len(targets) == self.microbatches:
-            raise ValueError(f"{len(inputs)} microbatches for a schedule of {self.microbatches}")
         self._trace = trace
         if self._deferred:
             self._deferred.account = trace.saved if trace else None
+        total = self._carry_out(self.program, inputs, targets, draw)
+        assert {**self._kept, **self._owed} == {}, "a valid schedule leaves nothing behind"
+        return total
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor, targets: Tensor, draw: Draw | None = None) -> Tensor:
+        """The loss alone, as `step` gives it: the forwards of the schedule and their messages, without gradients."""
+        self._trace = None
+        forwards = [action for action in self.program if action.kind in ("F", "RECV_F", "SEND_F")]
+        return self._carry_out(forwards, inputs, targets, draw)
+
+    def _carry_out(self, program: Sequence[Action], inputs: Tensor, targets: Tensor, draw: Draw | None) -> Tensor:
+        if not len(inputs) == len(targets) == self.microbatches:
+            raise ValueError(f"{len(inputs)} microbatches for a schedule of {self.microbatches}")
         total = torch.zeros((), dtype=torch.float64, device=self.device)  # not self.dtype: many small shares
         leaving = None  # the result of the last action, until it is sent
-        for action in self.program:
+        for action in program:
             m = action.microbatch
             match action.kind:
                 case "RECV_F" | "RECV_B":
@@ -156,7 +168,6 @@ class Pipeline:
                 self._arriving[delivery(action)] = partial(Tensor.detach, leaving.detach())
                 leaving = None
         self._mail.flush()
-        assert {**self._kept, **self._owed} == {}, "a valid schedule leaves nothing behind"
         return total
 
     def _forward(self, action: Action, tokens: Tensor, targets: Tensor, draw: Draw | None) -> Tensor:
@@ -170,8 +181,9 @@ class Pipeline:
                 y = self.loss(y, targets)
         if self._trace:
             self._trace.by_stage.setdefault(action.stage, self._trace.saved.live - before)
-        self._kept[action.stage, action.microbatch] = Kept(x, get_gradient_edge(y) if y.requires_grad else None)
-        self.in_flight_peak = max(self.in_flight_peak, len(self._kept) + len(self._owed))
+        if torch.is_grad_enabled():
+            self._kept[action.stage, action.microbatch] = Kept(x, get_gradient_edge(y) if y.requires_grad else None)
+            self.in_flight_peak = max(self.in_flight_peak, len(self._kept) + len(self._owed))
         return y
 
     def _backward(self, action: Action) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Train the GPT in any layout of tensor, sequence and pipeline parallelism on real ranks, against one process."""
+"""Train the GPT in any layout of tensor, sequence, expert, data and pipeline parallelism, against one process."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+import expert_parallel.layers as experts
 import megatron_tp.layers
 import megatron_tp.loss
 import pipeline.stages
@@ -21,6 +22,8 @@ from core.seeded import Draw
 from core.shards import Piece, counted_once, join, shard_of
 from core.text import Text
 from core.training import clip_and_total
+from expert_parallel.moe import MoEConfig, to_moe
+from expert_parallel.router import Spread, count_ahead, end_step, routers
 from pipeline.runtime import Pipeline
 from pipeline.schedules import build, held, size
 from sequence_parallel.recompute import recompute
@@ -35,7 +38,12 @@ class Layout:
     """How to train. `freeze`: the prefixes of the parameters that are not trained."""
 
     tp: int = 1
+    dp: int = 1
     pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    moe: MoEConfig | None = None
+    dispatch: str = "all-to-all"
     sequence: bool = False
     recompute: str = "none"
     freeze: tuple[str, ...] = ()
@@ -51,8 +59,8 @@ class Layout:
 
 def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], list[Piece], list[Piece]]:
     """On one rank: losses, norms, the last step's gradients, and the parameters after it."""
-    mesh = Mesh("cpu", Ledger(), 30.0, tp=layout.tp, pp=layout.pp)
-    tp, pp = mesh["tp"], mesh["pp"]
+    mesh = Mesh("cpu", Ledger(), 30.0, tp=layout.tp, dp=layout.dp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
+    tp, dp, pp, edp, etp = (mesh[name] for name in ("tp", "dp", "pp", "edp", "etp"))
     topic, loss_of = megatron_tp.layers, megatron_tp.loss.token_loss
     if layout.sequence:
         topic, loss_of = sequence_parallel.layers, sequence_parallel.loss.token_loss
@@ -60,11 +68,16 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     schedule = build(layout.schedule, pp.size, m)
     stages, everyone = size(schedule)[0], held(schedule)
     stage = topic.parallelize(pipeline.stages.cut(GPT(config), everyone[pp.index], stages), tp)
+    if layout.moe:
+        spread = Spread((dp, tp), tp, m) if layout.sequence else Spread((dp,), None, m)
+        stage = experts.parallelize(to_moe(stage, layout.moe), mesh["ep"], etp, spread, layout.dispatch)
     materialize(recompute(stage, layout.recompute), SEED, CPU, torch.float64)
     for name, p in stage.named_parameters():
-        p.requires_grad_(not stage.whole_name(name).startswith(layout.freeze or ("none",)))
+        if stage.whole_name(name).startswith(layout.freeze or ("none",)):
+            p.requires_grad_(False)
     tokens = layout.samples * layout.length
-    shape = (layout.samples // m, layout.length // (tp.size if layout.sequence else 1), config.hidden)
+    mine_of = layout.samples // layout.dp
+    shape = (mine_of // m, layout.length // (tp.size if layout.sequence else 1), config.hidden)
     loss = partial(loss_of, tokens=tokens, axis=tp, vocabulary=config.vocabulary)
     mine = pipeline.stages.each_stage(stage, everyone[pp.index], stages)
     runtime = Pipeline(mine, loss, schedule, pp, shape, torch.float64, CPU)
@@ -73,20 +86,33 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     losses, norms, gradients = [], [], []
     for step in range(layout.steps):
         optimizer.zero_grad()
-        inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in layout.batch(step))
-        share = runtime.step(inputs, targets, Draw(SEED, step, 0))
+        batch = (t.chunk(layout.dp)[dp.index] for t in layout.batch(step))
+        inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in batch)
+        draw = Draw(SEED, step, dp.index * mine_of)
+        if layout.moe and layout.moe.routing.aux and m > 1:
+            runtime.forward(inputs, targets, draw)
+            count_ahead(stage)
+        share = runtime.step(inputs, targets, draw)
         if layout.sequence:
             sequence_parallel.layers.sum_whole_gradients(stage, tp)
         elif tp.index:
             share = torch.zeros_like(share)  # the same on all ranks of tp
         copies.sum_gradients()
+        of_experts = {*experts.expert_parameters(stage)}
+        experts.sum_gradients([p for p in stage.parameters() if p not in of_experts], dp)
+        experts.sum_expert_gradients(stage, edp, etp)
         gradients = pieces(stage, lambda p: None if p.grad is None else p.grad.clone())
-        once = {id(g) for g in counted_once(stage.parameters(), tp)}
+        once = {
+            id(g) for g in counted_once([p for p in stage.parameters() if p not in of_experts], tp) if dp.index == 0
+        }
+        once |= {id(g) for g in experts.counted_once(stage, edp, etp)}
         counted = [g for g in copies.counted_once() if id(g) in once]
-        norm, total = clip_and_total(stage.parameters(), counted, [tp, pp], CLIP, share)
+        norm, total = clip_and_total(stage.parameters(), counted, [tp, dp, pp], CLIP, share)
         losses.append(total)
         norms.append(norm)
         optimizer.step()
+        if layout.moe and routers(stage):
+            end_step(stage)
     runtime.close()
     return losses, norms, gradients, pieces(stage, lambda p: p.detach())
 
@@ -98,14 +124,18 @@ def pieces(stage: GPT, of: object) -> list[Piece]:
 
 def equals_one_process(pool: Pool, config: GPTConfig, layout: Layout) -> None:
     """Losses, norms, every gradient and every updated parameter, to 1e-10."""
-    oracle = Oracle(config, SEED, CPU, torch.float64, optimizer_of, CLIP)
+    make = (lambda config: to_moe(GPT(config), layout.moe)) if layout.moe else GPT
+    oracle = Oracle(config, SEED, CPU, torch.float64, optimizer_of, CLIP, make)
     for name, p in oracle.model.named_parameters():
-        p.requires_grad_(not name.startswith(layout.freeze or ("none",)))
+        if name.startswith(layout.freeze or ("none",)):
+            p.requires_grad_(False)
     losses, norms = [], []
     for step in range(layout.steps):
         losses.append(oracle.step(*layout.batch(step), Draw(SEED, step, 0)))
         norms.append(oracle.norm)
-    results = pool.run(layout.tp * layout.pp, train, config, layout)
+        if layout.moe:
+            end_step(oracle.model)
+    results = pool.run(layout.tp * layout.dp * layout.pp, train, config, layout)
     for rank_losses, rank_norms, _, _ in results:
         assert rank_losses == pytest.approx(losses, rel=1e-10)
         assert rank_norms == pytest.approx(norms, rel=1e-10)

@@ -1,0 +1,1 @@
+"""CODE 04: expert parallelism."""

@@ -1,0 +1,51 @@
+"""Experts on several ranks equal one process: losses, norm, every gradient, every updated parameter."""
+
+from dataclasses import replace
+
+import pytest
+
+from core.gpt import GPTConfig
+from expert_parallel.moe import MoEConfig
+from expert_parallel.router import Routing
+from tests.layouts import Layout, equals_one_process
+from tests.pool import Pool
+
+CONFIG = GPTConfig(sequence=8, hidden=16, layers=2, heads=4)
+EVERYTHING = Routing(8, 2, aux=0.01, z=0.001, bias_rate=0.01)
+
+ROUTINGS = {
+    "softmax-topk": Routing(8, 2, "softmax-topk", aux=0.01),
+    "topk-softmax": EVERYTHING,
+    "sigmoid": Routing(8, 3, "sigmoid", aux=0.01, bias_rate=0.01),
+    "top-1": Routing(8, 1, "softmax-topk", z=0.01),
+    "all experts": Routing(8, 8),
+    "groups": Routing(8, 2, "sigmoid", groups=4, top_groups=2),
+    "capacity by position": Routing(8, 2, capacity=1.0, aux=0.01),
+    "capacity by probability": Routing(8, 2, "sigmoid", capacity=1.0, drop="probability"),
+    "most dropped": Routing(8, 2, capacity=0.01),
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+def test_every_routing(pool: Pool, routing: Routing) -> None:
+    equals_one_process(pool, CONFIG, Layout(dp=4, ep=4, moe=MoEConfig(routing)))
+
+
+LAYOUTS = {
+    "ep 1": Layout(),
+    "ep 8": Layout(dp=8, ep=8, samples=8),
+    "ep 2, copies": Layout(dp=4, ep=2),
+    "ep x tp with sequence": Layout(tp=2, dp=2, ep=4, sequence=True),
+    "etp": Layout(dp=2, tp=2, etp=2, ep=1, sequence=True),
+    "etp x ep x edp": Layout(dp=4, tp=2, etp=2, ep=2, sequence=True),
+    "microbatches": Layout(dp=2, ep=2, microbatches=2),
+    "pipeline": Layout(dp=2, ep=2, pp=2, microbatches=2),
+    "zero bubble": Layout(dp=2, ep=2, pp=2, microbatches=2, schedule="zb-h1"),
+    "pipeline x tp": Layout(tp=2, ep=2, pp=2, microbatches=4, sequence=True),
+    "all-gather": Layout(dp=4, ep=4, dispatch="all-gather"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout(pool: Pool, layout: Layout) -> None:
+    equals_one_process(pool, CONFIG, replace(layout, moe=MoEConfig(EVERYTHING, feed_forward=24, shared=12)))
