@@ -93,13 +93,13 @@ class Bucket:
                 yield member, first - member.start, end - member.start, first - part.start
 
 
-def buckets_of(model: nn.Module, ranks: int, elements: int = BUCKET_ELEMENTS) -> list[Bucket]:
-    """The trained parameters of `model` in buckets of about `elements`, the last layer first, as backward finishes
+def buckets_of(named: Iterable[tuple[str, nn.Parameter]], ranks: int, elements: int = BUCKET_ELEMENTS) -> list[Bucket]:
+    """The trained ones of these parameters in buckets of about `elements`, the last layer first, as backward finishes
     them.
 
-    A tied parameter is one parameter. One without elements is left out: it has nothing to train.
+    One without elements is left out: it has nothing to train.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    named = [(n, p) for n, p in named if p.requires_grad and p.numel()]
     filled: list[list[tuple[str, nn.Parameter]]] = []
     room = 0
     for name, p in reversed(named):

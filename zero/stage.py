@@ -29,6 +29,7 @@ class Stage(ABC):
         model: equal on all ranks. Parameters that are not trained (`requires_grad`) when the stage is made never are.
         make_optimizer, groups, master: see `PartOptimizer`.
         elements: of a bucket, about.
+        only: the parameters that are this stage's, where another stage has the rest over other ranks; stages 0 to 2.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class Stage(ABC):
         groups: Sequence[dict[str, Any]] | None = None,
         master: torch.dtype = torch.float32,
         elements: int = BUCKET_ELEMENTS,
+        only: Callable[[nn.Parameter], bool] = lambda _: True,
     ):
-        self.model, self.axis = model, axis
+        self.model, self.axis, self._only = model, axis, only
         self.parts = axis.size if self.shards_optimizer else 1  # of each bucket; this rank updates one
         self.index = axis.index if self.shards_optimizer else 0
         self.used: set[nn.Parameter] = set()  # what got a gradient in this step
@@ -65,9 +67,13 @@ class Stage(ABC):
         return [each for optimizer in self.optimizers for each in optimizer.owned]
 
     def _make_buckets(self, elements: int) -> list[Bucket]:
-        buckets = buckets_of(self.model, self.parts, elements)
+        buckets = buckets_of(self.named(), self.parts, elements)
         self.order = InOrder(buckets, self._launch, self.used)
         return buckets
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are this stage's, trained or not; a tied one once."""
+        return [(name, p) for name, p in self.model.named_parameters() if self._only(p)]
 
     @abstractmethod
     def _allocate(self) -> list[Tensor]:
@@ -135,7 +141,15 @@ class Stage(ABC):
         axes: Sequence[Axis] = (),
         counts: Callable[[nn.Parameter], bool] | None = None,
     ) -> tuple[float, float]:
-        """Clip by the norm of the whole model's gradient; (norm, loss).
+        """Clip by the norm of the whole model's gradient; (norm, loss). See `norm_and_total`."""
+        norm, loss = self.norm_and_total(share, axes, counts)
+        self.clip_by(clip, norm)
+        return norm, loss
+
+    def norm_and_total(
+        self, share: Tensor, axes: Sequence[Axis] = (), counts: Callable[[nn.Parameter], bool] | None = None
+    ) -> tuple[float, float]:
+        """The norm of the gradient of what is this stage's, over all ranks, and the loss.
 
         Args:
             share: this rank's share of the loss, a scalar.
@@ -157,16 +171,19 @@ class Stage(ABC):
         if axes:  # whose ranks may have other parameters
             norm, (loss,) = norm_and_totals([more.new_tensor(norm)], axes, more.new_tensor([loss]))
         # One process leaves a parameter that nothing used as it is: no decay, no momentum.
-        unused = {member.parameter for member, n in zip(members, uses, strict=True) if not n}
+        self._unused = {member.parameter for member, n in zip(members, uses, strict=True) if not n}
+        return norm, loss
+
+    def clip_by(self, clip: float, norm: float) -> None:
+        """Give the optimizers the gradients, scaled as where the whole model's norm is this. After `norm_and_total`."""
         for optimizer, part in zip(self.optimizers, self.own_gradients, strict=True):
-            optimizer.take_gradient(part, unused)
+            optimizer.take_gradient(part, self._unused)
         self._taken = True
         clip_by([each.piece for each in self.owned], clip, norm)
-        return norm, loss
 
     def held(self) -> dict[str, int]:
         """Bytes on this rank now: weights, gradients (whole ones and parts, not those on their way), optimizer."""
-        parameters = list(self.model.parameters())
+        parameters = [p for _, p in self.named()]
         gradients = [p.grad for p in parameters if p.grad is not None]
         return {
             "weights": live_bytes([*parameters, *self._own_weights]),
@@ -194,7 +211,7 @@ class Stage(ABC):
     def weights(self) -> list[Piece]:
         """What this rank has of the weights: all, but in stage 3."""
         name = self._names()
-        return [Piece(name[p], p.detach(), shard_of(p)) for p in self.model.parameters()]
+        return [Piece(name[p], p.detach(), shard_of(p)) for _, p in self.named()]
 
     def master_weights(self) -> list[Piece]:
         """The weights in the precision of the update: this rank's part of those that are trained, and the others."""
@@ -210,7 +227,7 @@ class Stage(ABC):
     def load_frozen(self, read: Callable[[str, torch.Size], Tensor]) -> None:
         """Set what is not trained to `read(name, shape)`."""
         inside = {member.parameter for bucket in self.buckets for member in bucket.members}
-        for name, p in self.model.named_parameters():
+        for name, p in self.named():
             if p not in inside and p.numel():
                 p.data.copy_(read(name, p.shape))
 
