@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.gpt import GPT, MLP, GPTConfig
 from core.linear import Gradients, deferring
-from expert_parallel.router import Choice, Router, Routing
+from expert_parallel.gating import Choice, Router, Routing
 
 
 @dataclass(frozen=True)

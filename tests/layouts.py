@@ -22,8 +22,8 @@ from core.seeded import Draw
 from core.shards import Piece, counted_once, join, shard_of
 from core.text import Text
 from core.training import clip_and_total
+from expert_parallel.gating import Spread, count_ahead, end_step, routers
 from expert_parallel.moe import MoEConfig, to_moe
-from expert_parallel.router import Spread, count_ahead, end_step, routers
 from pipeline.runtime import Pipeline
 from pipeline.schedules import build, held, size
 from sequence_parallel.recompute import recompute

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from core.gpt import GPTConfig
+from expert_parallel.gating import Routing
 from expert_parallel.moe import MoEConfig
-from expert_parallel.router import Routing
 from tests.layouts import Layout, equals_one_process
 from tests.pool import Pool
 
