@@ -19,8 +19,9 @@ from core import comm
 from core.gpt import GPT
 from core.mesh import Axis
 from core.shards import shard
+from expert_parallel.experts import Experts, GroupedLinear
 from expert_parallel.gating import Choice, Spread
-from expert_parallel.moe import Experts, GroupedLinear, MoE, order_of, permute, unpermute
+from expert_parallel.moe import MoE, order_of, permute, unpermute
 
 DISPATCHERS = ("all-to-all", "all-gather")
 

@@ -5,19 +5,25 @@
 In place of a layer's MLP, E of them, each for the tokens that chose it. Rows are put in the order of their experts, so
 that an expert's are one block, and all experts are one grouped product. Shazeer et al. 2017 (1701.06538), section 2.
 
-T tokens, K experts for each of them, R = T K rows (less what is dropped), E experts, H hidden, F feed-forward,
-I and O in and out features
+T tokens, K experts for each of them, R = T K rows (less what is dropped), E experts, H hidden
 """
 
+import argparse
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from core.gpt import GPT, MLP, GPTConfig
-from core.linear import Gradients, deferring
+from core.gpt import GPT, MLP, GPTConfig, materialize
+from core.lesson import Lesson, Run
+from core.text import Text
+from core.training import configuration
+from expert_parallel.experts import Experts
 from expert_parallel.gating import Choice, Router, Routing
 
 
@@ -38,82 +44,6 @@ class MoEConfig:
         for name, least in (("feed_forward", 0), ("shared", 0), ("every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}; use {least}")
-
-
-# ---- Experts as one grouped computation ------------------------------------------------------------------------------
-
-
-def grouped(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """Rows (R, I), the first `counts[0]` of them times `weight[0]` of (E, I, O), and so on: (R, O)."""
-    if x.dtype == torch.bfloat16:  # the only type that torch's has on every device
-        ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
-        return F.grouped_mm(x, weight, offs=ends)
-    y = x.new_empty(len(x), weight.shape[2])
-    for rows, matrix, out in zip(x.split(counts), weight, y.split(counts), strict=True):
-        torch.mm(rows, matrix, out=out)
-    return y
-
-
-def grouped_outer(x: Tensor, y: Tensor, counts: list[int]) -> Tensor:
-    """For each expert its rows of (R, O) and (R, I), transposed and multiplied: (E, O, I)."""
-    product = x.new_empty(len(counts), x.shape[1], y.shape[1])
-    for left, right, out in zip(x.split(counts), y.split(counts), product, strict=True):
-        torch.mm(left.T, right, out=out)  # zeros where there are no rows
-    return product
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.counts = weight, counts
-        return grouped(x, weight.transpose(1, 2), counts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), weight, counts = ctx.saved_tensors, ctx.weight, ctx.counts
-        gradient = gradient.contiguous()
-        of_x = grouped(gradient, weight, counts) if ctx.needs_input_grad[0] else None
-
-        def of_weight() -> Gradients:
-            return (grouped_outer(gradient, x, counts) if weight.requires_grad else None), None
-
-        deferred = deferring(weight)
-        found = deferred.put(weight, None, of_weight, (gradient, x)) if deferred else of_weight()
-        return of_x, found[0], None
-
-
-class GroupedLinear(nn.Module):
-    """Rows (R, I) in the order of their experts to (R, O), each by its expert's weight (E, O, I) and bias (E, O)."""
-
-    def __init__(self, experts: int, inside: int, outside: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, outside, inside, device="meta"))
-        self.bias = nn.Parameter(torch.empty(experts, outside, device="meta"))
-
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        return self.add_bias(self.product(x, counts), counts)
-
-    def product(self, x: Tensor, counts: list[int]) -> Tensor:
-        return _GroupedLinear.apply(x, self.weight, counts)
-
-    def add_bias(self, y: Tensor, counts: list[int]) -> Tensor:
-        return y + self.bias.repeat_interleave(torch.tensor(counts, device=y.device), 0, output_size=len(y))
-
-
-class Experts(nn.Module):
-    """The MLPs of the model, E at once: rows (R, H) in the order of their experts to (R, H)."""
-
-    def __init__(self, experts: int, hidden: int, feed_forward: int):
-        super().__init__()
-        self.up = GroupedLinear(experts, hidden, feed_forward)
-        self.down = GroupedLinear(experts, feed_forward, hidden)
-
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        return self.down.add_bias(self.without_last_bias(x, counts), counts)
-
-    def without_last_bias(self, x: Tensor, counts: list[int]) -> Tensor:
-        return self.down.product(F.gelu(self.up(x, counts)), counts)
 
 
 # ---- From tokens to rows and back ------------------------------------------------------------------------------------
@@ -192,3 +122,111 @@ def to_moe(model: GPT, moe: MoEConfig) -> GPT:
         if (int(name) + 1) % moe.every == 0:
             block.mlp = MoE(model.config, moe)
     return model
+
+
+# ---- The lesson ------------------------------------------------------------------------------------------------------
+
+
+class TokenByToken(MoE):
+    """The definition: each token by itself through each of its experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice, up, down = self.router(x), self.experts.up, self.experts.down
+        results = []
+        for t, token in enumerate(x.flatten(0, 1)):
+            y = torch.zeros_like(token) if self.shared is None else self.shared(token)
+            for k, e in enumerate(choice.experts[t].tolist()):
+                if choice.kept is None or choice.kept[t, k]:
+                    inside = F.gelu(F.linear(token, up.weight[e], up.bias[e]))
+                    y = y + choice.weights[t, k] * F.linear(inside, down.weight[e], down.bias[e])
+            results.append(y)
+        return torch.stack(results).view_as(x)
+
+
+def by_token(model: GPT, moe: MoEConfig) -> GPT:
+    """`to_moe`, of layers that compute by the definition."""
+    for block in to_moe(model, moe).blocks.values():
+        if isinstance(block.mlp, MoE):
+            block.mlp = TokenByToken(model.config, moe)
+    return model
+
+
+def lesson(run: Run) -> None:
+    from expert_parallel.training import claim_equal, moe_of, train_with  # it imports this file
+
+    config, moe = configuration(run.args), moe_of(run.args)
+    show(run, config, moe)
+    claim_equal(run, train_with(run, moe, ep=1, reference=by_token))
+    if run.job.rank == 0:
+        claim_work(run, config, moe)
+
+
+def first_layer(run: Run, config: GPTConfig, moe: MoEConfig) -> tuple[GPT, MoE]:
+    """A real model, and its first mixture."""
+    model = materialize(to_moe(GPT(config), moe), run.args.seed, run.job.device, run.dtype)
+    return model, next(block.mlp for block in model.blocks.values() if isinstance(block.mlp, MoE))
+
+
+def show(run: Run, config: GPTConfig, moe: MoEConfig) -> None:
+    """Some tokens, their experts, and their rows."""
+    model, layer = first_layer(run, config, moe)
+    made: list[Choice] = []
+    layer.router.register_forward_hook(lambda _, __, choice: made.append(choice))
+    inputs, _ = Text(run.args.data, config.sequence).batch(run.args.seed, 0, 1)
+    inputs = inputs[:, :8].to(run.job.device)
+    model(inputs)
+    order, counts = order_of(made[0], moe.routing.experts)
+    by_token = [
+        (t, repr(chr(byte)), " ".join(map(str, experts)), " ".join(f"{weight:.2f}" for weight in weights))
+        for t, (byte, experts, weights) in enumerate(
+            zip(inputs[0].tolist(), made[0].experts.tolist(), made[0].weights.tolist(), strict=True)
+        )
+    ]
+    blocks = (order // moe.routing.top_k).split(counts.tolist())
+    by_expert = [(e, len(block), " ".join(map(str, block.tolist()))) for e, block in enumerate(blocks)]
+    run.say("the first layer at the start: some tokens and their experts")
+    run.say(tabulate(by_token, ("token", "byte", "experts", "weights"), disable_numparse=True))
+    run.say("\nin the order of the experts: one block of rows for each")
+    run.say(tabulate(by_expert, ("expert", "rows", "tokens"), disable_numparse=True) + "\n")
+
+
+def claim_work(run: Run, config: GPTConfig, moe: MoEConfig) -> None:
+    """The parameters of E MLPs for the work of K."""
+    _, layer = first_layer(run, config, moe)
+    with torch.device("meta"):
+        dense = MLP(replace(config, feed_forward=layer.experts.up.weight.shape[1]))
+    tokens = torch.zeros(config.sequence, config.hidden, dtype=run.dtype, device=run.job.device)
+    e, k, rows = moe.routing.experts, moe.routing.top_k, config.sequence * moe.routing.top_k
+    counts = [rows // e + (i < rows % e) for i in range(e)]
+    with FlopCounterMode(display=False) as of_experts:
+        layer.experts(tokens.repeat_interleave(k, 0), counts)
+    with FlopCounterMode(display=False) as of_dense:
+        dense(tokens.to("meta"))
+    claim, size = run.evidence.claim, sum(p.numel() for p in layer.experts.parameters())
+    one = sum(p.numel() for p in dense.parameters())
+    claim("parameters of the experts, in MLPs", f"E = {e}", e, size / one)
+    claim("their FLOPs for a token, in MLPs", f"K = {k}", k, of_experts.get_total_flops() / of_dense.get_total_flops())
+
+
+def refuse(args: argparse.Namespace, ranks: int) -> None:
+    from expert_parallel.training import check
+
+    check(args, ranks)
+
+
+def main() -> int:
+    from expert_parallel.training import add_flags
+
+    frame = Lesson(
+        __file__,
+        "CODE 04",
+        "Expert parallelism at scale: the mixture of experts",
+        "专家并行大规模训练",
+        "All experts of a layer as one grouped computation, beside the definition, token by token.",
+    )
+    add_flags(frame, layers=2, batch=8, sequence=32)
+    return frame.main(refuse, lesson)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
