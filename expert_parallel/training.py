@@ -135,11 +135,13 @@ def train_with(
     etp: int = 1,
     dispatch: str = DISPATCHERS[0],
     reference: Callable[[GPT, MoEConfig], GPT] = to_moe,
+    watch: Callable[[GPT], None] = lambda _: None,
 ) -> Trained:
     """Train over all ranks, each with its part of the batch and of the experts; `claim_equal` says what came of it.
 
     Args:
         reference: makes the model of the one process from the GPT, where it is another way to the same numbers.
+        watch: called with this rank's model before the first step.
     """
     config = configuration(run.args)
     args, job = run.args, run.job
@@ -155,6 +157,7 @@ def train_with(
     of_experts = set(expert_parameters(model))
     rest = [p for p in model.parameters() if p not in of_experts]
     trained = Trained(model, optimizer, mesh, forward)
+    watch(model)
     for router in routers(model):
         router.register_forward_hook(lambda _, __, made: trained.choices[-1].append(made.detach()))
     make = partial(_made, moe, reference)
@@ -248,8 +251,9 @@ def claim_equal(run: Run, *trainings: Trained) -> None:
     for name in ("loss", "gradient", "norm", "parameter"):
         setattr(worst, name, max(getattr(each.worst, name) for each in trainings))
     worst.claim(run)
-    elsewhere = sum(each.tokens_elsewhere for each in trainings)
-    run.evidence.claim("tokens of each expert, all layers and steps", "one process's: 0 elsewhere", 0, elsewhere)
+    if run.dtype == torch.float64:  # otherwise the one process followed
+        elsewhere = sum(each.tokens_elsewhere for each in trainings)
+        run.evidence.claim("tokens of each expert, all layers and steps", "one process's: 0 elsewhere", 0, elsewhere)
     if any(router.routing.aux or router.routing.z for each in trainings for router in routers(each.model)):
         run.evidence.claim(
             "the routers' losses, the ranks' shares summed", "one process's, of the whole batch: difference 0", 0,
