@@ -92,7 +92,7 @@ def _to_all(rows: Tensor, axis: Axis, counts: list[int]) -> Tensor:
 
 
 def _summed(rows: Tensor, axis: Axis, counts: list[int], own: int) -> Tensor:
-    return comm.all_to_all(rows, axis, counts, [own] * axis.size).view(axis.size, own, -1).sum(0)
+    return comm.all_to_all(rows, axis, counts, [own] * axis.size).view(axis.size, own, rows.shape[1]).sum(0)
 
 
 def by_expert(rows: Tensor, counts: list[list[int]]) -> Tensor:

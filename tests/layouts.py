@@ -44,6 +44,7 @@ class Layout:
     etp: int = 1
     moe: MoEConfig | None = None
     dispatch: str = "all-to-all"
+    bias: tuple[float, ...] = ()  # of the routers, at the start
     sequence: bool = False
     recompute: str = "none"
     freeze: tuple[str, ...] = ()
@@ -75,6 +76,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     for name, p in stage.named_parameters():
         if stage.whole_name(name).startswith(layout.freeze or ("none",)):
             p.requires_grad_(False)
+    skew(stage, layout)
     tokens = layout.samples * layout.length
     mine_of = layout.samples // layout.dp
     shape = (mine_of // m, layout.length // (tp.size if layout.sequence else 1), config.hidden)
@@ -117,6 +119,11 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     return losses, norms, gradients, pieces(stage, lambda p: p.detach())
 
 
+def skew(model: GPT, layout: Layout) -> None:
+    for router in routers(model) if layout.bias else ():
+        router.bias.data.copy_(torch.tensor(layout.bias))
+
+
 def pieces(stage: GPT, of: object) -> list[Piece]:
     found = [Piece(stage.whole_name(n), of(p), shard_of(p)) for n, p in stage.named_parameters()]
     return [piece for piece in found if piece.value is not None]
@@ -126,6 +133,7 @@ def equals_one_process(pool: Pool, config: GPTConfig, layout: Layout) -> None:
     """Losses, norms, every gradient and every updated parameter, to 1e-10."""
     make = (lambda config: to_moe(GPT(config), layout.moe)) if layout.moe else GPT
     oracle = Oracle(config, SEED, CPU, torch.float64, optimizer_of, CLIP, make)
+    skew(oracle.model, layout)
     for name, p in oracle.model.named_parameters():
         if name.startswith(layout.freeze or ("none",)):
             p.requires_grad_(False)

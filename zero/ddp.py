@@ -32,18 +32,18 @@ class DataParallel(Stage):
         for flat in self._gradients:
             flat.zero_()
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
-        if last:
+    def before_backward(self, last: bool = True) -> None:
+        if last:  # its gradients are the last: a bucket leaves as soon as it is complete
             self.order.watch()
-        if loss.requires_grad:  # adds to the buckets; those of the last microbatch leave as they are complete
-            loss.backward()
+
+    def after_backward(self, last: bool = True) -> None:
         if last:
             self._finish()
 
     def reduce(self) -> None:
         """Sum what others have added to the gradients, a pipeline for example, in place of the last `backward`."""
-        self.order.watch()
-        self._finish()
+        self.before_backward()
+        self.after_backward()
 
     def _finish(self) -> None:
         self.order.finish()

@@ -34,8 +34,8 @@ class Offload(Zero2):
         self._downwards = torch.Stream(own[0].device) if own[0].is_cuda else None
         return own
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
-        super().backward(loss, last)
+    def after_backward(self, last: bool = True) -> None:
+        super().after_backward(last)
         self._land(0)
 
     def _keep(self, i: int, total: Tensor) -> None:

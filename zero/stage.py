@@ -83,9 +83,20 @@ class Stage(ABC):
     def _launch(self, i: int) -> None:
         """Start to sum the gradients of bucket i, which are complete, over the ranks."""
 
-    @abstractmethod
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Backward of one microbatch of the step. After the `last` one `own_gradients` is there."""
+        self.before_backward(last)
+        if loss.requires_grad:
+            loss.backward()
+        self.after_backward(last)
+
+    @abstractmethod
+    def before_backward(self, last: bool = True) -> None:
+        """Be ready for the gradients of a backward, which others may start, for several stages together."""
+
+    @abstractmethod
+    def after_backward(self, last: bool = True) -> None:
+        """Finish with what has come."""
 
     @abstractmethod
     def zero_grad(self) -> None:

@@ -32,10 +32,10 @@ class Zero2(Stage):
         for part in self.own_gradients:
             part.zero_()
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
+    def before_backward(self, last: bool = True) -> None:
         self.order.watch()  # in every microbatch: there is nowhere to keep a sum of whole gradients
-        if loss.requires_grad:
-            loss.backward()
+
+    def after_backward(self, last: bool = True) -> None:
         self.order.finish()
         self._arrived(0)
 

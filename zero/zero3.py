@@ -123,10 +123,10 @@ class Zero3(Zero2):
 
     # Backward: unit i computes while unit i-1 arrives and the gradients of unit i+1 leave.
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
+    def before_backward(self, last: bool = True) -> None:
         self._next = -1
-        if loss.requires_grad:
-            loss.backward()
+
+    def after_backward(self, last: bool = True) -> None:
         self._backward_reaches(0)
         self._leave(self._units[0])
         self._leave(self._rest)

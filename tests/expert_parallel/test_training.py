@@ -46,6 +46,26 @@ LAYOUTS = {
 }
 
 
+ONE_RANK, NONE_HERE = (9.0, 8.0, *[0.0] * 6), (0.0, 0.0, *[9.0] * 6)
+EXTREMES = {
+    "all tokens to the experts of one rank": Layout(dp=4, ep=4, bias=ONE_RANK),
+    "and of one expert": Layout(dp=4, ep=4, bias=ONE_RANK, moe=MoEConfig(Routing(8, 1, "sigmoid", aux=0.01))),
+    "no token to the experts of a rank": Layout(dp=4, ep=4, bias=NONE_HERE),
+    "dropped, and to one rank": Layout(dp=4, ep=4, bias=ONE_RANK, moe=MoEConfig(Routing(8, 2, capacity=0.01))),
+    "all-gather": Layout(dp=4, ep=4, bias=ONE_RANK, dispatch="all-gather"),
+    "etp": Layout(dp=4, ep=2, etp=2, bias=ONE_RANK),
+    "capacity where samples are cut": Layout(
+        tp=2, ep=2, sequence=True, moe=MoEConfig(Routing(8, 2, "sigmoid", capacity=0.5, drop="probability"))
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", EXTREMES.values(), ids=EXTREMES)
+def test_extremes(pool: Pool, layout: Layout) -> None:
+    """No hang, and nothing is lost."""
+    equals_one_process(pool, CONFIG, replace(layout, moe=layout.moe or MoEConfig(Routing(8, 2, "sigmoid", aux=0.01))))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_layout(pool: Pool, layout: Layout) -> None:
     equals_one_process(pool, CONFIG, replace(layout, moe=MoEConfig(EVERYTHING, feed_forward=24, shared=12)))

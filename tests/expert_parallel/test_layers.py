@@ -1,0 +1,176 @@
+"""The layer across ranks: the order of what travels and what is computed, ZeRO for experts, refusals."""
+
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from core import comm
+from core.gpt import GPT, GPTConfig, materialize, token_loss
+from core.ledger import Ledger
+from core.mesh import Axis, Mesh
+from core.oracle import Oracle, worst_difference
+from core.seeded import Draw
+from core.shards import Piece, join, shard_of
+from core.text import Text
+from expert_parallel.gating import Routing, Spread, end_step
+from expert_parallel.layers import expert_parameters, gather_rows, parallelize, scatter_rows
+from expert_parallel.moe import MoEConfig, to_moe
+from tests.pool import Pool
+from zero.ddp import DataParallel
+from zero.zero1 import Zero1
+from zero.zero2 import Zero2
+
+CPU, SEED, CLIP, SAMPLES = torch.device("cpu"), 7, 0.5, 8
+CONFIG = GPTConfig(sequence=8, hidden=16, layers=2, heads=4)
+MOE = MoEConfig(Routing(8, 2, aux=0.01), feed_forward=24, shared=12)
+STAGES = {"ddp": DataParallel, "zero1": Zero1, "zero2": Zero2}
+optimizer_of = partial(torch.optim.AdamW, lr=1e-3)
+
+
+def order() -> list[str]:
+    """Forward and backward of one layer on this rank."""
+    mesh = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size(), ep=dist.get_world_size())
+    model = parallelize(to_moe(GPT(replace(CONFIG, layers=1)), MOE), mesh["ep"], mesh["etp"], Spread((mesh["dp"],)))
+    layer = materialize(model, SEED, CPU, torch.float64).blocks["0"].mlp
+    happened: list[str] = []
+    start, wait = comm.all_to_all_async, comm.Pending.wait
+
+    def starting(x: torch.Tensor, axis: Axis, send: list, receive: list, label: str = "all-to-all") -> comm.Pending:
+        happened.append(f"starts {label}")
+        return start(x, axis, send, receive, label)
+
+    def waiting(pending: comm.Pending) -> torch.Tensor:
+        if "all-to-all" in pending.what or "counts" in pending.what:
+            happened.append(f"waits for {pending.what}")
+        return wait(pending)
+
+    comm.all_to_all_async, comm.Pending.wait = starting, waiting
+    try:
+        layer.shared.up.register_forward_hook(lambda *_: happened.append("shared"))
+        layer.shared.up.register_full_backward_hook(lambda *_: happened.append("shared backward"))
+        layer.experts.register_forward_hook(lambda *_: happened.append("experts"))
+        x = torch.randn(2, 8, 16, dtype=torch.float64, requires_grad=True)
+        y = layer(x)
+        happened.append("backward")
+        y.sum().backward()
+    finally:
+        comm.all_to_all_async, comm.Pending.wait = start, wait
+    return happened
+
+
+def test_the_shared_expert_computes_while_rows_travel(pool: Pool) -> None:
+    for happened in pool.run(2, order):
+        forward, backward = (part.split(", ") for part in ", ".join(happened).split(", backward, "))
+        assert forward == ["starts token counts", "waits for token counts", "starts all-to-all", "shared",
+                           "waits for all-to-all", "experts", "starts all-to-all", "waits for all-to-all"]  # fmt: skip
+        assert backward == ["starts all-to-all", "waits for all-to-all", "starts all-to-all", "shared backward",
+                            "waits for all-to-all"]  # fmt: skip
+
+
+def uneven() -> None:
+    axis = Mesh("cpu", Ledger(), 30.0, tp=dist.get_world_size())["tp"]
+    counts = [2, 0, 3]
+    everyone = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    own = everyone.split(counts)[axis.index].clone().requires_grad_()
+    whole = gather_rows(own, axis, counts)
+    assert torch.equal(whole, everyone)
+    (whole * (axis.index + 1)).sum().backward()
+    assert torch.equal(own.grad, torch.full_like(own, 6.0)), "the sum of what all ranks made of it"
+    partial_ = (everyone * (axis.index + 1)).requires_grad_()
+    summed = scatter_rows(partial_, axis, counts)
+    torch.testing.assert_close(summed, everyone.split(counts)[axis.index] * 6)
+    (summed * (axis.index + 1)).sum().backward()
+    assert torch.equal(partial_.grad, torch.tensor([1.0, 1, 3, 3, 3]).double().unsqueeze(1).expand(5, 4))
+
+
+def test_uneven_rows(pool: Pool) -> None:
+    pool.run(3, uneven)
+
+
+def with_zero(kind: str) -> tuple[list[float], list[float], list[Piece], list[Piece], list[Piece]]:
+    """What is no expert over dp, experts over edp: each a stage of its own, clipped by one norm."""
+    mesh = Mesh("cpu", Ledger(), 30.0, dp=4, ep=2)
+    dp, ep, edp = (mesh[name] for name in ("dp", "ep", "edp"))
+    model = parallelize(to_moe(GPT(CONFIG), MOE), ep, mesh["etp"], Spread((dp,)))
+    materialize(model, SEED, CPU, torch.float64)
+    experts = set(expert_parameters(model))
+    stages = [
+        STAGES[kind](model, axis, optimizer_of, None, torch.float64, 1000, only)
+        for axis, only in ((dp, lambda p: p not in experts), (edp, experts.__contains__))
+    ]
+    losses, norms, gradients = [], [], []
+    for step in range(2):
+        for stage in stages:
+            stage.zero_grad()
+        inputs, targets = (t.chunk(4)[dp.index] for t in Text(None, 8).batch(SEED, step, SAMPLES))
+        loss = token_loss(model(inputs, Draw(SEED, step, 2 * dp.index)), targets, SAMPLES * 8)
+        for stage in stages:
+            stage.before_backward()
+        loss.backward()
+        for stage in stages:
+            stage.after_backward()
+        gradients = [piece for stage in stages for piece in marked(stage, stage.gradients())]
+        rest, total = stages[0].norm_and_total(loss.detach())
+        of_experts, _ = stages[1].norm_and_total(torch.zeros(()), [ep])
+        norm = (rest**2 + of_experts**2) ** 0.5
+        for stage in stages:
+            stage.clip_by(CLIP, norm)
+            stage.step()
+        end_step(model)
+        losses.append(total)
+        norms.append(norm)
+    weights = [p for stage in stages for p in stage.weights()]
+    return losses, norms, gradients, weights, [p for s in stages for p in marked(s, s.states())]
+
+
+def marked(stage: DataParallel, pieces: list[Piece]) -> list[Piece]:
+    """Under a name that says which part ep has cut, so that the segments of edp join first."""
+    marks = {name: shard_of(p) for name, p in stage.named()}
+    return [Piece((name, marks[name[0] if isinstance(name, tuple) else name]), *rest) for name, *rest in pieces]
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_zero_over_the_expert_data_parallel_ranks(pool: Pool, kind: str) -> None:
+    oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP, lambda config: to_moe(GPT(config), MOE))
+    losses, norms = [], []
+    for step in range(2):
+        losses.append(oracle.step(*Text(None, 8).batch(SEED, step, SAMPLES), Draw(SEED, step, 0)))
+        norms.append(oracle.norm)
+        end_step(oracle.model)
+    results = pool.run(4, with_zero, kind)
+    for rank in results:
+        assert rank[0] == pytest.approx(losses, rel=1e-10)
+        assert rank[1] == pytest.approx(norms, rel=1e-10)
+    for i, reference in ((2, oracle.gradients), (4, oracle.states())):
+        pieces = join(piece for rank in results for piece in rank[i])
+        parts = [Piece(name, value, mark if value.dim() else None) for (name, mark), value in pieces]
+        assert worst_difference(join(parts), reference) < 1e-10
+    assert worst_difference(join(piece for rank in results for piece in rank[3]), oracle.parameters()) < 1e-10
+
+
+def lone(name: str, size: int) -> Axis:
+    return Axis(name, tuple(range(size)), 0, None, Ledger(), timedelta(0))
+
+
+@pytest.mark.parametrize(
+    ("ep", "etp", "dispatch", "message"),
+    [(3, 1, "all-to-all", "8 experts cannot be cut into 3"), (1, 5, "all-to-all", "24 features .* into 5"),
+     (1, 2, "all-gather", "--dispatch all-gather"), (1, 1, "post", "--dispatch post")],
+)  # fmt: skip
+def test_refusals(ep: int, etp: int, dispatch: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parallelize(to_moe(GPT(CONFIG), MOE), lone("ep", ep), lone("etp", etp), Spread(), dispatch)
+
+
+def test_experts_are_marked(pool: Pool) -> None:
+    model = parallelize(to_moe(GPT(CONFIG), MOE), lone("ep", 4), lone("etp", 2), Spread())
+    experts: nn.Module = model.blocks["0"].mlp.experts
+    assert {name: tuple(p.shape) for name, p in experts.named_parameters()} == {
+        "up.weight": (2, 12, 16), "up.bias": (2, 12), "down.weight": (2, 16, 12), "down.bias": (2, 16)
+    }  # fmt: skip
+    assert shard_of(experts.up.weight).whole_shape(experts.up.weight.shape) == (8, 24, 16)

@@ -1,0 +1,144 @@
+"""The layer of one process: rows and back, grouped experts."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from core.gpt import GPT, GPTConfig, materialize
+from core.linear import Deferred
+from expert_parallel.experts import Experts, grouped
+from expert_parallel.gating import Choice, Routing
+from expert_parallel.layers import by_expert, by_source
+from expert_parallel.moe import MoE, MoEConfig, by_token, order_of, permute, to_moe, unpermute
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> tuple[int, Choice]:
+    """Any choice of any experts, a part of it dropped."""
+    tokens, experts = draw(st.integers(1, 8)), draw(st.integers(1, 6))
+    k = draw(st.integers(1, experts))
+    chosen = torch.tensor([draw(st.permutations(range(experts)))[:k] for _ in range(tokens)])
+    kept = draw(st.none() | st.lists(st.booleans(), min_size=tokens * k, max_size=tokens * k))
+    weights = torch.rand(tokens, k, dtype=torch.float64)
+    return experts, Choice(chosen, weights, None if kept is None else torch.tensor(kept).view(tokens, k))
+
+
+@settings(max_examples=200, deadline=None)
+@given(choices())
+def test_permute_and_unpermute(case: tuple[int, Choice]) -> None:
+    """Every kept choice has one row, experts in order; with experts that do nothing, tokens come back weighted."""
+    experts, choice = case
+    tokens, k = choice.experts.shape
+    x = torch.randn(tokens, 3, dtype=torch.float64, requires_grad=True)
+    weights = choice.weights.requires_grad_()
+    kept = torch.ones(tokens, k, dtype=torch.bool) if choice.kept is None else choice.kept
+    order, counts = order_of(choice, experts)
+    assert sorted(order.tolist()) == kept.flatten().nonzero().flatten().tolist()
+    owners = choice.experts.flatten()[order]
+    assert owners.tolist() == sorted(owners.tolist())
+    assert counts.tolist() == torch.bincount(owners, minlength=experts).tolist()
+    assert all(a < b for a, b, same in zip(order, order[1:], owners[1:] == owners[:-1], strict=False) if same)
+
+    rows = permute(x, order, k)
+    assert torch.equal(rows, x[order // k])
+    y = unpermute(rows, order, weights)
+    expected = (x.unsqueeze(1) * (weights * kept).unsqueeze(2)).sum(1)
+    torch.testing.assert_close(y, expected)
+    upstream = torch.randn_like(y)
+    for got, right in zip(torch.autograd.grad(y, (x, weights), upstream),
+                          torch.autograd.grad(expected, (x, weights), upstream), strict=True):  # fmt: skip
+        torch.testing.assert_close(got, right)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_sources_and_experts(sources: int, experts: int, data: st.DataObject) -> None:
+    counts = [data.draw(st.lists(st.integers(0, 3), min_size=experts, max_size=experts)) for _ in range(sources)]
+    labels = [(e, s, i) for s, row in enumerate(counts) for e, n in enumerate(row) for i in range(n)]
+    rows = torch.tensor(labels, dtype=torch.float64).view(-1, 3)
+    sorted_ = by_expert(rows, counts)
+    assert [tuple(map(int, row)) for row in sorted_.tolist()] == sorted(labels)
+    assert torch.equal(by_source(sorted_, counts), rows)
+
+
+COUNTS = [[3, 0, 2, 1], [0, 0, 6, 0], [0, 0, 0, 0]]
+
+
+def real(experts: int, dtype: torch.dtype = torch.float64) -> Experts:
+    torch.manual_seed(0)
+    made = Experts(experts, 8, 16).to_empty(device="cpu")
+    for p in made.parameters():
+        p.data.normal_()
+    return made.to(dtype)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("deferred", [False, True])
+def test_grouped_experts(counts: list[int], deferred: bool) -> None:
+    """Each expert by itself, all gradients; also with the weights' gradients left for later, and with no rows."""
+    experts = real(4)
+    later = Deferred(experts.parameters()) if deferred else None
+    x = torch.randn(sum(counts), 8, dtype=torch.float64, requires_grad=True)
+    y = experts(x, counts)
+    upstream = torch.randn_like(y)
+    if later:
+        with later:
+            y.backward(upstream)
+        assert experts.up.weight.grad is None
+        taken = later.take()
+        assert len(taken) == 2
+        for each in taken:
+            each.add()
+    else:
+        y.backward(upstream)
+    got = [x.grad, *(p.grad for p in experts.parameters())]
+    up, down = experts.up, experts.down
+    parts = [
+        torch.nn.functional.gelu(rows @ up.weight[e].T + up.bias[e]) @ down.weight[e].T + down.bias[e]
+        for e, rows in enumerate(x.split(counts))
+    ]
+    torch.testing.assert_close(y, torch.cat(parts))
+    right = torch.autograd.grad(torch.cat(parts), (x, *experts.parameters()), upstream)
+    for a, b in zip(got, right, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("counts", COUNTS[:2])
+def test_grouped_in_bfloat16_is_torchs(counts: list[int]) -> None:
+    weight = torch.randn(4, 16, 8, dtype=torch.bfloat16)
+    x = torch.randn(sum(counts), 8, dtype=torch.bfloat16)
+    one = grouped(x, weight.transpose(1, 2), counts)
+    other = torch.cat([rows @ weight[e].T for e, rows in enumerate(x.split(counts))])
+    torch.testing.assert_close(one, other)
+
+
+def layer(make: object, moe: MoEConfig, dtype: torch.dtype = torch.float64) -> MoE:
+    return materialize(make(GPT(GPTConfig(hidden=8, heads=2, layers=1)), moe), 0, CPU, dtype).blocks["0"].mlp
+
+
+@pytest.mark.parametrize("bias", [[0.0] * 4, [9.0, 8.0, 0.0, 0.0]], ids=["any", "all to two"])
+@pytest.mark.parametrize("capacity", [0.0, 0.75, 0.01])
+def test_the_layer_is_its_definition(bias: list[float], capacity: float) -> None:
+    moe = MoEConfig(Routing(4, 2, "sigmoid", capacity=capacity), shared=6)
+    results: list[list[Tensor]] = []
+    for make in (to_moe, by_token):
+        made = layer(make, moe)
+        made.router.bias.data = torch.tensor(bias)
+        x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = made(x)
+        y.square().sum().backward()
+        # A token by itself leaves an expert without a gradient that nobody chose; the grouped product gives zeros.
+        results.append([y, x.grad, *(torch.zeros_like(p) if p.grad is None else p.grad for p in made.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_every_second_layer() -> None:
+    model = to_moe(GPT(GPTConfig(layers=5)), MoEConfig(every=2))
+    assert [isinstance(block.mlp, MoE) for block in model.blocks.values()] == [False, True, False, True, False]
+    with pytest.raises(ValueError, match="every 0"):
+        MoEConfig(every=0)
