@@ -30,6 +30,11 @@ lessons=(
   pipeline/dualpipe.py
   pipeline/auto.py
   pipeline/compare.py
+  expert_parallel/router.py
+  expert_parallel/moe.py
+  expert_parallel/dispatch.py
+  expert_parallel/train.py
+  expert_parallel/upcycle.py
 )
 
 if ! [[ $NPROC =~ ^[1-9][0-9]*$ ]]; then

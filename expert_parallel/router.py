@@ -25,9 +25,8 @@ from core.lesson import Lesson, Run
 from core.plot import picture
 from expert_parallel.gating import Routing
 from expert_parallel.moe import MoEConfig
-from expert_parallel.training import Trained, add_flags, balance, check, claim_equal, train_with
+from expert_parallel.training import ENOUGH, Trained, add_flags, balance, check, claim_equal, train_with
 
-ENOUGH = 30  # steps after which a way of balancing must have had its effect
 ALONE = "left alone"
 
 
@@ -123,25 +122,22 @@ def fullest(trained: Trained, experts: int, sequence: int) -> tuple[int, int]:
 
 
 def claim_balance(run: Run, loads: dict[str, Tensor]) -> None:
-    """What balances does, against the router left alone: means over the layers and all steps but the first two.
-
-    The first step's load is that of the start, whatever balances; the second's hardly differs.
-    """
-    if run.args.steps < 3:
+    """What balances does, against the router left alone: means over the layers and the last half of the steps."""
+    if run.args.steps < ENOUGH:
+        run.say(f"\nwhat balancing has done is claimed from --steps {ENOUGH} on: it needs some steps to do it")
         return
     found = {name: torch.tensor([balance(step) for step in load]) for name, load in loads.items()}  # (steps, 2)
-    entropy, violation = found.pop(ALONE)[2:].mean(0).tolist()
+    half, claim = run.args.steps // 2, run.evidence.claim
+    entropy, violation = found.pop(ALONE)[half:].mean(0).tolist()
     for name in ("auxiliary loss", "bias, no loss"):
-        mine, claim = found[name][2:].mean(0).tolist(), run.evidence.claim
+        mine = found[name][half:].mean(0).tolist()
         excess = max(0.0, mine[1] - violation)
         claim(f"MaxVio, {name}: {mine[1]:.3f}", f"below {violation:.3f}, left alone: excess 0", 0, excess)
         lack = max(0.0, entropy - mine[0])
         claim(f"entropy of the load, {name}: {mine[0]:.3f}", f"above {entropy:.3f}, left alone: lack 0", 0, lack)
-        if run.args.steps >= ENOUGH:
-            third = run.args.steps // 3
-            before, after = found[name][:third, 1].max().item(), found[name][-third:, 1].mean().item()
-            what = f"MaxVio falls, {name}: {after:.3f} in the last third"
-            claim(what, f"below {before:.3f}, the most in the first: excess 0", 0, max(0.0, after - before))
+        most = found[name][:half, 1].max().item()
+        what = f"MaxVio falls, {name}: to {mine[1]:.3f}"
+        claim(what, f"from {most:.3f}, its most before: excess 0", 0, max(0.0, mine[1] - most))
 
 
 if __name__ == "__main__":

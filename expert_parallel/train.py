@@ -24,6 +24,7 @@ from expert_parallel.gating import Routing
 from expert_parallel.layers import expert_parameters
 from expert_parallel.moe import MoEConfig
 from expert_parallel.training import (
+    ENOUGH,
     Trained,
     add_flags,
     add_parallel_flags,
@@ -160,7 +161,7 @@ def claim_work(run: Run, trained: dict[str, Trained], work: dict[str, list[Work]
             cases = [(f"{what}, ep {i}", *pair) for i, pair in enumerate(zip(chosen, computed, strict=True))]
             formula = "the choices of the experts there: " + " ".join(f"{n:,}" for n in chosen)
             run.evidence.each(what, formula, cases)
-    if args.steps >= 3 and args.experts > 1 and args.top_k < args.experts:
+    if args.steps >= ENOUGH and args.top_k < args.experts:
         unbalanced, balanced = (slowest(work[name]) for name in (UNBALANCED, BALANCED))
         what, excess = f"slowest rank over the mean, balanced: {balanced:.3f}", max(0.0, balanced - unbalanced)
         run.evidence.claim(what, f"at most {unbalanced:.3f}, unbalanced: excess 0", 0, excess)

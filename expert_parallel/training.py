@@ -31,6 +31,8 @@ from expert_parallel.layers import (
 )
 from expert_parallel.moe import MoEConfig, to_moe
 
+ENOUGH = 30  # steps after which a way of balancing must have had its effect
+
 
 def add_flags(lesson: Lesson, routing: bool = True, **defaults: object) -> None:
     """The flags of a lesson of CODE 04; `routing`: also those that say how tokens find experts."""
