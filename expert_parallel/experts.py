@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from core.linear import Gradients, deferring
 
 
-def grouped(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """Rows (R, I), the first `counts[0]` of them times `weight[0]` of (E, I, O), and so on: (R, O)."""
+def grouped(x: Tensor, weight: Tensor, counts: list[int], bias: Tensor | None = None) -> Tensor:
+    """Rows (R, I), the first `counts[0]` of them times `weight[0]` of (E, I, O) plus `bias[0]` of (E, O), and so on."""
     if x.dtype == torch.bfloat16:  # the only type that torch's has on every device
-        ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
-        return F.grouped_mm(x, weight, offs=ends)
+        sizes = torch.tensor(counts, device=x.device)
+        y = F.grouped_mm(x, weight, offs=sizes.cumsum(0).to(torch.int32))
+        return y if bias is None else y + bias.repeat_interleave(sizes, 0, output_size=len(y))
     y = x.new_empty(len(x), weight.shape[2])
-    for rows, matrix, out in zip(x.split(counts), weight, y.split(counts), strict=True):
-        torch.mm(rows, matrix, out=out)
+    for e, (rows, out) in enumerate(zip(x.split(counts), y.split(counts), strict=True)):
+        torch.mm(rows, weight[e], out=out) if bias is None else torch.addmm(bias[e], rows, weight[e], out=out)
     return y
 
 
@@ -36,23 +37,25 @@ def grouped_outer(x: Tensor, y: Tensor, counts: list[int]) -> Tensor:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.counts = weight, counts
-        return grouped(x, weight.transpose(1, 2), counts)
+        ctx.weight, ctx.bias, ctx.counts = weight, bias, counts
+        return grouped(x, weight.transpose(1, 2), counts, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), weight, counts = ctx.saved_tensors, ctx.weight, ctx.counts
+        (x,), weight, bias, counts = ctx.saved_tensors, ctx.weight, ctx.bias, ctx.counts
         gradient = gradient.contiguous()
         of_x = grouped(gradient, weight, counts) if ctx.needs_input_grad[0] else None
 
-        def of_weight() -> Gradients:
-            return (grouped_outer(gradient, x, counts) if weight.requires_grad else None), None
+        def of_parameters() -> Gradients:
+            of_weight = grouped_outer(gradient, x, counts) if weight.requires_grad else None
+            trained = bias is not None and bias.requires_grad
+            return of_weight, torch.stack([g.sum(0) for g in gradient.split(counts)]) if trained else None
 
         deferred = deferring(weight)
-        found = deferred.put(weight, None, of_weight, (gradient, x)) if deferred else of_weight()
-        return of_x, found[0], None
+        found = deferred.put(weight, bias, of_parameters, (gradient, x)) if deferred else of_parameters()
+        return of_x, *found, None
 
 
 class GroupedLinear(nn.Module):
@@ -63,14 +66,8 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, outside, inside, device="meta"))
         self.bias = nn.Parameter(torch.empty(experts, outside, device="meta"))
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        return self.add_bias(self.product(x, counts), counts)
-
-    def product(self, x: Tensor, counts: list[int]) -> Tensor:
-        return _GroupedLinear.apply(x, self.weight, counts)
-
-    def add_bias(self, y: Tensor, counts: list[int]) -> Tensor:
-        return y + self.bias.repeat_interleave(torch.tensor(counts, device=y.device), 0, output_size=len(y))
+    def forward(self, x: Tensor, counts: list[int], add_bias: bool = True) -> Tensor:
+        return _GroupedLinear.apply(x, self.weight, self.bias if add_bias else None, counts)
 
 
 class Experts(nn.Module):
@@ -81,8 +78,5 @@ class Experts(nn.Module):
         self.up = GroupedLinear(experts, hidden, feed_forward)
         self.down = GroupedLinear(experts, feed_forward, hidden)
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        return self.down.add_bias(self.without_last_bias(x, counts), counts)
-
-    def without_last_bias(self, x: Tensor, counts: list[int]) -> Tensor:
-        return self.down.product(F.gelu(self.up(x, counts)), counts)
+    def forward(self, x: Tensor, counts: list[int], last_bias: bool = True) -> Tensor:
+        return self.down(F.gelu(self.up(x, counts)), counts, last_bias)

@@ -46,7 +46,9 @@ class Routing:
         for name in ("experts", "top_k", "groups", "top_groups"):
             if getattr(self, name) < 1:
                 usual = 2 if name == "top_k" else 1
-                raise ValueError(f"--{_flag(name)} {getattr(self, name)}: must be at least 1; use --{_flag(name)} {usual}")
+                raise ValueError(
+                    f"--{_flag(name)} {getattr(self, name)}: must be at least 1; use --{_flag(name)} {usual}"
+                )
         for name in ("capacity", "aux", "z", "bias_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 flag, usual = _flag(name), {"capacity": "1.25, or 0 to drop nothing", "bias_rate": "0.001"}

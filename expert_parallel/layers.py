@@ -167,7 +167,7 @@ class ExpertParallelMoE(nn.Module):
         every = comm.all_gather(coming, self.etp)
         counts, of_ranks = every.tolist(), every.view(self.etp.size, -1).sum(1).tolist()
         rows = by_expert(gather_rows(rows, self.etp, of_ranks), counts)
-        y = self.experts.without_last_bias(rows, every.sum(0).tolist())
+        y = self.experts(rows, every.sum(0).tolist(), last_bias=False)  # a sum of parts: the bias once, after it
         y = scatter_rows(by_source(y, counts), self.etp, of_ranks)
         return y + self.experts.down.bias.repeat(len(coming), 1).repeat_interleave(
             coming.flatten(), 0, output_size=len(y)

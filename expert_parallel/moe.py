@@ -74,6 +74,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The sum of a token's rows in one order, where that of `index_select` depends on luck on a GPU."""
         (order,) = ctx.saved_tensors
         return _to_places(gradient, order, ctx.tokens, ctx.k).sum(1), None, None
 
@@ -85,8 +86,9 @@ def permute(x: Tensor, order: Tensor, k: int) -> Tensor:
 
 def _to_places(rows: Tensor, order: Tensor, tokens: int, k: int) -> Tensor:
     """Rows (R, H) back to (T, K, H), zeros where dropped."""
-    make = rows.new_empty if len(order) == tokens * k else rows.new_zeros
-    return make(tokens * k, rows.shape[1]).index_copy(0, order, rows).view(tokens, k, -1)
+    if len(order) == tokens * k:
+        return rows.index_select(0, order.argsort()).view(tokens, k, -1)
+    return rows.new_zeros(tokens * k, rows.shape[1]).index_copy(0, order, rows).view(tokens, k, -1)
 
 
 def unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,181 @@
+"""Step time of our expert-parallel layer against torch's parts put together, and against plain loops over the experts.
+
+    torchrun --nproc_per_node=4 tests/bench/bench_expert_parallel.py
+
+The same router, tokens and experts, forward and backward, float32, alternating in one run; the medians of the ratios
+taken round by round. Not a test: the ratio depends on the machine.
+
+    torch         all_to_all_single_autograd and F.grouped_mm; rows in order by index_select, back by index_add
+    loop, spread  the experts spread as ours, one after another: each with its own exchange
+    loop, whole   all experts in every process, as where there is no expert parallelism, and their gradients summed
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from core.gpt import GPT, GPTConfig, materialize
+from core.launch import Job, choose_device, launch, place
+from core.ledger import Ledger
+from core.mesh import Axis, Mesh
+from expert_parallel.gating import Router, Routing, Spread
+from expert_parallel.layers import parallelize, sum_gradients
+from expert_parallel.moe import MoE, MoEConfig, to_moe
+
+DTYPE = torch.float32
+
+
+class Torchs(nn.Module):
+    """The layer from torch's own parts."""
+
+    def __init__(self, router: Router, experts: nn.Module, axis: Axis):
+        super().__init__()
+        self.router, self.experts, self.axis = router, experts, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, choice, n = x.flatten(0, 1), self.router(x), self.axis.size
+        k, flat = choice.experts.shape[1], choice.experts.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=self.router.routing.experts)
+        coming = torch.empty_like(counts)
+        dist.all_to_all_single(coming, counts, group=self.axis.group)
+        send, receive = (c.view(n, -1).sum(1).tolist() for c in (counts, coming))
+        rows = all_to_all_single_autograd(tokens.index_select(0, order // k), receive, send, self.axis.group)
+        here = counts.numel() // n
+        labels = torch.arange(here).repeat(n).repeat_interleave(coming)
+        by_expert = labels.argsort(stable=True)
+        per_expert = coming.view(n, here).sum(0)
+        ends = per_expert.cumsum(0).to(torch.int32)
+        up, down = self.experts.up, self.experts.down
+        y = F.grouped_mm(rows.index_select(0, by_expert), up.weight.transpose(1, 2), offs=ends)
+        y = F.gelu(y + up.bias.repeat_interleave(per_expert, 0))
+        y = F.grouped_mm(y, down.weight.transpose(1, 2), offs=ends) + down.bias.repeat_interleave(per_expert, 0)
+        y = torch.empty_like(y).index_copy(0, by_expert, y)
+        y = all_to_all_single_autograd(y, send, receive, self.axis.group) * choice.weights.flatten()[order].unsqueeze(1)
+        return torch.zeros_like(tokens).index_add(0, order // k, y).view_as(x)
+
+
+class LoopSpread(Torchs):
+    """One expert after another, each at its rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, choice, n = x.flatten(0, 1), self.router(x), self.axis.size
+        here, y = self.router.routing.experts // n, torch.zeros_like(tokens)
+        for e in range(self.router.routing.experts):
+            token, k = (choice.experts == e).nonzero(as_tuple=True)
+            send = [0] * n
+            send[e // here] = len(token)
+            counts = torch.tensor(send)
+            coming = torch.empty_like(counts)
+            dist.all_to_all_single(coming, counts, group=self.axis.group)
+            receive = coming.tolist()
+            rows = all_to_all_single_autograd(tokens[token], receive, send, self.axis.group)
+            if e // here == self.axis.index:
+                rows = mlp(rows, self.experts, e % here)
+            back = all_to_all_single_autograd(rows, send, receive, self.axis.group)
+            y = y.index_add(0, token, back * choice.weights[token, k].unsqueeze(1))
+        return y.view_as(x)
+
+
+class LoopWhole(Torchs):
+    """All experts here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, choice = x.flatten(0, 1), self.router(x)
+        y = torch.zeros_like(tokens)
+        for e in range(self.router.routing.experts):
+            token, k = (choice.experts == e).nonzero(as_tuple=True)
+            y = y.index_add(0, token, mlp(tokens[token], self.experts, e) * choice.weights[token, k].unsqueeze(1))
+        return y.view_as(x)
+
+
+def mlp(rows: Tensor, experts: nn.Module, e: int) -> Tensor:
+    up, down = experts.up, experts.down
+    return F.linear(F.gelu(F.linear(rows, up.weight[e], up.bias[e])), down.weight[e], down.bias[e])
+
+
+def bench(job: Job, config: GPTConfig, moe: MoEConfig, batch: int, rounds: int) -> None:
+    mesh = Mesh(job.device.type, Ledger(), job.timeout, dp=job.world_size, ep=job.world_size)
+    ep, alone = mesh["ep"], mesh["etp"]
+    generator = torch.Generator().manual_seed(job.rank)
+    x = torch.randn(batch, config.sequence, config.hidden, generator=generator, dtype=DTYPE).to(job.device)
+    x.requires_grad_()
+
+    def layer(spread: bool) -> MoE:
+        model = to_moe(GPT(config), moe)
+        model = parallelize(model, ep, alone, Spread((mesh["dp"],))) if spread else model
+        return materialize(model, 0, job.device, DTYPE).blocks["0"].mlp
+
+    runs: dict[str, nn.Module] = {"ours": layer(True)}
+    for name, kind in (("torch", Torchs), ("loop, spread", LoopSpread), ("loop, whole", LoopWhole)):
+        made = layer(kind is not LoopWhole)
+        runs[name] = kind(made.router, made.experts, ep)
+    results: dict[str, list[Tensor]] = {}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 2):  # two rounds to warm up
+        for name, run in runs.items():
+            run.zero_grad()
+            x.grad = None
+            dist.barrier()
+            began = time.perf_counter()
+            y = run(x)
+            y.backward(y.detach())
+            if name == "loop, whole":
+                sum_gradients([*run.experts.parameters()], ep)
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            dist.barrier()
+            times[name].append(time.perf_counter() - began)
+            up = run.experts.up.weight.grad
+            results[name] = [
+                y.detach(),
+                x.grad,
+                run.router.weight.grad,
+                up if len(up) < moe.routing.experts else own(up, ep),
+            ]
+    worst = max((a - b).abs().max().item() / b.abs().max().item()
+                for each in results.values() for a, b in zip(each, results["ours"], strict=True))  # fmt: skip
+    everyone = job.gather(worst)
+    if job.rank:
+        return
+    assert max(everyone) < 1e-4, f"they do not compute the same: {everyone}"
+    print(tabulate([(n, statistics.median(t[2:]) * 1e3, min(t[2:]) * 1e3) for n, t in times.items()],
+                   ("layer", "median ms", "fastest ms"), floatfmt=".1f"))  # fmt: skip
+    print(
+        f"\nmedian of the ratios, {rounds} rounds, {job.world_size} ranks on {os.cpu_count()} cores, {job.device.type}"
+    )
+    for name in list(runs)[1:]:
+        ratios = [a / b for a, b in zip(times["ours"][2:], times[name][2:], strict=True)]
+        print(f"ours / {name:<12} {statistics.median(ratios):.3f}")
+
+
+def own(gradient: Tensor, ep: Axis) -> Tensor:
+    return gradient.chunk(ep.size)[ep.index]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for flag, usual in {
+        "rounds": 15,
+        "batch": 8,
+        "sequence": 128,
+        "hidden": 256,
+        "feed-forward": 512,
+        "experts": 32,
+    }.items():
+        parser.add_argument(f"--{flag}", type=int, default=usual)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = GPTConfig(layers=1, hidden=args.hidden, heads=4, sequence=args.sequence, feed_forward=args.feed_forward)
+    with launch(choose_device(args.device, place())[0], 120) as the_job:
+        bench(the_job, sizes, MoEConfig(Routing(args.experts, args.top_k)), args.batch, args.rounds)
