@@ -23,6 +23,7 @@ and the gradients of *all* parameters are summed over dp x cp, whatever the size
 B batch, S sequence, H hidden, A heads, K key and value heads (a divisor of A), D head size, c ranks of the axis
 """
 
+import argparse
 from abc import ABC, abstractmethod
 
 import torch
@@ -32,16 +33,23 @@ from core import comm
 from core.gpt import GPT
 from core.mesh import Axis
 
+NO_MATRIX = (
+    "--attention {}: cp computes attention in its own way, without the whole matrix of scores and without dropout; "
+    "use --attention sdpa --dropout 0"
+)
+
 
 class SequenceAttention(ABC):
     """Causal attention of a sequence of which this rank has some tokens.
 
     Attributes:
         ranks: how many have a part of a sequence, c.
-        heads_over: over how many of them the heads are cut while attention is computed.
+        pieces: a sequence must be a multiple of it.
+        heads_over: over how many of the ranks the heads are cut while attention is computed.
     """
 
     ranks: int
+    pieces: int
     heads_over: int = 1
 
     @abstractmethod
@@ -74,6 +82,32 @@ def check_length(sequence: int, pieces: int) -> None:
         )
 
 
+def check(args: argparse.Namespace, heads_over: int, pieces: int) -> None:
+    """Raises ValueError unless heads can be cut into `heads_over` equal parts and a sample into so many `pieces`.
+
+    Says what would do for all of them together. Sizes below 1 are left to `GPTConfig`.
+    """
+    if args.attention != "sdpa":
+        raise ValueError(NO_MATRIX.format(args.attention))
+    if min(args.heads, args.hidden, args.sequence) < 1:
+        return
+    use: dict[str, int] = {}
+    if args.heads % heads_over or args.hidden % args.heads:
+        fitting = [a for a in range(heads_over, args.hidden + 1, heads_over) if args.hidden % a == 0]
+        use["heads"] = min(fitting, key=lambda a: abs(a - args.heads), default=heads_over)
+        if args.hidden % use["heads"]:
+            use["hidden"] = max(1, round(args.hidden / use["heads"])) * use["heads"]
+    if args.sequence % pieces:
+        use["sequence"] = max(1, args.sequence // pieces) * pieces
+    if use:
+        now = " ".join(f"--{name} {getattr(args, name)}" for name in use)
+        raise ValueError(
+            f"{now}: heads must divide --hidden and be a multiple of the {heads_over} ranks over which they are cut, "
+            f"and the sequence one of its {pieces} equal pieces, so that each rank gets as much; "
+            f"use {' '.join(f'--{name} {value}' for name, value in use.items())}"
+        )
+
+
 def part(x: Tensor, attention: SequenceAttention) -> Tensor:
     """This rank's tokens (B, S/c) of (B, S) inputs or targets; any dimensions may follow.
 
@@ -92,10 +126,7 @@ def parallelize(model: GPT, attention: SequenceAttention) -> GPT:
         ValueError: the heads that this rank has cannot be cut, or the model computes attention in some other way.
     """
     if model.config.attention != "sdpa":
-        raise ValueError(
-            f"--attention {model.config.attention}: cp computes attention in its own way, without the whole matrix of "
-            "scores and without dropout; use --attention sdpa --dropout 0"
-        )
+        raise ValueError(NO_MATRIX.format(model.config.attention))
     for block in model.blocks.values():
         inside = block.attention
         heads = inside.qkv.weight.shape[0] // (3 * inside.head_size)  # of this rank of tp

@@ -50,15 +50,15 @@ class RingAttention(SequenceAttention):
 
     def __init__(self, axis: Axis, device: torch.device, zigzag: bool = True):
         self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
+        self.pieces = 2 * axis.size if self.zigzag else axis.size
         self.clock: VirtualClock | None = None  # records what is done in which order, and when it could be
         routes = [(rank, (rank + 1) % axis.size, kind) for rank in range(axis.size) for kind in (KV, GRADIENTS)]
         self.mail = Mail(axis, routes, device) if axis.size > 1 else None
 
     def positions(self, sequence: int) -> Tensor:
-        c, r = self.axis.size, self.axis.index
-        pieces, mine = (2 * c, (r, 2 * c - 1 - r)) if self.zigzag else (c, (r,))
-        check_length(sequence, pieces)
-        return torch.cat([torch.arange(sequence).chunk(pieces)[piece] for piece in mine])
+        check_length(sequence, self.pieces)
+        pieces, r = torch.arange(sequence).chunk(self.pieces), self.axis.index
+        return torch.cat([pieces[r], pieces[-1 - r]]) if self.zigzag else pieces[r]
 
     def tile(self, step: int, tokens: int) -> Tile | None:
         """What to compute of rank r's queries and rank (r - step)'s keys, `tokens` each; None: all keys are later."""

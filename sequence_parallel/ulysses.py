@@ -6,16 +6,32 @@ A rank has some tokens of all heads; for attention it wants all tokens of some h
 V changes the one into the other, and one of the output changes back.
 """
 
+import argparse
+import sys
+from dataclasses import replace
 from math import lcm
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
 
 from core import comm
-from core.mesh import Axis
-from sequence_parallel.context import SequenceAttention, check_length
+from core.ledger import Ledger
+from core.lesson import Lesson, Run
+from core.mesh import Axis, Mesh
+from core.training import add_model_flags, check_model, configuration
+from sequence_parallel.context import SequenceAttention, check, check_length
+from sequence_parallel.context_training import (
+    Layer,
+    Shape,
+    claim_difference,
+    claim_saved,
+    count,
+    measure,
+    teach,
+)
 
 HEADS, TOKENS = 1, 2  # dimensions of (B, A, S, D)
 
@@ -41,7 +57,7 @@ class _Switch(torch.autograd.Function):
 class Whole(SequenceAttention):
     """All tokens are here: torch's own attention."""
 
-    ranks = 1
+    ranks = pieces = 1
 
     def positions(self, sequence: int) -> Tensor:
         return torch.arange(sequence)
@@ -62,10 +78,11 @@ class Ulysses(SequenceAttention):
     def __init__(self, axis: Axis, inner: SequenceAttention | None = None):
         self.axis, self.inner = axis, inner or Whole()
         self.ranks, self.heads_over = axis.size * self.inner.ranks, axis.size
+        self.pieces = lcm(self.ranks, self.inner.pieces)
 
     def positions(self, sequence: int) -> Tensor:
+        check_length(sequence, self.pieces)
         ours = self.inner.positions(sequence)
-        check_length(sequence, lcm(self.ranks, sequence // len(ours)))
         return ours.chunk(self.axis.size)[self.axis.index]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,3 +100,82 @@ class Ulysses(SequenceAttention):
 
     def close(self) -> None:
         self.inner.close()
+
+
+# ---- The lesson ------------------------------------------------------------------------------------------------------
+
+
+def lesson(run: Run) -> None:
+    config = configuration(run.args)
+    axis = Mesh(run.job.device.type, Ledger(), run.job.timeout, cp=run.job.world_size)["cp"]
+    attention = Ulysses(axis)
+    b, s, h, a, c = run.args.batch, run.args.sequence, config.hidden, config.heads, axis.size
+    show_shapes(run, attention, (b, a, s, h // a))
+
+    layer = Layer(run, config, axis, teach(run, config, attention, axis))
+    whole, switch = b * s * h / c * (c - 1) / c, ("all-to-all",)
+    layer.claim("all-to-alls of a layer, forward", "4: Q, K, V and the output", 4 * (c > 1), switch, messages=True)
+    layer.claim("all-to-alls, backward", "4", 4 * (c > 1), switch, backward=True, messages=True)
+    formula = f"4bsh/c (c-1)/c = {4 * whole:,.0f}"
+    layer.claim("elements a layer sends, forward", f"{formula}, 1/c of Megatron SP's", 4 * whole, switch)
+    layer.claim("elements, backward", formula, 4 * whole, switch, backward=True)
+    claim_attention(run, attention, Shape(b, a, a, s, h // a))
+
+
+def show_shapes(run: Run, attention: Ulysses, shape: tuple[int, int, int, int]) -> None:
+    """What a rank has before and after the all-to-all, by trying it."""
+    b, a, s, d = shape
+    uncounted = replace(attention.axis, ledger=Ledger())
+    x = torch.empty(b, a, s // attention.axis.size, d, device=run.job.device)
+    y = switch(x, uncounted, HEADS, TOKENS)
+    rows = [("Q, K, V of the layer", *x.shape), ("while attention is computed", *y.shape)]
+    rows.append(("output to the layer", *switch(y, uncounted, TOKENS, HEADS).shape))
+    run.say(tabulate(rows, ("on each rank", "samples", "heads", "tokens", "head size")) + "\n")
+
+
+def claim_attention(run: Run, attention: Ulysses, shape: Shape) -> None:
+    """Attention by itself: what it keeps for backward; fewer heads of keys and values; bfloat16."""
+    axis, c = attention.axis, attention.axis.size
+    ours = run.job.gather(measure(run, attention, axis, shape, run.dtype))
+    dense = measure(run, Whole(), axis, shape, run.dtype).saved
+    if ours and run.job.device.type == "cpu":  # other devices' kernels keep other things
+        claim_saved(run, ours, shape, c)
+        ratio = [dense / each.saved for each in ours]
+        run.evidence.on_ranks("one process keeps how many times as much", f"c = {c}", c, ratio, 1e-9)
+    b, a, _, s, d = shape
+    rows = []
+    for kv in sorted({a, max(1, a // 2) if a % 2 == 0 else a, 1}, reverse=True):
+        everyone = run.job.gather(measure(run, attention, axis, shape._replace(kv_heads=kv), torch.float64))
+        claim_difference(run, f"{kv} heads of keys and values", everyone, torch.float64)
+        if everyone:
+            travel = lcm(kv, c) if c > 1 else kv
+            expected = 2 * b * s * d / c * (c - 1) / c * (a + travel)
+            formula = f"2bs(a + {travel})(h/a)/c (c-1)/c = {expected:,.0f}"
+            sent = [count(each.forward, ("all-to-all",)) for each in everyone]
+            run.evidence.on_ranks(
+                f"elements sent forward, {kv} heads of them", formula, expected, sent, 1e-9 * expected
+            )
+            rows.append((kv, travel, travel // c, sent[0]))
+    run.say("\nfewer heads of keys and values: where there are fewer than ranks, some ranks need the same")
+    run.say(tabulate(rows, ("heads of K and V", "that travel", "on a rank", "elements sent, forward"), intfmt=","))
+    claim_difference(
+        run, "bfloat16", run.job.gather(measure(run, attention, axis, shape, torch.bfloat16)), torch.bfloat16
+    )
+
+
+def refuse(args: argparse.Namespace, ranks: int) -> None:
+    check(args, ranks, ranks)
+    check_model(args)
+
+
+if __name__ == "__main__":
+    frame = Lesson(
+        __file__,
+        "06",
+        "Long sequences: DeepSpeed-Ulysses",
+        "Megatron-LM SP 代码解析",
+        "Attention of a sequence that is cut: an all-to-all gives each rank all tokens of some heads.",
+    )
+    add_model_flags(frame, heads=8, layers=4)
+    frame.parser.set_defaults(steps=10)
+    sys.exit(frame.main(refuse, lesson))
