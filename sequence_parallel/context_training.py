@@ -95,6 +95,14 @@ def count(sent: Sent, names: Collection[str], messages: bool = False) -> float:
     return sum(each.messages if messages else each.elements for each in found)
 
 
+def spans(where: Tensor) -> str:
+    """Runs of neighbouring tokens, as first-last."""
+    positions = where.tolist()
+    starts = [p for p in positions if p - 1 not in positions]
+    ends = [p for p in positions if p + 1 not in positions]
+    return " ".join(f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
 # ---- Attention by itself ---------------------------------------------------------------------------------------------
 
 

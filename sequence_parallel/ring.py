@@ -24,6 +24,7 @@ from core.p2p import Mail
 from sequence_parallel.blocks import attend, attend_backward, join
 from sequence_parallel.context import SequenceAttention, check_length
 
+PLACEMENTS = ("zigzag", "contiguous")
 KV, GRADIENTS = "KV", "dKV"  # what travels
 BACKWARD = 2.5  # five matrix products for a forward's two
 

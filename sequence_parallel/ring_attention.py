@@ -1,9 +1,10 @@
-"""Lecture 06: ring attention (Megatron-LM SP 代码解析). Liu et al. 2023 (2310.01889); zigzag: zhuzilin 2024.
+"""Lecture 06: ring attention (Megatron-LM SP 代码解析). Liu et al. 2023 (2310.01889).
 
     torchrun --nproc_per_node=8 sequence_parallel/ring_attention.py
 
 The ring itself is `ring.py`, the blocks that it joins `blocks.py`. This lesson trains with it, shows who computes what
-in which step, with neighbouring tokens on a rank and in zigzag, and proves what is sent, kept, and done meanwhile.
+in which step, with neighbouring tokens on a rank and in zigzag (as zhuzilin's ring-flash-attention places them), and
+proves what is sent, what is kept, and what is computed meanwhile.
 
 b samples, s tokens in a sample, h hidden, a heads, c ranks
 """
@@ -28,11 +29,10 @@ from sequence_parallel.context_training import (
     claim_saved,
     count,
     measure,
+    spans,
     teach,
 )
-from sequence_parallel.ring import BACKWARD, GRADIENTS, KV, RingAttention
-
-PLACEMENTS = ("zigzag", "contiguous")
+from sequence_parallel.ring import BACKWARD, GRADIENTS, KV, PLACEMENTS, RingAttention
 
 
 def lesson(run: Run) -> None:
@@ -72,15 +72,8 @@ def lesson(run: Run) -> None:
 
 def show_placement(run: Run, rings: dict[str, RingAttention], axis: Axis) -> None:
     for name, ring in rings.items():
-        everyone = run.job.gather(spans(ring.positions(run.args.sequence).tolist()))
+        everyone = run.job.gather(spans(ring.positions(run.args.sequence)))
         run.say(f"\n{name}: tokens of " + ", ".join(f"rank {rank} {tokens}" for rank, tokens in enumerate(everyone)))
-
-
-def spans(positions: list[int]) -> str:
-    """Runs of neighbours, as first-last."""
-    starts = [p for p in positions if p - 1 not in positions]
-    ends = [p for p in positions if p + 1 not in positions]
-    return " ".join(f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def claim_memory(run: Run, everyone: list[Measured], shape: Shape, c: int) -> None:
