@@ -56,11 +56,11 @@ class Axis:
 
 def _along(name: str, ranks: Sequence[int], known: Sequence[Axis]) -> Axis:
     """The axis over `ranks`, this one among them. Its group is that of the known axis with the same ranks, or new."""
-    ledger, timeout = known[0].ledger, known[0].timeout
+    ledger, timeout, me = known[0].ledger, known[0].timeout, known[0].ranks[known[0].index]
     group = next((axis.group for axis in known if axis.ranks == (*ranks,)), None)
     if group is None and len(ranks) > 1:  # only these ranks take part
         group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-    return Axis(name, (*ranks,), ranks.index(dist.get_rank()), group, ledger, timeout)
+    return Axis(name, (*ranks,), ranks.index(me), group, ledger, timeout)
 
 
 def axis_sizes(

@@ -18,42 +18,36 @@ aten = torch.ops.aten
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """softmax(QK^T / sqrt(D)) V and its lse, (B, A, N, D) and (B, A, N).
 
-    On a CPU by torch's own fused kernel, which holds no (N, M) matrix and is five times faster in float64.
+    On a CPU by torch's fused kernel, which makes no (N, M) matrix and is five times faster in float64; elsewhere as
+    `plain_attend`.
 
     Args:
         q: (B, A, N, D).
         k, v: (B, K, M, D).
         causal: query i sees the keys up to i; N = M.
     """
-    k, v = _for_each_head(k, q), _for_each_head(v, q)
+    k, v = for_each_head(k, q), for_each_head(v, q)
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    scores = _scores(q, k, causal)
-    lse = scores.logsumexp(-1)
-    return ((scores - lse.unsqueeze(-1)).exp_() @ v.to(scores.dtype)).to(q.dtype), lse
+    return plain_attend(q, k, v, causal)
 
 
 def attend_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What this block adds to the gradients of q, k and v.
+    """What this block adds to the gradients of q, k and v, in their shapes, unrounded as far as the kernel allows.
 
     Args:
         gradient: of the joined output, (B, A, N, D).
         out, lse: joined over all blocks of keys.
     """
-    whole_k, whole_v = _for_each_head(k, q), _for_each_head(v, q)
+    each_k, each_v = for_each_head(k, q), for_each_head(v, q)
     if q.device.type == "cpu":
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        of_q, of_k, of_v = backward(gradient, q, whole_k, whole_v, out, lse, 0.0, causal)
+        of_q, of_k, of_v = backward(gradient, q, each_k, each_v, out, lse, 0.0, causal)
     else:
-        wide, softmax = lse.dtype, (_scores(q, whole_k, causal) - lse.unsqueeze(-1)).exp_()
-        gradient, out = gradient.to(wide), out.to(wide)
-        of_v = softmax.mT @ gradient
-        of_softmax = gradient @ whole_v.to(wide).mT
-        of_scores = softmax * (of_softmax - (gradient * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
-        of_q, of_k = of_scores @ whole_k.to(wide), of_scores.mT @ q.to(wide)
-    return of_q, _summed(of_k, k), _summed(of_v, v)
+        of_q, of_k, of_v = plain_backward(gradient, q, each_k, each_v, out, lse, causal)
+    return of_q, of_all_heads(of_k.to(lse.dtype), k), of_all_heads(of_v.to(lse.dtype), v)
 
 
 def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
@@ -61,6 +55,23 @@ def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     total = torch.logaddexp(lse, more_lse)
     out.mul_((lse - total).exp_().unsqueeze(-1)).add_((more_lse - total).exp_().unsqueeze(-1) * more)
     lse.copy_(total)
+
+
+def plain_attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """`attend` in a few products, with K = A and an (N, M) matrix for each head."""
+    scores = _scores(q, k, causal)
+    lse = scores.logsumexp(-1)
+    return ((scores - lse.unsqueeze(-1)).exp_() @ v.to(lse.dtype)).to(q.dtype), lse
+
+
+def plain_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_backward` in a few products: the softmax over all keys is known from the lse."""
+    softmax = (_scores(q, k, causal) - lse.unsqueeze(-1)).exp_()
+    q, k, v, out, gradient = (x.to(lse.dtype) for x in (q, k, v, out, gradient))
+    of_scores = softmax * (gradient @ v.mT - (gradient * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+    return of_scores @ k, of_scores.mT @ q, softmax.mT @ gradient
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
@@ -71,10 +82,11 @@ def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     return scores
 
 
-def _for_each_head(x: Tensor, q: Tensor) -> Tensor:
+def for_each_head(x: Tensor, q: Tensor) -> Tensor:
     """(B, K, M, D) to (B, A, M, D): query head i uses key and value head i // (A/K)."""
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
-def _summed(gradient: Tensor, x: Tensor) -> Tensor:
+def of_all_heads(gradient: Tensor, x: Tensor) -> Tensor:
+    """The backward of `for_each_head`."""
     return gradient if gradient.shape[1] == x.shape[1] else gradient.unflatten(1, (x.shape[1], -1)).sum(2)

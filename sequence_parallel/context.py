@@ -92,18 +92,20 @@ def check(args: argparse.Namespace, heads_over: int, pieces: int) -> None:
     if min(args.heads, args.hidden, args.sequence) < 1:
         return
     use: dict[str, int] = {}
+    rules = []
     if args.heads % heads_over or args.hidden % args.heads:
         fitting = [a for a in range(heads_over, args.hidden + 1, heads_over) if args.hidden % a == 0]
         use["heads"] = min(fitting, key=lambda a: abs(a - args.heads), default=heads_over)
         if args.hidden % use["heads"]:
             use["hidden"] = max(1, round(args.hidden / use["heads"])) * use["heads"]
+        rules.append(f"heads must divide --hidden and be a multiple of the {heads_over} ranks over which they are cut")
     if args.sequence % pieces:
         use["sequence"] = max(1, args.sequence // pieces) * pieces
+        rules.append(f"the sequence must be a multiple of its {pieces} pieces")
     if use:
         now = " ".join(f"--{name} {getattr(args, name)}" for name in use)
         raise ValueError(
-            f"{now}: heads must divide --hidden and be a multiple of the {heads_over} ranks over which they are cut, "
-            f"and the sequence one of its {pieces} equal pieces, so that each rank gets as much; "
+            f"{now}: {' and '.join(rules)}, so that each rank gets as much; "
             f"use {' '.join(f'--{name} {value}' for name, value in use.items())}"
         )
 

@@ -26,8 +26,8 @@ from sequence_parallel.context import SequenceAttention, parallelize, part, sum_
 from sequence_parallel.ring import RingAttention
 
 Sent = dict[tuple[str, str], Traffic]
-# From dense attention of the same type: in bfloat16, which rounds by 2^-9, both round the outputs of their blocks.
-DIFFERENCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# From dense attention of the same type. In bfloat16 each rounds several times, every time by up to 2^-8 = 0.004.
+DIFFERENCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def teach(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> Ledger:

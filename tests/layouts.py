@@ -1,4 +1,4 @@
-"""Train the GPT in any layout of tensor, sequence and pipeline parallelism on real ranks, against one process."""
+"""Train the GPT in any layout of tensor, sequence, context and pipeline parallelism, against one process."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,8 @@ from core.text import Text
 from core.training import clip_and_total
 from pipeline.runtime import Pipeline
 from pipeline.schedules import build, held, size
+from sequence_parallel import context
+from sequence_parallel.hybrid import context_parallel
 from sequence_parallel.recompute import recompute
 from tests.pool import Pool
 
@@ -36,7 +38,10 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
-    sequence: bool = False
+    cp: int = 1
+    ulysses: int = 1  # of the ranks of cp, how many neighbours exchange heads; the rest is a ring
+    zigzag: bool = True
+    sequence: bool = False  # Megatron's
     recompute: str = "none"
     freeze: tuple[str, ...] = ()
     samples: int = 4
@@ -51,8 +56,8 @@ class Layout:
 
 def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], list[Piece], list[Piece]]:
     """On one rank: losses, norms, the last step's gradients, and the parameters after it."""
-    mesh = Mesh("cpu", Ledger(), 30.0, tp=layout.tp, pp=layout.pp)
-    tp, pp = mesh["tp"], mesh["pp"]
+    mesh = Mesh("cpu", Ledger(), 30.0, tp=layout.tp, cp=layout.cp, pp=layout.pp)
+    tp, cp, pp = mesh["tp"], mesh["cp"], mesh["pp"]
     topic, loss_of = megatron_tp.layers, megatron_tp.loss.token_loss
     if layout.sequence:
         topic, loss_of = sequence_parallel.layers, sequence_parallel.loss.token_loss
@@ -60,11 +65,15 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     schedule = build(layout.schedule, pp.size, m)
     stages, everyone = size(schedule)[0], held(schedule)
     stage = topic.parallelize(pipeline.stages.cut(GPT(config), everyone[pp.index], stages), tp)
+    attention = context_parallel(cp, CPU, layout.ulysses, layout.zigzag)
+    if cp.size > 1:
+        context.parallelize(stage, attention)
     materialize(recompute(stage, layout.recompute), SEED, CPU, torch.float64)
     for name, p in stage.named_parameters():
         p.requires_grad_(not stage.whole_name(name).startswith(layout.freeze or ("none",)))
     tokens = layout.samples * layout.length
-    shape = (layout.samples // m, layout.length // (tp.size if layout.sequence else 1), config.hidden)
+    here = layout.length // cp.size // (tp.size if layout.sequence else 1)  # tokens of an activation on this rank
+    shape = (layout.samples // m, here, config.hidden)
     loss = partial(loss_of, tokens=tokens, axis=tp, vocabulary=config.vocabulary)
     mine = pipeline.stages.each_stage(stage, everyone[pp.index], stages)
     runtime = Pipeline(mine, loss, schedule, pp, shape, torch.float64, CPU)
@@ -73,21 +82,24 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     losses, norms, gradients = [], [], []
     for step in range(layout.steps):
         optimizer.zero_grad()
-        inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in layout.batch(step))
+        inputs, targets = (context.part(t, attention) for t in layout.batch(step))
+        inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in (inputs, targets))
         share = runtime.step(inputs, targets, Draw(SEED, step, 0))
         if layout.sequence:
             sequence_parallel.layers.sum_whole_gradients(stage, tp)
         elif tp.index:
             share = torch.zeros_like(share)  # the same on all ranks of tp
         copies.sum_gradients()
+        context.sum_gradients(stage, cp)
         gradients = pieces(stage, lambda p: None if p.grad is None else p.grad.clone())
         once = {id(g) for g in counted_once(stage.parameters(), tp)}
-        counted = [g for g in copies.counted_once() if id(g) in once]
-        norm, total = clip_and_total(stage.parameters(), counted, [tp, pp], CLIP, share)
+        counted = [g for g in copies.counted_once() if id(g) in once and cp.index == 0]
+        norm, total = clip_and_total(stage.parameters(), counted, [tp, cp, pp], CLIP, share)
         losses.append(total)
         norms.append(norm)
         optimizer.step()
     runtime.close()
+    attention.close()
     return losses, norms, gradients, pieces(stage, lambda p: p.detach())
 
 
@@ -105,7 +117,7 @@ def equals_one_process(pool: Pool, config: GPTConfig, layout: Layout) -> None:
     for step in range(layout.steps):
         losses.append(oracle.step(*layout.batch(step), Draw(SEED, step, 0)))
         norms.append(oracle.norm)
-    results = pool.run(layout.tp * layout.pp, train, config, layout)
+    results = pool.run(layout.tp * layout.cp * layout.pp, train, config, layout)
     for rank_losses, rank_norms, _, _ in results:
         assert rank_losses == pytest.approx(losses, rel=1e-10)
         assert rank_norms == pytest.approx(norms, rel=1e-10)
