@@ -101,7 +101,7 @@ def check(args: argparse.Namespace, heads_over: int, pieces: int) -> None:
         rules.append(f"heads must divide --hidden and be a multiple of the {heads_over} ranks over which they are cut")
     if args.sequence % pieces:
         use["sequence"] = max(1, args.sequence // pieces) * pieces
-        rules.append(f"the sequence must be a multiple of its {pieces} pieces")
+        rules.append(f"the sequence is cut and must be a multiple of {pieces}")
     if use:
         now = " ".join(f"--{name} {getattr(args, name)}" for name in use)
         raise ValueError(

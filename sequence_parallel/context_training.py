@@ -21,7 +21,7 @@ from core.mesh import Axis
 from core.oracle import Oracle, worst_difference
 from core.seeded import Draw, generator
 from core.shards import counted_once
-from core.training import Layout, claim_whole_parameters, clip_and_total, train
+from core.training import Comparison, Layout, claim_whole_parameters, clip_and_total, train
 from sequence_parallel.context import SequenceAttention, parallelize, part, sum_gradients
 from sequence_parallel.ring import RingAttention
 
@@ -30,11 +30,11 @@ Sent = dict[tuple[str, str], Traffic]
 DIFFERENCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def teach(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> Ledger:
-    """Train with the sequence cut over `axis`, and claim that it equals one process, and that the ranks stay one.
+def train_with(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> tuple[GPT, Comparison, Ledger]:
+    """Train with the sequence cut over `axis`, beside one process.
 
     Returns:
-        what was sent in the forward passes.
+        the model, its differences from one process, on rank 0, and what was sent in the forward passes.
     """
     args, job, forward = run.args, run.job, Ledger()
     run.mesh = {"cp": axis.size}
@@ -54,7 +54,17 @@ def teach(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis)
         return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], args.clip, share)
 
     worst = train(run, Layout(model, optimizer_of(model.parameters())), oracle, forward_backward, clip)
-    if oracle:
+    return model, worst, forward
+
+
+def teach(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> Ledger:
+    """Train, and claim that it equals one process, that the ranks stay one, and what summing the gradients sends.
+
+    Returns:
+        what was sent in the forward passes.
+    """
+    model, worst, forward = train_with(run, config, attention, axis)
+    if run.job.rank == 0:
         worst.claim(run)
     claim_whole_parameters(run, model)
     claim_gradients(run, model, axis)

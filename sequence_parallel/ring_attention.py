@@ -100,7 +100,7 @@ def claim_work(run: Run, found: dict[str, list[Measured]], c: int) -> None:
     units, ends = {}, {}
     for name, everyone in found.items():
         units[name] = [work(each.ahead, c) for each in everyone]
-        ends[name] = max(each.back[-1].end[0] for each in everyone)
+        ends[name] = max(event.end[0] for each in everyone for event in each.ahead + each.back)
         rows = [(f"rank {rank}", *steps, sum(steps)) for rank, steps in enumerate(units[name])]
         run.say(f"\n{name}: forward work in blocks of (s/c, s/c) scores; causal halves the first")
         run.say(tabulate(rows, ("", *(f"step {step}" for step in range(c)), "all"), floatfmt="g"))
