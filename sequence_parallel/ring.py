@@ -143,18 +143,17 @@ class _Ring(torch.autograd.Function):
         travelling = None  # the sums of a block's gradients, one step behind the block
         for step in range(ring.ranks):
             arriving = ring.pass_on(block, KV, step) if step < last else None
-            tile, of_tile = ring.tile(step, q.shape[2]), None
+            tile, of_tile = ring.tile(step, q.shape[2]), ()
             if tile:
                 rows, columns, causal = tile
                 with ring.computing(step, BACKWARD * tile.area(q.shape[2])):
                     ours = (x[:, :, rows] for x in (gradient, q))
-                    of_rows, *of_tile = attend_backward(
-                        *ours, *block[..., columns, :], out[:, :, rows], lse[:, :, rows], causal
-                    )
+                    joined = (x[:, :, rows] for x in (out, lse))
+                    of_rows, *of_tile = attend_backward(*ours, *block[..., columns, :], *joined, causal)
                     of_q[:, :, rows] += of_rows
             sums = travelling() if travelling else torch.zeros_like(block, dtype=wide)
-            if of_tile:
-                sums[..., columns, :] += torch.stack(of_tile)
+            for total, term in zip(sums, of_tile, strict=False):
+                total[:, :, columns] += term
             if step == 0:
                 own = sums  # stays here; the other ranks' terms arrive at the end
             else:
