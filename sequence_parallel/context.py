@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from core import comm
 from core.gpt import GPT
+from core.ledger import VirtualClock
 from core.mesh import Axis
 
 NO_MATRIX = (
@@ -46,11 +47,13 @@ class SequenceAttention(ABC):
         ranks: how many have a part of a sequence, c.
         pieces: a sequence must be a multiple of it.
         heads_over: over how many of the ranks the heads are cut while attention is computed.
+        clock: where it is set, records what is done in which order.
     """
 
     ranks: int
     pieces: int
     heads_over: int = 1
+    clock: VirtualClock | None = None
 
     @abstractmethod
     def positions(self, sequence: int) -> Tensor:

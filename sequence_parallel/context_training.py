@@ -23,7 +23,6 @@ from core.seeded import Draw, generator
 from core.shards import counted_once
 from core.training import Comparison, Layout, claim_whole_parameters, clip_and_total, train
 from sequence_parallel.context import SequenceAttention, parallelize, part, sum_gradients
-from sequence_parallel.ring import RingAttention
 
 Sent = dict[tuple[str, str], Traffic]
 # From dense attention of the same type. In bfloat16 each rounds several times, every time by up to 2^-8 = 0.004.
@@ -89,14 +88,19 @@ class Layer:
         self.everyone: list[tuple[Sent, Sent]] = run.job.gather((forward.traffic, axis.ledger.traffic))
 
     def claim(self, claim: str, formula: str, expected: float, names: Collection[str], backward: bool = False,
-              messages: bool = False) -> None:  # fmt: skip
-        """The elements, or messages, sent under these names of operation and axis, in forward or backward."""
+              messages: bool = False) -> list[float]:  # fmt: skip
+        """The elements, or messages, of the operations of these names, in forward or backward.
+
+        Returns:
+            of every rank, on rank 0.
+        """
         measured = []
         for forward, both in self.everyone:
             ahead, total = (count(sent, names, messages) / self.times for sent in (forward, both))
             measured.append(total - ahead if backward else ahead)
         if measured:
             self.run.evidence.on_ranks(claim, formula, expected, measured, 1e-9 * expected)
+        return measured
 
 
 def count(sent: Sent, names: Collection[str], messages: bool = False) -> float:
@@ -165,20 +169,15 @@ def measure(run: Run, attention: SequenceAttention, axis: Axis, shape: Shape, dt
     *whole, gradient = (x.to(run.job.device, dtype) for x in numbers)
     here = attention.positions(s).to(run.job.device)
     mine = [x[:, :, here].requires_grad_() for x in whole]
-    ring = next(
-        (each for each in (attention, getattr(attention, "inner", None)) if isinstance(each, RingAttention)), None
-    )
-    clock = VirtualClock(run.job.device)
-    if ring:
-        ring.clock = clock
+    innermost, clock = getattr(attention, "inner", attention), VirtualClock(run.job.device)
+    innermost.clock = clock
     forward, both, saved, largest = Ledger(), Ledger(), SavedActivations([]), LargestTensor()
     with axis.ledger.also(both), largest:
         with both.also(forward), saved:
             out = attention(*mine)
         kept, ahead = saved.live, len(clock.events)
         out.backward(gradient[:, :, here])
-    if ring:
-        ring.clock = None
+    innermost.clock = None
     dense = [x.requires_grad_() for x in whole]
     expected = F.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=a != kv)
     expected.backward(gradient)
@@ -191,12 +190,20 @@ def measure(run: Run, attention: SequenceAttention, axis: Axis, shape: Shape, dt
     )
 
 
-def claim_difference(run: Run, what: str, everyone: Collection[Measured], dtype: torch.dtype) -> None:
-    """Output and gradients of every rank equal those of dense attention in one process."""
+def claim_difference(
+    run: Run, what: str, attention: SequenceAttention, axis: Axis, shape: Shape, dtype: torch.dtype
+) -> list[Measured]:
+    """Measure, and claim that output and gradients of every rank equal those of dense attention in one process.
+
+    Returns:
+        every rank's, on rank 0.
+    """
+    everyone = run.job.gather(measure(run, attention, axis, shape, dtype))
     if everyone:
         worst = max(each.difference for each in everyone)
         claim = f"{what}: output and gradients of dense attention"
         run.evidence.claim(claim, f"relative difference 0, within {DIFFERENCE[dtype]:g}", 0, worst, DIFFERENCE[dtype])
+    return everyone
 
 
 def claim_saved(run: Run, everyone: Collection[Measured], shape: Shape, c: int) -> None:

@@ -20,17 +20,10 @@ from tabulate import tabulate
 from core.ledger import Ledger
 from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
+from core.plot import bars
 from core.training import add_model_flags, check_model, configuration
 from sequence_parallel.context import check
-from sequence_parallel.context_training import (
-    Layer,
-    Shape,
-    claim_difference,
-    claim_saved,
-    measure,
-    spans,
-    teach,
-)
+from sequence_parallel.context_training import Layer, Shape, claim_difference, claim_saved, measure, spans, teach
 from sequence_parallel.ring import GRADIENTS, KV, PLACEMENTS, RingAttention
 from sequence_parallel.ulysses import Ulysses, Whole
 
@@ -91,24 +84,23 @@ def lesson(run: Run) -> None:
     layer.claim("all-to-alls of a layer, forward", "4 where c1 > 1", 4 * (c1 > 1), switch, messages=True)
     layer.claim("messages of a layer, forward", f"c2-1 = {c2 - 1}", c2 - 1, kv, messages=True)
     formula = f"4bsh/c (c1-1)/c1 = {inside:,.0f}"
-    layer.claim("elements sent inside, forward", formula, inside, switch)
-    layer.claim("elements sent inside, backward", formula, inside, switch, backward=True)
+    sent = [layer.claim("elements sent inside, forward", formula, inside, switch)]
+    sent.append(layer.claim("elements sent inside, backward", formula, inside, switch, backward=True))
     formula = f"2bsh/c (c2-1) = {across:,.0f}, a ring of all sends {2 * part * (c - 1):,.0f}"
-    layer.claim("elements sent across, forward", formula, across, kv)
-    layer.claim(
-        "elements sent across, backward", f"twice as many = {2 * across:,.0f}", 2 * across, kv + gradients, True
-    )
+    sent.append(layer.claim("elements sent across, forward", formula, across, kv))
+    twice = f"twice as many = {2 * across:,.0f}"
+    sent.append(layer.claim("elements sent across, backward", twice, 2 * across, kv + gradients, backward=True))
+    if run.args.plot and run.job.rank == 0:
+        columns = {name: [each[0] for each in sent[i::2]] for i, name in enumerate(("forward", "backward"))}
+        bars(run.args.plot, f"Sent by each of {c1} x {c2} ranks for a layer", "elements", ("inside", "across"), columns)
 
     shape = Shape(b, a, a, s, h // a)
     alone = run.job.gather(measure(run, attention, axis, shape, run.dtype))
     if alone and run.job.device.type == "cpu":  # other devices' kernels keep other things
         claim_saved(run, alone, shape, c)
     fewer = shape._replace(kv_heads=1)
-    one = run.job.gather(measure(run, attention, axis, fewer, torch.float64))
-    claim_difference(run, "one head of keys and values", one, torch.float64)
-    claim_difference(
-        run, "bfloat16", run.job.gather(measure(run, attention, axis, shape, torch.bfloat16)), torch.bfloat16
-    )
+    claim_difference(run, "one head of keys and values", attention, axis, fewer, torch.float64)
+    claim_difference(run, "bfloat16", attention, axis, shape, torch.bfloat16)
     attention.close()
 
 

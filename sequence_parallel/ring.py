@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.ledger import VirtualClock
 from core.mesh import Axis
 from core.p2p import Mail
 from sequence_parallel.blocks import attend, attend_backward, join
@@ -52,7 +51,6 @@ class RingAttention(SequenceAttention):
     def __init__(self, axis: Axis, device: torch.device, zigzag: bool = True):
         self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
         self.pieces = 2 * axis.size if self.zigzag else axis.size
-        self.clock: VirtualClock | None = None  # records what is done in which order, and when it could be
         routes = [(rank, (rank + 1) % axis.size, kind) for rank in range(axis.size) for kind in (KV, GRADIENTS)]
         self.mail = Mail(axis, routes, device) if axis.size > 1 else None
 

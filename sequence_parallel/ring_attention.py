@@ -59,13 +59,11 @@ def lesson(run: Run) -> None:
         claim_work(run, found, c)
         claim_overlap(run, found["zigzag"], c)
     fewer = shape._replace(kv_heads=1)
-    one = run.job.gather(measure(run, ring, axis, fewer, torch.float64))
-    claim_difference(run, "one head of keys and values", one, torch.float64)
+    one = claim_difference(run, "one head of keys and values", ring, axis, fewer, torch.float64)
     if one:
-        expected = once // a
         sent = [count(each.forward, kv) for each in one]
-        run.evidence.on_ranks("elements sent then, forward", f"1/a of it = {expected:,}", expected, sent)
-    claim_difference(run, "bfloat16", run.job.gather(measure(run, ring, axis, shape, torch.bfloat16)), torch.bfloat16)
+        run.evidence.on_ranks("elements sent then, forward", f"1/a of it = {once // a:,}", once // a, sent)
+    claim_difference(run, "bfloat16", ring, axis, shape, torch.bfloat16)
     for each in rings.values():
         each.close()
 

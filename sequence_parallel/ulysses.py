@@ -21,17 +21,10 @@ from core import comm
 from core.ledger import Ledger
 from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
+from core.plot import bars
 from core.training import add_model_flags, check_model, configuration
 from sequence_parallel.context import SequenceAttention, check, check_length
-from sequence_parallel.context_training import (
-    Layer,
-    Shape,
-    claim_difference,
-    claim_saved,
-    count,
-    measure,
-    teach,
-)
+from sequence_parallel.context_training import Layer, Shape, claim_difference, claim_saved, count, measure, teach
 
 HEADS, TOKENS = 1, 2  # dimensions of (B, A, S, D)
 
@@ -145,22 +138,22 @@ def claim_attention(run: Run, attention: Ulysses, shape: Shape) -> None:
     b, a, _, s, d = shape
     rows = []
     for kv in sorted({a, max(1, a // 2) if a % 2 == 0 else a, 1}, reverse=True):
-        everyone = run.job.gather(measure(run, attention, axis, shape._replace(kv_heads=kv), torch.float64))
-        claim_difference(run, f"{kv} heads of keys and values", everyone, torch.float64)
+        grouped, what = shape._replace(kv_heads=kv), f"{kv} heads of keys and values"
+        everyone = claim_difference(run, what, attention, axis, grouped, torch.float64)
         if everyone:
             travel = lcm(kv, c) if c > 1 else kv
             expected = 2 * b * s * d / c * (c - 1) / c * (a + travel)
             formula = f"2bs(a + {travel})(h/a)/c (c-1)/c = {expected:,.0f}"
             sent = [count(each.forward, ("all-to-all",)) for each in everyone]
-            run.evidence.on_ranks(
-                f"elements sent forward, {kv} heads of them", formula, expected, sent, 1e-9 * expected
-            )
+            claim = f"elements sent forward, {kv} heads of them"
+            run.evidence.on_ranks(claim, formula, expected, sent, 1e-9 * expected)
             rows.append((kv, travel, travel // c, sent[0]))
     run.say("\nfewer heads of keys and values: where there are fewer than ranks, some ranks need the same")
     run.say(tabulate(rows, ("heads of K and V", "that travel", "on a rank", "elements sent, forward"), intfmt=","))
-    claim_difference(
-        run, "bfloat16", run.job.gather(measure(run, attention, axis, shape, torch.bfloat16)), torch.bfloat16
-    )
+    if run.args.plot and rows:
+        names, columns = [f"{row[0]} heads\nof K and V" for row in rows], {"measured": [row[-1] for row in rows]}
+        bars(run.args.plot, f"Sent by each of {c} ranks for a layer, forward", "elements", names, columns)
+    claim_difference(run, "bfloat16", attention, axis, shape, torch.bfloat16)
 
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
