@@ -43,11 +43,13 @@ class Measured(NamedTuple):
 
     messages: int
     elements: float
+    sent: float  # bytes
     kept: int  # bytes for backward
     parameters: int
 
 
 def measure(run: Run, config: GPTConfig, axis: Axis, way: str, z: Sizes) -> Measured:
+    """The first layer of the model, cut in one of WAYS, or in "one process"."""
     model = GPT(replace(config, layers=1))
     attention = None
     if way == "Megatron SP":
@@ -65,9 +67,8 @@ def measure(run: Run, config: GPTConfig, axis: Axis, way: str, z: Sizes) -> Meas
         y.sum().backward()
     if attention:
         attention.close()
-    traffic = sent.traffic.values()
-    weights = sum(p.numel() for p in block.parameters())
-    return Measured(sum(t.messages for t in traffic), sum(t.elements for t in traffic), kept, weights)
+    totals = (sum(getattr(t, what) for t in sent.traffic.values()) for what in ("messages", "elements", "bytes"))
+    return Measured(*totals, kept, sum(p.numel() for p in block.parameters()))
 
 
 Found = dict[str, list[tuple[Sizes, list[Measured]]]]  # by way; of every rank, on rank 0
@@ -104,9 +105,7 @@ def show(run: Run, found: Found, dense: dict[int, Measured]) -> None:
         at = sorted((z.c, name, z, ranks[0]) for name, cases in found.items() for z, ranks in cases if z.s == s)
         for c, name, z, m in at:
             split = f"{z.c1} x {z.c2}" if name == "hybrid" else ""
-            rows.append(
-                (s, c, name, split, m.messages, m.elements * run.dtype.itemsize / 1e3, m.kept / 1e3, m.parameters)
-            )
+            rows.append((s, c, name, split, m.messages, m.sent / 1e3, m.kept / 1e3, m.parameters))
     head = ("s", "c", "way", "c1 x c2", "messages", "kB sent", "kB kept", "parameters")
     limits = [(name, way.counted, way.formula, way.limit) for name, way in WAYS.items()]
     run.say(tabulate(limits, ("way", "messages", "elements", "limit")))
@@ -118,7 +117,7 @@ def show(run: Run, found: Found, dense: dict[int, Measured]) -> None:
             run.say(f"no {name} of {c} ranks: {WAYS[name].limit}, and there are {run.args.heads} heads")
     if run.args.plot:
         s, c = max(dense), run.job.world_size
-        sent = {name: [m[0].elements * run.dtype.itemsize / 1e3 for z, m in cases if (z.s, z.c) == (s, c)]
+        sent = {name: [m[0].sent / 1e3 for z, m in cases if (z.s, z.c) == (s, c)]
                 for name, cases in found.items()}  # fmt: skip
         names = [name for name, values in sent.items() if values]
         bars(run.args.plot, f"Sent by each of {c} ranks for a layer, {s} tokens", "kB", names,

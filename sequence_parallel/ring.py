@@ -2,7 +2,8 @@
 
 Each rank keeps its queries. Keys and values travel round the ring of ranks, one block at a time, and the next block is
 on its way while the attention on the block at hand is computed. Outputs are joined exactly (`blocks.py`). Backward
-sends keys and values round again, and with them the sums of their gradients, which end at the rank that has the keys.
+sends keys and values round again, and with them the sums of their gradients, in 4 bytes or more, which end at the rank
+that has the keys.
 
 A query sees no later key, so where a rank's tokens are neighbours the first rank has next to nothing to do and the last
 one computes every block: all wait for it. Zigzag gives each rank a piece of the beginning and the one as far from the

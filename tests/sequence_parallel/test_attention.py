@@ -130,6 +130,24 @@ def test_one_rank_is_the_identity() -> None:
         assert torch.equal(part(q, attention), q)
 
 
+@pytest.mark.parametrize("zigzag", [True, False])
+@pytest.mark.parametrize("c", [1, 2, 3, 5, 8])
+def test_the_ring_computes_what_is_causal_once_and_nothing_else(c: int, zigzag: bool) -> None:
+    s = 6 * c
+    rings = [RingAttention(Axis("cp", (*range(c),), r, None, Ledger(), timedelta(seconds=5)), CPU, zigzag)
+             for r in range(c)]  # fmt: skip
+    computed = torch.zeros(s, s, dtype=torch.int64)
+    for r, ring in enumerate(rings):
+        for step in range(c):
+            if tile := ring.tile(step, s // c):
+                queries = ring.positions(s)[tile.rows]
+                keys = rings[(r - step) % c].positions(s)[tile.columns]
+                block = torch.ones(len(queries), len(keys), dtype=torch.int64)
+                computed[queries.unsqueeze(-1), keys] += block.tril() if tile.causal else block
+                assert tile.area(s // c) == len(queries) * len(keys) / (s // c) ** 2 / (2 if tile.causal else 1)
+    assert torch.equal(computed, torch.ones(s, s, dtype=torch.int64).tril())
+
+
 def places(zigzag: bool) -> list[int]:
     axis = Mesh("cpu", Ledger(), 30.0, cp=dist.get_world_size())["cp"]
     ring = RingAttention(axis, CPU, zigzag)

@@ -260,7 +260,6 @@ HYBRID: dict[Callable, set[str]] = {
 TABLE: dict[Callable, set[str]] = {
     gradients_are_not_summed_because_dp_is_1: {"Ulysses: gradient", "ring: gradient", "hybrid: gradient"},
     keys_and_values_are_gathered: {"s 16, c 4", "s 64, c 4"},
-    everything_is_gathered: {"s 16, c 4", "s 64, c 4"},
 }
 LESSONS = {
     "ulysses": (ulysses, [], ULYSSES),
