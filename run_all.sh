@@ -22,6 +22,10 @@ lessons=(
   megatron_tp/train.py
   sequence_parallel/megatron_sp.py
   sequence_parallel/activations.py
+  sequence_parallel/ulysses.py
+  sequence_parallel/ring_attention.py
+  sequence_parallel/hybrid.py
+  sequence_parallel/long_context.py
   pipeline/naive.py
   pipeline/gpipe.py
   pipeline/1f1b.py

@@ -4,6 +4,7 @@ Megatron's order string says which axis varies fastest: in `tp-cp-ep-dp-pp` neig
 layers fold the same ranks differently: the dense world is tp x cp x dp x pp, the expert world etp x ep x edp x pp.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import prod
@@ -37,6 +38,29 @@ class Axis:
     def within(self, part: str) -> "Axis":
         """The same ranks, whose traffic the ledger keeps apart as that of one part of the model."""
         return replace(self, name=f"{self.name} {part}")
+
+    def split(self, inner: int) -> tuple["Axis", "Axis"]:
+        """This axis as lines of `inner` neighbouring ranks: (this rank's line, the ranks at its place in every line).
+
+        All ranks of the axis must call it at the same time.
+
+        Raises:
+            ValueError: the lines would not be equal.
+        """
+        if inner < 1 or self.size % inner:
+            raise ValueError(f"{self.size} ranks cannot be cut into lines of {inner}; use a divisor of {self.size}")
+        line, place = divmod(self.index, inner)
+        lines = self.ranks[line * inner : (line + 1) * inner], self.ranks[place::inner]
+        return _along(f"{self.name} inner", lines[0], [self]), _along(f"{self.name} outer", lines[1], [self])
+
+
+def _along(name: str, ranks: Sequence[int], known: Sequence[Axis]) -> Axis:
+    """The axis over `ranks`, this one among them. Its group is that of the known axis with the same ranks, or new."""
+    ledger, timeout, me = known[0].ledger, known[0].timeout, known[0].ranks[known[0].index]
+    group = next((axis.group for axis in known if axis.ranks == (*ranks,)), None)
+    if group is None and len(ranks) > 1:  # only these ranks take part
+        group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+    return Axis(name, (*ranks,), ranks.index(me), group, ledger, timeout)
 
 
 def axis_sizes(
@@ -72,9 +96,14 @@ def _dimensions(order: str, *, expert: bool) -> list[str]:
 
 def axis_groups(sizes: dict[str, int], axis: str, order: str = ORDER, expert: bool = False) -> list[list[int]]:
     """All groups of ranks that differ along `axis` only, in the dense world or the expert's; needs no process."""
-    names = _dimensions(order, expert=expert or axis not in DENSE)
+    return _lines(sizes, (axis,), _dimensions(order, expert=expert or axis not in DENSE))
+
+
+def _lines(sizes: dict[str, int], axes: Sequence[str], names: list[str]) -> list[list[int]]:
+    """All groups of ranks that differ along `axes` only."""
     ranks = torch.arange(prod(sizes[n] for n in names)).reshape([sizes[n] for n in names])
-    return ranks.movedim(names.index(axis), -1).reshape(-1, sizes[axis]).tolist()
+    places = sorted(names.index(axis) for axis in axes)
+    return ranks.movedim(places, list(range(-len(axes), 0))).reshape(-1, prod(sizes[a] for a in axes)).tolist()
 
 
 class Mesh:
@@ -89,6 +118,7 @@ class Mesh:
 
     def __init__(self, device_type: str, ledger: Ledger, timeout: float, order: str = ORDER, **sizes: int):
         self.sizes = axis_sizes(dist.get_world_size(), **sizes)
+        self.order = order
         limit = timedelta(seconds=timeout)
         if axis_groups(self.sizes, "pp", order) != axis_groups(self.sizes, "pp", order, expert=True):
             raise ValueError(f"--order {order}: pp must be the same in both worlds; use --order {ORDER}")
@@ -109,3 +139,12 @@ class Mesh:
 
     def __getitem__(self, name: str) -> Axis:
         return self._axes[name]
+
+    def joined(self, *names: str) -> Axis:
+        """Several axes of the dense world as one, in the order of the ranks: gradients are summed over dp and cp.
+
+        All ranks of the job must call it at the same time.
+        """
+        lines = _lines(self.sizes, names, _dimensions(self.order, expert=False))
+        line = next(line for line in lines if dist.get_rank() in line)
+        return _along(" x ".join(names), line, [self[name] for name in names])

@@ -1,4 +1,4 @@
-"""Train the GPT in any layout of tensor, sequence, expert, data and pipeline parallelism, against one process."""
+"""Train the GPT in any layout of tp, sp, cp, ep, dp and pp on real ranks, against one process."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,8 @@ from expert_parallel.gating import Spread, count_ahead, end_step, routers
 from expert_parallel.moe import MoEConfig, to_moe
 from pipeline.runtime import Pipeline
 from pipeline.schedules import build, held, size
+from sequence_parallel import context
+from sequence_parallel.hybrid import context_parallel
 from sequence_parallel.recompute import recompute
 from tests.pool import Pool
 
@@ -40,12 +42,15 @@ class Layout:
     tp: int = 1
     dp: int = 1
     pp: int = 1
+    cp: int = 1
+    ulysses: int = 1  # of the ranks of cp, how many neighbours exchange heads; the rest is a ring
+    zigzag: bool = True
     ep: int = 1
     etp: int = 1
     moe: MoEConfig | None = None
     dispatch: str = "all-to-all"
     bias: tuple[float, ...] = ()  # of the routers, at the start
-    sequence: bool = False
+    sequence: bool = False  # Megatron's
     recompute: str = "none"
     freeze: tuple[str, ...] = ()
     samples: int = 4
@@ -60,8 +65,10 @@ class Layout:
 
 def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], list[Piece], list[Piece]]:
     """On one rank: losses, norms, the last step's gradients, and the parameters after it."""
-    mesh = Mesh("cpu", Ledger(), 30.0, tp=layout.tp, dp=layout.dp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
-    tp, dp, pp, edp, etp = (mesh[name] for name in ("tp", "dp", "pp", "edp", "etp"))
+    mesh = Mesh(
+        "cpu", Ledger(), 30.0, tp=layout.tp, cp=layout.cp, dp=layout.dp, pp=layout.pp, ep=layout.ep, etp=layout.etp
+    )
+    tp, cp, dp, pp, edp, etp = (mesh[name] for name in ("tp", "cp", "dp", "pp", "edp", "etp"))
     topic, loss_of = megatron_tp.layers, megatron_tp.loss.token_loss
     if layout.sequence:
         topic, loss_of = sequence_parallel.layers, sequence_parallel.loss.token_loss
@@ -69,8 +76,11 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     schedule = build(layout.schedule, pp.size, m)
     stages, everyone = size(schedule)[0], held(schedule)
     stage = topic.parallelize(pipeline.stages.cut(GPT(config), everyone[pp.index], stages), tp)
+    attention = context_parallel(cp, CPU, layout.ulysses, layout.zigzag)
+    if cp.size > 1:
+        context.parallelize(stage, attention)
     if layout.moe:
-        spread = Spread((dp, tp), tp, m) if layout.sequence else Spread((dp,), None, m)
+        spread = Spread((dp, cp, tp), tp, m) if layout.sequence else Spread((dp, cp), None, m)
         stage = experts.parallelize(to_moe(stage, layout.moe), mesh["ep"], etp, spread, layout.dispatch)
     materialize(recompute(stage, layout.recompute), SEED, CPU, torch.float64)
     for name, p in stage.named_parameters():
@@ -79,7 +89,8 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     skew(stage, layout)
     tokens = layout.samples * layout.length
     mine_of = layout.samples // layout.dp
-    shape = (mine_of // m, layout.length // (tp.size if layout.sequence else 1), config.hidden)
+    here = layout.length // cp.size // (tp.size if layout.sequence else 1)  # tokens of an activation on this rank
+    shape = (mine_of // m, here, config.hidden)
     loss = partial(loss_of, tokens=tokens, axis=tp, vocabulary=config.vocabulary)
     mine = pipeline.stages.each_stage(stage, everyone[pp.index], stages)
     runtime = Pipeline(mine, loss, schedule, pp, shape, torch.float64, CPU)
@@ -88,7 +99,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     losses, norms, gradients = [], [], []
     for step in range(layout.steps):
         optimizer.zero_grad()
-        batch = (t.chunk(layout.dp)[dp.index] for t in layout.batch(step))
+        batch = (context.part(t.chunk(layout.dp)[dp.index], attention) for t in layout.batch(step))
         inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in batch)
         draw = Draw(SEED, step, dp.index * mine_of)
         if layout.moe and layout.moe.routing.aux and m > 1:
@@ -101,21 +112,22 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
             share = torch.zeros_like(share)  # the same on all ranks of tp
         copies.sum_gradients()
         of_experts = {*experts.expert_parameters(stage)}
-        experts.sum_gradients([p for p in stage.parameters() if p not in of_experts], dp)
+        rest = [p for p in stage.parameters() if p not in of_experts]
+        for axis in (dp, cp):
+            experts.sum_gradients(rest, axis)
         experts.sum_expert_gradients(stage, edp, etp)
         gradients = pieces(stage, lambda p: None if p.grad is None else p.grad.clone())
-        once = {
-            id(g) for g in counted_once([p for p in stage.parameters() if p not in of_experts], tp) if dp.index == 0
-        }
+        once = {id(g) for g in counted_once(rest, tp) if dp.index == cp.index == 0}
         once |= {id(g) for g in experts.counted_once(stage, edp, etp)}
         counted = [g for g in copies.counted_once() if id(g) in once]
-        norm, total = clip_and_total(stage.parameters(), counted, [tp, dp, pp], CLIP, share)
+        norm, total = clip_and_total(stage.parameters(), counted, [tp, cp, dp, pp], CLIP, share)
         losses.append(total)
         norms.append(norm)
         optimizer.step()
         if layout.moe and routers(stage):
             end_step(stage)
     runtime.close()
+    attention.close()
     return losses, norms, gradients, pieces(stage, lambda p: p.detach())
 
 
@@ -143,7 +155,7 @@ def equals_one_process(pool: Pool, config: GPTConfig, layout: Layout) -> None:
         norms.append(oracle.norm)
         if layout.moe:
             end_step(oracle.model)
-    results = pool.run(layout.tp * layout.dp * layout.pp, train, config, layout)
+    results = pool.run(layout.tp * layout.cp * layout.dp * layout.pp, train, config, layout)
     for rank_losses, rank_norms, _, _ in results:
         assert rank_losses == pytest.approx(losses, rel=1e-10)
         assert rank_norms == pytest.approx(norms, rel=1e-10)

@@ -66,6 +66,35 @@ def test_groups_join_the_right_ranks(pool: Pool, sizes: dict) -> None:
             assert total == sum(2.0**r for r in line), name
 
 
+def sums_over_made_axes(order: str) -> list[tuple[float, tuple[int, ...]]]:
+    mesh = Mesh("cpu", Ledger(), 30.0, order, cp=4, dp=2)
+    axes = [
+        *mesh["cp"].split(2),
+        *mesh["cp"].split(1),
+        *mesh["cp"].split(4),
+        mesh.joined("dp", "cp"),
+        mesh.joined("tp", "dp"),
+    ]
+    with pytest.raises(ValueError, match="4 ranks cannot be cut into lines of 3; use a divisor of 4"):
+        mesh["cp"].split(3)
+    assert all(axis.ranks[axis.index] == dist.get_rank() for axis in axes)
+    return [(comm.all_reduce(torch.tensor([2.0 ** dist.get_rank()]), axis).item(), axis.ranks) for axis in axes]
+
+
+def test_axes_are_split_and_joined(pool: Pool) -> None:
+    for rank, found in enumerate(pool.run(8, sums_over_made_axes, "tp-cp-ep-dp-pp")):
+        first, place = rank // 4 * 4, rank % 4
+        pair, pairs = first + place // 2 * 2, first + place % 2
+        whole = range(first, first + 4)
+        lines = [(pair, pair + 1), (pairs, pairs + 2), (rank,), whole, whole, (rank,), range(8), (place, place + 4)]
+        assert found == [(sum(2.0**r for r in line), (*line,)) for line in lines]
+    for rank, found in enumerate(pool.run(8, sums_over_made_axes, "tp-dp-ep-cp-pp")):
+        other, pair = rank % 2, rank // 4 * 4
+        assert found[0][1] == (pair + other, pair + other + 2)
+        assert found[1][1] == tuple(sorted((rank, (rank + 4) % 8)))
+        assert found[6] == (255.0, tuple(range(8)))
+
+
 # ---- Collectives: result, and what the ledger counted
 
 

@@ -1,0 +1,160 @@
+"""Lecture 06: the sequence itself is cut over the ranks of an axis, attention included. The axis is called cp.
+
+Everything of a GPT but attention treats each token by itself, so a rank can have some of a sample's tokens and compute
+as always. Attention needs all of them: it is given to `parallelize`, as one of
+
+    Ulysses(axis)                        `ulysses.py`: heads in place of tokens while attention is computed
+    RingAttention(axis, device)          `ring_attention.py`: keys and values travel round the ranks
+    context_parallel(axis, ...)          `hybrid.py`: either, or both in one
+
+It must also be told which tokens are here. To everything else cp is like dp: ranks with the same parameters have seen
+different tokens, so a rank's share of the loss is the sum over its tokens divided by the tokens of the global batch,
+and the gradients of *all* parameters are summed over dp x cp, whatever the size of dp. The whole of it:
+
+    cp, every = mesh["cp"], mesh.joined("cp", "dp")
+    attention = context_parallel(cp, device, ulysses=2)
+    model = materialize(parallelize(GPT(config), attention), ...)   # after tensor parallelism, where there is any
+    loss = token_loss(model(part(inputs, attention)), part(targets, attention), tokens)
+    loss.backward()
+    sum_gradients(model, every)           # or ZeRO: give a stage the axis `every`, and it does the rest
+    ...
+    attention.close()
+
+B batch, S sequence, H hidden, A heads, K key and value heads (a divisor of A), D head size, c ranks of the axis
+"""
+
+import argparse
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from core import comm
+from core.gpt import GPT
+from core.ledger import VirtualClock
+from core.mesh import Axis
+
+NO_MATRIX = (
+    "--attention {}: cp computes attention in its own way, without the whole matrix of scores and without dropout; "
+    "use --attention sdpa --dropout 0"
+)
+
+
+class SequenceAttention(ABC):
+    """Causal attention of a sequence of which this rank has some tokens.
+
+    Attributes:
+        ranks: how many have a part of a sequence, c.
+        pieces: a sequence must be a multiple of it.
+        heads_over: over how many of the ranks the heads are cut while attention is computed.
+        clock: where it is set, records what is done in which order.
+    """
+
+    ranks: int
+    pieces: int
+    heads_over: int = 1
+    clock: VirtualClock | None = None
+
+    @abstractmethod
+    def positions(self, sequence: int) -> Tensor:
+        """The places in the sequence of this rank's tokens, int64 (S/c), ascending.
+
+        Raises:
+            ValueError: the sequence cannot be cut.
+        """
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """This rank's (B, A, S/c, D), from q of that shape and k, v of (B, K, S/c, D).
+
+        Raises:
+            ValueError: the heads cannot be cut.
+            PeerError: a rank of the axis died or was silent for the whole timeout.
+        """
+
+    def close(self) -> None:  # noqa: B027  most have nothing to end
+        """End what sends messages."""
+
+
+def check_length(sequence: int, pieces: int) -> None:
+    """Raises ValueError unless `sequence` can be cut into so many equal pieces."""
+    if sequence % pieces or sequence < 1:
+        raise ValueError(
+            f"--sequence {sequence}: must be a multiple of {pieces}, so that the pieces of all ranks are equal; "
+            f"use --sequence {max(1, sequence // pieces) * pieces}"
+        )
+
+
+def check(args: argparse.Namespace, heads_over: int, pieces: int) -> None:
+    """Raises ValueError unless heads can be cut into `heads_over` equal parts and a sample into so many `pieces`.
+
+    Says what would do for all of them together. Sizes below 1 are left to `GPTConfig`.
+    """
+    if args.attention != "sdpa":
+        raise ValueError(NO_MATRIX.format(args.attention))
+    if min(args.heads, args.hidden, args.sequence) < 1:
+        return
+    use: dict[str, int] = {}
+    rules = []
+    if args.heads % heads_over or args.hidden % args.heads:
+        fitting = [a for a in range(heads_over, args.hidden + 1, heads_over) if args.hidden % a == 0]
+        use["heads"] = min(fitting, key=lambda a: abs(a - args.heads), default=heads_over)
+        if args.hidden % use["heads"]:
+            use["hidden"] = max(1, round(args.hidden / use["heads"])) * use["heads"]
+        rules.append(f"heads must divide --hidden and be a multiple of the {heads_over} ranks over which they are cut")
+    if args.sequence % pieces:
+        use["sequence"] = max(1, args.sequence // pieces) * pieces
+        rules.append(f"the sequence is cut and must be a multiple of {pieces}")
+    if use:
+        now = " ".join(f"--{name} {getattr(args, name)}" for name in use)
+        raise ValueError(
+            f"{now}: {' and '.join(rules)}, so that each rank gets as much; "
+            f"use {' '.join(f'--{name} {value}' for name, value in use.items())}"
+        )
+
+
+def part(x: Tensor, attention: SequenceAttention) -> Tensor:
+    """This rank's tokens (B, S/c) of (B, S) inputs or targets; any dimensions may follow.
+
+    Raises:
+        ValueError: the sequence cannot be cut.
+    """
+    return x[:, attention.positions(x.shape[1]).to(x.device)]
+
+
+def parallelize(model: GPT, attention: SequenceAttention) -> GPT:
+    """Make the GPT, or a pipeline stage of it, compute on this rank's tokens: (B, S/c) or (B, S/c, H), to the same.
+
+    After tensor parallelism, Megatron's sequence parallelism included; before recomputation.
+
+    Raises:
+        ValueError: the heads that this rank has cannot be cut, or the model computes attention in some other way.
+    """
+    if model.config.attention != "sdpa":
+        raise ValueError(NO_MATRIX.format(model.config.attention))
+    for block in model.blocks.values():
+        inside = block.attention
+        heads = inside.qkv.weight.shape[0] // (3 * inside.head_size)  # of this rank of tp
+        if heads % attention.heads_over:
+            raise ValueError(
+                f"{heads} heads cannot be cut into {attention.heads_over} equal parts; use a multiple of "
+                f"{attention.heads_over}"
+            )
+        inside.core = lambda q, k, v, draw: attention(q, k, v)
+    if model.embed is not None:
+        # Whatever looks a position up, whole or cut by Megatron's sequence parallelism, is asked for these.
+        model.embed.position.register_forward_pre_hook(
+            lambda _, here: (attention.positions(here[0].numel() * attention.ranks).to(here[0].device),)
+        )
+    return model
+
+
+def sum_gradients(model: nn.Module, axis: Axis) -> None:
+    """Add up the gradients of all parameters over the ranks of `axis`, cp or dp x cp, in one message a data type."""
+    axis = axis.within("gradients")
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    for dtype in dict.fromkeys(g.dtype for g in found):
+        gradients = [g for g in found if g.dtype == dtype]
+        flat = comm.all_reduce(torch.cat([g.flatten() for g in gradients]), axis)
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))

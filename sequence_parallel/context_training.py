@@ -1,0 +1,215 @@
+"""What the lessons on long sequences share: train a GPT whose sequence is cut beside one process, and measure.
+
+b samples, s tokens in a sample, h hidden, a heads, c ranks
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from core.gpt import GPT, GPTConfig, materialize, token_loss
+from core.ledger import Event, Ledger, SavedActivations, Traffic, VirtualClock
+from core.lesson import Run
+from core.mesh import Axis
+from core.oracle import Oracle, worst_difference
+from core.seeded import Draw, generator
+from core.shards import counted_once
+from core.training import Comparison, Layout, claim_whole_parameters, clip_and_total, train
+from sequence_parallel.context import SequenceAttention, parallelize, part, sum_gradients
+
+Sent = dict[tuple[str, str], Traffic]
+# From dense attention of the same type. In bfloat16 each rounds several times, every time by up to 2^-8 = 0.004.
+DIFFERENCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def train_with(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> tuple[GPT, Comparison, Ledger]:
+    """Train with the sequence cut over `axis`, beside one process.
+
+    Returns:
+        the model, its differences from one process, on rank 0, and what was sent in the forward passes.
+    """
+    args, job, forward = run.args, run.job, Ledger()
+    run.mesh = {"cp": axis.size}
+    model = materialize(parallelize(GPT(config), attention), args.seed, job.device, run.dtype)
+    optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
+    oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
+
+    def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
+        with axis.ledger.also(forward):
+            logits = model(part(inputs, attention), draw)
+        loss = token_loss(logits, part(targets, attention), targets.numel())  # of the tokens of all ranks
+        loss.backward()
+        sum_gradients(model, axis)
+        return loss.detach()
+
+    def clip(share: Tensor) -> tuple[float, float]:
+        return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], args.clip, share)
+
+    worst = train(run, Layout(model, optimizer_of(model.parameters())), oracle, forward_backward, clip)
+    return model, worst, forward
+
+
+def teach(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> Ledger:
+    """Train, and claim that it equals one process, that the ranks stay one, and what summing the gradients sends.
+
+    Returns:
+        what was sent in the forward passes.
+    """
+    model, worst, forward = train_with(run, config, attention, axis)
+    if run.job.rank == 0:
+        worst.claim(run)
+    claim_whole_parameters(run, model)
+    claim_gradients(run, model, axis)
+    return forward
+
+
+def claim_gradients(run: Run, model: nn.Module, axis: Axis) -> None:
+    """All parameters' gradients, over all ranks, once a step."""
+    everyone = run.job.gather(axis.ledger.traffic["all-reduce", f"{axis.name} gradients"].elements / run.args.steps)
+    if everyone:
+        size, c = sum(p.numel() for p in model.parameters()), axis.size
+        expected = 2 * (c - 1) / c * size
+        formula = f"2Ψ(c-1)/c = {expected:,.0f}, Ψ = {size:,}"
+        run.evidence.on_ranks("elements sent to sum all gradients, a step", formula, expected, everyone, 1e-9 * size)
+
+
+class Layer:
+    """What each rank has sent for a layer in a step of the training; on rank 0."""
+
+    def __init__(self, run: Run, config: GPTConfig, axis: Axis, forward: Ledger):
+        self.run, self.times = run, config.layers * run.args.steps
+        self.everyone: list[tuple[Sent, Sent]] = run.job.gather((forward.traffic, axis.ledger.traffic))
+
+    def claim(self, claim: str, formula: str, expected: float, names: Collection[str], backward: bool = False,
+              messages: bool = False) -> list[float]:  # fmt: skip
+        """The elements, or messages, of the operations of these names, in forward or backward.
+
+        Returns:
+            of every rank, on rank 0.
+        """
+        measured = []
+        for forward, both in self.everyone:
+            ahead, total = (count(sent, names, messages) / self.times for sent in (forward, both))
+            measured.append(total - ahead if backward else ahead)
+        if measured:
+            self.run.evidence.on_ranks(claim, formula, expected, measured, 1e-9 * expected)
+        return measured
+
+
+def count(sent: Sent, names: Collection[str], messages: bool = False) -> float:
+    """The elements, or messages, of the operations of these names, over all axes."""
+    found = (traffic for (operation, _), traffic in sent.items() if operation in names)
+    return sum(each.messages if messages else each.elements for each in found)
+
+
+def spans(where: Tensor) -> str:
+    """Runs of neighbouring tokens, as first-last."""
+    positions = where.tolist()
+    starts = [p for p in positions if p - 1 not in positions]
+    ends = [p for p in positions if p + 1 not in positions]
+    return " ".join(f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+# ---- Attention by itself ---------------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """Of Q, and of K and V, over all ranks."""
+
+    samples: int
+    heads: int
+    kv_heads: int
+    sequence: int
+    head_size: int
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest tensor has that an operation makes within."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given = {storage_of(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        new = [t for t in tree_iter(made) if isinstance(t, Tensor) and storage_of(t) not in given]
+        self.elements = max([self.elements, *(t.untyped_storage().nbytes() // t.element_size() for t in new)])
+        return made
+
+
+def storage_of(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+@dataclass
+class Measured:
+    """Forward and backward of attention on one rank."""
+
+    forward: Sent
+    both: Sent
+    saved: int  # bytes that autograd keeps for backward
+    largest: int  # elements of the largest tensor made
+    difference: float  # largest relative one from dense attention, of the output and the three gradients
+    ahead: list[Event]  # of a ring in forward, in virtual time
+    back: list[Event]  # and in backward
+
+
+def measure(run: Run, attention: SequenceAttention, axis: Axis, shape: Shape, dtype: torch.dtype) -> Measured:
+    """Compute the attention of random numbers, forward and backward, and compare with one process of the same type."""
+    b, a, kv, s, d = shape
+    sizes = ((b, a, s, d), (b, kv, s, d), (b, kv, s, d), (b, a, s, d))
+    numbers = [torch.randn(size, dtype=torch.float64, generator=generator(run.args.seed, "alone", i))
+               for i, size in enumerate(sizes)]  # fmt: skip
+    *whole, gradient = (x.to(run.job.device, dtype) for x in numbers)
+    here = attention.positions(s).to(run.job.device)
+    mine = [x[:, :, here].requires_grad_() for x in whole]
+    innermost, clock = getattr(attention, "inner", attention), VirtualClock(run.job.device)
+    innermost.clock = clock
+    forward, both, saved, largest = Ledger(), Ledger(), SavedActivations([]), LargestTensor()
+    with axis.ledger.also(both), largest:
+        with both.also(forward), saved:
+            out = attention(*mine)
+        kept, ahead = saved.live, len(clock.events)
+        out.backward(gradient[:, :, here])
+    innermost.clock = None
+    dense = [x.requires_grad_() for x in whole]
+    expected = F.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=a != kv)
+    expected.backward(gradient)
+    pairs = [(out.detach(), expected.detach())] + [(x.grad, y.grad) for x, y in zip(mine, dense, strict=True)]
+    apart = worst_difference(
+        [(str(i), x) for i, (x, _) in enumerate(pairs)], {str(i): y[:, :, here] for i, (_, y) in enumerate(pairs)}
+    )
+    return Measured(
+        forward.traffic, both.traffic, kept, largest.elements, apart, clock.events[:ahead], clock.events[ahead:]
+    )
+
+
+def claim_difference(
+    run: Run, what: str, attention: SequenceAttention, axis: Axis, shape: Shape, dtype: torch.dtype
+) -> list[Measured]:
+    """Measure, and claim that output and gradients of every rank equal those of dense attention in one process.
+
+    Returns:
+        every rank's, on rank 0.
+    """
+    everyone = run.job.gather(measure(run, attention, axis, shape, dtype))
+    if everyone:
+        worst = max(each.difference for each in everyone)
+        claim = f"{what}: output and gradients of dense attention"
+        run.evidence.claim(claim, f"relative difference 0, within {DIFFERENCE[dtype]:g}", 0, worst, DIFFERENCE[dtype])
+    return everyone
+
+
+def claim_saved(run: Run, everyone: Collection[Measured], shape: Shape, c: int) -> None:
+    """Q, K, V, the output, and a number a token and head: nothing that grows with the square of the sequence."""
+    b, a, _, s, d = shape
+    wide = torch.promote_types(run.dtype, torch.float32).itemsize
+    expected = (4 * b * s * a * d * run.dtype.itemsize + b * a * s * wide) / c
+    formula = f"(4bsh of {run.dtype.itemsize} bytes + bas of {wide})/c = {expected:,.0f}"
+    run.evidence.on_ranks("bytes attention keeps for backward", formula, expected, [each.saved for each in everyone])

@@ -1,0 +1,164 @@
+"""Lecture 06: the ring (Megatron-LM SP 代码解析). Liu et al. 2023 (2310.01889).
+
+Each rank keeps its queries. Keys and values travel round the ring of ranks, one block at a time, and the next block is
+on its way while the attention on the block at hand is computed. Outputs are joined exactly (`blocks.py`). Backward
+sends keys and values round again, and with them the sums of their gradients, in 4 bytes or more, which end at the rank
+that has the keys.
+
+A query sees no later key, so where a rank's tokens are neighbours the first rank has next to nothing to do and the last
+one computes every block: all wait for it. Zigzag gives each rank a piece of the beginning and the one as far from the
+end, and every step of every rank the same work.
+
+B batch, A heads, K key and value heads (a divisor of A), N = S/c tokens of a rank, D head size, c ranks of the axis
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.mesh import Axis
+from core.p2p import Mail
+from sequence_parallel.blocks import attend, attend_backward, join
+from sequence_parallel.context import SequenceAttention, check_length
+
+PLACEMENTS = ("zigzag", "contiguous")
+KV, GRADIENTS = "KV", "dKV"  # what travels
+BACKWARD = 2.5  # five matrix products for a forward's two
+
+
+class Tile(NamedTuple):
+    """The queries and the keys of a step that attend to each other."""
+
+    rows: slice
+    columns: slice
+    causal: bool  # by their places here; otherwise every query sees every key
+
+    def area(self, tokens: int) -> float:
+        """In units of (N, N)."""
+        rows, columns = (len(range(tokens)[each]) for each in self[:2])
+        return rows * columns / tokens**2 / (2 if self.causal else 1)
+
+
+class RingAttention(SequenceAttention):
+    """Attention of this rank's tokens, with keys and values that travel round the ranks of `axis`.
+
+    Args:
+        zigzag: the sequence is cut into 2c pieces, of which rank r has r and 2c-1-r; otherwise into c, and it has r.
+    """
+
+    def __init__(self, axis: Axis, device: torch.device, zigzag: bool = True):
+        self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
+        self.pieces = 2 * axis.size if self.zigzag else axis.size
+        routes = [(rank, (rank + 1) % axis.size, kind) for rank in range(axis.size) for kind in (KV, GRADIENTS)]
+        self.mail = Mail(axis, routes, device) if axis.size > 1 else None
+
+    def positions(self, sequence: int) -> Tensor:
+        check_length(sequence, self.pieces)
+        pieces, r = torch.arange(sequence).chunk(self.pieces), self.axis.index
+        return torch.cat([pieces[r], pieces[-1 - r]]) if self.zigzag else pieces[r]
+
+    def tile(self, step: int, tokens: int) -> Tile | None:
+        """What to compute of rank r's queries and rank (r - step)'s keys, `tokens` each; None: all keys are later."""
+        everything, early, late = slice(None), slice(tokens // 2), slice(tokens // 2, None)
+        owner = (self.axis.index - step) % self.axis.size
+        if step == 0:
+            return Tile(everything, everything, causal=True)
+        if owner < self.axis.index:  # zigzag: its second piece is later than both of ours
+            return Tile(everything, early if self.zigzag else everything, causal=False)
+        return Tile(late, everything, causal=False) if self.zigzag else None  # only our second is later than theirs
+
+    def pass_on(self, x: Tensor, kind: str, step: int) -> Callable[[], Tensor]:
+        """Send contiguous `x` to the next rank and ask the one before for the same; neither is waited for.
+
+        Call the result to wait, and get what has arrived.
+        """
+        before, after, tag = (self.axis.index - 1) % self.ranks, (self.axis.index + 1) % self.ranks, 4 * step
+        tag += 2 * (kind == GRADIENTS)
+        arrive = self.mail.receive(torch.empty_like(x), before, kind, tag)
+        self.mail.send(x, after, kind, tag)
+        return self._traced(arrive, f"{kind} {step}", before, after, tag + 1) if self.clock else arrive
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _Ring.apply(q, k, v, self)
+
+    def close(self) -> None:
+        if self.mail is not None:
+            self.mail.close()
+
+    # Measurement.
+
+    def computing(self, step: int, cost: float) -> AbstractContextManager:
+        return self.clock.action(f"block {step}", cost) if self.clock else nullcontext()
+
+    def _traced(
+        self, arrive: Callable[[], Tensor], what: str, before: int, after: int, tag: int
+    ) -> Callable[[], Tensor]:
+        stamp = self.mail.receive(self.clock.stamp(), before, "clock", tag)
+        self.mail.send(self.clock.stamp(), after, "clock", tag)
+        self._note(f"send {what}")
+
+        def wait() -> Tensor:
+            self._note(f"wait for {what}")
+            self.clock.hear(stamp())
+            return arrive()
+
+        return wait
+
+    def _note(self, label: str) -> None:
+        with self.clock.action(label, 0.0):
+            pass
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingAttention) -> Tensor:
+        last, wide = ring.ranks - 1, torch.promote_types(q.dtype, torch.float32)
+        block = torch.stack([k, v])  # one message
+        for step in range(ring.ranks):
+            arriving = ring.pass_on(block, KV, step) if step < last else None
+            if tile := ring.tile(step, q.shape[2]):
+                rows, columns, causal = tile
+                with ring.computing(step, tile.area(q.shape[2])):
+                    found = attend(q[:, :, rows], *block[..., columns, :], causal)
+                    if step == 0:  # every query sees a key: itself
+                        out, lse = (x.to(wide) for x in found)
+                    else:
+                        join(out[:, :, rows], lse[:, :, rows], *found)
+            if arriving:
+                block = arriving()
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.ring = ring
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        ring, last, wide = ctx.ring, ctx.ring.ranks - 1, lse.dtype
+        block, of_q = torch.stack([k, v]), torch.zeros_like(q, dtype=wide)
+        travelling = None  # the sums of a block's gradients, one step behind the block
+        for step in range(ring.ranks):
+            arriving = ring.pass_on(block, KV, step) if step < last else None
+            tile, of_tile = ring.tile(step, q.shape[2]), ()
+            if tile:
+                rows, columns, causal = tile
+                with ring.computing(step, BACKWARD * tile.area(q.shape[2])):
+                    ours = (x[:, :, rows] for x in (gradient, q))
+                    joined = (x[:, :, rows] for x in (out, lse))
+                    of_rows, *of_tile = attend_backward(*ours, *block[..., columns, :], *joined, causal)
+                    of_q[:, :, rows] += of_rows
+            sums = travelling() if travelling else torch.zeros_like(block, dtype=wide)
+            for total, term in zip(sums, of_tile, strict=False):
+                total[:, :, columns] += term
+            if step == 0:
+                own = sums  # stays here; the other ranks' terms arrive at the end
+            else:
+                travelling = ring.pass_on(sums, GRADIENTS, step)
+            if arriving:
+                block = arriving()
+        if travelling:
+            own += travelling()
+        return of_q.to(q.dtype), *own.to(k.dtype), None

@@ -1,0 +1,205 @@
+"""Attention of a sequence that is cut, by itself: blocks, Ulysses, the ring and both, against dense attention."""
+
+import argparse
+import re
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.gpt import GPT, GPTConfig
+from core.ledger import Ledger
+from core.mesh import Axis, Mesh
+from core.oracle import worst_difference
+from sequence_parallel.blocks import attend, attend_backward, join, plain_attend, plain_backward
+from sequence_parallel.context import SequenceAttention, check, parallelize, part
+from sequence_parallel.hybrid import context_parallel, pieces_of
+from sequence_parallel.ring import RingAttention
+from sequence_parallel.ulysses import Whole
+from tests.pool import Pool
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- Blocks
+
+
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(5, 5, True), (5, 5, False), (3, 7, False), (1, 1, True)])
+def test_the_kernel_and_the_formulation_in_products_agree(queries: int, keys: int, causal: bool) -> None:
+    q, gradient = random(2, 3, queries, 4), random(2, 3, queries, 4, seed=1)
+    k, v = random(2, 3, keys, 4, seed=2), random(2, 3, keys, 4, seed=3)
+    out, lse = attend(q, k, v, causal)
+    for ours, plain in zip((out, lse), plain_attend(q, k, v, causal), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
+    arguments = (gradient, q, k, v, out, lse, causal)
+    for ours, plain in zip(attend_backward(*arguments), plain_backward(*arguments), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])  # scores of several hundred: their exponentials overflow
+def test_blocks_of_keys_join(scale: float) -> None:
+    q, k, v = random(1, 4, 6, 8), scale * random(1, 2, 15, 8, seed=1), random(1, 2, 15, 8, seed=2)
+    gradient = random(1, 4, 6, 8, seed=3)
+    out, lse = attend(q, k[:, :, :4], v[:, :, :4], False)
+    for columns in (slice(4, 5), slice(5, 15)):
+        join(out, lse, *attend(q, k[:, :, columns], v[:, :, columns], False))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*leaves, enable_gqa=True)
+    expected.backward(gradient)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
+    found = [attend_backward(gradient, q, k[:, :, c], v[:, :, c], out, lse, False)
+             for c in (slice(0, 7), slice(7, 15))]  # fmt: skip
+    of_q, of_k, of_v = zip(*found, strict=True)
+    for ours, leaf in zip((sum(of_q), torch.cat(of_k, 2), torch.cat(of_v, 2)), leaves, strict=True):
+        torch.testing.assert_close(ours, leaf.grad, rtol=1e-10, atol=1e-12 * scale)
+
+
+# ---- All ways to cut a sequence
+
+SIZES = [  # samples, heads, key and value heads, tokens, head size
+    (2, 16, 4, 48, 4),
+    (1, 10, 2, 80, 5),
+    (1, 14, 7, 56, 6),
+    (1, 12, 12, 240, 3),
+    (1, 24, 1, 112, 1),
+]
+
+
+def differences(attention: SequenceAttention, dtype: torch.dtype) -> list[float]:
+    """From dense attention of the same type, for each of SIZES that can be cut so."""
+    found = []
+    for b, a, kv, s, d in SIZES:
+        if s % attention.pieces or a % attention.heads_over:
+            continue
+        if dtype == torch.bfloat16 and d == 1:
+            continue  # 24 roundings a token, and no average over them: dense attention is off by 0.015, too
+        q, k, v, gradient = (random(b, n, s, d, seed=i).to(dtype) for i, n in enumerate((a, kv, kv, a)))
+        here = attention.positions(s)
+        mine = [x.transpose(1, 2)[:, here].transpose(1, 2).requires_grad_() for x in (q, k, v)]  # not contiguous
+        out = attention(*mine)
+        out.backward(gradient[:, :, here])
+        whole = [x.requires_grad_() for x in (q, k, v)]
+        dense = F.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=a != kv)
+        dense.backward(gradient)
+        ours = {"out": out.detach()} | {name: x.grad for name, x in zip("qkv", mine, strict=True)}
+        right = {"out": dense.detach()} | {name: x.grad for name, x in zip("qkv", whole, strict=True)}
+        found.append(worst_difference(ours.items(), {name: x[:, :, here] for name, x in right.items()}))
+    return found
+
+
+TOLERANCE = {torch.float64: 1e-10, torch.bfloat16: 2e-2}
+WAYS = {
+    c: [(u, zigzag) for u in range(1, c + 1) if c % u == 0 for zigzag in ((True, False) if u < c else (True,))]
+    for c in range(1, 9)
+}
+
+
+def all_ways(c: int) -> dict[tuple, list[float]]:
+    axis, found = Mesh("cpu", Ledger(), 30.0, cp=c)["cp"], {}
+    for u, zigzag in WAYS[c]:
+        attention = context_parallel(axis, CPU, u, zigzag)
+        assert attention.pieces == pieces_of(c, u, zigzag)
+        for dtype in TOLERANCE:
+            found[u, zigzag, dtype] = differences(attention, dtype)
+        attention.close()
+    return found
+
+
+@pytest.mark.parametrize("c", WAYS)
+def test_equals_dense_attention(pool: Pool, c: int) -> None:
+    for rank in pool.run(c, all_ways, c):
+        for (u, zigzag, dtype), found in rank.items():
+            assert found, f"no size for Ulysses {u} of {c}"
+            assert all(x < TOLERANCE[dtype] for x in found), (u, zigzag, dtype, found)
+
+
+def test_one_rank_is_the_identity() -> None:
+    """Not even a bit changes."""
+    axis = Axis("cp", (0,), 0, None, Ledger(), timedelta(seconds=5))
+    q, k, v = (random(2, 4, 6, 8, seed=i) for i in range(3))
+    expected = Whole()(q, k, v)
+    for attention in (context_parallel(axis, CPU), RingAttention(axis, CPU)):
+        assert torch.equal(attention(q, k, v), expected)
+        assert torch.equal(part(q, attention), q)
+
+
+@pytest.mark.parametrize("zigzag", [True, False])
+@pytest.mark.parametrize("c", [1, 2, 3, 5, 8])
+def test_the_ring_computes_what_is_causal_once_and_nothing_else(c: int, zigzag: bool) -> None:
+    s = 6 * c
+    rings = [RingAttention(Axis("cp", (*range(c),), r, None, Ledger(), timedelta(seconds=5)), CPU, zigzag)
+             for r in range(c)]  # fmt: skip
+    computed = torch.zeros(s, s, dtype=torch.int64)
+    for r, ring in enumerate(rings):
+        for step in range(c):
+            if tile := ring.tile(step, s // c):
+                queries = ring.positions(s)[tile.rows]
+                keys = rings[(r - step) % c].positions(s)[tile.columns]
+                block = torch.ones(len(queries), len(keys), dtype=torch.int64)
+                computed[queries.unsqueeze(-1), keys] += block.tril() if tile.causal else block
+                assert tile.area(s // c) == len(queries) * len(keys) / (s // c) ** 2 / (2 if tile.causal else 1)
+    assert torch.equal(computed, torch.ones(s, s, dtype=torch.int64).tril())
+
+
+def places(zigzag: bool) -> list[int]:
+    axis = Mesh("cpu", Ledger(), 30.0, cp=dist.get_world_size())["cp"]
+    ring = RingAttention(axis, CPU, zigzag)
+    return part(torch.arange(16)[None], ring)[0].tolist()
+
+
+def test_the_courses_example(pool: Pool) -> None:
+    """16 tokens on 4 ranks."""
+    assert pool.run(4, places, True) == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
+    assert pool.run(4, places, False) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+# ---- Refusals
+
+
+def alone(**sizes: int) -> RingAttention:
+    ring = RingAttention(Axis("cp", (0,), 0, None, Ledger(), timedelta(seconds=5)), CPU)
+    for name, value in sizes.items():
+        setattr(ring, name, value)
+    return ring
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match="--sequence 60: must be a multiple of 8, .* use --sequence 56$"):
+        part(torch.zeros(1, 60), alone(pieces=8))
+    with pytest.raises(ValueError, match="use --sequence 8$"):
+        part(torch.zeros(1, 5), alone(pieces=8))
+    with pytest.raises(ValueError, match="6 heads cannot be cut into 4 equal parts; use a multiple of 4"):
+        parallelize(GPT(GPTConfig(hidden=24, heads=6)), alone(heads_over=4))
+    with pytest.raises(ValueError, match="--attention softmax: .* use --attention sdpa --dropout 0"):
+        parallelize(GPT(GPTConfig(attention="softmax")), alone())
+    with pytest.raises(ValueError, match="--ulysses 3: .* use --ulysses one of 1, 2, 4, 8$"):
+        pieces_of(8, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "heads_over", "pieces", "message"),
+    [
+        ({"sequence": 60}, 4, 8, "--sequence 60: .* use --sequence 56$"),
+        ({"sequence": 6}, 4, 8, "use --sequence 8$"),
+        ({"heads": 4}, 8, 8, "--heads 4: .* use --heads 8$"),
+        ({"heads": 4, "sequence": 60}, 8, 8, "--heads 4 --sequence 60: .* use --heads 8 --sequence 56$"),
+        ({"hidden": 60, "heads": 7}, 1, 8, "--heads 7: .* use --heads 6$"),
+        ({"hidden": 20}, 6, 8, "--heads 8 --hidden 20: .* use --heads 6 --hidden 18$"),
+        ({"attention": "softmax"}, 1, 1, "use --attention sdpa --dropout 0$"),
+    ],
+)
+def test_the_flags_of_a_lesson(flags: dict, heads_over: int, pieces: int, message: str) -> None:
+    args = argparse.Namespace(**{"heads": 8, "hidden": 64, "sequence": 64, "attention": "sdpa"} | flags)
+    with pytest.raises(ValueError, match=message):
+        check(args, heads_over, pieces)
+    for name, value in re.findall(r"--(heads|hidden|sequence) (\d+)", message.partition("use ")[2]):
+        setattr(args, name, int(value))
+    args.attention = "sdpa"
+    check(args, heads_over, pieces)
