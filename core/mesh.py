@@ -6,7 +6,6 @@ layers fold the same ranks differently: the dense world is tp x cp x dp x pp, th
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from math import prod
 
 import torch
 import torch.distributed as dist
@@ -61,20 +60,48 @@ def axis_sizes(
     return sizes | {"edp": tp * cp * dp // (ep * etp)}
 
 
-def _dimensions(order: str, *, expert: bool) -> list[str]:
-    """Axis names from the slowest varying to the fastest, the way an array of ranks is indexed."""
+def axis_names(order: str, *, expert: bool) -> list[str]:
+    """The axes of the dense world or the expert's, the fastest varying first.
+
+    Raises:
+        ValueError: the order string does not name each axis once.
+    """
     places = order.split("-")
     if sorted(places) != sorted(ORDER.split("-")):
         raise ValueError(f"--order {order}: must name each of tp, cp, ep, dp and pp once; use --order {ORDER}")
     names = [EXPERT.get(p) for p in places] if expert else [p if p in DENSE else None for p in places]
-    return [name for name in reversed(names) if name]
+    return [name for name in names if name]
 
 
-def axis_groups(sizes: dict[str, int], axis: str, order: str = ORDER, expert: bool = False) -> list[list[int]]:
-    """All groups of ranks that differ along `axis` only, in the dense world or the expert's; needs no process."""
-    names = _dimensions(order, expert=expert or axis not in DENSE)
-    ranks = torch.arange(prod(sizes[n] for n in names)).reshape([sizes[n] for n in names])
-    return ranks.movedim(names.index(axis), -1).reshape(-1, sizes[axis]).tolist()
+def is_expert(kind: str) -> bool:
+    """Whether a kind of group, such as "dp-cp" or "ep", is one of the expert world."""
+    return not set(kind.split("-")) <= set(DENSE)
+
+
+def axis_groups(sizes: dict[str, int], kind: str, order: str = ORDER, expert: bool = False) -> list[list[int]]:
+    """All groups of ranks that differ along the axes of `kind` only, such as "dp" or "dp-cp"; needs no process.
+
+    A rank is the sum of its index x stride over the axes. The stride of an axis is the product of the sizes before it
+    in the order string. `kind` is a mask over the axes: where it holds, the index runs inside a group; where it does
+    not, the index says which group. In the dense world, or the expert's if `expert` or if `kind` has an axis of it.
+    """
+    masked, names = kind.split("-"), axis_names(order, expert=expert or is_expert(kind))
+    assert set(masked) <= set(names), f"{kind}: the axes of one world are {', '.join(names)}"
+    inside, groups, stride = [0], [0], 1
+    for name in names:
+        steps = range(0, sizes[name] * stride, stride)
+        if name in masked:
+            inside = [step + place for step in steps for place in inside]
+        else:
+            groups = [step + first for step in steps for first in groups]
+        stride *= sizes[name]
+    return [[first + place for place in inside] for first in groups]
+
+
+def check_pipelines(sizes: dict[str, int], order: str) -> None:
+    """Raises ValueError unless both worlds have the same pipelines, so that a stage holds its own experts."""
+    if axis_groups(sizes, "pp", order) != axis_groups(sizes, "pp", order, expert=True):
+        raise ValueError(f"--order {order}: pp must be the same in both worlds; use --order {ORDER}")
 
 
 class Mesh:
@@ -90,11 +117,10 @@ class Mesh:
     def __init__(self, device_type: str, ledger: Ledger, timeout: float, order: str = ORDER, **sizes: int):
         self.sizes = axis_sizes(dist.get_world_size(), **sizes)
         limit = timedelta(seconds=timeout)
-        if axis_groups(self.sizes, "pp", order) != axis_groups(self.sizes, "pp", order, expert=True):
-            raise ValueError(f"--order {order}: pp must be the same in both worlds; use --order {ORDER}")
+        check_pipelines(self.sizes, order)
         self._axes: dict[str, Axis] = {}
         for expert in (False, True) if {"ep", "etp"} & set(sizes) else (False,):
-            names = _dimensions(order, expert=expert)
+            names = axis_names(order, expert=expert)[::-1]  # an array's last index varies fastest
             wide = [n for n in names if self.sizes[n] > 1]
             shape = [self.sizes[n] for n in wide]
             ranks = torch.arange(dist.get_world_size()).reshape(shape)
