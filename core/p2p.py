@@ -26,6 +26,20 @@ def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
     return received
 
 
+def send(x: Tensor, axis: Axis, peer: int) -> None:
+    """Give contiguous `x` to place `peer` of the axis, which must call `receive`, and wait until it has left."""
+    axis.ledger.record("send", axis.name, x.numel(), x.element_size())
+    work = dist.isend(x, axis.ranks[peer], axis.group)
+    wait(work, axis, x, f"send to rank {axis.ranks[peer]}")
+
+
+def receive(into: Tensor, axis: Axis, peer: int) -> Tensor:
+    """Wait for what place `peer` of the axis sends. Returns `into`, filled."""
+    work = dist.irecv(into, axis.ranks[peer], axis.group)
+    wait(work, axis, into, f"receive from rank {axis.ranks[peer]}")
+    return into
+
+
 class Mail:
     """Point-to-point messages along one axis that neither the sender nor the receiver stops for.
 

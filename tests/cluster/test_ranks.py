@@ -202,13 +202,14 @@ def strides_are_not_products() -> AbstractContextManager:
     return patch.object(ranks, "axis_groups", wrong)
 
 
-def the_rightmost_axis_varies_fastest() -> AbstractContextManager:
-    """In the mesh that communicates: an array of ranks indexed in the order of the string, not in the reverse."""
+def neighbours_differ_in_dp() -> AbstractContextManager:
+    """In the mesh that communicates: within a stage the array of ranks has its axes the wrong way round."""
     right = core.mesh.DeviceMesh
 
     def wrong(device: str, array: Tensor, mesh_dim_names: tuple[str, ...]) -> object:
-        shape = list(array.shape)[::-1]
-        return right(device, array.reshape(shape), mesh_dim_names=mesh_dim_names[::-1])
+        stages, *shape = array.shape
+        pp, *names = mesh_dim_names
+        return right(device, array.reshape(stages, *shape[::-1]), mesh_dim_names=(pp, *names[::-1]))
 
     return patch.object(core.mesh, "DeviceMesh", wrong)
 
@@ -256,7 +257,7 @@ DEFINED = {kind: f"{kind}: by definition" for kind in KINDS}
 MET = {kind: f"{kind}: by communication" for kind in KINDS}
 MUST_FAIL = {
     strides_are_not_products: {DEFINED["pp"], MET["pp"], DEFINED["edp"], "the slide's pp"},
-    the_rightmost_axis_varies_fastest: {MET["tp"], MET["pp"], MET["ep"]},
+    neighbours_differ_in_dp: {MET["tp"], MET["dp"], MET["ep"], MET["edp"]},
     experts_are_divided_like_the_dense: {DEFINED["ep"], MET["ep"], DEFINED["edp"], "the slide's ep"},
     the_mask_is_inverted: {DEFINED["tp"], MET["tp"], DEFINED["tp-dp-cp"], MET["ep"], "the slide's dp"},
     the_second_stage_gets_the_head: {DEFINED["embedding"], MET["embedding"]},
