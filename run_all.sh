@@ -30,6 +30,8 @@ lessons=(
   pipeline/dualpipe.py
   pipeline/auto.py
   pipeline/compare.py
+  cluster/ranks.py
+  cluster/topology.py
 )
 
 if ! [[ $NPROC =~ ^[1-9][0-9]*$ ]]; then

@@ -17,7 +17,7 @@ from core.mesh import Axis
 
 BUDGET = 0.14  # seconds for the round trips of one size in a round, shared by the pairs
 SHORTEST = 0.005  # seconds of that for a pair
-FEWEST, MOST = 2, 200  # such round trips; the fastest counts
+FIRST, MOST = 3, 200  # round trips that tell how many more the budget allows, and the most of them; the fastest counts
 APART = 2.0  # a link between domains takes at least so many times as long as one inside
 
 
@@ -60,15 +60,16 @@ def measure(run: Run, axis: Axis, sizes: Sequence[int]) -> dict[int, np.ndarray]
 def ping_pong(axis: Axis, pair: tuple[int, int], size: int, budget: float, device: torch.device) -> float:
     """Half the fastest round trip of `budget` seconds between two ranks, which both call it; infinite on the second."""
     message = torch.zeros(size, dtype=torch.uint8, device=device)
-    count = torch.zeros(1, dtype=torch.int64, device=device)
+    more = torch.zeros(1, dtype=torch.int64, device=device)
     if axis.index == pair[1]:
-        _answer(message, axis, pair[0])
-        for _ in range(int(p2p.receive(count, axis, pair[0]))):
+        for _ in range(FIRST):
+            _answer(message, axis, pair[0])
+        for _ in range(int(p2p.receive(more, axis, pair[0]))):
             _answer(message, axis, pair[0])
         return np.inf
-    took = _round_trip(message, axis, pair[1])  # the first one makes the connection
-    p2p.send(count.fill_(min(MOST, max(FEWEST, int(budget / took)))), axis, pair[1])
-    return min(_round_trip(message, axis, pair[1]) for _ in range(int(count))) / 2
+    fastest = min(_round_trip(message, axis, pair[1]) for _ in range(FIRST))
+    p2p.send(more.fill_(min(MOST, int(budget / fastest))), axis, pair[1])
+    return min([fastest, *(_round_trip(message, axis, pair[1]) for _ in range(int(more)))]) / 2
 
 
 def _round_trip(message: torch.Tensor, axis: Axis, peer: int) -> float:

@@ -41,7 +41,7 @@ from core.plot import picture
 
 MOST_RANKS = 256  # which are 32,640 pairs, measured one after another
 LARGEST = {"cpu": 2**20, "cuda": 2**26}  # bytes of the largest message, by device
-WITHIN = 0.4  # how far the line may be from a time that it was not fitted to: it is for planning
+WITHIN = 0.5  # how far the line may be from a time that it was not fitted to: it is for planning
 
 
 # ---- What the machine says -------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def claim_links(run: Run, lines: Lines, found: list[list[int]], size: int, secon
     inside = np.exp(np.log(predicted[same]).mean())
     between = inside * APART**2 if same.all() else np.exp(np.log(predicted[~same]).mean())
     border = np.sqrt(inside * between)
-    noisy = max(1, len(seconds) // 10) if len(seconds) > 1 else 0  # a domain that is not seen puts more pairs wrong
+    noisy = max(1, len(seconds) // 5) if len(seconds) > 1 else 0  # a domain that is not seen puts more pairs wrong
     run.evidence.claim(
         "pairs that the domains do not explain",
         f"of {len(seconds)}, {noisy} at most: inside below {border * 1e6:.3g} us, between above",
