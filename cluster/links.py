@@ -44,7 +44,7 @@ def measure(run: Run, axis: Axis, sizes: Sequence[int]) -> dict[int, np.ndarray]
     fastest = {size: np.full((axis.size, axis.size), np.inf) for size in sizes}
     turn, pairs = torch.zeros(1, device=run.job.device), [*combinations(range(axis.size), 2)]
     budget = max(SHORTEST, BUDGET / len(pairs))
-    for _ in run.steps():
+    for _ in run.steps("ping-pong"):
         for pair in pairs:
             comm.all_reduce(turn, axis.within("turns"))
             if axis.index in pair:

@@ -118,17 +118,17 @@ def _is_header(words: list[str]) -> bool:
     return bool(words) and words[0] == "GPU0" and not any(_LINK.fullmatch(word) for word in words)
 
 
-def ask_nvidia_smi(timeout: float) -> str | None:
-    """What `nvidia-smi topo -m` prints here; None where there is none, or no driver."""
+def ask_nvidia_smi(timeout: float) -> Topology | None:
+    """What `nvidia-smi topo -m` prints here; None where there is none, or it shows no GPUs."""
     if shutil.which("nvidia-smi") is None:
         return None
     try:
         done = subprocess.run(
             ["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=timeout, check=False
         )
-    except (OSError, subprocess.TimeoutExpired):
+        return parse(done.stdout)
+    except (OSError, subprocess.TimeoutExpired, ValueError):
         return None
-    return done.stdout if done.returncode == 0 else None
 
 
 # ---- CPUs ------------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def draw(path: str, sizes: dict[str, int], order: str) -> None:
         groups = groups_of(sizes, kind, order)
         number = {rank: i / len(groups) for i, group in enumerate(groups) for rank in group}
         colours.append([number.get(rank, nan) for rank in range(world)])
-    with picture(path, 2 + 0.25 * world, 4) as axes:
+    with picture(path, 2 + 0.25 * min(world, 128), 4) as axes:
         axes.imshow(colours, aspect="auto", cmap="tab20")
         axes.set(title="Groups: the ranks of one colour in a row", xlabel="rank")
         axes.set_yticks(range(len(KINDS)), KINDS)

@@ -4,10 +4,10 @@
     python cluster/topology.py --file topo.txt
     torchrun --nproc_per_node=8 cluster/topology.py --json machine.json
 
-What the machine says of itself (`machine.py`): GPUs and links by `nvidia-smi topo -m`, or by a file that holds what
-another machine printed, else CPU cores, caches and NUMA nodes by /sys. And with torchrun, on one machine or several,
-what is measured (`links.py`): the time of a message between every pair of ranks, by ping-pong, as a line alpha + beta x
-bytes; and the fast domains, which that shows. Tensor parallelism belongs inside one.
+What the machine says of itself (`machine.py`): CPU cores, caches and NUMA nodes by /sys, GPUs and links by
+`nvidia-smi topo -m`, or by a file that holds what another machine printed. And with torchrun, on one machine or
+several, what is measured (`links.py`): the time of a message between every pair of ranks, by ping-pong, as a line
+alpha + beta x bytes; and the fast domains, which that shows. Tensor parallelism belongs inside one.
 
 `--json` writes, for a planner; indices are ranks, times are of one way, and 0 from a rank to itself:
 
@@ -16,7 +16,7 @@ bytes; and the fast domains, which that shows. Tensor parallelism belongs inside
      "nodes": [[0, 1, 2, 3], [4, 5, 6, 7]],              the ranks of each machine, as torchrun started them
      "alpha": [[s, ...], ...], "beta": [[s/byte, ...], ...],
      "sizes": [8, ...], "seconds": [[[s, ...], ...], ...],    the fastest times, a matrix for each size in bytes
-     "machine": {...}}                                   what the machine of rank 0 says of itself
+     "machine": {"cpu": {...}, "gpu": {...}}}            what the machine of rank 0 says of itself
 
 Without torchrun nothing is measured: a rank is a GPU then, the domains are those by the links, and there are no times.
 """
@@ -74,8 +74,10 @@ def show_processors(run: Run, found: Processors) -> None:
     if rows:
         run.say("\n" + tabulate(rows, ("NUMA node", "CPUs", "GiB", *(f"to {n}" for n in found.nodes))))
     run.say()
-    count = os.cpu_count() or 0
-    run.evidence.claim("CPUs by /sys", f"{count}, by the C library", count, len(found.cpus))
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    run.evidence.claim(
+        "CPUs of this process that /sys does not have", f"0 of {len(mine)}", 0, len(mine - set(found.cpus))
+    )
     if found.nodes:
         once = [cpu for cpus in found.nodes.values() for cpu in cpus]
         missed = len(set(found.cpus) ^ set(once)) + len(once) - len(set(once))
@@ -84,14 +86,18 @@ def show_processors(run: Run, found: Processors) -> None:
 
 def describe(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """Show this machine, or that of `--file`. As JSON: its domains, and all else."""
-    text = Path(run.args.file).read_text() if run.args.file else ask_nvidia_smi(run.args.timeout)
-    if text is None:
-        found = processors()
+    machine: dict[str, Any] = {}
+    if run.args.file:
+        topology = parse(Path(run.args.file).read_text())
+    else:
+        found, topology = processors(), ask_nvidia_smi(run.args.timeout)
         show_processors(run, found)
-        return {"ranks": 1, "device": "cpu", "domains": [[0]]}, found.as_json()
-    topology = parse(text)
+        machine["cpu"] = found.as_json()
+    if topology is None:
+        return {"ranks": 1, "device": "cpu", "domains": [[0]]}, machine
     show_gpus(run, topology)
-    return {"ranks": len(topology.gpus), "device": "cuda", "domains": topology.domains()}, topology.as_json()
+    machine["gpu"] = topology.as_json()
+    return {"ranks": len(topology.gpus), "device": "cuda", "domains": topology.domains()}, machine
 
 
 # ---- What is measured ------------------------------------------------------------------------------------------------

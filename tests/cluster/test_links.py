@@ -113,37 +113,36 @@ def test_of_three_levels_the_border_that_explains_most() -> None:
 # ---- Measured
 
 
-def slow_between(hosts: list[list[int]]) -> AbstractContextManager:
-    """Messages between hosts take a millisecond and as long as at 100 MB/s."""
+def slow_between(hosts: list[list[int]], latency: float = 1e-3) -> AbstractContextManager:
+    """Messages between hosts take these seconds, and as long as at 100 MB/s."""
     right, same = p2p.send, in_one(hosts)
 
     def slow(x: Tensor, axis: Axis, peer: int) -> None:
         if not same[axis.index, peer]:
-            time.sleep(1e-3 + 1e-8 * x.numel() * x.element_size())
+            time.sleep(latency + 1e-8 * x.numel() * x.element_size())
         right(x, axis, peer)
 
     return patch.object(p2p, "send", slow)
 
 
-def a_run(*flags: object) -> Run:
+def a_run() -> Run:
     job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
-    return Run(Namespace(steps=2, largest=2**18, plot=None, json=None, file=None), job, torch.float64)
+    return Run(Namespace(steps=1, largest=2**18, plot=None, json=None, file=None), job, torch.float64)
 
 
-def measured(sizes: list[int], hosts: list[list[int]]) -> tuple[dict[int, np.ndarray], float, float]:
+def measured(sizes: list[int], hosts: list[list[int]]) -> tuple[dict[int, np.ndarray], int]:
     run, ledger = a_run(), Ledger()
     axis = Mesh("cpu", ledger, 30.0, dp=run.job.world_size)["dp"]
     with slow_between(hosts):
         times = measure(run, axis, sizes)
-    sent = ledger.traffic["send", "dp"]
-    return times, sent.messages, sent.bytes
+    return times, ledger.traffic["send", "dp"].messages
 
 
 def test_every_pair_is_measured(pool: Pool) -> None:
     hosts = [[0, 2], [1, 3]]
     results = pool.run(4, measured, [8, 2**16, 2**18], hosts)
     times = results[0][0]
-    assert all(not other for other, _, _ in results[1:])
+    assert all(not other for other, _ in results[1:])
     for matrix in times.values():
         assert (matrix == matrix.T).all()
         assert ((matrix > 0) == ~np.eye(4, dtype=bool)).all()
@@ -153,7 +152,7 @@ def test_every_pair_is_measured(pool: Pool) -> None:
     assert (found.alpha[between] > 1e-3).all()
     assert (found.beta[between] > 0.9e-8).all()
     assert (times[2**18][~between] < 1e-3).all(), "what is slowed down does not slow the others"
-    assert all(messages >= 2 * 3 * 3 * 3 for _, messages, _ in results)
+    assert all(messages >= 3 * 3 * 3 for _, messages in results), "three pairs, sizes and trials at least"
 
 
 # ---- The claims catch
@@ -161,8 +160,8 @@ def test_every_pair_is_measured(pool: Pool) -> None:
 
 def failing_claims(bug: Callable[[], AbstractContextManager] | None) -> list[str]:
     """The measured part of the lesson on two slow hosts; the claims that failed, on rank 0."""
-    run = a_run()
-    with slow_between([[0, 1], [2, 3]]), bug() if bug else patch.object(topology, "WITHIN", topology.WITHIN):
+    run, latency = a_run(), 5e-3 if bug == latency_is_left_out else 1e-4
+    with slow_between([[0, 1], [2, 3]], latency), bug() if bug else patch.object(topology, "WITHIN", topology.WITHIN):
         topology.measured(run)
     return [claim.claim for claim in run.evidence.claims if not claim.holds]
 

@@ -1,12 +1,14 @@
 """Lecture 03, the machine: what the lesson shows, writes for a planner, and refuses."""
 
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from cluster import topology
+from cluster.machine import ask_nvidia_smi
 from core.lesson import Lesson
 from tests.pool import Pool
 
@@ -22,7 +24,7 @@ def test_measured(pool: Pool, tmp_path: Path, ranks: int) -> None:
     assert outcome.codes == [0] * ranks, outcome.out + outcome.err
     claims = [claim["claim"] for claim in json.loads(report.read_text())["claims"]]
     assert claims[-2:] == ["error of the line at a size not fitted, median", "pairs that the domains do not explain"]
-    assert claims[0] == "CPUs by /sys"
+    assert claims[0] == "CPUs of this process that /sys does not have"
     found = json.loads(machine.read_text())
     everyone = list(range(ranks))
     assert (found["ranks"], found["device"], found["domains"], found["nodes"]) == (ranks, "cpu", [everyone], [everyone])
@@ -32,7 +34,7 @@ def test_measured(pool: Pool, tmp_path: Path, ranks: int) -> None:
         assert all(matrix[a][b] == matrix[b][a] for a in everyone for b in everyone)
         assert all((matrix[a][b] == 0) == (a == b) for a in everyone for b in everyone)
     assert 1e-6 < found["alpha"][0][1] < found["seconds"][-1][0][1] < 0.1
-    assert found["machine"]["cpus"]
+    assert found["machine"]["cpu"]["cpus"]
     assert "fast domains as measured, in ranks: [0,1" in outcome.out
     assert plot.read_text().startswith("<?xml")
 
@@ -54,7 +56,7 @@ def test_a_saved_matrix(pool: Pool, tmp_path: Path) -> None:
     assert "SYS, the link between NUMA nodes, or faster: [0,1,2,3]" in outcome.out
     found = json.loads((tmp_path / "machine.json").read_text())
     assert (found["ranks"], found["device"], found["domains"]) == (4, "cuda", [[0, 1], [2, 3]])
-    assert found["machine"]["links"][0] == ["X", "NV12", "SYS", "SYS"]
+    assert found["machine"]["gpu"]["links"][0] == ["X", "NV12", "SYS", "SYS"]
 
 
 def test_a_matrix_of_one_direction_fails_the_claim(pool: Pool, tmp_path: Path) -> None:
@@ -94,3 +96,24 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "topo.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="is not text; use what nvidia-smi topo -m printed"):
         topology.check(arguments(f"--file={tmp_path / 'topo.txt'}"), 1)
+
+
+def a_machine_with(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    """Put an nvidia-smi of our own first in the path."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_nvidia_smi_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    a_machine_with(monkeypatch, tmp_path, f'[ "$*" = "topo -m" ] && cat {LAYOUTS / "hgx_a100_4gpu.txt"}')
+    found = ask_nvidia_smi(10.0)
+    assert found is not None
+    assert found.domains() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("script", ["exit 9", "echo No devices were found", "sleep 30"])
+def test_an_nvidia_smi_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
+    a_machine_with(monkeypatch, tmp_path, script)
+    assert ask_nvidia_smi(0.5) is None

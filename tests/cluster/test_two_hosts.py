@@ -80,9 +80,9 @@ def test_the_slow_link_is_found(hosts: list[str], tmp_path: Path) -> None:
 
 def test_a_lesson_trains_over_both(hosts: list[str], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    small = ("--steps=2", "--layers=1", "--hidden=16", "--heads=4", "--sequence=8", "--batch=4")
-    torchrun(hosts, "megatron_tp/tensor_parallel.py", *small, f"--report={report}")
+    small = ("--steps=2", "--layers=4", "--hidden=16", "--heads=4", "--sequence=8", "--batch=8", "--microbatches=8")
+    torchrun(hosts, "pipeline/1f1b.py", *small, f"--report={report}")
     written = json.loads(report.read_text())
-    assert written["mesh"] == {"tp": 4}
+    assert written["mesh"] == {"pp": 4}
     assert all(claim["holds"] for claim in written["claims"])
     assert written["losses"] == pytest.approx(written["reference_losses"], rel=1e-10)
