@@ -3,13 +3,16 @@
 import json
 import os
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster import topology
-from cluster.machine import ask_nvidia_smi
-from core.lesson import Lesson
+from cluster.machine import ask_nvidia_smi, processors
+from core.launch import Job
+from core.lesson import Lesson, Run
 from tests.pool import Pool
 
 SCRIPT = "cluster/topology.py"
@@ -90,6 +93,21 @@ def test_bad_input_is_refused(case: str) -> None:
         topology.check(arguments(*flags), ranks)
     assert hint in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_sys_says_is_checked() -> None:
+    run = Run(arguments(), Job(0, 1, torch.device("cpu"), "gloo", 30.0), torch.float64)
+    right = processors()
+    topology.show_processors(run, right)
+    assert [claim.holds for claim in run.evidence.claims] == [True] * len(run.evidence.claims)
+    for wrong in (
+        replace(right, cpus=[], nodes={}),
+        replace(right, nodes={0: right.cpus, 1: right.cpus[:1]}),
+        replace(right, nodes={0: right.cpus[1:]}),
+    ):
+        run.evidence.claims.clear()
+        topology.show_processors(run, wrong)
+        assert not all(claim.holds for claim in run.evidence.claims), wrong
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
