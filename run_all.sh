@@ -39,6 +39,8 @@ lessons=(
   expert_parallel/dispatch.py
   expert_parallel/train.py
   expert_parallel/upcycle.py
+  cluster/ranks.py
+  cluster/topology.py
 )
 
 if ! [[ $NPROC =~ ^[1-9][0-9]*$ ]]; then

@@ -96,9 +96,9 @@ class Run:
         if self.job.rank == 0:
             print(text, flush=True)
 
-    def steps(self) -> tqdm:
-        """The training steps as a progress bar, on rank 0."""
-        return tqdm(range(self.args.steps), desc="training", unit="step", disable=self.job.rank != 0, file=sys.stderr)
+    def steps(self, what: str = "training") -> tqdm:
+        """The steps as a progress bar, on rank 0."""
+        return tqdm(range(self.args.steps), desc=what, unit="step", disable=self.job.rank != 0, file=sys.stderr)
 
 
 class Lesson:

@@ -7,7 +7,6 @@ layers fold the same ranks differently: the dense world is tp x cp x dp x pp, th
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from math import prod
 
 import torch
 import torch.distributed as dist
@@ -85,25 +84,48 @@ def axis_sizes(
     return sizes | {"edp": tp * cp * dp // (ep * etp)}
 
 
-def _dimensions(order: str, *, expert: bool) -> list[str]:
-    """Axis names from the slowest varying to the fastest, the way an array of ranks is indexed."""
+def axis_names(order: str, *, expert: bool) -> list[str]:
+    """The axes of the dense world or the expert's, the fastest varying first.
+
+    Raises:
+        ValueError: the order string does not name each axis once.
+    """
     places = order.split("-")
     if sorted(places) != sorted(ORDER.split("-")):
         raise ValueError(f"--order {order}: must name each of tp, cp, ep, dp and pp once; use --order {ORDER}")
     names = [EXPERT.get(p) for p in places] if expert else [p if p in DENSE else None for p in places]
-    return [name for name in reversed(names) if name]
+    return [name for name in names if name]
 
 
-def axis_groups(sizes: dict[str, int], axis: str, order: str = ORDER, expert: bool = False) -> list[list[int]]:
-    """All groups of ranks that differ along `axis` only, in the dense world or the expert's; needs no process."""
-    return _lines(sizes, (axis,), _dimensions(order, expert=expert or axis not in DENSE))
+def is_expert(kind: str) -> bool:
+    """Whether a kind of group, such as "dp-cp" or "ep", is one of the expert world."""
+    return not set(kind.split("-")) <= set(DENSE)
 
 
-def _lines(sizes: dict[str, int], axes: Sequence[str], names: list[str]) -> list[list[int]]:
-    """All groups of ranks that differ along `axes` only."""
-    ranks = torch.arange(prod(sizes[n] for n in names)).reshape([sizes[n] for n in names])
-    places = sorted(names.index(axis) for axis in axes)
-    return ranks.movedim(places, list(range(-len(axes), 0))).reshape(-1, prod(sizes[a] for a in axes)).tolist()
+def axis_groups(sizes: dict[str, int], kind: str, order: str = ORDER, expert: bool = False) -> list[list[int]]:
+    """All groups of ranks that differ along the axes of `kind` only, such as "dp" or "dp-cp"; needs no process.
+
+    A rank is the sum of its index x stride over the axes. The stride of an axis is the product of the sizes before it
+    in the order string. `kind` is a mask over the axes: where it holds, the index runs inside a group; where it does
+    not, the index says which group. In the dense world, or the expert's if `expert` or if `kind` has an axis of it.
+    """
+    masked, names = kind.split("-"), axis_names(order, expert=expert or is_expert(kind))
+    assert set(masked) <= set(names), f"{kind}: the axes of one world are {', '.join(names)}"
+    inside, groups, stride = [0], [0], 1
+    for name in names:
+        steps = range(0, sizes[name] * stride, stride)
+        if name in masked:
+            inside = [step + place for step in steps for place in inside]
+        else:
+            groups = [step + first for step in steps for first in groups]
+        stride *= sizes[name]
+    return [[first + place for place in inside] for first in groups]
+
+
+def check_pipelines(sizes: dict[str, int], order: str) -> None:
+    """Raises ValueError unless both worlds have the same pipelines, so that a stage holds its own experts."""
+    if axis_groups(sizes, "pp", order) != axis_groups(sizes, "pp", order, expert=True):
+        raise ValueError(f"--order {order}: pp must be the same in both worlds; use --order {ORDER}")
 
 
 class Mesh:
@@ -120,11 +142,10 @@ class Mesh:
         self.sizes = axis_sizes(dist.get_world_size(), **sizes)
         self.order = order
         limit = timedelta(seconds=timeout)
-        if axis_groups(self.sizes, "pp", order) != axis_groups(self.sizes, "pp", order, expert=True):
-            raise ValueError(f"--order {order}: pp must be the same in both worlds; use --order {ORDER}")
+        check_pipelines(self.sizes, order)
         self._axes: dict[str, Axis] = {}
         for expert in (False, True) if {"ep", "etp"} & set(sizes) else (False,):
-            names = _dimensions(order, expert=expert)
+            names = axis_names(order, expert=expert)[::-1]  # an array's last index varies fastest
             wide = [n for n in names if self.sizes[n] > 1]
             shape = [self.sizes[n] for n in wide]
             ranks = torch.arange(dist.get_world_size()).reshape(shape)
@@ -145,6 +166,6 @@ class Mesh:
 
         All ranks of the job must call it at the same time.
         """
-        lines = _lines(self.sizes, names, _dimensions(self.order, expert=False))
+        lines = axis_groups(self.sizes, "-".join(names), self.order)
         line = next(line for line in lines if dist.get_rank() in line)
         return _along(" x ".join(names), line, [self[name] for name in names])

@@ -26,6 +26,24 @@ def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
     return received
 
 
+def send(x: Tensor, axis: Axis, peer: int) -> None:
+    """Give contiguous `x` to place `peer` of the axis, which must call `receive`, and wait until it has left."""
+    axis.ledger.record("send", axis.name, x.numel(), x.element_size())
+    _message(dist.isend, x, axis, peer, "send to")
+
+
+def receive(into: Tensor, axis: Axis, peer: int) -> Tensor:
+    """Wait for what place `peer` of the axis sends. Returns `into`, filled."""
+    _message(dist.irecv, into, axis, peer, "receive from")
+    return into
+
+
+def _message(operation: Callable[..., dist.Work], x: Tensor, axis: Axis, peer: int, what: str) -> None:
+    # As a batch, because alone it would make NCCL open a communicator for every pair of ranks.
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, x, axis.ranks[peer], axis.group)]):
+        wait(work, axis, x, f"{what} rank {axis.ranks[peer]}")
+
+
 class Mail:
     """Point-to-point messages along one axis that neither the sender nor the receiver stops for.
 

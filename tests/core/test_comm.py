@@ -254,3 +254,22 @@ def pipelines_of_both_worlds() -> None:
 def test_an_order_that_puts_experts_across_stages_is_refused(pool: Pool) -> None:
     with pytest.raises(AssertionError, match="--order tp-cp-pp-ep-dp: pp must be the same in both worlds"):
         pool.run(8, pipelines_of_both_worlds)
+
+
+def a_message_one_way_and_one_that_does_not_come() -> tuple[list[float], int, float]:
+    axis = Mesh("cpu", Ledger(), 2.0, tp=2, dp=2)["tp"]  # a group of its own, which the timeout closes
+    x = torch.arange(3.0) if axis.index == 0 else torch.zeros(3)
+    if axis.index == 0:
+        p2p.send(x, axis, 1)
+        time.sleep(4)
+    else:
+        assert p2p.receive(x, axis, 0) is x
+        with pytest.raises(comm.PeerError, match=f"receive from rank {axis.ranks[0]} failed: Timed out waiting 2000ms"):
+            p2p.receive(x.clone(), axis, 0)
+    sent = axis.ledger.traffic["send", "tp"]
+    return x.tolist(), sent.messages, sent.bytes
+
+
+def test_a_message_one_way(pool: Pool) -> None:
+    results = pool.run(4, a_message_one_way_and_one_that_does_not_come)
+    assert results == [([0, 1, 2], 1, 12), ([0, 1, 2], 0, 0)] * 2

@@ -1,0 +1,206 @@
+"""The line of a link, the domains of a matrix, and both measured on real ranks whose links are slowed down."""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cluster import topology
+from cluster.links import APART, Lines, domains, fit, in_one, measure
+from core import p2p
+from core.launch import Job
+from core.ledger import Ledger
+from core.lesson import Run
+from core.mesh import Axis, Mesh
+from tests.pool import Pool
+
+SIZES = [8, 4096, 65536, 2**20]
+
+
+def symmetric(draw: Callable[[int], np.ndarray], n: int) -> np.ndarray:
+    """A symmetric matrix with 0 on the diagonal and above it what `draw` gives."""
+    matrix = np.zeros((n, n))
+    matrix[np.triu_indices(n, 1)] = draw(n * (n - 1) // 2)
+    return matrix + matrix.T
+
+
+# ---- The line
+
+
+@given(st.integers(2, 6), st.integers(0, 2**31))
+def test_the_line_of_exact_times(n: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    alpha = symmetric(lambda k: 10 ** random.uniform(-6, -3, k), n)
+    beta = symmetric(lambda k: 10 ** random.uniform(-11, -7, k), n)
+    found = fit({size: alpha + beta * size for size in SIZES})
+    assert np.allclose(found.alpha, alpha, rtol=1e-6, atol=0)
+    assert np.allclose(found.beta, beta, rtol=1e-6, atol=0)
+    assert np.allclose(found.predict(10**6), alpha + beta * 10**6)
+
+
+def test_errors_of_small_and_large_times_count_alike() -> None:
+    """20 % too slow at 8 bytes moves alpha by as much, although the largest message takes a thousand times as long."""
+    times = {size: np.array([[0, 1e-5 + 1e-8 * size], [1e-5 + 1e-8 * size, 0]]) for size in SIZES}
+    times[2**20] = times[2**20] * 1.2
+    found = fit(times)
+    assert found.alpha[0, 1] == pytest.approx(1e-5, rel=0.02)
+    assert 1e-8 < found.beta[0, 1] < 1.2e-8
+
+
+@pytest.mark.parametrize("falling", [(9e-5, 8e-5, 7e-5, 7e-5), (1e-9, 1e-4, 2e-3, 4e-2)])
+def test_neither_latency_nor_time_for_a_byte_is_negative(falling: tuple[float, ...]) -> None:
+    found = fit({size: np.array([[0, t], [t, 0]]) for size, t in zip(SIZES, falling, strict=True)})
+    assert found.alpha[0, 1] >= 0
+    assert found.beta[0, 1] >= 0
+    assert found.alpha[0, 1] + found.beta[0, 1] > 0
+    assert np.isfinite(found.predict(100)).all()
+
+
+# ---- The domains
+
+
+@st.composite
+def partitions(draw: st.DrawFn) -> list[list[int]]:
+    """Ranks in at least two groups, of which one has two or more, in any order."""
+    sizes = draw(st.lists(st.integers(1, 5), min_size=2, max_size=4).filter(lambda s: max(s) > 1))
+    ranks = draw(st.permutations(range(sum(sizes))))
+    ends = np.cumsum(sizes)
+    return sorted(sorted(ranks[end - size : end]) for end, size in zip(ends, sizes, strict=True))
+
+
+@settings(deadline=None)
+@given(partitions(), st.floats(2.5, 100), st.integers(0, 2**31))
+def test_domains_are_found(groups: list[list[int]], slower: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    same = in_one(groups)
+    times = symmetric(lambda k: 1e-4 * random.uniform(1, 1.2, k), len(same)) * np.where(same, 1, slower)
+    assert sorted(domains(times)) == groups
+
+
+@settings(deadline=None)
+@given(st.integers(2, 12), st.integers(0, 2**31))
+def test_noise_is_one_domain(n: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    times = symmetric(lambda k: 1e-4 * random.uniform(1, 1.8, k), n)
+    assert domains(times) == [list(range(n))]
+
+
+def test_links_slow_by_chance_do_not_split_a_domain() -> None:
+    same = in_one([[0, 1, 2, 3], [4, 5, 6, 7]])
+    times = np.where(same, 1.0, 8.0)
+    times[0, 1] = times[1, 0] = 6.0
+    times[5, 7] = times[7, 5] = 3.0
+    assert domains(times) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert domains(np.where(same, 1.0, 0.9 * APART)) == [list(range(8))], "not far enough apart"
+
+
+def test_of_three_levels_the_border_that_explains_most() -> None:
+    """Two nodes of two sockets: the network is what matters."""
+    times = np.where(in_one([[0, 1], [2, 3], [4, 5], [6, 7]]), 1.0, 1.5)
+    times = np.where(in_one([[0, 1, 2, 3], [4, 5, 6, 7]]), times, 20.0)
+    assert domains(times) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+# ---- Measured
+
+
+def slow_between(hosts: list[list[int]], latency: float = 1e-3) -> AbstractContextManager:
+    """Messages between hosts take these seconds, and as long as at 100 MB/s."""
+    right, same = p2p.send, in_one(hosts)
+
+    def slow(x: Tensor, axis: Axis, peer: int) -> None:
+        if not same[axis.index, peer]:
+            time.sleep(latency + 1e-8 * x.numel() * x.element_size())
+        right(x, axis, peer)
+
+    return patch.object(p2p, "send", slow)
+
+
+def a_run(rounds: int) -> Run:
+    job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
+    return Run(Namespace(steps=rounds, largest=2**18, plot=None, json=None, file=None), job, torch.float64)
+
+
+def measured(sizes: list[int], hosts: list[list[int]]) -> tuple[dict[int, np.ndarray], int]:
+    run, ledger = a_run(2), Ledger()
+    axis = Mesh("cpu", ledger, 30.0, dp=run.job.world_size)["dp"]
+    with slow_between(hosts):
+        times = measure(run, axis, sizes)
+    return times, ledger.traffic["send", "dp"].messages
+
+
+def test_every_pair_is_measured(pool: Pool) -> None:
+    hosts = [[0, 2], [1, 3]]
+    results = pool.run(4, measured, [8, 2**16, 2**18], hosts)
+    times = results[0][0]
+    assert all(not other for other, _ in results[1:])
+    for matrix in times.values():
+        assert (matrix == matrix.T).all()
+        assert ((matrix > 0) == ~np.eye(4, dtype=bool)).all()
+    found = fit(times)
+    assert domains(found.predict(2**18)) == hosts
+    between = ~in_one(hosts)
+    assert (found.alpha[between] > 1e-3).all()
+    assert (found.beta[between] > 0.9e-8).all()
+    assert (times[2**18][~between] < 1e-3).all(), "what is slowed down does not slow the others"
+    assert all(messages >= 2 * 3 * 3 * 3 for _, messages in results), "rounds, pairs, sizes, and trials at least"
+
+
+# ---- The claims catch
+
+
+def failing_claims(bug: Callable[[], AbstractContextManager] | None) -> list[str]:
+    """The measured part of the lesson on two slow hosts; the claims that failed, on rank 0."""
+    run, latency = a_run(1 if bug else 3), 5e-3 if bug == latency_is_left_out else 1e-4
+    with slow_between([[0, 1], [2, 3]], latency), bug() if bug else patch.object(topology, "WITHIN", topology.WITHIN):
+        topology.measured(run)
+    return [claim.claim for claim in run.evidence.claims if not claim.holds]
+
+
+def the_line_is_flat() -> AbstractContextManager:
+    return patch.object(topology, "fit", lambda times: Lines(fit(times).alpha, 0 * fit(times).beta))
+
+
+def latency_is_left_out() -> AbstractContextManager:
+    return patch.object(topology, "fit", lambda times: Lines(0 * fit(times).alpha, fit(times).beta))
+
+
+def bits_for_bytes() -> AbstractContextManager:
+    return patch.object(topology, "fit", lambda times: Lines(fit(times).alpha, fit(times).beta / 8))
+
+
+def one_domain() -> AbstractContextManager:
+    return patch.object(topology, "domains", lambda times: [[0, 1, 2, 3]])
+
+
+def the_wrong_domains() -> AbstractContextManager:
+    return patch.object(topology, "domains", lambda times: [[0, 2], [1, 3]])
+
+
+LINE, EXPLAINED = "error of the line", "pairs that the domains do not explain"
+MUST_FAIL = {
+    the_line_is_flat: LINE,
+    latency_is_left_out: LINE,
+    bits_for_bytes: LINE,
+    one_domain: EXPLAINED,
+    the_wrong_domains: EXPLAINED,
+}
+
+
+def test_without_a_bug_every_claim_holds(pool: Pool) -> None:
+    assert pool.run(4, failing_claims, None)[0] == []
+
+
+@pytest.mark.parametrize("bug", MUST_FAIL, ids=lambda bug: bug.__name__)
+def test_the_claims_catch(pool: Pool, bug: Callable) -> None:
+    failed = pool.run(4, failing_claims, bug)[0]
+    assert any(claim.startswith(MUST_FAIL[bug]) for claim in failed), failed

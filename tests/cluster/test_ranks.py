@@ -1,0 +1,288 @@
+"""Lecture 03: the groups of ranks, against the slide, Megatron-LM and their definition; what is refused; and bugs."""
+
+import itertools
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import core.mesh
+from cluster import ranks
+from cluster.ranks import KINDS, by_definition, groups_of, places, ranks_in
+from core import comm
+from core.launch import Job
+from core.lesson import Lesson, Run
+from core.mesh import ORDER, axis_groups, axis_names, axis_sizes, check_pipelines, is_expert
+from tests.pool import Pool
+
+SCRIPT = "cluster/ranks.py"
+ORDERS = ["-".join(order) for order in itertools.permutations(ORDER.split("-"))]
+PIPELINES_LAST = [order for order in ORDERS if order.endswith("pp")]
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> dict[str, int]:
+    """Any sizes, with any division of the same ranks for the experts."""
+    size = st.integers(1, 4)
+    sizes = {name: draw(size) for name in ("tp", "cp", "dp", "pp")}
+    share = sizes["tp"] * sizes["cp"] * sizes["dp"]
+    etp = draw(st.sampled_from([n for n in range(1, share + 1) if share % n == 0]))
+    ep = draw(st.sampled_from([n for n in range(1, share // etp + 1) if share // etp % n == 0]))
+    return axis_sizes(prod(sizes.values()), **sizes, ep=ep, etp=etp)
+
+
+# ---- The arithmetic
+
+
+@settings(deadline=None)
+@given(layouts(), st.sampled_from(ORDERS))
+def test_groups_are_what_they_are_defined_to_be(sizes: dict[str, int], order: str) -> None:
+    world = ranks_in(sizes)
+    for kind in KINDS:
+        groups = groups_of(sizes, kind, order)
+        assert groups == by_definition(sizes, kind, order), kind
+        inside = sorted(itertools.chain(*groups))
+        assert len(set(inside)) == len(inside), f"{kind}: a rank is in two groups"
+        if kind == "embedding":
+            assert len(inside) == world // sizes["pp"] * min(2, sizes["pp"])
+        else:
+            assert inside == list(range(world))
+            assert {len(group) for group in groups} == {prod(sizes[name] for name in kind.split("-"))}
+
+
+@settings(deadline=None)
+@given(layouts(), st.sampled_from(ORDERS), st.booleans())
+def test_places_are_the_digits_of_a_rank(sizes: dict[str, int], order: str, expert: bool) -> None:
+    seen = set()
+    for rank in range(ranks_in(sizes)):
+        place, stride, total = places(rank, sizes, order, expert=expert), 1, 0
+        for name, index in place.items():
+            assert 0 <= index < sizes[name]
+            total += index * stride
+            stride *= sizes[name]
+        assert total == rank
+        seen.add(tuple(place.values()))
+    assert len(seen) == ranks_in(sizes)
+
+
+@settings(deadline=None)
+@given(layouts(), st.sampled_from(ORDERS))
+def test_both_worlds_have_the_same_pipelines_or_the_order_is_refused(sizes: dict[str, int], order: str) -> None:
+    same = axis_groups(sizes, "pp", order) == axis_groups(sizes, "pp", order, expert=True)
+    assert same or not order.endswith("pp")
+    if same:
+        check_pipelines(sizes, order)
+    else:
+        with pytest.raises(ValueError, match="pp must be the same in both worlds"):
+            check_pipelines(sizes, order)
+
+
+def test_the_figures_of_the_slide_and_of_megatron() -> None:
+    for kind, expected in ranks.SLIDE_GROUPS.items():
+        assert groups_of(axis_sizes(16, dp=2, **ranks.SLIDE), kind) == expected
+    # The docstring of Megatron's initialize_model_parallel: 16 GPUs, tp 2, pp 4.
+    sizes = axis_sizes(16, tp=2, dp=2, pp=4)
+    assert groups_of(sizes, "tp") == [[n, n + 1] for n in range(0, 16, 2)]
+    assert groups_of(sizes, "dp") == [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11], [12, 14], [13, 15]]
+    assert groups_of(sizes, "pp") == [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]]
+    assert groups_of(sizes, "embedding") == [[0, 12], [1, 13], [2, 14], [3, 15]]
+    assert groups_of(axis_sizes(4, tp=4), "embedding") == [[0], [1], [2], [3]], "one stage is first and last"
+
+
+def test_a_kind_has_axes_of_one_world() -> None:
+    with pytest.raises(AssertionError, match="cp-ep: the axes of one world are etp, ep, edp, pp"):
+        axis_groups(axis_sizes(4, cp=2, dp=2, ep=2), "cp-ep")
+
+
+def test_equal_to_megatron_core() -> None:
+    """Over every division of 8, 12 and 16 ranks, with every order that ends in pp."""
+    reason = "megatron-core is not installed"
+    megatron = pytest.importorskip("megatron.core.parallel_state", reason=reason, exc_type=ImportError)
+    compared = 0
+    for world, order in itertools.product((8, 12, 16), PIPELINES_LAST):
+        divisors = [n for n in range(1, world + 1) if world % n == 0]
+        for tp, cp, pp, ep, etp in itertools.product(divisors, divisors, divisors, (1, 2, 4), (1, 2)):
+            if world % (tp * cp * pp) or world // pp % (ep * etp):
+                continue
+            sizes = axis_sizes(world, tp=tp, cp=cp, dp=world // (tp * cp * pp), pp=pp, ep=ep, etp=etp)
+            dense = megatron.RankGenerator(tp=tp, ep=1, dp=sizes["dp"], pp=pp, cp=cp, order=order)
+            expert = megatron.RankGenerator(tp=etp, ep=ep, dp=sizes["edp"], pp=pp, cp=1, order=order)
+            for kind in set(KINDS) - {"embedding"}:
+                theirs = (expert if is_expert(kind) else dense).get_ranks(
+                    kind.replace("etp", "tp").replace("edp", "dp")
+                )
+                assert groups_of(sizes, kind, order) == theirs, (sizes, kind, order)
+                compared += 1
+            first_and_last = [megatron.default_embedding_ranks(line) for line in dense.get_ranks("pp")]
+            assert groups_of(sizes, "embedding", order) == first_and_last
+    assert compared > 10_000
+
+
+# ---- The lesson
+
+
+@pytest.mark.parametrize(
+    ("count", "flags"),
+    [(1, ()), (1, ("--world=96", "--tp=4", "--cp=3", "--pp=4", "--ep=6", "--etp=2", "--order=cp-tp-ep-dp-pp")),
+     (2, ()), (6, ()), (8, ("--tp=2", "--cp=2", "--pp=2", "--ep=2", "--etp=2")),
+     (8, ("--pp=4", "--cp=2", "--order=cp-dp-ep-tp-pp"))],
+)  # fmt: skip
+def test_every_claim_holds(pool: Pool, tmp_path: Path, count: int, flags: tuple[str, ...]) -> None:
+    report, groups, plot = (tmp_path / name for name in ("report.json", "groups.json", "plot.svg"))
+    files = ("--report", str(report), "--json", str(groups), "--plot", str(plot))
+    outcome = pool.script(count, SCRIPT, *flags, *files, torchrun=count > 1)
+    assert outcome.codes == [0] * count, outcome.out + outcome.err
+    written, found = json.loads(report.read_text()), json.loads(groups.read_text())
+    assert len(written["claims"]) == 6 + len(KINDS) * (1 + (count > 1))
+    assert found["sizes"] == written["mesh"]
+    assert set(found["groups"]) == set(KINDS)
+    assert found["groups"]["tp"] == axis_groups(found["sizes"], "tp", found["order"])
+    assert "[0-3] [4-7] [8-11] [12-15]" in outcome.out
+    assert plot.read_text().startswith("<?xml")
+
+
+REFUSED = {
+    "world": (("--world=0",), "--world 0: must be in [1, 65536]; use --world 16"),
+    "sizes": (("--world=15", "--tp=4", "--ep=2"),
+              "--tp x --cp x --pp = 4: must divide the 15 ranks, so that the rest is dp; use --tp 1 --ep 1"),
+    "negative": (("--tp=-1",), "--tp -1: an axis has at least one rank; use --tp 1"),
+    "experts": (("--ep=3",), "--ep 3 x --etp 1 must divide tp x cp x dp = 16; use --ep 1 --etp 1"),
+    "order": (("--order=tp-pp",), "must name each of tp, cp, ep, dp and pp once; use --order tp-cp-ep-dp-pp"),
+    "pipelines": (("--tp=2", "--pp=2", "--order=tp-pp-cp-ep-dp"),
+                  "--order tp-pp-cp-ep-dp: pp must be the same in both worlds; use --order tp-cp-ep-dp-pp"),
+    "file": (("--json=/no/such/place.json",), "--json /no/such/place.json: there is no folder /no/such"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused(case: str) -> None:
+    flags, hint = REFUSED[case]
+    with pytest.raises(ValueError) as refusal:
+        ranks.check(arguments(*flags), 1)
+    assert hint in str(refusal.value)
+
+
+def test_another_world_than_the_running_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="--world 16: 8 ranks are running; leave --world out, or run without torchrun"):
+        ranks.check(arguments("--world=16"), 8)
+
+
+def arguments(*flags: str) -> Namespace:
+    frame = Lesson(SCRIPT, "03", "", "", "")
+    ranks.add_flags(frame)
+    return frame.parser.parse_args(flags)
+
+
+# ---- The bugs
+
+
+def strides_are_not_products() -> AbstractContextManager:
+    """Every axis steps by the size of the one before only."""
+
+    def wrong(sizes: dict[str, int], kind: str, order: str = ORDER, expert: bool = False) -> list[list[int]]:
+        inside, groups, stride = [0], [0], 1
+        for name in axis_names(order, expert=expert or is_expert(kind)):
+            steps = range(0, sizes[name] * stride, stride)
+            if name in kind.split("-"):
+                inside = [step + place for step in steps for place in inside]
+            else:
+                groups = [step + first for step in steps for first in groups]
+            stride = sizes[name]
+        return [[first + place for place in inside] for first in groups]
+
+    return patch.object(ranks, "axis_groups", wrong)
+
+
+def neighbours_differ_in_dp() -> AbstractContextManager:
+    """In the mesh that communicates: within a stage the array of ranks has its axes the wrong way round."""
+    right = core.mesh.DeviceMesh
+
+    def wrong(device: str, array: Tensor, mesh_dim_names: tuple[str, ...]) -> object:
+        stages, *shape = array.shape
+        pp, *names = mesh_dim_names
+        return right(device, array.reshape(stages, *shape[::-1]), mesh_dim_names=(pp, *names[::-1]))
+
+    return patch.object(core.mesh, "DeviceMesh", wrong)
+
+
+def experts_are_divided_like_the_dense() -> AbstractContextManager:
+    """ep takes the place of dp, as if experts had the whole of tp as well."""
+    right = ranks.axis_groups
+
+    def wrong(sizes: dict[str, int], kind: str, order: str = ORDER, expert: bool = False) -> list[list[int]]:
+        return right(sizes, {"ep": "dp", "edp": "cp", "etp": "tp"}.get(kind, kind), order, expert)
+
+    return patch.object(ranks, "axis_groups", wrong)
+
+
+def the_mask_is_inverted() -> AbstractContextManager:
+    right = ranks.axis_groups
+
+    def wrong(sizes: dict[str, int], kind: str, order: str = ORDER, expert: bool = False) -> list[list[int]]:
+        names = axis_names(order, expert=expert or is_expert(kind))
+        return right(sizes, "-".join(n for n in names if n not in kind.split("-")), order, expert or is_expert(kind))
+
+    return patch.object(ranks, "axis_groups", wrong)
+
+
+def the_second_stage_gets_the_head() -> AbstractContextManager:
+    right = ranks.groups_of
+
+    def wrong(sizes: dict[str, int], kind: str, order: str = ORDER) -> list[list[int]]:
+        return [line[:2] for line in right(sizes, "pp", order)] if kind == "embedding" else right(sizes, kind, order)
+
+    return patch.object(ranks, "groups_of", wrong)
+
+
+def the_group_of_both_axes_is_that_of_the_last() -> AbstractContextManager:
+    right = ranks.took_part
+    return patch.object(ranks, "took_part", lambda run, mesh, kind: right(run, mesh, kind.split("-")[-1]))
+
+
+def an_all_reduce_is_left_out() -> AbstractContextManager:
+    right = comm.all_reduce
+    return patch.object(comm, "all_reduce", lambda x, axis, *op: x if axis.name == "edp" else right(x, axis, *op))
+
+
+DEFINED = {kind: f"{kind}: by definition" for kind in KINDS}
+MET = {kind: f"{kind}: by communication" for kind in KINDS}
+MUST_FAIL = {
+    strides_are_not_products: {DEFINED["pp"], MET["pp"], DEFINED["edp"], "the slide's pp"},
+    neighbours_differ_in_dp: {MET["tp"], MET["dp"], MET["ep"], MET["edp"]},
+    experts_are_divided_like_the_dense: {DEFINED["ep"], MET["ep"], DEFINED["edp"], "the slide's ep"},
+    the_mask_is_inverted: {DEFINED["tp"], MET["tp"], DEFINED["tp-dp-cp"], MET["ep"], "the slide's dp"},
+    the_second_stage_gets_the_head: {DEFINED["embedding"], MET["embedding"]},
+    the_group_of_both_axes_is_that_of_the_last: {MET["tp-pp"], MET["tp-cp"], MET["etp-ep-pp"]},
+    an_all_reduce_is_left_out: {MET["edp"]},
+}
+
+
+def failing_claims(bug: Callable[[], AbstractContextManager] | None, flags: tuple[str, ...]) -> list[str]:
+    """Run the lesson inside a worker; the claims that failed, on rank 0."""
+    job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
+    run = Run(arguments(*flags), job, torch.float64)
+    with bug() if bug else nullcontext():
+        ranks.lesson(run)
+    return [claim.claim for claim in run.evidence.claims if not claim.holds]
+
+
+def test_without_a_bug_every_claim_holds(pool: Pool) -> None:
+    assert pool.run(8, failing_claims, None, ("--pp=4", "--cp=2", "--ep=1"))[0] == []
+
+
+@pytest.mark.parametrize("bug", MUST_FAIL, ids=lambda bug: bug.__name__)
+def test_the_claims_catch(pool: Pool, bug: Callable) -> None:
+    stages = 4 if bug == the_second_stage_gets_the_head else 2
+    failed = pool.run(8, failing_claims, bug, ("--tp=2", f"--pp={stages}", "--ep=2"))[0]
+    missed = {claim for claim in MUST_FAIL[bug] if not any(f.startswith(claim) for f in failed)}
+    assert not missed, f"only these failed: {failed}"
