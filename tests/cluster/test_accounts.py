@@ -1,0 +1,178 @@
+"""The planner's bytes and elements are those that real ranks hold and send, as the ledger counts them."""
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from einops import rearrange
+
+import megatron_tp.layers
+import megatron_tp.loss
+import pipeline.stages
+import sequence_parallel.layers
+import sequence_parallel.loss
+from cluster.layout import Layout
+from cluster.memory import held, in_flight, parameters, whole_parameters
+from cluster.models import of_gpt
+from cluster.traffic import messages, sent
+from core.gpt import GPT, GPTConfig, materialize, token_loss
+from core.ledger import Ledger, SavedActivations, VirtualClock
+from core.mesh import Mesh
+from core.seeded import Draw
+from core.shards import shard_of
+from core.text import Text
+from pipeline.evidence import messages_by_rule
+from pipeline.runtime import Pipeline, Trace
+from pipeline.schedules import build
+from sequence_parallel.recompute import recompute
+from tests.pool import Pool
+from tests.zero.test_stages import STAGES
+
+CPU, FLOAT64 = torch.device("cpu"), torch.float64
+ZERO = ("ddp", "zero1", "zero2", "zero3")
+Account = tuple[dict[str, float], dict[str, float]]
+
+
+def account(config: GPTConfig, layout: Layout, dtype: torch.dtype) -> tuple[int, Account]:
+    """One step on one rank: its place in the pipeline, what it holds in bytes, and what it sent, by axis."""
+    ledger = Ledger()
+    mesh = Mesh("cpu", ledger, 30.0, tp=layout.tp, dp=layout.dp, pp=layout.pp)
+    tp, dp, pp = mesh["tp"], mesh["dp"], mesh["pp"]
+    topic, loss_of = megatron_tp.layers, megatron_tp.loss.token_loss
+    if layout.sp:
+        topic, loss_of = sequence_parallel.layers, sequence_parallel.loss.token_loss
+    m, tokens = layout.microbatches, layout.batch * config.sequence
+    loss = partial(token_loss, tokens=tokens)
+    if layout.tp > 1:
+        loss = partial(loss_of, tokens=tokens, axis=tp, vocabulary=config.vocabulary)
+    schedule = build(layout.schedule, layout.pp, m, layout.v)
+    model = GPT(config)
+    if layout.pp > 1:
+        model = pipeline.stages.cut(model, layout.held(pp.index), layout.stages)
+    model = topic.parallelize(model, tp) if layout.tp > 1 else model
+    materialize(recompute(model, layout.recompute), 0, CPU, dtype)
+    count = {"parameters": sum(p.numel() for p in model.parameters())}
+    count["whole"] = sum(p.numel() for p in model.parameters() if layout.tp > 1 and shard_of(p) is None)
+    master = torch.float32 if dtype == torch.bfloat16 else dtype
+    zero = STAGES[ZERO[layout.zero]](model, dp, partial(torch.optim.AdamW, lr=1e-3), None, master)
+    inputs, targets = (
+        rearrange(t.chunk(layout.dp)[dp.index], "(m b) s -> m b s", m=m)
+        for t in Text(None, config.sequence).batch(0, 0, layout.batch)
+    )
+    draw, saved = Draw(0, 0, 0), SavedActivations([*model.parameters(), inputs, targets])
+    zero.zero_grad()
+    if layout.pp > 1:
+        shape = (layout.microbatch, config.sequence // layout.sequence_parts, config.hidden)
+        stages = pipeline.stages.each_stage(model, layout.held(pp.index), layout.stages)
+        copies = pipeline.stages.Copies(model, pp, [layout.held(r) for r in range(layout.pp)])
+        runtime = Pipeline(stages, loss, schedule, pp, shape, dtype, CPU)
+        trace = Trace(VirtualClock(CPU), saved)
+        runtime.step(inputs, targets, draw, trace)
+        copies.sum_gradients()
+        zero.reduce()
+        runtime.close()
+    else:
+        for i in range(m):
+            with saved:
+                value = loss(model(inputs[i], draw), targets[i])
+            zero.backward(value, last=i == m - 1)
+            del value
+    if layout.sp:
+        zero.sum_over(tp, lambda p: shard_of(p) is None)
+    count |= zero.held()
+    zero.clip_and_total(1.0, torch.zeros(()), [tp, pp])
+    zero.step()
+    count["optimizer"] = zero.held()["optimizer"]
+    count["activations"] = saved.peak
+    found: Counter[str] = Counter()
+    for (operation, name), traffic in ledger.traffic.items():
+        if not name.endswith("norm") and operation != "send clock":
+            found[name.split()[0]] += traffic.elements
+    return pp.index, (count, dict(found))
+
+
+def predicted(config: GPTConfig, layout: Layout, rank: int, itemsize: int) -> Account:
+    model, experts_and_others = of_gpt(config), parameters(of_gpt(config), layout, rank)
+    what = held(model, layout, rank, itemsize)
+    count = {"parameters": sum(experts_and_others), "weights": what.weights, "gradients": what.gradients}
+    count["whole"] = whole_parameters(model, layout, rank) if layout.tp > 1 else 0
+    count |= {"optimizer": what.optimizer, "activations": what.activations}
+    return count, sent(model, layout, rank)
+
+
+def accounts(cases: list[tuple[GPTConfig, Layout, torch.dtype]]) -> list[tuple[int, Account]]:
+    return [account(*case) for case in cases]
+
+
+SMALL = {"sequence": 16, "hidden": 32, "layers": 8, "heads": 4, "vocabulary": 256}
+ALL = {"attention": "softmax", "dropout": 0.1}
+CASES = {
+    "tp dp zero-0": ({}, Layout(tp=2, dp=4, zero=0, microbatch=2, microbatches=2)),
+    "tp dp zero-1, full": (ALL, Layout(tp=4, dp=2, zero=1, microbatches=2, recompute="full")),
+    "sp dp zero-2, selective": (ALL, Layout(tp=2, sp=True, dp=4, zero=2, microbatches=3, recompute="selective")),
+    "sp dp zero-3, full": (ALL, Layout(tp=2, sp=True, dp=4, zero=3, microbatches=2, recompute="full")),
+    "zero-3": ({}, Layout(dp=8, zero=3, microbatches=2)),
+    "untied sp, full": ({"tied": False}, Layout(tp=8, sp=True, microbatch=2, recompute="full")),
+    "3D 1f1b": ({}, Layout(tp=2, dp=2, pp=2, zero=1, microbatch=2, microbatches=4)),
+    "3D interleaved sp": (ALL, Layout(tp=2, sp=True, dp=2, pp=2, v=2, schedule="interleaved", microbatches=4)),
+    "3D interleaved full": ({}, Layout(tp=2, pp=4, v=2, schedule="interleaved", microbatches=6, recompute="full")),
+    "gpipe": ({"tied": False}, Layout(dp=2, pp=4, schedule="gpipe", microbatches=4)),
+    "1f1b": (ALL, Layout(pp=8, microbatches=16)),
+    "dualpipe": ({}, Layout(dp=2, pp=4, zero=1, schedule="dualpipe", microbatches=8)),
+    "zb-h1": ({}, Layout(dp=2, pp=4, schedule="zb-h1", microbatches=8)),
+    "zb-v": ({}, Layout(dp=2, pp=4, v=2, schedule="zb-v", microbatches=8)),
+}
+SPLIT = ("dualpipe", "zb-h1", "zb-v")  # a split backward keeps for W what arrives, at most a layer's worth more
+
+
+def test_what_a_rank_holds_and_sends(pool: Pool) -> None:
+    """By one ledger: a wrong formula, or a change of the code that it describes, shows here."""
+    cases = [
+        (
+            GPTConfig(**(SMALL | ({"heads": 8} if layout.tp == 8 else {}) | sizes)),
+            layout,
+            (torch.bfloat16, FLOAT64)[i % 2],
+        )
+        for i, (sizes, layout) in enumerate(CASES.values())
+    ]
+    wrong = set()
+    for rank, found in enumerate(pool.run(8, accounts, cases)):
+        for name, case, (place, (count, traffic)) in zip(CASES, cases, found, strict=True):
+            expected, elements = predicted(case[0], case[1], place, case[2].itemsize)
+            for what in count.keys() | traffic.keys() | elements.keys():
+                value, formula = (each.get(what, 0) for each in (count | traffic, expected | elements))
+                near = 0.001
+                if what == "activations" and name in SPLIT:
+                    near = 0.07
+                if what == "tp" and case[1].sp and case[1].zero:  # a rank's part has more or fewer whole parameters
+                    near = 0.01
+                if value != pytest.approx(formula, rel=near):
+                    wrong.add((name, what, rank, value, formula))
+    assert not wrong, "\n".join(map(str, sorted(wrong)))
+
+
+def test_messages_and_flight_without_ranks() -> None:
+    for schedule, v in (("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zb-v", 2), ("dualpipe", 1)):
+        layout = Layout(pp=4, v=v, schedule=schedule, microbatches=8)
+        rule = messages_by_rule(build(schedule, 4, 8, v))
+        assert [messages(layout, rank) for rank in range(4)] == rule, schedule
+    assert [max(sum(counts) for counts in peaks) for peaks in in_flight("1f1b", 4, 8, 1)] == [4, 3, 2, 1]
+    assert [max(sum(counts) for counts in peaks) for peaks in in_flight("interleaved", 4, 8, 2)] == [11, 9, 7, 5]
+
+
+def test_the_whole_model_is_the_sum_of_its_ranks() -> None:
+    config = GPTConfig(vocabulary=256)
+    model = of_gpt(config)
+    assert model.parameters() == sum(p.numel() for p in GPT(config).parameters())
+    layout = Layout(pp=4)
+    tied = model.vocabulary * model.hidden  # on the last rank again
+    assert sum(sum(parameters(model, layout, rank)) for rank in range(4)) == model.parameters() + tied
+
+
+def test_nothing_is_left_out(pool: Pool) -> None:
+    """The comparison itself fails where a formula forgets something: here the tied embedding's exchange."""
+    config, layout = GPTConfig(**SMALL), Layout(dp=4, pp=2, microbatches=2)
+    place, (_, traffic) = pool.run(8, account, config, layout, FLOAT64)[0]
+    lacking = sent(of_gpt(config), layout, place)["pp"] - config.vocabulary * config.hidden
+    assert traffic["pp"] != pytest.approx(lacking, rel=0.002)
