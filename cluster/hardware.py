@@ -17,6 +17,8 @@ from statistics import median
 
 import torch
 
+from zero.flat import BUCKET_ELEMENTS
+
 
 @dataclass(frozen=True)
 class Link:
@@ -44,19 +46,20 @@ class Machine:
 class Software:
     """What a training program gets out of a machine: the constants that are fitted, see `cluster/accuracy.py`."""
 
-    gemm: float = 0.73  # of the peak, where a matrix product fills the device
-    passes: float = 2.4  # how often a forward moves each byte of activations to or from memory
-    links: float = 0.81  # of the links' bandwidth
+    gemm: float = 0.70  # of the peak, where a matrix product fills the device
+    passes: float = 2.47  # how often a forward moves each byte of activations to or from memory
+    links: float = 0.82  # of the links' bandwidth
     blocking: bool = False  # whether computation stops while a message travels between stages
     scattered: bool = False  # whether such a message is cut over tp without sequence parallelism (2104.04473, 4.1)
+    bucket: float = BUCKET_ELEMENTS  # of gradients or weights that travel at once
 
 
 GB = 1e9
 PRESETS = {
     m.name: m
     for m in (
-        Machine("dgx-a100", 8, 80 * GB, 312e12, 2039 * GB, Link(5e-6, 1 / (300 * GB)), Link(1e-5, 1 / (25 * GB)), 108),
-        Machine("dgx-h100", 8, 80 * GB, 989e12, 3350 * GB, Link(5e-6, 1 / (450 * GB)), Link(1e-5, 1 / (50 * GB)), 132),
+        Machine("dgx-a100", 8, 80 * GB, 312e12, 2039 * GB, Link(3e-6, 1 / (300 * GB)), Link(1e-5, 1 / (25 * GB)), 108),
+        Machine("dgx-h100", 8, 80 * GB, 989e12, 3350 * GB, Link(3e-6, 1 / (450 * GB)), Link(1e-5, 1 / (50 * GB)), 132),
         # One PC: two cards of 24 GB on PCIe 4, and 10-gigabit Ethernet to the next.
         Machine("pc", 2, 24 * GB, 165e12, 1008 * GB, Link(2e-5, 1 / (31 * GB)), Link(5e-5, 1 / (1.25 * GB)), 128),
     )
