@@ -5,11 +5,12 @@ tp tensor, cp context, dp data, pp pipeline parallel ranks; ep and etp fold the 
 
 import argparse
 from dataclasses import dataclass, fields
+from math import lcm
 
 FOLDED = ("zb-v", "dualpipev")  # rank r holds stages r and 2p-1-r
 SCHEDULES = ("naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe", "dualpipev")
 RECOMPUTE = ("none", "selective", "full")
-CONTEXT = ("zigzag", "ring", "ulysses")
+PLACEMENTS = ("zigzag", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Layout:
     dp: int = 1
     v: int = 1  # stages a rank holds: 2 or more of interleaved, 2 of zb-v and dualpipev
     sp: bool = False  # sequence parallelism beside tp
-    context: str = "zigzag"  # how cp shares a sequence: ring attention in zigzag or contiguous order, or ulysses
+    ulysses: int = 1  # of the cp ranks of a sequence, how many cut its heads; the rest is a ring
+    placement: str = "zigzag"  # of a sequence's tokens on that ring
     schedule: str = "1f1b"
     zero: int = 0  # stage of ZeRO over dp x cp; 0: data parallelism
     microbatch: int = 1  # samples
@@ -54,6 +56,12 @@ class Layout:
     def stages(self) -> int:
         """Stages of the pipeline."""
         return self.pp * self.v
+
+    @property
+    def pieces(self) -> int:
+        """What a sequence must be a multiple of, for cp."""
+        ring = max(1, self.cp // max(1, self.ulysses))
+        return lcm(self.cp, 2 * ring) if self.placement == "zigzag" and ring > 1 else self.cp
 
     @property
     def sequence_parts(self) -> int:
@@ -89,13 +97,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, what in (("tp", "tensor parallel ranks"), ("cp", "context parallel ranks, of one sequence"),
                        ("ep", "ranks over which a layer's experts are dealt out"),
                        ("etp", "tensor parallel ranks of an expert"), ("pp", "pipeline stages' ranks"),
+                       ("ulysses", "of the cp ranks, how many cut the heads; the rest is a ring"),
                        ("dp", "data parallel ranks"), ("v", "stages a rank of the pipeline holds"),
                        ("microbatch", "samples in a microbatch"),
                        ("microbatches", "microbatches of a pipeline in a step")):  # fmt: skip
         flag(f"--{name}", type=int, help=what)
     flag("--sp", action=argparse.BooleanOptionalAction, help="sequence parallelism beside tp")
     flag("--zero", type=int, choices=range(4), help="stage of ZeRO; 0: data parallelism")
-    for name, choices in (("context", CONTEXT), ("schedule", SCHEDULES), ("recompute", RECOMPUTE)):
+    for name, choices in (("placement", PLACEMENTS), ("schedule", SCHEDULES), ("recompute", RECOMPUTE)):
         flag(f"--{name}", choices=choices)
 
 

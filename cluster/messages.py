@@ -47,18 +47,22 @@ def all_to_all(elements: float, ranks: int, stride: int, machine: Machine, softw
 def context(
     model: Model, layout: Layout, attention: float, machine: Machine, software: Software
 ) -> tuple[float, float]:
-    """Seconds of one layer's context parallelism, forward and backward, that computing attention does not hide."""
-    c, t = layout.cp, layout.tp
-    if c == 1:
+    """Seconds of one layer's context parallelism, forward and backward, that computing attention does not hide.
+
+    Args:
+        attention: seconds that it takes a rank forward.
+    """
+    if layout.cp == 1:
         return 0.0, 0.0
-    tokens = layout.microbatch * model.sequence / c
+    t, inner, ring_size = layout.tp, layout.ulysses, layout.cp // layout.ulysses
+    tokens = layout.microbatch * model.sequence / layout.cp
     keys = tokens * model.kv_heads * model.head_size / t
-    if layout.context == "ulysses":
-        each = all_to_all(2 * tokens * model.value_size / t + 2 * keys, c, t, machine, software)
-        return each, each
-    way = machine.inside if c * t <= machine.node else machine.outside
+    switch = all_to_all(2 * tokens * model.value_size / t + 2 * keys, inner, t, machine, software)
+    way = machine.inside if layout.cp * t <= machine.node else machine.outside
     hop = way.alpha + 2 * keys * ITEM * way.beta / software.links
-    return (c - 1) * max(0.0, hop - attention / c), (c - 1) * max(0.0, 2 * hop - 2 * attention / c)
+    hidden = attention / ring_size  # of each step round the ring
+    forward, backward = max(0.0, hop - hidden), max(0.0, 2 * hop - 2 * hidden)
+    return switch + (ring_size - 1) * forward, switch + (ring_size - 1) * backward
 
 
 def between_stages(model: Model, layout: Layout, machine: Machine, software: Software, busy: float) -> float:

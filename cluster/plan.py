@@ -12,22 +12,17 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from math import ceil
+from dataclasses import asdict
 
 from tabulate import tabulate
 
 from cluster.hardware import Machine, Software
 from cluster.layout import Layout, given
-from cluster.memory import Held, held
 from cluster.models import Model
 from cluster.options import machine_of, model_of, parser
-from cluster.search import Choices, divisors, legal
-from cluster.steptime import Step, step
+from cluster.planner import Plan, plans, something_that_fits
 from cluster.traffic import sent
 
-USABLE = 0.92  # of a device's memory: the rest is the runtime's, and lost between allocations
-SHORTEST = 2048  # tokens of a sequence that a rank of cp has at least: with fewer its messages are not hidden
 TRAINED = ("layers", "hidden", "heads", "feed_forward", "sequence")  # sizes that cluster/train.py takes
 WHY = {
     "matrix products": "the matrix products: nothing else is left to win much",
@@ -42,68 +37,6 @@ WHY = {
 }
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A layout, and what it is expected to need."""
-
-    layout: Layout
-    held: Held  # on the rank of the pipeline that holds most
-    step: Step
-
-
-def choices(model: Model, machine: Machine, world: int, batch: int, fixed: Choices) -> Choices:
-    """The values that a search tries: those that can be best."""
-    largest = max(1, model.sequence // SHORTEST)
-    usual = {
-        "tp": [t for t in divisors(machine.node) if world % t == 0],
-        "cp": [c for c in divisors(world) if c <= largest],
-        "sp": [False, True],
-        "zero": [0, 1, 2, 3],
-        "schedule": ["1f1b", "interleaved", "zb-h1", "zb-v"],
-        "recompute": ["none", "selective", "full"],
-        "microbatch": [b for b in (1, 2, 4, 8, 16) if b <= batch],
-        "v": [2, 3, 4, 5, 6, 8],
-    }
-    return usual | fixed
-
-
-def plans(
-    model: Model, machine: Machine, world: int, batch: int, software: Software, fixed: Choices
-) -> tuple[list[Plan], int]:
-    """All layouts that fit, the fastest first, and how many were considered."""
-    found, considered = [], 0
-    for layout in legal(model, machine, world, batch, choices(model, machine, world, batch, fixed)):
-        considered += 1
-        if never_better(layout, fixed):
-            continue
-        if (need := fits(model, layout, machine)) is not None:
-            found.append(Plan(layout, need, step(model, layout, machine, software)))
-    return sorted(found, key=lambda plan: plan.step.seconds), considered
-
-
-def never_better(layout: Layout, fixed: Choices) -> bool:
-    """Whether another layout does the same for less, unless somebody asked for this one."""
-    return (
-        (layout.tp > 1 and not layout.sp and "sp" not in fixed)
-        or (layout.pp == 1 and layout.schedule != "1f1b" and "schedule" not in fixed)
-        or (layout.cp > 1 and layout.microbatch > 1 and not {"cp", "microbatch"} & fixed.keys())  # fewer whole samples
-    )
-
-
-def fits(model: Model, layout: Layout, machine: Machine) -> Held | None:
-    """What the rank holds that holds most; None where that is more than there is."""
-    most = None
-    for rank in sorted({0, layout.pp // 2, layout.pp - 1}):
-        need = held(model, layout, rank, quick=True)
-        if need.total > USABLE * machine.memory:
-            return None
-        most = need if most is None or need.total > most.total else most
-    return most
-
-
-# ---- What is shown ---------------------------------------------------------------------------------------------------
-
-
 def rate(model: Model, plan: Plan) -> float:
     """FLOP/s of a rank that the model needs; recomputation does not count."""
     return model.flops(plan.layout.batch) / plan.step.seconds / plan.layout.ranks
@@ -114,28 +47,27 @@ def table(model: Model, machine: Machine, best: Iterable[Plan]) -> str:
     for plan in best:
         x, seconds = plan.layout, plan.step.seconds
         kind = x.schedule if x.pp > 1 else ""
-        rows.append((x.tp, x.cp, x.ep, x.pp, x.v, x.dp, x.zero, x.microbatch, x.microbatches, kind, x.recompute,
-                     plan.held.total / 1e9, seconds, rate(model, plan) / machine.peak, plan.step.parts["bubble"] / seconds,
-                     plan.step.bound_by))  # fmt: skip
-    header = ("tp", "cp", "ep", "pp", "v", "dp", "zero", "mb", "m", "schedule", "recompute", "GB", "s a step", "MFU",
-              "bubble", "bound by")  # fmt: skip
-    return tabulate(rows, header, floatfmt=("",) * 11 + (".1f", ".3f", ".3f", ".3f"))
+        sizes = (x.tp, x.cp, x.ulysses, x.ep, x.pp, x.v, x.dp, x.zero, x.microbatch, x.microbatches, kind, x.recompute)
+        bubble, mfu = plan.step.parts["bubble"] / seconds, rate(model, plan) / machine.peak
+        rows.append((*sizes, plan.held.total / 1e9, seconds, mfu, bubble, plan.step.bound_by))
+    header = ("tp", "cp", "ulysses", "ep", "pp", "v", "dp", "zero", "mb", "m", "schedule", "recompute", "GB",
+              "s a step", "MFU", "bubble", "bound by")  # fmt: skip
+    return tabulate(rows, header, floatfmt=("",) * 12 + (".1f", ".3f", ".3f", ".3f"))
 
 
 def why(model: Model, machine: Machine, found: list[Plan]) -> list[str]:
     """What bounds the best layout, and for each of its choices the best one without it."""
     best, lines = found[0], []
     shares = {cause: seconds / best.step.seconds for cause, seconds in best.step.parts.items()}
-    spent = ", ".join(
-        f"{cause} {share:.1%}" for cause, share in sorted(shares.items(), key=lambda s: -s[1]) if share > 5e-4
-    )
-    lines.append(f"The step is spent on {', '.join(f'{cause} {share:.1%}' for share, cause in spent)}.")
+    largest = sorted(shares, key=shares.__getitem__, reverse=True)
+    spent = ", ".join(f"{cause} {shares[cause]:.1%}" for cause in largest if shares[cause] > 5e-4)
+    lines.append(f"The step is spent on {spent}.")
     lines.append(f"It is bound by {WHY[best.step.bound_by]}.")
     used = best.held.total / machine.memory
     lines.append(f"Memory: {best.held.total / 1e9:.1f} of {machine.memory / 1e9:.0f} GB ({used:.0%}), of which states "
                  f"{(best.held.weights + best.held.gradients + best.held.optimizer) / 1e9:.1f} and saved activations "
                  f"{best.held.activations / 1e9:.1f}.")  # fmt: skip
-    for field in ("tp", "cp", "ep", "pp", "schedule", "v", "zero", "recompute", "microbatch"):
+    for field in ("tp", "cp", "ulysses", "ep", "pp", "schedule", "v", "zero", "recompute", "microbatch"):
         here = getattr(best.layout, field)
         other = next((plan for plan in found if getattr(plan.layout, field) != here), None)
         if other:
@@ -143,9 +75,8 @@ def why(model: Model, machine: Machine, found: list[Plan]) -> list[str]:
             grown = {c: s - best.step.parts[c] for c, s in other.step.parts.items()}
             cause = max(grown, key=grown.__getitem__)
             there = getattr(other.layout, field)
-            lines.append(
-                f"{field} {here}: with {there} at best {longer:.1%} longer, most of it {cause} ({other.layout})."
-            )
+            most = f", most of it {cause}" if longer > 5e-4 else ""
+            lines.append(f"{field} {here}: with {there} at best {longer:.1%} longer{most} ({other.layout}).")
     return lines
 
 
@@ -193,10 +124,16 @@ def main() -> int:
         if args.top < 1:
             raise ValueError(f"--top {args.top}: must be at least 1; use --top 10")
         began = time.perf_counter()
-        found, considered = plans(model, machine, world, batch, Software(), {n: [v] for n, v in given(args).items()})
+        fixed = {name: [value] for name, value in given(args).items()}
+        found, considered = plans(model, machine, world, batch, Software(), fixed)
         seconds = time.perf_counter() - began
         if not found:
-            raise ValueError(nothing(model, machine, world, batch, considered))
+            use = something_that_fits(model, machine, world, batch, fixed)
+            what = f"none of {considered:,} layouts of {model.name} fits {machine.memory / 1e9:.0f} GB"
+            what = what if considered else f"no layout of {model.name} that these flags allow keeps the rules"
+            raise ValueError(
+                f"--world {world} --batch {batch}: {what}; " + (f"use {use}" if use else "use a smaller model")
+            )
     except ValueError as error:
         print(f"cluster/plan.py: {error}", file=sys.stderr)
         return 2
@@ -215,19 +152,6 @@ def main() -> int:
         print(f"The plan is for the model; cluster/train.py builds the GPT of core/gpt.py, without {lacks}.")
     print(f"\n{line}\n\n{sbatch}", end="")
     return 0
-
-
-def nothing(model: Model, machine: Machine, world: int, batch: int, considered: int) -> str:
-    """Why there is no plan, and what would do."""
-    if not considered:
-        use = f"use --batch {max(1, round(batch / world)) * world}, or decide less of the layout"
-        return f"--world {world} --batch {batch}: no layout of {model.name} keeps the rules; {use}"
-    states = 16 * model.parameters() / (USABLE * machine.memory)
-    ranks = 2 * machine.node * ceil(max(world, states) / machine.node)
-    return (
-        f"--world {world}: {considered:,} layouts keep the rules and none fits {machine.memory / 1e9:.0f} GB; weights, "
-        f"gradients and optimizer alone fill {states:.1f} ranks; use --world {ranks} --batch {ceil(batch / ranks) * ranks}"
-    )
 
 
 def report(model: Model, machine: Machine, best: list[Plan]) -> dict[str, object]:

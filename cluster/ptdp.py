@@ -51,8 +51,8 @@ TABLE = (
     Published(1008.0, 160, 25600, 128, 8, 64, 3072, 3072, 163, 52, 502.0, 1, 2, 1),  # v: see above
 )
 
-# Table 2, the rows of PTD parallelism: (parameters, GPUs, batch, TFLOP/s per GPU); microbatch 1, tp 8, pp 12 and 35.
-# Not used to fit anything.
+# Table 2, the rows of PTD parallelism: (parameters, GPUs, batch, TFLOP/s per GPU); microbatch 1, tp 8, pp 12 and 35. It
+# does not say that these were interleaved. Not used to fit anything.
 TABLE_2 = (
     (174.6, 384, 1536, 153),
     (174.6, 768, 1536, 149),

@@ -5,6 +5,7 @@ configurations for the same reasons, in the same words: `tests/cluster/test_rule
 never refuses: without it a layout runs, but slowly.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.hardware import Machine
@@ -27,8 +28,8 @@ class Case:
         x = self.layout
         more = {
             "ranks": x.ranks, "stages": x.stages, "inside": x.tp * x.cp * x.dp, "twice": 2 * x.pp,
-            "of_layout": x.batch, "folded": x.schedule in FOLDED, "world": self.world, "batch": self.batch,
-            "node": self.machine.node if self.machine else 0,
+            "of_layout": x.batch, "pieces": x.pieces, "folded": x.schedule in FOLDED, "world": self.world,
+            "batch": self.batch, "node": self.machine.node if self.machine else 0,
         }  # fmt: skip
         return vars(self.model) | vars(x) | more
 
@@ -51,7 +52,8 @@ class Rule:
 EQUAL = "what is cut must be a multiple of the {tp} ranks, so that each gets as much"
 SAME_AXES = "tp {tp} x cp {cp} x dp {dp} x pp {pp} = {ranks} ranks, but {world} are running"
 RULES = (
-    Rule("axes", "--tp {tp} --cp {cp} --ep {ep} --etp {etp} --pp {pp} --dp {dp}", "min(tp, cp, ep, etp, pp, dp) >= 1",
+    Rule("axes", "--tp {tp} --cp {cp} --ulysses {ulysses} --ep {ep} --etp {etp} --pp {pp} --dp {dp}",
+         "min(tp, cp, ulysses, ep, etp, pp, dp) >= 1",
          "an axis has at least one rank", "core.mesh"),
     Rule("stages a rank", "--v {v}", "v >= 1", "a rank holds at least one stage", "lecture 08"),
     Rule("microbatches", "--microbatches {microbatches} --microbatch {microbatch}",
@@ -75,14 +77,15 @@ RULES = (
          "sequence parallelism cuts what tensor parallelism leaves whole, and needs its ranks", "2205.05198, 4.2.2"),
     Rule("sp: sequence", "--sp --tp {tp} --cp {cp} --sequence {sequence}", "not sp or sequence % (tp * cp) == 0", EQUAL,
          "2205.05198, 4.2.2"),
-    Rule("cp: zigzag", "--cp {cp} --sequence {sequence}",
-         "cp == 1 or context != 'zigzag' or sequence % (2 * cp) == 0",
-         "zigzag deals out 2 x {cp} equal pieces of a sequence", "2407.21783, section 3.3.2"),
-    Rule("cp: ring", "--cp {cp} --sequence {sequence}", "context != 'ring' or sequence % cp == 0",
-         "each rank has an equal part of a sequence", "2310.01889, section 3"),
-    Rule("cp: ulysses", "--cp {cp} --tp {tp} --heads {heads} --sequence {sequence}",
-         "context != 'ulysses' or heads % (tp * cp) == sequence % cp == 0",
-         "inside attention a rank has a part of the heads that tp leaves it", "2309.14509, section 3.1"),
+    Rule("cp: attention", "--cp {cp} --attention {attention}", "cp == 1 or (attention == 'sdpa' and not dropout)",
+         "cp computes attention in its own way, without the whole matrix of scores and without dropout", "lecture 06"),
+    Rule("cp: ulysses", "--ulysses {ulysses}", "cp % ulysses == 0",
+         "the {cp} ranks are a ring of groups of so many", "2309.14509; 2310.01889"),
+    Rule("cp: heads", "--ulysses {ulysses} --tp {tp} --heads {heads}", "heads % (tp * ulysses) == 0",
+         "heads must divide --hidden and be a multiple of the {ulysses} ranks over which they are cut",
+         "2309.14509, section 3.1"),
+    Rule("cp: sequence", "--cp {cp} --sequence {sequence}", "sequence % pieces == 0",
+         "the sequence is cut and must be a multiple of {pieces}", "2310.01889; 2407.21783, 3.3.2"),
     Rule("pp: layers", "--layers {layers}", "layers % stages == 0",
          "must be a multiple of the {stages} stages, so that each holds as many layers", "lecture 07"),
     Rule("pp: several stages", "--v {v} --pp {pp}", "v == 1 or pp > 1",
@@ -129,11 +132,8 @@ def keeps_all(case: Case, advice: bool = False) -> bool:
 def broken(case: Case, advice: bool = False) -> list[Rule]:
     """The rules that do not hold, with those that are advice or without."""
     sizes = case.sizes()
-    failing = (rule for rule in RULES if not eval(_COMPILED[rule], {"min": min}, sizes))
-    found = []
-    for rule in failing:
-        if RULES.index(rule) >= FIRST and found and RULES.index(found[0]) < FIRST:
-            break  # without axes and stages there is nothing to divide by
-        if advice or not rule.advice:
-            found.append(rule)
-    return found
+
+    def failing(rules: Iterable[Rule]) -> list[Rule]:
+        return [rule for rule in rules if not eval(_COMPILED[rule], {"min": min}, sizes)]
+
+    return failing(RULES[:FIRST]) or failing(rule for rule in RULES[FIRST:] if advice or not rule.advice)

@@ -14,7 +14,7 @@ from cluster.hardware import Machine
 from cluster.layout import Layout
 from cluster.models import Model
 from cluster.options import asked, parser
-from cluster.rulebook import RULES, Case, Rule, broken
+from cluster.rulebook import FIRST, RULES, Case, Rule, broken
 from cluster.search import nearest
 
 
@@ -39,8 +39,12 @@ def explain(case: Case) -> str:
     """A table of all rules, what is wrong, and what to use instead."""
     failing, sizes = broken(case, advice=True), case.sizes()
 
+    nonsense = any(rule in failing for rule in RULES[:FIRST])  # then the others have not been asked
+
     def verdict(rule: Rule) -> str:
-        return "yes" if rule not in failing else "advice" if rule.advice else "NO"
+        if rule in failing:
+            return "advice" if rule.advice else "NO"
+        return "?" if nonsense else "yes"
 
     rows = [(rule.name, verdict(rule), rule.condition, rule.reason.format_map(sizes), rule.source) for rule in RULES]
     header, widths = ("rule", "holds", "condition", "reason", "source"), (None, None, 36, 44, 26)

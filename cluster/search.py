@@ -21,13 +21,14 @@ def legal(model: Model, machine: Machine | None, world: int, batch: int, choices
 
     Args:
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
-            usual one of sp, context, schedule, zero and recompute.
+            usual one of sp, ulysses, placement, schedule, zero and recompute.
     """
     usual = Layout()
 
     def of(name: str, all_: Sequence | None = None) -> Sequence:
         return choices.get(name) or (getattr(usual, name),) if all_ is None else choices.get(name) or all_
 
+    (placement,) = of("placement")
     for tp, cp, pp in product(of("tp", divisors(world)), of("cp", divisors(world)), of("pp", divisors(world))):
         dp = world // (tp * cp * pp)
         if (
@@ -39,10 +40,10 @@ def legal(model: Model, machine: Machine | None, world: int, batch: int, choices
         ):
             continue
         # First what the ranks do, then, of what can be, how a pipeline of them works.
-        folds = product(of("ep", divisors(world // pp) if model.experts else [1]), of("etp"), of("sp"), of("context"))
+        folds = product(of("ep", divisors(world // pp) if model.experts else [1]), of("etp"), of("sp"), of("ulysses"))
         folds = [
             fold for fold in folds
-            if keeps_all(Case(Layout(tp, cp, fold[0], fold[1], pp, dp, 1, *fold[2:], microbatches=pp), model, machine))
+            if keeps_all(Case(Layout(tp, cp, *fold[:2], pp, dp, 1, *fold[2:], microbatches=pp), model, machine))
         ]  # fmt: skip
         samples = batch // dp  # of a pipeline
         sizes = [(b, samples // b) for b in of("microbatch", divisors(samples)) if samples % b == 0]
@@ -51,8 +52,7 @@ def legal(model: Model, machine: Machine | None, world: int, batch: int, choices
         for fold, (schedule, v), zero, (b, m), recompute in product(
             folds, pipelines, of("zero"), sizes, of("recompute")
         ):
-            ep, etp, sp, context = fold
-            layout = Layout(tp, cp, ep, etp, pp, dp, v, sp, context, schedule, zero, b, m, recompute)
+            layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute)
             if keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
                 yield layout
 
@@ -71,7 +71,8 @@ def nearest(case: Case) -> Layout | None:
     asked, world = case.layout, case.world or max(1, case.layout.ranks)
     batch = case.batch or max(1, asked.dp) * max(1, asked.microbatch) * max(1, asked.microbatches)
     choices = {
-        "context": [asked.context],
+        "placement": [asked.placement],
+        "ulysses": [max(1, asked.ulysses), 1],
         "recompute": [asked.recompute],
         "sp": [False, True],
         "zero": [asked.zero, min(asked.zero, 1)],
@@ -89,8 +90,11 @@ def nearest(case: Case) -> Layout | None:
     return None
 
 
+# How much a factor of two between sizes counts.
+WEIGHTS = {"tp": 1.0, "cp": 1.0, "ep": 1.0, "etp": 1.0, "pp": 1.0, "dp": 0.5, "ulysses": 0.5, "v": 0.5,
+           "microbatch": 0.3, "microbatches": 0.2}  # fmt: skip
+
+
 def _distance(a: Layout, b: Layout) -> float:
-    sizes = {"tp": 1.0, "cp": 1.0, "ep": 1.0, "etp": 1.0, "pp": 1.0, "dp": 0.5, "v": 0.5, "microbatch": 0.3,
-             "microbatches": 0.2}  # fmt: skip
-    apart = sum(weight * abs(log2(max(1, getattr(a, n)) / getattr(b, n))) for n, weight in sizes.items())
-    return apart + sum(getattr(a, n) != getattr(b, n) for n in ("sp", "context", "schedule", "zero", "recompute"))
+    apart = sum(weight * abs(log2(max(1, getattr(a, n)) / getattr(b, n))) for n, weight in WEIGHTS.items())
+    return apart + sum(getattr(a, n) != getattr(b, n) for n in ("sp", "schedule", "zero", "recompute"))

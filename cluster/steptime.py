@@ -133,7 +133,7 @@ def rank_times(
 ) -> tuple[dict[str, float], float, float, float]:
     """Seconds of one microbatch in the layers of a rank: by cause, and by F, I and W. A mean rank's of a pipeline."""
     key = Layout(
-        layout.tp, layout.cp, layout.ep, layout.etp, sp=layout.sp, context=layout.context, microbatch=layout.microbatch,
+        layout.tp, layout.cp, layout.ep, layout.etp, sp=layout.sp, ulysses=layout.ulysses, microbatch=layout.microbatch,
         recompute=layout.recompute,
     )  # fmt: skip
     return _rank_times(model, key, layout.pp, machine, software)

@@ -68,16 +68,15 @@ def ends_tp(model: Model, layout: Layout, stage: int) -> float:
 
 
 def layer_cp(model: Model, layout: Layout) -> float:
-    """Of one layer and microbatch. Ring: keys and values go round, and in backward their gradients too.
+    """Of one layer and microbatch (lecture 06). Ring: keys and values go round, and in backward their gradients too.
 
-    Ulysses (2309.14509): an all-to-all of q, k, v and of the result, and the same backward.
+    Ulysses: an all-to-all of q, k, v and of the result, and the same backward.
     """
-    c, t = layout.cp, layout.tp
-    tokens = layout.microbatch * model.sequence / c
-    of_keys = model.kv_heads * model.head_size / t
-    if layout.context == "ulysses":
-        return 2 * tokens * (2 * model.value_size / t + 2 * of_keys) * _others(c)
-    return 6 * tokens * of_keys * (c - 1)
+    inner = layout.ulysses
+    tokens = layout.microbatch * model.sequence / layout.cp
+    of_keys = model.kv_heads * model.head_size / layout.tp
+    around = 6 * tokens * of_keys * (layout.cp // inner - 1)
+    return around + 2 * tokens * (2 * model.value_size / layout.tp + 2 * of_keys) * _others(inner)
 
 
 def layer_ep(model: Model, layout: Layout) -> float:
