@@ -164,11 +164,11 @@ def _rank_times(
         repeated = forward if full else attention * (layout.recompute == "selective")
         f += count * (forward / speed + memory + tp + cp + ep)
         i += count * ((of_inputs + repeated) / speed + (2 + again[layout.recompute]) * memory
-                      + (1 + full) * (tp + ep) + cp_back + full * cp)  # fmt: skip
+                      + (1 + full) * (tp + ep) + cp_back + bool(repeated) * cp)  # fmt: skip
         w += count * of_weights / speed
         causes["matrix products"] += count * (forward + of_inputs + of_weights + repeated) / speed
         causes["memory"] += count * (3 + again[layout.recompute]) * memory
         causes["tp"] += count * (2 + full) * tp
-        causes["cp"] += count * ((1 + full) * cp + cp_back)
+        causes["cp"] += count * ((1 + bool(repeated)) * cp + cp_back)
         causes["ep"] += count * (2 + full) * ep
     return causes, f, i, w

@@ -75,8 +75,11 @@ def layer_cp(model: Model, layout: Layout) -> float:
     inner = layout.ulysses
     tokens = layout.microbatch * model.sequence / layout.cp
     of_keys = model.kv_heads * model.head_size / layout.tp
-    around = 6 * tokens * of_keys * (layout.cp // inner - 1)
-    return around + 2 * tokens * (2 * model.value_size / layout.tp + 2 * of_keys) * _others(inner)
+    around = 2 * tokens * of_keys * (layout.cp // inner - 1)
+    there = tokens * (model.value_size / layout.tp + 2 * of_keys) * _others(inner)
+    back = tokens * model.value_size / layout.tp * _others(inner)
+    again = {"none": 0.0, "selective": around + there, "full": around + there + back}[layout.recompute]
+    return 3 * around + 2 * (there + back) + again
 
 
 def layer_ep(model: Model, layout: Layout) -> float:

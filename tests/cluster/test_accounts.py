@@ -2,6 +2,8 @@
 
 from collections import Counter
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -37,8 +39,9 @@ Account = tuple[dict[str, float], dict[str, float]]
 def account(config: GPTConfig, layout: Layout, dtype: torch.dtype) -> tuple[int, Account]:
     """One step on one rank: its place in the pipeline, what it holds in bytes, and what it sent, by axis."""
     ledger = Ledger()
-    mesh = Mesh("cpu", ledger, 30.0, tp=layout.tp, dp=layout.dp, pp=layout.pp)
+    mesh = Mesh("cpu", ledger, 30.0, tp=layout.tp, cp=layout.cp, dp=layout.dp, pp=layout.pp)
     tp, dp, pp = mesh["tp"], mesh["dp"], mesh["pp"]
+    data = dp  # whose ranks have seen other tokens
     topic, loss_of = megatron_tp.layers, megatron_tp.loss.token_loss
     if layout.sp:
         topic, loss_of = sequence_parallel.layers, sequence_parallel.loss.token_loss
@@ -51,15 +54,19 @@ def account(config: GPTConfig, layout: Layout, dtype: torch.dtype) -> tuple[int,
     if layout.pp > 1:
         model = pipeline.stages.cut(model, layout.held(pp.index), layout.stages)
     model = topic.parallelize(model, tp) if layout.tp > 1 else model
+    attention = None
+    if layout.cp > 1:
+        cp_module, hybrid = (import_module(f"sequence_parallel.{name}") for name in ("context", "hybrid"))
+        attention = hybrid.context_parallel(mesh["cp"], CPU, layout.ulysses, layout.placement == "zigzag")
+        model, data = cp_module.parallelize(model, attention), mesh.joined("cp", "dp")
     materialize(recompute(model, layout.recompute), 0, CPU, dtype)
     count = {"parameters": sum(p.numel() for p in model.parameters())}
     count["whole"] = sum(p.numel() for p in model.parameters() if layout.tp > 1 and shard_of(p) is None)
     master = torch.float32 if dtype == torch.bfloat16 else dtype
-    zero = STAGES[ZERO[layout.zero]](model, dp, partial(torch.optim.AdamW, lr=1e-3), None, master)
-    inputs, targets = (
-        rearrange(t.chunk(layout.dp)[dp.index], "(m b) s -> m b s", m=m)
-        for t in Text(None, config.sequence).batch(0, 0, layout.batch)
-    )
+    zero = STAGES[ZERO[layout.zero]](model, data, partial(torch.optim.AdamW, lr=1e-3), None, master)
+    batch = (t.chunk(layout.dp)[dp.index] for t in Text(None, config.sequence).batch(0, 0, layout.batch))
+    batch = (t if attention is None else cp_module.part(t, attention) for t in batch)
+    inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in batch)
     draw, saved = Draw(0, 0, 0), SavedActivations([*model.parameters(), inputs, targets])
     zero.zero_grad()
     if layout.pp > 1:
@@ -78,6 +85,8 @@ def account(config: GPTConfig, layout: Layout, dtype: torch.dtype) -> tuple[int,
                 value = loss(model(inputs[i], draw), targets[i])
             zero.backward(value, last=i == m - 1)
             del value
+    if attention is not None:
+        attention.close()
     if layout.sp:
         zero.sum_over(tp, lambda p: shard_of(p) is None)
     count |= zero.held()
@@ -88,7 +97,7 @@ def account(config: GPTConfig, layout: Layout, dtype: torch.dtype) -> tuple[int,
     found: Counter[str] = Counter()
     for (operation, name), traffic in ledger.traffic.items():
         if not name.endswith("norm") and operation != "send clock":
-            found[name.split()[0]] += traffic.elements
+            found["dp" if " x " in name else name.split()[0]] += traffic.elements
     return pp.index, (count, dict(found))
 
 
@@ -123,6 +132,14 @@ CASES = {
     "zb-h1": ({}, Layout(dp=2, pp=4, schedule="zb-h1", microbatches=8)),
     "zb-v": ({}, Layout(dp=2, pp=4, v=2, schedule="zb-v", microbatches=8)),
 }
+if find_spec("sequence_parallel.hybrid"):
+    CASES |= {
+        "ring": ({}, Layout(cp=4, dp=2, zero=1, microbatch=2)),
+        "ring in order, full": ({}, Layout(cp=8, placement="contiguous", microbatches=2, recompute="full")),
+        "ulysses, selective": ({}, Layout(cp=4, ulysses=4, dp=2, zero=2, recompute="selective")),
+        "hybrid tp pp": ({}, Layout(tp=2, cp=2, pp=2, microbatches=2)),
+        "hybrid sp, full": ({}, Layout(tp=2, sp=True, cp=4, ulysses=2, recompute="full")),
+    }
 SPLIT = ("dualpipe", "zb-h1", "zb-v")  # a split backward keeps for W what arrives, at most a layer's worth more
 
 
@@ -147,7 +164,8 @@ def test_what_a_rank_holds_and_sends(pool: Pool) -> None:
                     near = 0.07
                 if what == "tp" and case[1].sp and case[1].zero:  # a rank's part has more or fewer whole parameters
                     near = 0.01
-                if value != pytest.approx(formula, rel=near):
+                positions = 8 * case[0].sequence * (what == "activations" and case[1].cp > 1)  # or only this rank's
+                if value != pytest.approx(formula, rel=near, abs=positions):
                     wrong.add((name, what, rank, value, formula))
     assert not wrong, "\n".join(map(str, sorted(wrong)))
 
