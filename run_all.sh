@@ -30,6 +30,7 @@ lessons=(
   pipeline/dualpipe.py
   pipeline/auto.py
   pipeline/compare.py
+  cluster/accuracy.py
 )
 
 if ! [[ $NPROC =~ ^[1-9][0-9]*$ ]]; then

@@ -92,7 +92,7 @@ def bubble(schedule: str, p: int, m: int, v: int, f: float, i: float, w: float) 
         return (p - 1) * (f + i + w) / v
     if schedule == "zb-h1" and m >= p and i >= f:
         return (p - 1) * (i + max(0.0, f - w))
-    if schedule == "zb-v" and m >= 2 * p and i >= f:
+    if schedule == "zb-v" and m >= 2 * p and i >= max(f, w):
         return (p - 1) * max(i / 2, i - w)
     if schedule == "naive":
         return m * (p - 1) * (f + i + w)
@@ -120,11 +120,11 @@ def step(model: Model, layout: Layout, machine: Machine, software: Software) -> 
     experts, others = parameters(model, layout)
     updated = others / layout.data + experts / layout.edp if layout.zero else others + experts
     parts["optimizer"] = updated * 28 / machine.bandwidth  # 2 + 12 bytes read and 12 + 2 written
-    parts["dp"] = 0.0
+    way = 0.0  # one after the other: they leave by the same cards, and hide behind the same computation
     for size, ranks, stride in ((others, layout.data, layout.tp), (experts, layout.edp, layout.ep * layout.etp)):
         messages = model.layers / p if layout.zero == 3 else ceil(size / software.bucket)
-        way = ring(size, ranks, stride, machine, software, messages)
-        parts["dp"] += data_parallel(layout, way, f, i + w)
+        way += ring(size, ranks, stride, machine, software, messages)
+    parts["dp"] = data_parallel(layout, way, f, i + w)
     return Step(parts)
 
 
