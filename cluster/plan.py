@@ -22,6 +22,7 @@ from cluster.models import Model
 from cluster.options import machine_of, model_of, parser
 from cluster.planner import Plan, plans, something_that_fits
 from cluster.traffic import sent
+from core.text import VOCABULARY
 
 TRAINED = ("layers", "hidden", "heads", "feed_forward", "sequence")  # sizes that cluster/train.py takes
 WHY = {
@@ -109,6 +110,7 @@ def lacking(model: Model) -> str:
         "rotary positions": not model.learned_positions,
         "latent attention": model.latent is not None,
         "shared experts, and layers without experts": model.shared_experts or model.dense_layers,
+        f"a vocabulary of {model.vocabulary:,}": model.vocabulary != VOCABULARY,
     }
     return ", ".join(name for name, lacks in found.items() if lacks)
 

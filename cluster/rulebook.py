@@ -61,7 +61,7 @@ RULES = (
     Rule("ranks", "--tp {tp} --cp {cp} --dp {dp} --pp {pp}", "world in (None, ranks)", SAME_AXES, "core.mesh"),
     Rule("batch", "--batch {batch}", "batch in (None, of_layout)",
          "must be a multiple of {dp} ranks x --microbatches {microbatches}, so that all parts are equal", "lecture 01"),
-    Rule("heads", "--heads {heads}", "head_size * heads == hidden or not learned_positions",
+    Rule("heads", "--heads {heads}", "hidden % heads == 0",
          "must divide --hidden {hidden}, so that heads are equal", "core.gpt"),
     Rule("dropout", "--dropout", "not dropout or attention == 'softmax'",
          "the masks drawn inside sdpa depend on the layout", "core.gpt"),

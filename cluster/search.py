@@ -25,8 +25,8 @@ def legal(model: Model, machine: Machine | None, world: int, batch: int, choices
     """
     usual = Layout()
 
-    def of(name: str, all_: Sequence | None = None) -> Sequence:
-        return choices.get(name) or (getattr(usual, name),) if all_ is None else choices.get(name) or all_
+    def of(name: str, every: Sequence | None = None) -> Sequence:
+        return choices.get(name) or every or (getattr(usual, name),)
 
     (placement,) = of("placement")
     for tp, cp, pp in product(of("tp", divisors(world)), of("cp", divisors(world)), of("pp", divisors(world))):

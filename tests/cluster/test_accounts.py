@@ -1,6 +1,8 @@
 """The planner's bytes and elements are those that real ranks hold and send, as the ledger counts them."""
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +16,7 @@ import megatron_tp.loss
 import pipeline.stages
 import sequence_parallel.layers
 import sequence_parallel.loss
+from cluster import memory, traffic
 from cluster.layout import Layout
 from cluster.memory import held, in_flight, parameters, whole_parameters
 from cluster.models import of_gpt
@@ -95,9 +98,9 @@ def account(config: GPTConfig, layout: Layout, dtype: torch.dtype) -> tuple[int,
     count["optimizer"] = zero.held()["optimizer"]
     count["activations"] = saved.peak
     found: Counter[str] = Counter()
-    for (operation, name), traffic in ledger.traffic.items():
+    for (operation, name), entry in ledger.traffic.items():
         if not name.endswith("norm") and operation != "send clock":
-            found["dp" if " x " in name else name.split()[0]] += traffic.elements
+            found["dp" if " x " in name else name.split()[0]] += entry.elements
     return pp.index, (count, dict(found))
 
 
@@ -143,31 +146,84 @@ if find_spec("sequence_parallel.hybrid"):
 SPLIT = ("dualpipe", "zb-h1", "zb-v")  # a split backward keeps for W what arrives, at most a layer's worth more
 
 
-def test_what_a_rank_holds_and_sends(pool: Pool) -> None:
-    """By one ledger: a wrong formula, or a change of the code that it describes, shows here."""
-    cases = [
-        (
-            GPTConfig(**(SMALL | ({"heads": 8} if layout.tp == 8 else {}) | sizes)),
-            layout,
-            (torch.bfloat16, FLOAT64)[i % 2],
-        )
-        for i, (sizes, layout) in enumerate(CASES.values())
-    ]
+RUNS = [
+    (GPTConfig(**(SMALL | ({"heads": 8} if layout.tp == 8 else {}) | sizes)), layout, (torch.bfloat16, FLOAT64)[i % 2])
+    for i, (sizes, layout) in enumerate(CASES.values())
+]
+
+
+@pytest.fixture(scope="module")
+def measured(pool: Pool) -> list[list[tuple[int, Account]]]:
+    """Every rank's account of every case."""
+    return pool.run(8, accounts, RUNS)
+
+
+def differences(measured: list[list[tuple[int, Account]]]) -> set[tuple]:
+    """Where formula and measurement differ: (case, what, rank, measured, formula)."""
     wrong = set()
-    for rank, found in enumerate(pool.run(8, accounts, cases)):
-        for name, case, (place, (count, traffic)) in zip(CASES, cases, found, strict=True):
-            expected, elements = predicted(case[0], case[1], place, case[2].itemsize)
-            for what in count.keys() | traffic.keys() | elements.keys():
-                value, formula = (each.get(what, 0) for each in (count | traffic, expected | elements))
+    for rank, found in enumerate(measured):
+        for name, (config, layout, dtype), (place, (count, sent_)) in zip(CASES, RUNS, found, strict=True):
+            expected, elements = predicted(config, layout, place, dtype.itemsize)
+            for what in count.keys() | sent_.keys() | elements.keys():
+                value, formula = (each.get(what, 0) for each in (count | sent_, expected | elements))
                 near = 0.001
                 if what == "activations" and name in SPLIT:
                     near = 0.07
-                if what == "tp" and case[1].sp and case[1].zero:  # a rank's part has more or fewer whole parameters
+                if what == "tp" and layout.sp and layout.zero:  # a rank's part has more or fewer whole parameters
                     near = 0.01
-                positions = 8 * case[0].sequence * (what == "activations" and case[1].cp > 1)  # or only this rank's
+                positions = 8 * config.sequence * (what == "activations" and layout.cp > 1)  # or only this rank's
                 if value != pytest.approx(formula, rel=near, abs=positions):
                     wrong.add((name, what, rank, value, formula))
+    return wrong
+
+
+def test_what_a_rank_holds_and_sends(measured: list[list[tuple[int, Account]]]) -> None:
+    """By the ledger: a wrong formula, or a change of the code that it describes, shows here."""
+    wrong = differences(measured)
     assert not wrong, "\n".join(map(str, sorted(wrong)))
+
+
+def twice(original: Callable, *sizes: object) -> object:
+    return 2 * original(*sizes)
+
+
+def as_1f1b(original: Callable, layout: Layout, rank: int) -> int:
+    return original(replace(layout, v=1, schedule="1f1b"), rank)
+
+
+def as_gpipe(original: Callable, schedule: str, *sizes: int) -> list:
+    return original("gpipe" if schedule == "1f1b" else schedule, *sizes)
+
+
+EVERYTHING = {"parameters", "whole", "weights", "gradients", "optimizer", "activations", "tp", "dp", "pp"}
+MUTATIONS = {
+    "the tied embedding is not exchanged": (traffic, "exchanged", lambda *_: 0, {"pp"}),
+    "messages as in 1F1B": (traffic, "messages", as_1f1b, {"pp"}),
+    "a message is not cut": (traffic, "message", lambda o, m, x: o(m, replace(x, sp=False)), {"pp"}),
+    "gradients are reduced once": (traffic, "times_reduced", lambda *_: 2, {"dp"}),
+    "whole parameters' gradients are not summed": (traffic, "whole_parameters", lambda *_: 0, {"tp"}),
+    "nothing is computed again": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, recompute="none")), {"tp"}),
+    "sequence parallelism sends as much": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, sp=False)), {"tp"}),
+    "the ends send nothing": (traffic, "ends_tp", lambda *_: 0, {"tp"}),
+    "all microbatches are in flight": (memory, "in_flight", as_gpipe, {"activations"}),
+    "no master weights": (memory, "state_sizes", lambda o, size: (size, size, 2 * size), {"optimizer"}),
+    "every stage has both ends": (memory, "ends_of", lambda *_: (True, True), EVERYTHING - {"activations"}),
+    "activations are not cut": (
+        memory, "layer_saved", lambda o, m, x, *rest: o(m, replace(x, sp=False), *rest), {"activations"},
+    ),
+    "a layer saves twice as much": (memory, "layer_saved", twice, {"activations"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_formula_is_caught(
+    measured: list[list[tuple[int, Account]]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    module, where, change, shown = MUTATIONS[name]
+    monkeypatch.setattr(module, where, partial(change, getattr(module, where)))
+    found = {what for _, what, *_ in differences(measured)}
+    assert found
+    assert found <= shown
 
 
 def test_messages_and_flight_without_ranks() -> None:
@@ -186,11 +242,3 @@ def test_the_whole_model_is_the_sum_of_its_ranks() -> None:
     layout = Layout(pp=4)
     tied = model.vocabulary * model.hidden  # on the last rank again
     assert sum(sum(parameters(model, layout, rank)) for rank in range(4)) == model.parameters() + tied
-
-
-def test_nothing_is_left_out(pool: Pool) -> None:
-    """The comparison itself fails where a formula forgets something: here the tied embedding's exchange."""
-    config, layout = GPTConfig(**SMALL), Layout(dp=4, pp=2, microbatches=2)
-    place, (_, traffic) = pool.run(8, account, config, layout, FLOAT64)[0]
-    lacking = sent(of_gpt(config), layout, place)["pp"] - config.vocabulary * config.hidden
-    assert traffic["pp"] != pytest.approx(lacking, rel=0.002)
