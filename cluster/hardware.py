@@ -72,7 +72,7 @@ def measured(path: str) -> Machine:
     Raises:
         ValueError: the file cannot be read, or lacks what a planner needs.
     """
-    use = "use the --report of cluster/topology.py"
+    use = "use the --json of cluster/topology.py"
     try:
         found = json.loads(Path(path).read_text())
         domains, alpha, beta = found["domains"], found["alpha"], found["beta"]

@@ -53,15 +53,21 @@ def vocabulary_part(model: Model, t: int) -> int:
     return -(-model.vocabulary // t)
 
 
+@cache
+def _layer_parameters(model: Model, tp: int, ep: int, etp: int) -> tuple[int, int, int]:
+    """Of a layer on a rank: a dense one, one with experts but for them, and its experts."""
+    experts = model.experts // ep * model.expert_parameters(etp)
+    return model.dense_parameters(False, tp), model.dense_parameters(True, tp), experts
+
+
 def parameters(model: Model, layout: Layout, rank: int = 0) -> tuple[int, int]:
     """Elements on rank `rank` of the pipeline, before ZeRO cuts anything: of experts, and all others'."""
     others = experts = 0
     for stage in layout.held(rank):
         dense, moe = layers_of(model, layout, stage)
-        others += dense * model.dense_parameters(False, layout.tp)
-        if moe:
-            others += moe * model.dense_parameters(True, layout.tp)
-            experts += moe * (model.experts // layout.ep) * model.expert_parameters(layout.etp)
+        of_dense, of_moe, of_experts = _layer_parameters(model, layout.tp, layout.ep, layout.etp)
+        others += dense * of_dense + moe * of_moe
+        experts += moe * of_experts
     first, last = ends_of(layout, rank)
     rows = vocabulary_part(model, layout.tp) * model.hidden
     if first:
@@ -156,6 +162,13 @@ def in_flight(schedule: str, pp: int, microbatches: int, v: int) -> list[set[tup
     return found
 
 
+def filling(schedule: str, pp: int, microbatches: int) -> int:
+    """How many of the microbatches fill the pipeline: all after them find it full, and add the same."""
+    if schedule == "interleaved" and microbatches % pp:
+        return microbatches  # in groups of unequal size
+    return min(microbatches, 2 * (pp + (schedule == "dualpipe" and pp % 2)))
+
+
 def saved_at_peak(model: Model, layout: Layout, rank: int, itemsize: int = 2, quick: bool = False) -> float:
     """Bytes of activations that a rank of the pipeline holds when it holds most.
 
@@ -165,8 +178,8 @@ def saved_at_peak(model: Model, layout: Layout, rank: int, itemsize: int = 2, qu
     p, m = layout.pp, layout.microbatches
     if p * layout.v == 1:  # without a pipeline a microbatch's backward follows its forward
         return stage_saved(model, layout, 0, itemsize)
-    if quick and m > 3 * p:
-        m = 2 * p + m % p + (m % 2 if layout.schedule == "dualpipe" else 0)
+    if quick:
+        m = filling(layout.schedule, p, m)
     each = [stage_saved(model, layout, stage, itemsize) for stage in layout.held(rank)]
     peaks = in_flight(layout.schedule, p, m, layout.v)[rank]
     return max(sum(n * b for n, b in zip(counts, each, strict=True)) for counts in peaks)

@@ -47,7 +47,7 @@ def model_of(args: argparse.Namespace) -> Model:
         sizes = {"kv_heads": 0 if model.kv_heads == model.heads else model.kv_heads, "head_size": 0} | sizes
     if "hidden" in sizes and model.feed_forward == 4 * model.hidden:
         sizes = {"feed_forward": 4 * sizes["hidden"]} | sizes
-    return replace(model, name=f"{model.name}*", **sizes)
+    return replace(model, name="custom", **sizes)
 
 
 def machine_of(args: argparse.Namespace) -> Machine:

@@ -53,7 +53,7 @@ def table(model: Model, machine: Machine, best: Iterable[Plan]) -> str:
         rows.append((*sizes, plan.held.total / 1e9, seconds, mfu, bubble, plan.step.bound_by))
     header = ("tp", "cp", "ulysses", "ep", "pp", "v", "dp", "zero", "mb", "m", "schedule", "recompute", "GB",
               "s a step", "MFU", "bubble", "bound by")  # fmt: skip
-    return tabulate(rows, header, floatfmt=("",) * 12 + (".1f", ".3f", ".3f", ".3f"))
+    return tabulate(rows, header, floatfmt=("",) * 12 + (".3g", ".4g", ".3f", ".3f"))
 
 
 def why(model: Model, machine: Machine, found: list[Plan]) -> list[str]:
@@ -65,9 +65,9 @@ def why(model: Model, machine: Machine, found: list[Plan]) -> list[str]:
     lines.append(f"The step is spent on {spent}.")
     lines.append(f"It is bound by {WHY[best.step.bound_by]}.")
     used = best.held.total / machine.memory
-    lines.append(f"Memory: {best.held.total / 1e9:.1f} of {machine.memory / 1e9:.0f} GB ({used:.0%}), of which states "
-                 f"{(best.held.weights + best.held.gradients + best.held.optimizer) / 1e9:.1f} and saved activations "
-                 f"{best.held.activations / 1e9:.1f}.")  # fmt: skip
+    states = best.held.weights + best.held.gradients + best.held.optimizer
+    lines.append(f"Memory: {best.held.total / 1e9:.3g} of {machine.memory / 1e9:.3g} GB ({used:.0%}), of which states "
+                 f"{states / 1e9:.3g} and saved activations {best.held.activations / 1e9:.3g}.")  # fmt: skip
     for field in ("tp", "cp", "ulysses", "ep", "pp", "schedule", "v", "zero", "recompute", "microbatch"):
         here = getattr(best.layout, field)
         other = next((plan for plan in found if getattr(plan.layout, field) != here), None)
@@ -90,7 +90,7 @@ def commands(layout: Layout, machine: Machine, model: Model) -> tuple[str, str]:
     meet = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=$FIRST_NODE:29400 " if nodes > 1 else ""
     line = f"torchrun {meet}--nproc_per_node={each} {script}"
     sbatch = f"""#!/bin/bash
-#SBATCH --job-name={model.name.strip("*")}
+#SBATCH --job-name={model.name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node={each}
@@ -144,9 +144,9 @@ def main() -> int:
         best = report(model, machine, found[: args.top])
         print(json.dumps(best | {"considered": considered, "torchrun": line, "sbatch": sbatch}, indent=1))
         return 0
-    print(
-        f"{model.name}, {model.parameters() / 1e9:.2f} x 10^9 parameters, on {world} of {machine.name}, batch {batch}"
-    )
+    size = model.parameters()
+    size = f"{size / 1e9:.2f} x 10^9" if size > 1e8 else f"{size:,}"
+    print(f"{model.name}, {size} parameters, on {world} of {machine.name}, batch {batch}")
     print(f"{considered:,} layouts keep the rules, {len(found):,} of those tried fit; {seconds:.1f} s\n")
     print(table(model, machine, found[: args.top]) + "\n")
     print("\n".join(why(model, machine, found)))

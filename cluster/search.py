@@ -7,7 +7,7 @@ from math import log2
 from cluster.hardware import Machine
 from cluster.layout import FOLDED, Layout
 from cluster.models import Model
-from cluster.rulebook import Case, keeps_all
+from cluster.rulebook import Case, broken, keeps_all
 
 Choices = Mapping[str, Sequence]
 
@@ -69,6 +69,8 @@ def nearest(case: Case) -> Layout | None:
     On as many ranks, with as many samples if that can be, and following advice if that can be.
     """
     asked, world = case.layout, case.world or max(1, case.layout.ranks)
+    if not broken(case, advice=True):
+        return asked
     batch = case.batch or max(1, asked.dp) * max(1, asked.microbatch) * max(1, asked.microbatches)
     choices = {
         "placement": [asked.placement],

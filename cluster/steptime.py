@@ -14,7 +14,7 @@ from math import ceil
 
 from cluster.hardware import Machine, Software
 from cluster.layout import Layout
-from cluster.memory import layer_saved, parameters
+from cluster.memory import filling, layer_saved, parameters
 from cluster.messages import ITEM, all_to_all, between_stages, context, data_parallel, ring
 from cluster.models import Matrix, Model
 from pipeline.schedules import build
@@ -88,7 +88,7 @@ def bubble(schedule: str, p: int, m: int, v: int, f: float, i: float, w: float) 
     """
     if p == 1:
         return 0.0
-    if schedule in ("1f1b", "gpipe") or (schedule == "interleaved" and m % p == 0):
+    if schedule in ("1f1b", "gpipe") or (schedule == "interleaved" and m >= p):
         return (p - 1) * (f + i + w) / v
     if schedule == "zb-h1" and m >= p and i >= f:
         return (p - 1) * (i + max(0.0, f - w))
@@ -96,8 +96,7 @@ def bubble(schedule: str, p: int, m: int, v: int, f: float, i: float, w: float) 
         return (p - 1) * max(i / 2, i - w)
     if schedule == "naive":
         return m * (p - 1) * (f + i + w)
-    few = min(m, 2 * p + m % p + (m % 2 if schedule == "dualpipe" else 0))  # then every microbatch adds the same
-    return f * _virtual(schedule, p, few, v, round(i / f, 1), round(w / f, 1))
+    return f * _virtual(schedule, p, filling(schedule, p, m), v, round(i / f, 1), round(w / f, 1))
 
 
 @cache

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 
 import pytest
 import torch
@@ -242,3 +243,16 @@ def test_the_whole_model_is_the_sum_of_its_ranks() -> None:
     layout = Layout(pp=4)
     tied = model.vocabulary * model.hidden  # on the last rank again
     assert sum(sum(parameters(model, layout, rank)) for rank in range(4)) == model.parameters() + tied
+
+
+def test_the_first_microbatches_show_what_all_of_them_hold() -> None:
+    """The planner's shortcut, on every rank of every schedule."""
+    schedules = {"1f1b": 1, "interleaved": 3, "zb-h1": 1, "zb-h2": 1, "zb-v": 2, "dualpipe": 1, "dualpipev": 2}
+    model = of_gpt(GPTConfig(layers=48, heads=4))
+    for (schedule, v), p, m in product(schedules.items(), (2, 4), (8, 9, 16, 30)):
+        if schedule == "dualpipe" and m % 2:
+            continue
+        layout = Layout(pp=p, v=v, schedule=schedule, microbatches=m)
+        for rank in range(p):
+            every = memory.saved_at_peak(model, layout, rank)
+            assert memory.saved_at_peak(model, layout, rank, quick=True) == every, (schedule, p, m, rank)
