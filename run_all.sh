@@ -41,6 +41,7 @@ lessons=(
   expert_parallel/upcycle.py
   cluster/ranks.py
   cluster/topology.py
+  cluster/accuracy.py
 )
 
 if ! [[ $NPROC =~ ^[1-9][0-9]*$ ]]; then

@@ -1,0 +1,126 @@
+"""Where it is trained: the devices, the links between them, and what software gets out of both. Lecture 03.
+
+A preset by name, or this machine as `cluster/topology.py` has measured it: a JSON file with
+
+    {"domains": [[ranks]], "alpha": [[seconds]], "beta": [[seconds a byte]]}
+
+the fast domains, and for every pair of ranks what a message costs: alpha + beta x bytes. It may also say "flops",
+"memory" and "memory_bandwidth" of a rank; what it does not say is measured here.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from zero.flat import BUCKET_ELEMENTS
+
+
+@dataclass(frozen=True)
+class Link:
+    """A message of n bytes takes alpha + beta n seconds, in one direction."""
+
+    alpha: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices in nodes. Inside a node every device reaches every other; outside each has a share of the network."""
+
+    name: str
+    node: int  # devices in a fast domain
+    memory: float  # bytes of a device
+    peak: float  # FLOP/s of a device in 16-bit matrix products
+    bandwidth: float  # bytes/s of its memory
+    inside: Link
+    outside: Link
+    processors: int = 1  # that work on a matrix product's tiles, all at once
+
+
+@dataclass(frozen=True)
+class Software:
+    """What a training program gets out of a machine: the constants that are fitted, see `cluster/accuracy.py`."""
+
+    gemm: float = 0.70  # of the peak, where a matrix product fills the device
+    passes: float = 2.47  # how often a forward moves each byte of activations to or from memory
+    links: float = 0.82  # of the links' bandwidth
+    blocking: bool = False  # whether computation stops while a message travels between stages
+    scattered: bool = False  # whether such a message is cut over tp without sequence parallelism (2104.04473, 4.1)
+    bucket: float = BUCKET_ELEMENTS  # of gradients or weights that travel at once
+
+
+GB = 1e9
+PRESETS = {
+    m.name: m
+    for m in (
+        Machine("dgx-a100", 8, 80 * GB, 312e12, 2039 * GB, Link(3e-6, 1 / (300 * GB)), Link(1e-5, 1 / (25 * GB)), 108),
+        Machine("dgx-h100", 8, 80 * GB, 989e12, 3350 * GB, Link(3e-6, 1 / (450 * GB)), Link(1e-5, 1 / (50 * GB)), 132),
+        # One PC: two cards of 24 GB on PCIe 4, and 10-gigabit Ethernet to the next.
+        Machine("pc", 2, 24 * GB, 165e12, 1008 * GB, Link(2e-5, 1 / (31 * GB)), Link(5e-5, 1 / (1.25 * GB)), 128),
+    )
+}
+
+
+def measured(path: str) -> Machine:
+    """The machine that a topology file describes.
+
+    Raises:
+        ValueError: the file cannot be read, or lacks what a planner needs.
+    """
+    use = "use the --json of cluster/topology.py"
+    try:
+        found = json.loads(Path(path).read_text())
+        domains, alpha, beta = found["domains"], found["alpha"], found["beta"]
+        place = {rank: i for i, ranks in enumerate(domains) for rank in ranks}
+        pairs = [(a, b) for a in place for b in place if a != b]
+        near = [(float(alpha[a][b]), float(beta[a][b])) for a, b in pairs if place[a] == place[b]]
+        far = [(float(alpha[a][b]), float(beta[a][b])) for a, b in pairs if place[a] != place[b]]
+    except OSError as error:
+        raise ValueError(f"--machine {path}: {error.strerror}; {use}, or one of {', '.join(PRESETS)}") from None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"--machine {path}: no topology ({error!r}); {use}") from None
+    node = min(map(len, domains), default=0)
+    if not pairs or node < 1:
+        raise ValueError(f"--machine {path}: has fewer than two ranks; {use} on two or more")
+    inside, outside = (
+        Link(*(median(each) for each in zip(*links, strict=True))) for links in (near or far, far or near)
+    )
+    return Machine(
+        Path(path).stem,
+        node,
+        found.get("memory") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(place),
+        found.get("flops") or _flops(),
+        found.get("memory_bandwidth") or _bandwidth(),
+        inside,
+        outside,
+    )
+
+
+def _flops() -> float:
+    """FLOP/s of one thread here in a matrix product in float32, the best of a few."""
+    x = torch.ones(512, 512)
+    return 2 * 512**3 / _fastest(lambda: x @ x)
+
+
+def _bandwidth() -> float:
+    """Bytes/s of one thread here: a copy reads and writes."""
+    x = torch.ones(2**24)
+    y = torch.empty_like(x)
+    return 2 * 4 * 2**24 / _fastest(lambda: y.copy_(x))
+
+
+def _fastest(work: object) -> float:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    taken = []
+    for _ in range(5):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return min(taken)

@@ -1,0 +1,67 @@
+"""Lecture 03: which layouts can be run, and why the others cannot (大模型并行与 GPU 集群配置).
+
+    python -m cluster.rules --model gpt3-175b --machine dgx-a100 --world 64 --batch 512 --tp 3 --pp 2
+
+`rulebook.py` has the rules. `check` is what a training calls before any process group exists; `explain` says which
+rules hold, and what would do instead of a layout that breaks one.
+"""
+
+import sys
+
+from tabulate import tabulate
+
+from cluster.hardware import Machine
+from cluster.layout import Layout
+from cluster.models import Model
+from cluster.options import asked, parser
+from cluster.rulebook import FIRST, RULES, Case, Rule, broken
+from cluster.search import nearest
+
+
+def check(
+    layout: Layout, model: Model, machine: Machine | None = None, world: int | None = None, batch: int | None = None
+) -> None:
+    """Raises ValueError, with the flags, the reason and a layout that works, unless every rule but advice holds."""
+    case = Case(layout, model, machine, world, batch)
+    if failing := broken(case):
+        raise ValueError(f"{failing[0].message(case)}; {instead(case)}")
+
+
+def instead(case: Case) -> str:
+    """What to use in place of a layout that breaks a rule, in words."""
+    found = nearest(case)
+    if found is None:
+        return f"no layout of {case.model.name} has {case.world or case.layout.ranks} ranks; use another --world"
+    return f"use {found}" + (f" --batch {found.batch}" if case.batch not in (None, found.batch) else "")
+
+
+def explain(case: Case) -> str:
+    """A table of all rules, what is wrong, and what to use instead."""
+    failing, sizes = broken(case, advice=True), case.sizes()
+
+    nonsense = any(rule in failing for rule in RULES[:FIRST])  # then the others have not been asked
+
+    def verdict(rule: Rule) -> str:
+        if rule in failing:
+            return "advice" if rule.advice else "NO"
+        return "?" if nonsense else "yes"
+
+    rows = [(rule.name, verdict(rule), rule.condition, rule.reason.format_map(sizes), rule.source) for rule in RULES]
+    header, widths = ("rule", "holds", "condition", "reason", "source"), (None, None, 36, 44, 26)
+    said = [f"{'slow' if rule.advice else 'refused'}: {rule.message(case)}" for rule in failing] or ["every rule holds"]
+    said += [instead(case)] * bool(failing)
+    return "\n".join([str(case.layout), tabulate(rows, header, maxcolwidths=widths, disable_numparse=True), *said])
+
+
+def main() -> int:
+    try:
+        case = asked(parser("rules", "Which rules a layout keeps, which it breaks, and what would do.").parse_args())
+        print(explain(case))
+    except ValueError as error:
+        print(f"cluster/rules.py: {error}", file=sys.stderr)
+        return 2
+    return 2 if broken(case) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

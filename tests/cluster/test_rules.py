@@ -1,0 +1,274 @@
+"""The rules as data: the lessons refuse the same configurations for the same reasons, and what is suggested works."""
+
+import argparse
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import core.training
+import pipeline.stages
+import pipeline.training
+import sequence_parallel.layers
+import zero.training
+from cluster import rules
+from cluster.hardware import PRESETS as MACHINES
+from cluster.layout import FOLDED, SCHEDULES, Layout, add_flags
+from cluster.layout import given as decided
+from cluster.models import PRESETS, of_gpt
+from cluster.options import asked, parser
+from cluster.rulebook import RULES, Case, Rule, broken, keeps_all
+from cluster.rules import check, explain, nearest
+from core.gpt import GPTConfig
+from core.lesson import Lesson
+from core.mesh import axis_sizes
+
+BY_NAME = {rule.name: rule for rule in RULES}
+GPT = of_gpt(GPTConfig())
+
+
+def lesson_args(**sizes: object) -> Namespace:
+    """The arguments of a lesson that trains the GPT, with these."""
+    lesson = Lesson("pipeline/x.py", "07", "", "", "")
+    core.training.add_model_flags(lesson)
+    usual = vars(lesson.parser.parse_args([])) | {"microbatches": 1, "bucket": 64, "chunks": 2, "schedule": "dualpipe"}
+    return Namespace(**(usual | sizes))
+
+
+def case(layout: Layout, args: Namespace | None = None, **more: object) -> Case:
+    args = args or lesson_args()
+    sizes = {"layers": args.layers, "hidden": args.hidden, "heads": args.heads, "sequence": args.sequence}
+    sizes |= {
+        "feed_forward": args.feed_forward or 4 * args.hidden,
+        "head_size": args.hidden // args.heads,
+        "kv_heads": 0,
+    }
+    sizes |= {"attention": args.attention, "dropout": args.dropout > 0}
+    return Case(layout, replace(GPT, **sizes), **more)
+
+
+Pair = tuple[Case, Callable[[], object]]
+
+
+def cut_by_heads() -> Iterator[Pair]:
+    for heads, f, t in product((2, 4, 8), (64, 96, 100), (2, 3, 4)):
+        args = lesson_args(heads=heads, feed_forward=f)
+        yield case(Layout(tp=t), args), lambda a=args, t=t: core.training.check_cuts(a, t)
+
+
+def cut_by_sequence() -> Iterator[Pair]:
+    for sequence, t in product((48, 64, 100), (2, 4, 8)):
+        args = lesson_args(sequence=sequence, heads=8)
+        yield case(Layout(tp=t, sp=True), args), lambda a=args, t=t: sequence_parallel.layers.check(a, t)
+
+
+def one_rank_of_sp() -> Iterator[Pair]:
+    for t in (1, 2):
+        yield case(Layout(tp=t, sp=True)), lambda t=t: sequence_parallel.layers.check(lesson_args(), t)
+
+
+def layers() -> Iterator[Pair]:
+    for n, p, v in product((4, 6, 8, 12), (2, 3, 4), (1, 2)):
+        layout = Layout(pp=p, v=v, schedule="interleaved" if v > 1 else "1f1b", microbatches=8)
+        yield case(layout, lesson_args(layers=n)), lambda n=n, s=p * v, v=v: pipeline.stages.check_layers(n, s, v)
+
+
+def batches() -> Iterator[Pair]:
+    for batch, n, m in product((8, 12, 16), (1, 2, 3), (1, 2, 4)):
+        args = lesson_args(batch=batch, microbatches=m)
+        layout = Layout(dp=n, microbatches=m, microbatch=max(1, batch // (n * m)))
+        yield case(layout, args, batch=batch), lambda a=args, n=n: zero.training.check(a, n)
+
+
+def no_microbatch() -> Iterator[Pair]:
+    for m in (0, 1):
+        yield case(Layout(microbatches=m)), lambda m=m: pipeline.training.check(lesson_args(microbatches=m), 2)
+
+
+def axes() -> Iterator[Pair]:
+    for world, tp, dp, pp in product((4, 8), (0, 1, 2), (1, 2), (2, 4)):
+        layout = Layout(tp=tp, dp=dp, pp=pp, microbatches=8)
+        yield case(layout, world=world), lambda w=world, t=tp, d=dp, p=pp: axis_sizes(w, tp=t, dp=d, pp=p)
+
+
+def experts() -> Iterator[Pair]:
+    for dp, ep, etp in product((2, 4, 6), (1, 2, 4), (1, 2)):
+        layout = Layout(dp=dp, ep=ep, etp=etp)
+        moe = replace(GPT, experts=8, top_k=2)
+        yield Case(layout, moe), lambda d=dp, e=ep, x=etp: axis_sizes(d, dp=d, ep=e, etp=x)
+
+
+def dualpipes() -> Iterator[Pair]:
+    from pipeline import dualpipe
+
+    for name, p, m in product(("dualpipe", "dualpipev"), (2, 3, 4), (4, 6, 7, 8, 9, 16)):
+        args = lesson_args(schedule=name, microbatches=m, layers=24, batch=m)
+        layout = Layout(pp=p, v=1 + (name in FOLDED), schedule=name, microbatches=m)
+        yield case(layout, args), lambda a=args, p=p: dualpipe.check(a, p)
+
+
+def models() -> Iterator[Pair]:
+    for heads, dropout, attention in product((3, 4), (0.0, 0.1), ("sdpa", "softmax")):
+        args = lesson_args(heads=heads, dropout=dropout, attention=attention)
+        yield case(Layout(), args), lambda a=args: core.training.configuration(a)
+
+
+def stages_of_a_rank() -> Iterator[Pair]:
+    from pipeline import interleaved
+
+    for v in (0, 2):
+        args, layout = lesson_args(chunks=v), Layout(pp=2, v=v, schedule="interleaved", microbatches=2)
+        yield case(layout, args), lambda a=args: interleaved.check(a, 2)
+
+
+def cp_lessons() -> Iterator[Pair]:
+    context, hybrid = (import_module(f"sequence_parallel.{name}") for name in ("context", "hybrid"))
+    for c, u, heads, sequence, attention in product((2, 4), (1, 2, 3, 4), (4, 6), (48, 60, 64), ("sdpa", "softmax")):
+        args = lesson_args(heads=heads, hidden=96, sequence=sequence, attention=attention)
+
+        def lesson(args: Namespace = args, c: int = c, u: int = u) -> None:
+            context.check(args, u, hybrid.pieces_of(c, u))
+
+        yield case(Layout(cp=c, ulysses=u), args), lesson
+
+
+LESSONS = {
+    "tensor parallelism": (cut_by_heads, {"tp: heads", "tp: feed-forward"}),
+    "sequence parallelism": (cut_by_sequence, {"sp: sequence"}),
+    "sequence parallelism, one rank": (one_rank_of_sp, {"sp: tp"}),
+    "stages": (layers, {"pp: layers"}),
+    "data parallelism": (batches, {"batch"}),
+    "no microbatch": (no_microbatch, {"microbatches"}),
+    "mesh": (axes, {"axes", "ranks"}),
+    "mesh, experts": (experts, {"experts: ranks"}),
+    "dualpipe": (dualpipes, {"dualpipe: ranks", "dualpipe: microbatches", "dualpipev: microbatches"}),
+    "model": (models, {"heads", "dropout"}),
+    "interleaved": (stages_of_a_rank, {"stages a rank"}),
+}
+if Path(sequence_parallel.layers.__file__).with_name("hybrid.py").exists():
+    LESSONS["context parallelism"] = (cp_lessons, {"cp: attention", "cp: ulysses", "cp: heads", "cp: sequence"})
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_the_lesson_refuses_the_same_for_the_same_reason(name: str) -> None:
+    pairs, about = LESSONS[name]
+    seen: set[str] = set()
+    kept = 0
+    for asked_for, lesson in pairs():
+        failing = [rule for rule in broken(asked_for) if rule.name in about]
+        if not failing:
+            lesson()  # refuses nothing that the rules allow
+            kept += 1
+            continue
+        with pytest.raises(ValueError) as refusal:
+            lesson()
+        reasons = [rule.reason.format_map(asked_for.sizes()) for rule in failing]
+        assert any(reason in str(refusal.value) for reason in reasons), f"{refusal.value} has none of {reasons}"
+        seen |= {rule.name for rule in failing}
+    assert seen == about, "every rule was broken by something"
+    assert kept, "and not by everything"
+
+
+BROKEN = {
+    "axes": Layout(tp=0), "stages a rank": Layout(v=0), "microbatches": Layout(microbatches=0),
+    "tp: heads": Layout(tp=3), "tp: key heads": Layout(tp=16), "tp: feed-forward": Layout(tp=32),
+    "tp: fast links": Layout(tp=16), "sp: tp": Layout(sp=True), "sp: sequence": Layout(tp=8, sp=True, cp=2048),
+    "cp: ulysses": Layout(cp=4, ulysses=3), "cp: heads": Layout(cp=64, ulysses=64), "cp: sequence": Layout(cp=3),
+    "pp: layers": Layout(pp=5, microbatches=5), "pp: several stages": Layout(v=2, schedule="interleaved"),
+    "pp: schedule": Layout(pp=2, v=2, microbatches=2), "pp: microbatches": Layout(pp=4, microbatches=2),
+    "dualpipe: ranks": Layout(pp=1, schedule="dualpipe", microbatches=2),
+    "dualpipe: microbatches": Layout(pp=4, schedule="dualpipe", microbatches=7),
+    "dualpipev: microbatches": Layout(pp=4, v=2, schedule="dualpipev", microbatches=7),
+    "zero: pp": Layout(pp=2, zero=2, microbatches=2), "experts: ranks": Layout(dp=4, ep=8),
+    "experts: ep": Layout(dp=3, ep=3), "experts: etp": Layout(dp=3, etp=3), "experts: sp": Layout(tp=2, dp=2, ep=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_refused_says_why_and_what_works(name: str) -> None:
+    model = replace(PRESETS["mixtral-8x7b"], feed_forward=14336 + 16)
+    asked_for = Case(BROKEN[name], model, MACHINES["dgx-a100"])
+    assert name in [rule.name for rule in broken(asked_for, advice=True)]
+    found = nearest(asked_for)
+    assert found is not None
+    assert keeps_all(replace(asked_for, layout=found), advice=True)
+    if not BY_NAME[name].advice:
+        with pytest.raises(ValueError, match="; use --tp") as refusal:
+            check(BROKEN[name], model, MACHINES["dgx-a100"])
+        assert str(found) in str(refusal.value)
+    assert "NO" in explain(asked_for) or "advice" in explain(asked_for)
+
+
+sizes = st.sampled_from([1, 1, 2, 3, 4, 8])
+layouts = st.builds(
+    Layout, tp=sizes, cp=sizes, ep=sizes, etp=sizes, pp=sizes, dp=sizes, v=sizes, sp=st.booleans(), ulysses=sizes,
+    schedule=st.sampled_from(SCHEDULES), zero=st.integers(0, 3), microbatch=sizes, microbatches=sizes,
+)  # fmt: skip
+
+
+@given(layouts, st.sampled_from(["gpt3-175b", "mixtral-8x7b", "deepseek-v3", "llama3-405b"]), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_check_refuses_what_breaks_a_rule_and_suggests_what_keeps_all(layout: Layout, name: str, advice: bool) -> None:
+    asked_for = Case(layout, PRESETS[name], MACHINES["dgx-h100"])
+    assert keeps_all(asked_for, advice) == (not broken(asked_for, advice))
+    if not broken(asked_for):
+        check(layout, PRESETS[name], MACHINES["dgx-h100"])
+        assert nearest(asked_for) == layout or broken(asked_for, advice=True), "nothing is nearer than itself"
+        return
+    with pytest.raises(ValueError) as refusal:
+        check(layout, PRESETS[name], MACHINES["dgx-h100"])
+    words = str(refusal.value).partition("; use ")[2].split()
+    if words:
+        args = parser("rules", "").parse_args(["--model", name, *words])
+        assert not broken(asked(args)), f"the suggestion {' '.join(words)} breaks a rule"
+    else:
+        assert "no layout of" in str(refusal.value)
+
+
+@given(layouts)
+@settings(max_examples=50, deadline=None)
+def test_flags_say_the_layout(layout: Layout) -> None:
+    made = argparse.ArgumentParser()
+    add_flags(made)
+    assert Layout(**decided(made.parse_args(layout.flags()))) == layout
+
+
+def test_every_rule_is_complete() -> None:
+    assert len(BY_NAME) == len(RULES)
+    known = set(case(Layout()).sizes()) | {"min"}
+    for rule in RULES:
+        assert set(compile(rule.condition, "", "eval").co_names) <= known, rule.name
+        assert rule.message(case(Layout()))
+        assert rule.source
+    assert {field.name for field in fields(Rule)} >= {"name", "condition", "reason", "source"}
+
+
+def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def run(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rules", *flags])
+        return rules.main(), *capsys.readouterr()
+
+    code, out, _ = run("--world", "64", "--batch", "512", "--tp", "3", "--pp", "4")
+    assert code == 2
+    assert "refused: --tp 3 --cp 1 --dp 5 --pp 4: tp 3 x cp 1 x dp 5 x pp 4 = 60 ranks, but 64" in out
+    assert out.splitlines()[-1] == "use --tp 4 --pp 4 --dp 4 --microbatches 128"
+    code, out, _ = run("--world", "64", "--batch", "512", "--tp", "8", "--pp", "4")
+    assert code == 0
+    assert out.splitlines()[-1] == "every rule holds"
+    for flags, why in (
+        (("--machine", "nowhere"), "--machine nowhere: No such file"),
+        (("--heads", "0"), "--heads 0: must be at least 1; use --heads 8"),
+        (("--schedule", "zigzag"), "--schedule: invalid choice"),
+        (("--config", "/nowhere"), "--config /nowhere: No such file"),
+    ):
+        code, out, err = run(*flags)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"cluster/rules.py: {why}")
+        assert err.count("\n") == 1
