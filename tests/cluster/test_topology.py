@@ -24,8 +24,10 @@ def test_measured(pool: Pool, tmp_path: Path, ranks: int) -> None:
     report, machine, plot = (tmp_path / name for name in ("report.json", "machine.json", "plot.svg"))
     files = ("--report", str(report), "--json", str(machine), "--plot", str(plot))
     outcome = pool.script(ranks, SCRIPT, "--steps=3", "--largest=262144", *files)
-    assert outcome.codes == [0] * ranks, outcome.out + outcome.err
-    claims = [claim["claim"] for claim in json.loads(report.read_text())["claims"]]
+    assert outcome.codes in ([0] * ranks, [1] * ranks), outcome.out + outcome.err
+    made = json.loads(report.read_text())["claims"]
+    assert all(claim["holds"] for claim in made[:-2]), "all but those on time, for which a busy machine is no place"
+    claims = [claim["claim"] for claim in made]
     assert claims[-2:] == ["error of the line at a size not fitted, median", "pairs that the domains do not explain"]
     assert claims[0] == "CPUs of this process that /sys does not have"
     found = json.loads(machine.read_text())
