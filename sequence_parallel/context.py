@@ -16,7 +16,7 @@ and the gradients of *all* parameters are summed over dp x cp, whatever the size
     model = materialize(parallelize(GPT(config), attention), ...)   # after tensor parallelism, where there is any
     loss = token_loss(model(part(inputs, attention)), part(targets, attention), tokens)
     loss.backward()
-    sum_gradients(model, every)           # or ZeRO: give a stage the axis `every`, and it does the rest
+    sum_gradients(model.parameters(), every)   # or ZeRO: give a stage the axis `every`, and it does the rest
     ...
     attention.close()
 
@@ -25,6 +25,7 @@ B batch, S sequence, H hidden, A heads, K key and value heads (a divisor of A), 
 
 import argparse
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -149,10 +150,14 @@ def parallelize(model: GPT, attention: SequenceAttention) -> GPT:
     return model
 
 
-def sum_gradients(model: nn.Module, axis: Axis) -> None:
-    """Add up the gradients of all parameters over the ranks of `axis`, cp or dp x cp, in one message a data type."""
+def sum_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
+    """Add up gradients over the ranks of `axis`, cp or dp x cp, in one message a data type.
+
+    Args:
+        parameters: all that the ranks of the axis have in common. The same of them must have gradients on every rank.
+    """
     axis = axis.within("gradients")
-    found = [p.grad for p in model.parameters() if p.grad is not None]
+    found = [p.grad for p in parameters if p.grad is not None]
     for dtype in dict.fromkeys(g.dtype for g in found):
         gradients = [g for g in found if g.dtype == dtype]
         flat = comm.all_reduce(torch.cat([g.flatten() for g in gradients]), axis)

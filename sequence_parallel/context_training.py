@@ -52,7 +52,7 @@ def train_with(run: Run, config: GPTConfig, attention: SequenceAttention, axis: 
             logits = model(part(inputs, attention), draw)
         loss = token_loss(logits, part(targets, attention), targets.numel())  # of the tokens of all ranks
         loss.backward()
-        sum_gradients(model, axis)
+        sum_gradients(model.parameters(), axis)
         return loss.detach()
 
     def clip(share: Tensor) -> tuple[float, float]:

@@ -90,7 +90,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
         elif tp.index:
             share = torch.zeros_like(share)  # the same on all ranks of tp
         copies.sum_gradients()
-        context.sum_gradients(stage, cp)
+        context.sum_gradients(stage.parameters(), cp)
         gradients = pieces(stage, lambda p: None if p.grad is None else p.grad.clone())
         once = {id(g) for g in counted_once(stage.parameters(), tp)}
         counted = [g for g in copies.counted_once() if id(g) in once and cp.index == 0]
