@@ -4,7 +4,7 @@ Everything of a GPT but attention treats each token by itself, so a rank can hav
 as always. Attention needs all of them: it is given to `parallelize`, as one of
 
     Ulysses(axis)                        `ulysses.py`: heads in place of tokens while attention is computed
-    RingAttention(axis, device)          `ring_attention.py`: keys and values travel round the ranks
+    RingAttention(axis, device)          `ring.py`: keys and values travel round the ranks
     context_parallel(axis, ...)          `hybrid.py`: either, or both in one
 
 It must also be told which tokens are here. To everything else cp is like dp: ranks with the same parameters have seen
@@ -13,12 +13,15 @@ and the gradients of *all* parameters are summed over dp x cp, whatever the size
 
     cp, every = mesh["cp"], mesh.joined("cp", "dp")
     attention = context_parallel(cp, device, ulysses=2)
-    model = materialize(parallelize(GPT(config), attention), ...)   # after tensor parallelism, where there is any
+    model = materialize(parallelize(GPT(config), attention), ...)  # after tensor parallelism, where there is any
     loss = token_loss(model(part(inputs, attention)), part(targets, attention), tokens)
     loss.backward()
-    sum_gradients(model.parameters(), every)   # or ZeRO: give a stage the axis `every`, and it does the rest
+    sum_gradients(model.parameters(), every)  # or ZeRO: give a stage the axis `every`, and it does the rest
     ...
     attention.close()
+
+Between the stages of a pipeline travels (B, S/c, H). After the sum all ranks of the axis have the same gradients: the
+global norm counts one of them. The shares of the loss add up over all.
 
 B batch, S sequence, H hidden, A heads, K key and value heads (a divisor of A), D head size, c ranks of the axis
 """
