@@ -105,6 +105,20 @@ def check_cuts(args: argparse.Namespace, ranks: int, sequence: bool = False) -> 
     )
 
 
+def sum_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
+    """Add up gradients over the ranks, in one message a data type.
+
+    Args:
+        parameters: what the ranks of the axis have in common. The same of them must have gradients on every rank.
+    """
+    found = [p.grad for p in parameters if p.grad is not None]
+    for dtype in dict.fromkeys(g.dtype for g in found):
+        gradients = [g for g in found if g.dtype == dtype]
+        flat = comm.all_reduce(torch.cat([g.flatten() for g in gradients]), axis)
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
 def norm_and_totals(counted: Iterable[Tensor], axes: Sequence[Axis], more: Tensor) -> tuple[float, list[float]]:
     """The norm of the whole model's gradient, and what else is to be summed over the ranks, in one message an axis.
 

@@ -19,6 +19,7 @@ from core import comm
 from core.gpt import GPT
 from core.mesh import Axis
 from core.shards import shard
+from core.training import sum_gradients
 from expert_parallel.experts import Experts, GroupedLinear
 from expert_parallel.gating import Choice, Spread
 from expert_parallel.moe import MoE, order_of, permute, unpermute
@@ -230,15 +231,6 @@ def sum_expert_gradients(model: nn.Module, edp: Axis, etp: Axis) -> None:
     """
     sum_gradients([module.down.bias for module in model.modules() if isinstance(module, Experts)], etp)
     sum_gradients(expert_parameters(model), edp)
-
-
-def sum_gradients(parameters: list[nn.Parameter], axis: Axis) -> None:
-    """Add up over the ranks, in one message."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients and axis.size > 1:
-        flat = comm.all_reduce(torch.cat([g.flatten() for g in gradients]), axis)
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
 
 
 def counted_once(model: nn.Module, edp: Axis, etp: Axis) -> list[Tensor]:

@@ -19,7 +19,16 @@ from core.lesson import Lesson, Run
 from core.mesh import Mesh
 from core.oracle import TOLERANCE, Oracle, relative_difference
 from core.seeded import Draw
-from core.training import Comparison, Layout, add_model_flags, check_model, clip_and_total, configuration, train
+from core.training import (
+    Comparison,
+    Layout,
+    add_model_flags,
+    check_model,
+    clip_and_total,
+    configuration,
+    sum_gradients,
+    train,
+)
 from expert_parallel.gating import DROPS, SCORES, Choice, Routing, Spread, end_step, routers
 from expert_parallel.layers import (
     DISPATCHERS,
@@ -27,7 +36,6 @@ from expert_parallel.layers import (
     expert_parameters,
     parallelize,
     sum_expert_gradients,
-    sum_gradients,
 )
 from expert_parallel.moe import MoEConfig, to_moe
 

@@ -4,7 +4,7 @@ Everything of a GPT but attention treats each token by itself, so a rank can hav
 as always. Attention needs all of them: it is given to `parallelize`, as one of
 
     Ulysses(axis)                        `ulysses.py`: heads in place of tokens while attention is computed
-    RingAttention(axis, device)          `ring_attention.py`: keys and values travel round the ranks
+    RingAttention(axis, device)          `ring.py`: keys and values travel round the ranks
     context_parallel(axis, ...)          `hybrid.py`: either, or both in one
 
 It must also be told which tokens are here. To everything else cp is like dp: ranks with the same parameters have seen
@@ -13,12 +13,15 @@ and the gradients of *all* parameters are summed over dp x cp, whatever the size
 
     cp, every = mesh["cp"], mesh.joined("cp", "dp")
     attention = context_parallel(cp, device, ulysses=2)
-    model = materialize(parallelize(GPT(config), attention), ...)   # after tensor parallelism, where there is any
+    model = materialize(parallelize(GPT(config), attention), ...)  # after tensor parallelism, where there is any
     loss = token_loss(model(part(inputs, attention)), part(targets, attention), tokens)
     loss.backward()
-    sum_gradients(model, every)           # or ZeRO: give a stage the axis `every`, and it does the rest
+    sum_gradients(model.parameters(), every)  # core.training; or ZeRO: give a stage the axis `every`, and it does the rest
     ...
     attention.close()
+
+Between the stages of a pipeline travels (B, S/c, H). After the sum all ranks of the axis have the same gradients: the
+global norm counts one of them. The shares of the loss add up over all.
 
 B batch, S sequence, H hidden, A heads, K key and value heads (a divisor of A), D head size, c ranks of the axis
 """
@@ -26,13 +29,10 @@ B batch, S sequence, H hidden, A heads, K key and value heads (a divisor of A), 
 import argparse
 from abc import ABC, abstractmethod
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from core import comm
 from core.gpt import GPT
 from core.ledger import VirtualClock
-from core.mesh import Axis
 
 NO_MATRIX = (
     "--attention {}: cp computes attention in its own way, without the whole matrix of scores and without dropout; "
@@ -147,14 +147,3 @@ def parallelize(model: GPT, attention: SequenceAttention) -> GPT:
             lambda _, here: (attention.positions(here[0].numel() * attention.ranks).to(here[0].device),)
         )
     return model
-
-
-def sum_gradients(model: nn.Module, axis: Axis) -> None:
-    """Add up the gradients of all parameters over the ranks of `axis`, cp or dp x cp, in one message a data type."""
-    axis = axis.within("gradients")
-    found = [p.grad for p in model.parameters() if p.grad is not None]
-    for dtype in dict.fromkeys(g.dtype for g in found):
-        gradients = [g for g in found if g.dtype == dtype]
-        flat = comm.all_reduce(torch.cat([g.flatten() for g in gradients]), axis)
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))

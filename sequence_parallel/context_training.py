@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -21,71 +21,69 @@ from core.mesh import Axis
 from core.oracle import Oracle, worst_difference
 from core.seeded import Draw, generator
 from core.shards import counted_once
-from core.training import Comparison, Layout, claim_whole_parameters, clip_and_total, train
-from sequence_parallel.context import SequenceAttention, parallelize, part, sum_gradients
+from core.training import Comparison, Layout, claim_whole_parameters, clip_and_total, sum_gradients, train
+from sequence_parallel.context import SequenceAttention, parallelize, part
 
 Sent = dict[tuple[str, str], Traffic]
 # From dense attention of the same type. In bfloat16 each rounds several times, every time by up to 2^-8 = 0.004.
 DIFFERENCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def train_with(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> tuple[GPT, Comparison, Ledger]:
-    """Train with the sequence cut over `axis`, beside one process.
+@dataclass
+class Trained:
+    """A rank's model after the training, and what this rank has sent."""
 
-    Returns:
-        the model, its differences from one process, on rank 0, and what was sent in the forward passes.
-    """
-    args, job, forward = run.args, run.job, Ledger()
+    model: GPT
+    worst: Comparison  # filled on rank 0
+    forward: Ledger
+    total: Ledger
+
+
+def train_with(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> Trained:
+    """Train with the sequence cut over `axis`, beside one process."""
+    args, job, forward, both = run.args, run.job, Ledger(), Ledger()
     run.mesh = {"cp": axis.size}
     model = materialize(parallelize(GPT(config), attention), args.seed, job.device, run.dtype)
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
     oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
 
     def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
-        with axis.ledger.also(forward):
+        with both.also(forward):
             logits = model(part(inputs, attention), draw)
         loss = token_loss(logits, part(targets, attention), targets.numel())  # of the tokens of all ranks
         loss.backward()
-        sum_gradients(model, axis)
+        sum_gradients(model.parameters(), axis.within("gradients"))
         return loss.detach()
 
     def clip(share: Tensor) -> tuple[float, float]:
         return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], args.clip, share)
 
-    worst = train(run, Layout(model, optimizer_of(model.parameters())), oracle, forward_backward, clip)
-    return model, worst, forward
+    with axis.ledger.also(both):
+        worst = train(run, Layout(model, optimizer_of(model.parameters())), oracle, forward_backward, clip)
+    return Trained(model, worst, forward, both)
 
 
-def teach(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> Ledger:
-    """Train, and claim that it equals one process, that the ranks stay one, and what summing the gradients sends.
-
-    Returns:
-        what was sent in the forward passes.
-    """
-    model, worst, forward = train_with(run, config, attention, axis)
+def teach(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> Trained:
+    """Train, and claim that it equals one process, that the ranks stay one, and what summing the gradients sends."""
+    trained = train_with(run, config, attention, axis)
     if run.job.rank == 0:
-        worst.claim(run)
-    claim_whole_parameters(run, model)
-    claim_gradients(run, model, axis)
-    return forward
-
-
-def claim_gradients(run: Run, model: nn.Module, axis: Axis) -> None:
-    """All parameters' gradients, over all ranks, once a step."""
-    everyone = run.job.gather(axis.ledger.traffic["all-reduce", f"{axis.name} gradients"].elements / run.args.steps)
+        trained.worst.claim(run)
+    claim_whole_parameters(run, trained.model)
+    everyone = run.job.gather(trained.total.traffic["all-reduce", f"{axis.name} gradients"].elements / run.args.steps)
     if everyone:
-        size, c = sum(p.numel() for p in model.parameters()), axis.size
+        size, c = sum(p.numel() for p in trained.model.parameters()), axis.size
         expected = 2 * (c - 1) / c * size
         formula = f"2Ψ(c-1)/c = {expected:,.0f}, Ψ = {size:,}"
         run.evidence.on_ranks("elements sent to sum all gradients, a step", formula, expected, everyone, 1e-9 * size)
+    return trained
 
 
 class Layer:
     """What each rank has sent for a layer in a step of the training; on rank 0."""
 
-    def __init__(self, run: Run, config: GPTConfig, axis: Axis, forward: Ledger):
+    def __init__(self, run: Run, config: GPTConfig, trained: Trained):
         self.run, self.times = run, config.layers * run.args.steps
-        self.everyone: list[tuple[Sent, Sent]] = run.job.gather((forward.traffic, axis.ledger.traffic))
+        self.everyone: list[tuple[Sent, Sent]] = run.job.gather((trained.forward.traffic, trained.total.traffic))
 
     def claim(self, claim: str, formula: str, expected: float, names: Collection[str], backward: bool = False,
               messages: bool = False) -> list[float]:  # fmt: skip

@@ -78,7 +78,7 @@ def lesson(run: Run) -> None:
     b, s, h, a = run.args.batch, run.args.sequence, config.hidden, config.heads
     show_ranks(run, attention)
 
-    layer = Layer(run, config, axis, teach(run, config, attention, axis))
+    layer = Layer(run, config, teach(run, config, attention, axis))
     part, switch, kv, gradients = b * s * h / c, ("all-to-all",), (f"send {KV}",), (f"send {GRADIENTS}",)
     inside, across = 4 * part * (c1 - 1) / c1, 2 * part * (c2 - 1)
     layer.claim("all-to-alls of a layer, forward", "4 where c1 > 1", 4 * (c1 > 1), switch, messages=True)

@@ -22,7 +22,7 @@ from core.gpt import GPT, Block
 from core.linear import Gradients, deferring, linear
 from core.mesh import Axis
 from core.shards import shard, shard_of
-from core.training import check_cuts
+from core.training import check_cuts, sum_gradients
 
 SEQUENCE = 1  # the dimension of (B, S, ...) that is cut
 
@@ -181,8 +181,4 @@ def sum_whole_gradients(model: GPT, axis: Axis) -> None:
 
     Each rank has seen its own tokens only, so each has a part of the sum. One all-reduce for all of them.
     """
-    partial = [p.grad for p in model.parameters() if p.grad is not None and shard_of(p) is None]
-    if partial:
-        flat = comm.all_reduce(torch.cat([g.flatten() for g in partial]), axis.within("whole gradients"))
-        for gradient, total in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
-            gradient.copy_(total.view_as(gradient))
+    sum_gradients((p for p in model.parameters() if shard_of(p) is None), axis.within("whole gradients"))

@@ -162,7 +162,7 @@ def claim_training(run: Run, config: GPTConfig, axis: Axis) -> None:
         run.reference_losses.clear()
         run.training_seconds, run.tokens = 0.0, 0
         attention = context_parallel(axis, run.job.device, c1)
-        _, worst[name], _ = train_with(run, config, attention, axis)
+        worst[name] = train_with(run, config, attention, axis).worst
         attention.close()
     if run.job.rank == 0:
         tolerance, each = TOLERANCE[run.dtype], run.evidence.each

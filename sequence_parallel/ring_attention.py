@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from core.ledger import Event, Ledger
 from core.lesson import Lesson, Run
-from core.mesh import Axis, Mesh
+from core.mesh import Mesh
 from core.plot import bars
 from core.training import add_model_flags, check_model, configuration
 from sequence_parallel.context import check
@@ -41,8 +41,12 @@ def lesson(run: Run) -> None:
     rings = {name: RingAttention(axis, run.job.device, zigzag=name == "zigzag") for name in PLACEMENTS}
     ring = rings[run.args.placement]
     b, s, h, a, c = run.args.batch, run.args.sequence, config.hidden, config.heads, axis.size
+    shape = Shape(b, a, a, s, h // a)
+    found = {name: run.job.gather(measure(run, each, axis, shape, run.dtype)) for name, each in rings.items()}
+    for name, each in rings.items():
+        show_work(run, name, run.job.gather(spans(each.positions(s))), found[name])
 
-    layer = Layer(run, config, axis, teach(run, config, ring, axis))
+    layer = Layer(run, config, teach(run, config, ring, axis))
     once, kv, gradients = 2 * b * s // c * h * (c - 1), (f"send {KV}",), (f"send {GRADIENTS}",)
     formula = f"2b(s/c)h(c-1) = {once:,}"
     layer.claim("messages of a layer, forward", f"c-1 = {c - 1}, K with V", c - 1, kv, messages=True)
@@ -50,10 +54,6 @@ def lesson(run: Run) -> None:
     layer.claim("elements of a layer, forward", formula, once, kv)
     layer.claim("elements of K and V, backward", formula, once, kv, backward=True)
     layer.claim("elements of their gradients, backward", formula, once, gradients, backward=True)
-
-    shape = Shape(b, a, a, s, h // a)
-    found = {name: run.job.gather(measure(run, ring, axis, shape, run.dtype)) for name, ring in rings.items()}
-    show_placement(run, rings, axis)
     if run.job.rank == 0:
         claim_memory(run, found[run.args.placement], shape, c)
         claim_work(run, found, c)
@@ -66,12 +66,6 @@ def lesson(run: Run) -> None:
     claim_difference(run, "bfloat16", ring, axis, shape, torch.bfloat16)
     for each in rings.values():
         each.close()
-
-
-def show_placement(run: Run, rings: dict[str, RingAttention], axis: Axis) -> None:
-    for name, ring in rings.items():
-        everyone = run.job.gather(spans(ring.positions(run.args.sequence)))
-        run.say(f"\n{name}: tokens of " + ", ".join(f"rank {rank} {tokens}" for rank, tokens in enumerate(everyone)))
 
 
 def claim_memory(run: Run, everyone: list[Measured], shape: Shape, c: int) -> None:
@@ -87,30 +81,37 @@ def claim_memory(run: Run, everyone: list[Measured], shape: Shape, c: int) -> No
 # ---- Who computes what, and when -------------------------------------------------------------------------------------
 
 
-def work(events: list[Event], c: int) -> list[float]:
-    """The cost of each step."""
-    costs = {int(e.label.split()[1]): e.end[0] - e.start[0] for e in events if e.label.startswith("block")}
+def work(measured: Measured, c: int) -> list[float]:
+    """What was computed in each step of the forward."""
+    blocks = [event for event in measured.ahead if event.label.startswith("block")]
+    costs = {int(event.label.split()[1]): event.end[0] - event.start[0] for event in blocks}
     return [costs.get(step, 0.0) for step in range(c)]
+
+
+def show_work(run: Run, name: str, tokens: list[str], everyone: list[Measured]) -> None:
+    c = len(everyone)
+    ranks = [work(each, c) for each in everyone]
+    rows = [(r, tokens[r], *steps, sum(steps)) for r, steps in enumerate(ranks)]
+    head = ("rank", "tokens", *(f"step {step}" for step in range(c)), "all")
+    run.say(f"{name}: what is computed in forward, in blocks of (s/c, s/c) scores; the mask halves the first")
+    run.say(tabulate(rows, head, floatfmt="g", colalign=("right", "left")) + "\n")
 
 
 def claim_work(run: Run, found: dict[str, list[Measured]], c: int) -> None:
     """The work of each rank in each step, as recorded, and how long all of it takes where messages take no time."""
-    units, ends = {}, {}
-    for name, everyone in found.items():
-        units[name] = [work(each.ahead, c) for each in everyone]
-        ends[name] = max(event.end[0] for each in everyone for event in each.ahead + each.back)
-        rows = [(f"rank {rank}", *steps, sum(steps)) for rank, steps in enumerate(units[name])]
-        run.say(f"\n{name}: forward work in blocks of (s/c, s/c) scores; causal halves the first")
-        run.say(tabulate(rows, ("", *(f"step {step}" for step in range(c)), "all"), floatfmt="g"))
+    units = {name: [work(each, c) for each in everyone] for name, everyone in found.items()}
+    ends = {name: max(event.end[0] for each in everyone for event in each.ahead + each.back)
+            for name, everyone in found.items()}  # fmt: skip
     each, claim = run.evidence.each, run.evidence.claim
-    total, later = [sum(steps) for steps in units["contiguous"]], [w for steps in units["zigzag"] for w in steps]
-    each("contiguous: blocks of work of a rank", "r + 1/2 on rank r",
-         [(f"contiguous: blocks, rank {r}", r + 0.5, found) for r, found in enumerate(total)])  # fmt: skip
-    claim("zigzag: blocks of work, least of any rank and step", "1/2", 0.5, min(later))
-    claim("zigzag: blocks of work, most of any rank and step", "1/2", 0.5, max(later))
+    cases = [(f"contiguous: blocks, rank {r}", r + 0.5, sum(steps)) for r, steps in enumerate(units["contiguous"])]
+    each("contiguous: blocks of work of a rank", "r + 1/2 on rank r", cases)
+    steps = [blocks for steps in units["zigzag"] for blocks in steps]
+    claim("zigzag: blocks of work, least of any rank and step", "1/2", 0.5, min(steps))
+    claim("zigzag: blocks of work, most of any rank and step", "1/2", 0.5, max(steps))
     for name, formula, blocks in (("contiguous", "c - 1/2", c - 0.5), ("zigzag", "c/2", c / 2)):
-        claim(f"{name}: virtual time, messages free", f"(1 + {BACKWARD})({formula}) = {(1 + BACKWARD) * blocks:g}",
-              (1 + BACKWARD) * blocks, ends[name], 1e-9)  # fmt: skip
+        expected = (1 + BACKWARD) * blocks
+        formula = f"(1 + {BACKWARD})({formula}) = {expected:g}"
+        claim(f"{name}: virtual time, messages free", formula, expected, ends[name], 1e-9)
     claim("contiguous / zigzag", f"2 - 1/c = {2 - 1 / c:g}", 2 - 1 / c, ends["contiguous"] / ends["zigzag"], 1e-9)
     if run.args.plot:
         columns = {name: [sum(steps) for steps in ranks] for name, ranks in units.items()}

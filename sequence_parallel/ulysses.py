@@ -105,7 +105,7 @@ def lesson(run: Run) -> None:
     b, s, h, a, c = run.args.batch, run.args.sequence, config.hidden, config.heads, axis.size
     show_shapes(run, attention, (b, a, s, h // a))
 
-    layer = Layer(run, config, axis, teach(run, config, attention, axis))
+    layer = Layer(run, config, teach(run, config, attention, axis))
     whole, switch = b * s * h / c * (c - 1) / c, ("all-to-all",)
     layer.claim("all-to-alls of a layer, forward", "4: Q, K, V and the output", 4 * (c > 1), switch, messages=True)
     layer.claim("all-to-alls, backward", "4", 4 * (c > 1), switch, backward=True, messages=True)

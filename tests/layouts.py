@@ -21,7 +21,7 @@ from core.oracle import Oracle, worst_difference
 from core.seeded import Draw
 from core.shards import Piece, counted_once, join, shard_of
 from core.text import Text
-from core.training import clip_and_total
+from core.training import clip_and_total, sum_gradients
 from expert_parallel.gating import Spread, count_ahead, end_step, routers
 from expert_parallel.moe import MoEConfig, to_moe
 from pipeline.runtime import Pipeline
@@ -69,6 +69,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
         "cpu", Ledger(), 30.0, tp=layout.tp, cp=layout.cp, dp=layout.dp, pp=layout.pp, ep=layout.ep, etp=layout.etp
     )
     tp, cp, dp, pp, edp, etp = (mesh[name] for name in ("tp", "cp", "dp", "pp", "edp", "etp"))
+    data = mesh.joined("cp", "dp")
     topic, loss_of = megatron_tp.layers, megatron_tp.loss.token_loss
     if layout.sequence:
         topic, loss_of = sequence_parallel.layers, sequence_parallel.loss.token_loss
@@ -113,8 +114,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
         copies.sum_gradients()
         of_experts = {*experts.expert_parameters(stage)}
         rest = [p for p in stage.parameters() if p not in of_experts]
-        for axis in (dp, cp):
-            experts.sum_gradients(rest, axis)
+        sum_gradients(rest, data)
         experts.sum_expert_gradients(stage, edp, etp)
         gradients = pieces(stage, lambda p: None if p.grad is None else p.grad.clone())
         once = {id(g) for g in counted_once(rest, tp) if dp.index == cp.index == 0}

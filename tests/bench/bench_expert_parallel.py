@@ -26,8 +26,9 @@ from core.gpt import GPT, GPTConfig, materialize
 from core.launch import Job, choose_device, launch, place
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
+from core.training import sum_gradients
 from expert_parallel.gating import Router, Routing, Spread
-from expert_parallel.layers import parallelize, sum_gradients
+from expert_parallel.layers import parallelize
 from expert_parallel.moe import MoE, MoEConfig, to_moe
 
 DTYPE = torch.float32

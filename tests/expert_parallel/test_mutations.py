@@ -68,8 +68,8 @@ def router_not_summed(topic: str) -> AbstractContextManager:
         return [p for p in parameters if p.shape != (4, 16)]
 
     if topic == "dp":
-        right = layers.sum_gradients
-        return patch.object(layers, "sum_gradients", lambda parameters, axis: right(without(parameters), axis))
+        right = tests.layouts.sum_gradients
+        return patch.object(tests.layouts, "sum_gradients", lambda parameters, axis: right(without(parameters), axis))
     sequence = tests.layouts.sequence_parallel.layers
     summing = sequence.sum_whole_gradients
 

@@ -1,6 +1,6 @@
 """Put each known bug of a cut sequence in, and see which claims fail: a check that cannot fail proves nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import core.training
 from core import comm
@@ -33,15 +33,16 @@ ALL = slice(None)
 
 
 def gradients_are_not_summed_because_dp_is_1() -> AbstractContextManager:
-    return patch.object(context_training, "sum_gradients", lambda model, axis: None)
+    return patch.object(context_training, "sum_gradients", lambda parameters, axis: None)
 
 
 def gradients_are_averaged() -> AbstractContextManager:
     right = context_training.sum_gradients
 
-    def wrong(model: GPT, axis: Axis) -> None:
-        right(model, axis)
-        for p in model.parameters():
+    def wrong(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
+        all_of_them = list(parameters)
+        right(all_of_them, axis)
+        for p in all_of_them:
             p.grad /= axis.size
 
     return patch.object(context_training, "sum_gradients", wrong)
