@@ -16,7 +16,7 @@ and the gradients of *all* parameters are summed over dp x cp, whatever the size
     model = materialize(parallelize(GPT(config), attention), ...)  # after tensor parallelism, where there is any
     loss = token_loss(model(part(inputs, attention)), part(targets, attention), tokens)
     loss.backward()
-    sum_gradients(model.parameters(), every)  # core.training; or ZeRO: give a stage the axis `every`, and it does the rest
+    sum_gradients(model.parameters(), every)  # or ZeRO: a stage with the axis `every` does the rest
     ...
     attention.close()
 
