@@ -122,7 +122,8 @@ def layer_saved(model: Model, layout: Layout, moe: bool, itemsize: int = 2, kind
     if not moe:
         return tokens * (norms + core + inside * model.feed_forward / t * w)
     f = model.expert_feed_forward
-    routed = model.top_k * (2 * h + inside * f / layout.etp) / q + 2 * model.experts / q
+    # An expert's ranks have the rows of all of them; their results go back to each of them, to be weighted.
+    routed = model.top_k * (layout.etp * (h + inside * f / layout.etp) + h) / q + 2 * model.experts / q
     return tokens * (norms + core + (routed + inside * model.shared_experts * f / t) * w)
 
 

@@ -158,7 +158,8 @@ def _rank_times(
         tp = 4 * ring(whole, layout.tp, 1, machine, software)  # an all-reduce for attention and one for the MLP
         cp, cp_back = context(model, layout, attention / speed, machine, software)
         routed = model.top_k * whole / (layout.tp if layout.sp else 1)
-        ep = 2 * moe * all_to_all(routed, layout.ep, layout.etp, machine, software)
+        ep = 2 * all_to_all(routed, layout.ep, layout.etp, machine, software)
+        ep = moe * (ep + 2 * ring(layout.etp * routed, layout.etp, 1, machine, software))
         full = layout.recompute == "full"
         repeated = forward if full else attention * (layout.recompute == "selective")
         f += count * (forward / speed + memory + tp + cp + ep)

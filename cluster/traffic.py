@@ -1,7 +1,7 @@
 """Elements that a rank sends in a step, by axis, as the topics' ledger counts them. Lectures 01, 04 to 09.
 
-Exact for `core.gpt` over tp, pp and dp (`tests/cluster/test_accounts.py`), but for the few numbers of the global norm
-and the padding of ZeRO's buckets. For cp and ep by their papers' formulas, tokens dealt out evenly to the experts.
+Exact for `core.gpt` over tp, cp, pp and dp (`tests/cluster/test_accounts.py`), but for the few numbers of the global
+norm and the padding of ZeRO's buckets. Over ep the mean of all ranks, if tokens choose evenly.
 
 b samples in a microbatch, s sequence, h hidden, t = tp
 """
@@ -19,7 +19,7 @@ def message(model: Model, layout: Layout) -> float:
 
 
 def sent(model: Model, layout: Layout, rank: int = 0) -> dict[str, float]:
-    """Elements that rank `rank` of the pipeline sends in a step over each axis: tp, cp, ep, pp, dp and edp.
+    """Elements that rank `rank` of the pipeline sends in a step over each axis: tp, cp, ep, etp, pp, dp and edp.
 
     dp is the axis of all ranks that sum gradients, dp x cp.
     """
@@ -30,6 +30,7 @@ def sent(model: Model, layout: Layout, rank: int = 0) -> dict[str, float]:
         found["tp"] += m * (dense + moe) * layer_tp(model, layout)
         found["cp"] += m * (dense + moe) * layer_cp(model, layout)
         found["ep"] += m * moe * layer_ep(model, layout)
+        found["etp"] += m * moe * layer_etp(model, layout)
         found["tp"] += m * ends_tp(model, layout, stage)
     if layout.sp:
         own = layout.data if layout.zero else 1  # each rank adds up its part of what dp has summed
@@ -83,10 +84,21 @@ def layer_cp(model: Model, layout: Layout) -> float:
 
 
 def layer_ep(model: Model, layout: Layout) -> float:
-    """Of one layer with experts and microbatch: k copies of a token there and back, forward and backward."""
-    tokens = layout.microbatch * model.sequence / layout.sequence_parts
+    """Of one layer with experts and microbatch (CODE 04): k rows a token there and back, and the same backward."""
     again = layout.recompute == "full"
-    return (4 + 2 * again) * model.top_k * tokens * model.hidden * _others(layout.ep)
+    counts = (1 + again) * model.experts  # that are told before
+    return ((4 + 2 * again) * rows(model, layout) * model.hidden + counts) * _others(layout.ep)
+
+
+def layer_etp(model: Model, layout: Layout) -> float:
+    """Where ranks share an expert's features each needs the rows of the others, and gives them what it made of them."""
+    again = layout.recompute == "full"
+    return (4 + 2 * again) * rows(model, layout) * model.hidden * (layout.etp - 1)
+
+
+def rows(model: Model, layout: Layout) -> float:
+    """Tokens of a rank, each once for every expert it chooses; as many arrive, if they choose evenly."""
+    return model.top_k * layout.microbatch * model.sequence / layout.sequence_parts
 
 
 def messages(layout: Layout, rank: int) -> int:

@@ -147,6 +147,63 @@ if Path(sequence_parallel.layers.__file__).with_name("hybrid.py").exists():
 SPLIT = ("dualpipe", "zb-h1", "zb-v")  # a split backward keeps for W what arrives, at most a layer's worth more
 
 
+def account_of_experts(config: GPTConfig, layout: Layout, top_k: int) -> tuple[int, Account]:
+    """The same of a mixture of experts over dp ranks, in float64."""
+    layers, moe, gating = (import_module(f"expert_parallel.{name}") for name in ("layers", "moe", "gating"))
+    ledger = Ledger()
+    mesh = Mesh("cpu", ledger, 30.0, dp=layout.dp, ep=layout.ep, etp=layout.etp)
+    dp, etp = mesh["dp"], mesh["etp"]
+    routing = gating.Routing(experts=EXPERTS, top_k=top_k, aux=0.0, z=0.0)
+    model = moe.to_moe(GPT(config), moe.MoEConfig(routing))
+    model = layers.parallelize(model, mesh["ep"], etp, gating.Spread((dp,)))
+    materialize(recompute(model, layout.recompute), 0, CPU, FLOAT64)
+    experts = layers.expert_parameters(model)
+    rest = [p for p in model.parameters() if p.requires_grad and all(p is not e for e in experts)]
+    inputs, targets = (t.chunk(dp.size)[dp.index] for t in Text(None, config.sequence).batch(0, 0, layout.batch))
+    saved = SavedActivations([*model.parameters(), inputs, targets])
+    with saved:
+        loss = token_loss(model(inputs, Draw(0, 0, 0)), targets, targets.numel())
+    loss.backward()
+    layers.sum_gradients(rest, dp)
+    layers.sum_expert_gradients(model, mesh["edp"], etp)
+    found: Counter[str] = Counter()
+    for (_, name), entry in ledger.traffic.items():
+        found[name] += entry.elements
+    sizes = {"experts": sum(p.numel() for p in experts), "others": sum(p.numel() for p in rest)}
+    return dp.index, (sizes | {"activations": saved.peak}, dict(found))
+
+
+EXPERTS = 8
+WITH_EXPERTS = (
+    (Layout(dp=8, ep=4, microbatch=2), 2),
+    (Layout(dp=8, ep=2, etp=2, microbatch=2), 2),
+    (Layout(dp=8, ep=8, microbatch=2, recompute="full"), 3),
+)
+
+
+def experts_accounts(config: GPTConfig) -> list[tuple[int, Account]]:
+    return [account_of_experts(config, layout, top_k) for layout, top_k in WITH_EXPERTS]
+
+
+@pytest.mark.skipif(not Path(__file__).parents[2].joinpath("expert_parallel", "layers.py").exists(), reason="not here")
+def test_what_a_rank_with_experts_holds_and_sends(pool: Pool) -> None:
+    """Parameters exactly; what hangs on the router's choice as the mean of all ranks, nearly as if it were even."""
+    config = GPTConfig(**SMALL)
+    model = replace(of_gpt(config), experts=EXPERTS)
+    everyone = pool.run(8, experts_accounts, config)
+    for i, (layout, top_k) in enumerate(WITH_EXPERTS):
+        here = replace(model, top_k=top_k)
+        experts, others = parameters(here, layout)
+        formula = sent(here, layout) | {"experts": experts, "others": others}
+        formula["activations"] = held(here, layout, itemsize=8).activations
+        # The sum of the second biases over etp, once a step.
+        formula["etp"] = formula.get("etp", 0) + here.layers * EXPERTS / layout.ep * here.hidden * (layout.etp > 1)
+        for what, value in formula.items():
+            mean = sum((count | sent_).get(what, 0) for _, (count, sent_) in (rank[i] for rank in everyone)) / 8
+            near = {"activations": 0.05, "ep": 0.1, "etp": 0.01}.get(what, 1e-9)
+            assert mean == pytest.approx(value, rel=near), (layout, what)
+
+
 RUNS = [
     (GPTConfig(**(SMALL | ({"heads": 8} if layout.tp == 8 else {}) | sizes)), layout, (torch.bfloat16, FLOAT64)[i % 2])
     for i, (sizes, layout) in enumerate(CASES.values())

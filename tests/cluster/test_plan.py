@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
@@ -225,6 +226,7 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert len(written["plans"]) == 3
     assert written["torchrun"] in out
     assert written["sbatch"] in out
+    assert subprocess.run(["bash", "-n"], input=written["sbatch"], text=True, check=False).returncode == 0
     words = shlex.split(written["torchrun"])
     assert words[0] == "torchrun"
     best = Layout(**written["plans"][0]["layout"])

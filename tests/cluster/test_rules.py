@@ -139,6 +139,18 @@ def cp_lessons() -> Iterator[Pair]:
         yield case(Layout(cp=c, ulysses=u), args), lesson
 
 
+def moe_lessons() -> Iterator[Pair]:
+    training = import_module("expert_parallel.training")
+    lesson = Lesson("expert_parallel/x.py", "CODE 04", "", "", "")
+    training.add_flags(lesson)
+    training.add_parallel_flags(lesson)
+    usual = vars(lesson.parser.parse_args([]))
+    for ranks, ep, etp, e, k in product((4, 6), (2, 3, 4), (1, 2, 3), (4, 6), (2, 5)):
+        args = Namespace(**(usual | {"ep": ep, "etp": etp, "experts": e, "top_k": k, "batch": 12, "feed_forward": 128}))
+        model = replace(case(Layout(), args).model, experts=e, top_k=k, expert_feed_forward=128)
+        yield Case(Layout(dp=ranks, ep=ep, etp=etp), model), lambda a=args, n=ranks: training.check(a, n)
+
+
 LESSONS = {
     "tensor parallelism": (cut_by_heads, {"tp: heads", "tp: feed-forward"}),
     "sequence parallelism": (cut_by_sequence, {"sp: sequence"}),
@@ -154,6 +166,8 @@ LESSONS = {
 }
 if Path(sequence_parallel.layers.__file__).with_name("hybrid.py").exists():
     LESSONS["context parallelism"] = (cp_lessons, {"cp: attention", "cp: ulysses", "cp: heads", "cp: sequence"})
+if Path(core.training.__file__).parents[1].joinpath("expert_parallel", "training.py").exists():
+    LESSONS["experts"] = (moe_lessons, {"experts: ep", "experts: etp", "experts: top k"})
 
 
 @pytest.mark.parametrize("name", LESSONS)
