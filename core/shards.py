@@ -77,6 +77,7 @@ class Segment:
     first: int
     end: int
     shape: torch.Size
+    within: Shard | None = None  # where that tensor is itself a part
 
 
 class Piece(NamedTuple):
@@ -90,13 +91,13 @@ class Piece(NamedTuple):
 def join(pieces: Iterable[Piece]) -> Iterator[tuple[Hashable, Tensor]]:
     """The whole tensors. What several ranks hold comes several times; what lacks a part does not come at all."""
     parts: dict[tuple[Hashable, Shard], list[list[Tensor]]] = {}  # by what they are parts of
-    segments: dict[Hashable, list[Piece]] = {}
+    segments: dict[tuple[Hashable, Shard | None], list[Piece]] = {}
     for piece in pieces:
         name, value, mark = piece
         if mark is None:
             yield name, value
         elif isinstance(mark, Segment):
-            segments.setdefault(name, []).append(piece)
+            segments.setdefault((name, mark.within), []).append(piece)
         else:
             fellows = parts.setdefault((name, replace(mark, index=0)), [[] for _ in range(mark.count)])
             fellows[mark.index].append(value)
@@ -104,13 +105,13 @@ def join(pieces: Iterable[Piece]) -> Iterator[tuple[Hashable, Tensor]]:
     for (name, mark), copies in parts.items():
         for whole in zip(*copies):  # noqa: B905  a part without its fellows is left out
             larger.append(Piece(name, torch.cat(whole, mark.dim).narrow(mark.dim, 0, mark.size), mark.within))
-    if larger:
-        yield from join(larger)
-    for name, found in segments.items():
+    for (name, within), found in segments.items():
         starts: dict[int, list[Piece]] = {}
         for piece in sorted(found, key=lambda piece: piece.shard.first):
             starts.setdefault(piece.shard.first, []).append(piece)
         for copy in zip(*starts.values()):  # noqa: B905
             shape = copy[0].shard.shape
             if [0, *(piece.shard.end for piece in copy)] == [*(piece.shard.first for piece in copy), shape.numel()]:
-                yield name, torch.cat([piece.value.flatten() for piece in copy]).view(shape)
+                larger.append(Piece(name, torch.cat([piece.value.flatten() for piece in copy]).view(shape), within))
+    if larger:
+        yield from join(larger)

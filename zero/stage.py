@@ -214,7 +214,7 @@ class Stage(ABC):
         """Copies of this rank's parts of `buckets`, by parameter."""
         name = self._names()
         return [
-            Piece(name[m.parameter], part[at : at + end - first].clone(), Segment(first, end, m.parameter.shape))
+            Piece(name[m.parameter], part[at : at + end - first].clone(), _segment(m.parameter, first, end))
             for bucket, part in zip(buckets, parts, strict=True)
             for m, first, end, at in bucket.in_part(self.index)
         ]
@@ -229,7 +229,7 @@ class Stage(ABC):
         name = self._names()
         mine = self.owned if self.shards_optimizer or self.axis.index == 0 else ()
         trained = [
-            Piece(name[e.member.parameter], e.piece.detach(), Segment(e.first, e.end, e.member.parameter.shape))
+            Piece(name[e.member.parameter], e.piece.detach(), _segment(e.member.parameter, e.first, e.end))
             for e in mine
         ]
         inside = {member.name for bucket in self.buckets for member in bucket.members}
@@ -247,13 +247,17 @@ class Stage(ABC):
         name, found = self._names(), []
         for optimizer in self.optimizers:
             for each in optimizer.owned:
-                mark = Segment(each.first, each.end, each.member.parameter.shape)
+                mark = _segment(each.member.parameter, each.first, each.end)
                 for key, value in optimizer.optimizer.state[each.piece].items():
                     found.append(Piece((name[each.member.parameter], key), value, mark if value.dim() else None))
         return found
 
     def _names(self) -> dict[nn.Parameter, str]:
         return {p: name for name, p in self.model.named_parameters()}
+
+
+def _segment(parameter: nn.Parameter, first: int, end: int) -> Segment:
+    return Segment(first, end, parameter.shape, shard_of(parameter))
 
 
 def _listed(parameters: Any) -> list[nn.Parameter]:
