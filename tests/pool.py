@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ class Pool:
         self._context.set_forkserver_preload(["torch", "torch._dynamo", "einops", "tabulate", "tests.pool"])
         self._folder = tempfile.TemporaryDirectory()
         self._workers: list[tuple[Any, Connection]] = []
+        self._store: dist.TCPStore | None = None  # where the workers meet; a file would be polled
         self._calls = 0
 
     def run(self, ranks: int, function: Callable, *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -57,16 +59,17 @@ class Pool:
         Raises:
             WorkerError: a rank raised, or none answered for `timeout` seconds.
         """
+        if self._store is None:
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         while len(self._workers) < LARGEST:
             mine, theirs = self._context.Pipe()
-            process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+            process = self._context.Process(target=_work, args=(theirs, self._store.port), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, mine))
         self._calls += 1
-        store = os.path.join(self._folder.name, str(self._calls))
         for rank in range(ranks):
-            self._workers[rank][1].send((function, args, rank, ranks, store, timeout))
+            self._workers[rank][1].send((function, args, rank, ranks, str(self._calls), timeout))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout
         waiting = {self._workers[rank][1]: rank for rank in range(ranks)}
@@ -141,20 +144,21 @@ class Pool:
         self._folder.cleanup()
 
 
-def _work(connection: Connection) -> None:
+def _work(connection: Connection, port: int) -> None:
     """The life of one worker."""
     import torch
 
     torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
-            function, args, rank, ranks, store, timeout = connection.recv()
+            function, args, rank, ranks, call, timeout = connection.recv()
         except EOFError:
             return
         try:
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(store, ranks),
+                store=dist.PrefixStore(call, store),
                 rank=rank,
                 world_size=ranks,
                 timeout=timedelta(seconds=timeout / 2),
@@ -167,7 +171,14 @@ def _work(connection: Connection) -> None:
         connection.send(answer)
         if not answer[0]:
             time.sleep(timeout)  # killed with the other ranks; leaving first would make them fail too, and hide this
-        dist.destroy_process_group()
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """Gloo takes 10 ms a peer to close its connections, one after another: a thread waits for that."""
+    groups = list(dist.distributed_c10d._world.pg_map)
+    dist.destroy_process_group()
+    threading.Thread(target=groups.clear, daemon=True).start()
 
 
 def _play(script: str, flags: Sequence[str], environment: dict[str, str], log: str) -> None:
