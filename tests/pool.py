@@ -37,6 +37,37 @@ class Outcome:
     seconds: float
 
 
+@dataclass
+class Running:
+    """A lesson under way: several can be at once, where they mostly wait."""
+
+    processes: list[Any]
+    folder: Path
+    began: float
+    timeout: float
+
+    def said(self, stream: str) -> str:
+        """What all ranks have written so far to `out` or `err`."""
+        return "".join((self.folder / f"{rank}.{stream}").read_text() for rank in range(len(self.processes)))
+
+    def join(self, rank: int) -> None:
+        """Wait until the rank has ended, or the time is up."""
+        self.processes[rank].join(max(0.0, self.began + self.timeout - time.monotonic()))
+
+    def end(self) -> Outcome:
+        """Wait until all ranks have ended; raises AssertionError, after killing them, when the time is up."""
+        for rank in range(len(self.processes)):
+            self.join(rank)
+        seconds = time.monotonic() - self.began
+        hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for rank in hung:
+            self.processes[rank].kill()
+            self.processes[rank].join()
+        outcome = Outcome([p.exitcode for p in self.processes], self.said("out"), self.said("err"), seconds)
+        assert not hung, f"ranks {hung} did not end within {self.timeout} s\n{outcome.out}\n{outcome.err}"
+        return outcome
+
+
 class WorkerError(AssertionError):
     """A rank failed; the message holds its traceback."""
 
@@ -89,7 +120,11 @@ class Pool:
                     raise WorkerError(f"rank {rank} of {ranks}:\n{results[rank]}")
         return [results[rank] for rank in range(ranks)]
 
-    def script(
+    def script(self, ranks: int, script: str, *flags: str, **options: Any) -> Outcome:
+        """Run a lesson on `ranks` ranks to its end; the options are those of `start`."""
+        return self.start(ranks, script, *flags, **options).end()
+
+    def start(
         self,
         ranks: int,
         script: str,
@@ -97,13 +132,11 @@ class Pool:
         timeout: float = 90.0,
         torchrun: bool = True,
         started: int | None = None,
-        during: Callable[[list[Any]], None] | None = None,
-    ) -> Outcome:
-        """Run a lesson on `ranks` ranks, with torchrun's environment or as plain python.
+    ) -> "Running":
+        """Start a lesson on `ranks` ranks, with torchrun's environment or as plain python.
 
         Args:
             started: start only the first so many ranks: enough for what happens before any process group exists.
-            during: called with the processes once they run.
         """
         began = time.monotonic()
         port = _free_port()
@@ -116,21 +149,7 @@ class Pool:
             arguments = (script, flags, environment, str(folder / str(rank)))
             processes.append(self._context.Process(target=_play, args=arguments, daemon=True))
             processes[-1].start()
-        if during:
-            during(processes)
-        for process in processes:
-            process.join(max(0.0, began + timeout - time.monotonic()))
-        hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for rank in hung:
-            processes[rank].kill()
-            processes[rank].join()
-
-        def said(stream: str) -> str:
-            return "".join((folder / f"{rank}.{stream}").read_text() for rank in range(len(processes)))
-
-        outcome = Outcome([p.exitcode for p in processes], said("out"), said("err"), time.monotonic() - began)
-        assert not hung, f"ranks {hung} did not end within {timeout} s\n{outcome.out}\n{outcome.err}"
-        return outcome
+        return Running(processes, folder, began, timeout)
 
     def _discard(self) -> None:
         for process, connection in self._workers:
