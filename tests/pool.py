@@ -81,6 +81,7 @@ class Pool:
         self._context.set_forkserver_preload(["torch", "torch._dynamo", "einops", "tabulate", "tests.pool"])
         self._folder = tempfile.TemporaryDirectory()
         self._workers: list[tuple[Any, Connection]] = []
+        self._jobs: list[Running] = []
         self._store: dist.TCPStore | None = None  # where the workers meet; a file would be polled
         self._calls = 0
 
@@ -149,7 +150,8 @@ class Pool:
             arguments = (script, flags, environment, str(folder / str(rank)))
             processes.append(self._context.Process(target=_play, args=arguments, daemon=True))
             processes[-1].start()
-        return Running(processes, folder, began, timeout)
+        self._jobs.append(Running(processes, folder, began, timeout))
+        return self._jobs[-1]
 
     def _discard(self) -> None:
         for process, connection in self._workers:
@@ -160,6 +162,8 @@ class Pool:
 
     def close(self) -> None:
         self._discard()
+        for process in (process for job in self._jobs for process in job.processes):
+            process.kill()  # left by a test that failed
         self._folder.cleanup()
 
 
