@@ -214,7 +214,7 @@ def test_with_torchrun_from_anywhere(tmp_path: Path) -> None:
 
 
 def test_every_rank_refuses_and_one_says_why(pool: Pool, tmp_path: Path) -> None:
-    """With torchrun, and meanwhile without one that would end the ranks that do not speak: they wait for it."""
+    """With torchrun, and meanwhile without: the ranks that do not speak wait for it to end them, but not for ever."""
     alone = pool.start(3, "pipeline/gpipe.py", "--layers", "8")
     began = time.monotonic()
     outcome = torchrun(tmp_path, str(ROOT / "pipeline" / "1f1b.py"), "--layers", "7")
@@ -222,6 +222,7 @@ def test_every_rank_refuses_and_one_says_why(pool: Pool, tmp_path: Path) -> None
     assert outcome.returncode == 1, "torchrun's own, whatever the ranks return"
     assert outcome.stderr.count("--layers 7: must be a multiple of the 2 stages") == 1
     assert outcome.stderr.count("exitcode  : 2") == 2
+    alone.processes[1].terminate()  # as torchrun would have
     outcome = alone.end()
     assert outcome.codes == [2, 2, 2]
     assert outcome.err.count("--layers 8: must be a multiple of the 3 stages") == 1
