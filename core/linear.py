@@ -115,5 +115,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Linear(nn.Linear):
     """torch's layer, computed by `linear`."""
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # nothing to draw there, which takes torch as long as the rest of a model
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -64,10 +64,8 @@ class Copies:
     def __init__(self, part: GPT, axis: Axis, held: Sequence[Collection[int]]):
         self.part, self.axis = part, axis
         stages = 1 + max(max(those) for those in held)
-        names = []
-        for those in held:
-            other = cut(GPT(part.config), those, stages)  # on the meta device, for the names
-            names.append({other.whole_name(name) for name, _ in other.named_parameters()})
+        every = each_stage(GPT(part.config), range(stages), stages)  # on the meta device, for the names
+        names = [{part.whole_name(name) for s in those for name, _ in every[s].named_parameters()} for those in held]
         self.shared: dict[tuple[int, ...], list[tuple[str, nn.Parameter]]] = defaultdict(list)  # by the ranks
         for name, p in part.named_parameters():
             whole = part.whole_name(name)

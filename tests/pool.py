@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,6 +37,37 @@ class Outcome:
     seconds: float
 
 
+@dataclass
+class Running:
+    """A lesson under way: several can be at once, where they mostly wait."""
+
+    processes: list[Any]
+    folder: Path
+    began: float
+    timeout: float
+
+    def said(self, stream: str) -> str:
+        """What all ranks have written so far to `out` or `err`."""
+        return "".join((self.folder / f"{rank}.{stream}").read_text() for rank in range(len(self.processes)))
+
+    def join(self, rank: int) -> None:
+        """Wait until the rank has ended, or the time is up."""
+        self.processes[rank].join(max(0.0, self.began + self.timeout - time.monotonic()))
+
+    def end(self) -> Outcome:
+        """Wait until all ranks have ended; raises AssertionError, after killing them, when the time is up."""
+        for rank in range(len(self.processes)):
+            self.join(rank)
+        seconds = time.monotonic() - self.began
+        hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for rank in hung:
+            self.processes[rank].kill()
+            self.processes[rank].join()
+        outcome = Outcome([p.exitcode for p in self.processes], self.said("out"), self.said("err"), seconds)
+        assert not hung, f"ranks {hung} did not end within {self.timeout} s\n{outcome.out}\n{outcome.err}"
+        return outcome
+
+
 class WorkerError(AssertionError):
     """A rank failed; the message holds its traceback."""
 
@@ -49,6 +81,8 @@ class Pool:
         self._context.set_forkserver_preload(["torch", "torch._dynamo", "einops", "tabulate", "tests.pool"])
         self._folder = tempfile.TemporaryDirectory()
         self._workers: list[tuple[Any, Connection]] = []
+        self._jobs: list[Running] = []
+        self._store: dist.TCPStore | None = None  # where the workers meet; a file would be polled
         self._calls = 0
 
     def run(self, ranks: int, function: Callable, *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -57,16 +91,17 @@ class Pool:
         Raises:
             WorkerError: a rank raised, or none answered for `timeout` seconds.
         """
+        if self._store is None:
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         while len(self._workers) < LARGEST:
             mine, theirs = self._context.Pipe()
-            process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+            process = self._context.Process(target=_work, args=(theirs, self._store.port), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, mine))
         self._calls += 1
-        store = os.path.join(self._folder.name, str(self._calls))
         for rank in range(ranks):
-            self._workers[rank][1].send((function, args, rank, ranks, store, timeout))
+            self._workers[rank][1].send((function, args, rank, ranks, str(self._calls), timeout))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout
         waiting = {self._workers[rank][1]: rank for rank in range(ranks)}
@@ -86,7 +121,11 @@ class Pool:
                     raise WorkerError(f"rank {rank} of {ranks}:\n{results[rank]}")
         return [results[rank] for rank in range(ranks)]
 
-    def script(
+    def script(self, ranks: int, script: str, *flags: str, **options: Any) -> Outcome:
+        """Run a lesson on `ranks` ranks to its end; the options are those of `start`."""
+        return self.start(ranks, script, *flags, **options).end()
+
+    def start(
         self,
         ranks: int,
         script: str,
@@ -94,13 +133,11 @@ class Pool:
         timeout: float = 90.0,
         torchrun: bool = True,
         started: int | None = None,
-        during: Callable[[list[Any]], None] | None = None,
-    ) -> Outcome:
-        """Run a lesson on `ranks` ranks, with torchrun's environment or as plain python.
+    ) -> "Running":
+        """Start a lesson on `ranks` ranks, with torchrun's environment or as plain python.
 
         Args:
             started: start only the first so many ranks: enough for what happens before any process group exists.
-            during: called with the processes once they run.
         """
         began = time.monotonic()
         port = _free_port()
@@ -113,21 +150,8 @@ class Pool:
             arguments = (script, flags, environment, str(folder / str(rank)))
             processes.append(self._context.Process(target=_play, args=arguments, daemon=True))
             processes[-1].start()
-        if during:
-            during(processes)
-        for process in processes:
-            process.join(max(0.0, began + timeout - time.monotonic()))
-        hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for rank in hung:
-            processes[rank].kill()
-            processes[rank].join()
-
-        def said(stream: str) -> str:
-            return "".join((folder / f"{rank}.{stream}").read_text() for rank in range(len(processes)))
-
-        outcome = Outcome([p.exitcode for p in processes], said("out"), said("err"), time.monotonic() - began)
-        assert not hung, f"ranks {hung} did not end within {timeout} s\n{outcome.out}\n{outcome.err}"
-        return outcome
+        self._jobs.append(Running(processes, folder, began, timeout))
+        return self._jobs[-1]
 
     def _discard(self) -> None:
         for process, connection in self._workers:
@@ -138,23 +162,26 @@ class Pool:
 
     def close(self) -> None:
         self._discard()
+        for process in (process for job in self._jobs for process in job.processes):
+            process.kill()  # left by a test that failed
         self._folder.cleanup()
 
 
-def _work(connection: Connection) -> None:
+def _work(connection: Connection, port: int) -> None:
     """The life of one worker."""
     import torch
 
     torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
-            function, args, rank, ranks, store, timeout = connection.recv()
+            function, args, rank, ranks, call, timeout = connection.recv()
         except EOFError:
             return
         try:
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(store, ranks),
+                store=dist.PrefixStore(call, store),
                 rank=rank,
                 world_size=ranks,
                 timeout=timedelta(seconds=timeout / 2),
@@ -167,7 +194,14 @@ def _work(connection: Connection) -> None:
         connection.send(answer)
         if not answer[0]:
             time.sleep(timeout)  # killed with the other ranks; leaving first would make them fail too, and hide this
-        dist.destroy_process_group()
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """Gloo takes 10 ms a peer to close its connections, one after another: a thread waits for that."""
+    groups = list(dist.distributed_c10d._world.pg_map)
+    dist.destroy_process_group()
+    threading.Thread(target=groups.clear, daemon=True).start()
 
 
 def _play(script: str, flags: Sequence[str], environment: dict[str, str], log: str) -> None:

@@ -215,8 +215,7 @@ def a_peer_is_silent() -> str:
         with pytest.raises(comm.PeerError) as error:
             arrive()
         said = f"{error.value} after {time.monotonic() - began:.0f} s"
-    time.sleep(3)
-    return said
+    return said  # a worker's last barrier keeps the silent ones
 
 
 def test_a_wait_ends_with_the_axis_timeout_and_names_the_peer(pool: Pool) -> None:

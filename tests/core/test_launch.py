@@ -3,12 +3,10 @@
 import textwrap
 from pathlib import Path
 
-import pytest
-
 from tests.pool import Pool
 
 
-def script(folder: Path, body: str) -> str:
+def script(folder: Path, body: str, name: str = "script") -> str:
     """A script that is a rank of a job and then does `body`, with a timeout of 10 s."""
     head = """
         import sys, time
@@ -20,7 +18,7 @@ def script(folder: Path, body: str) -> str:
 
         with launch(torch.device("cpu"), 10.0) as job:
     """
-    path = folder / "script.py"
+    path = folder / f"{name}.py"
     path.write_text(
         textwrap.dedent(head).strip() + "\n" + textwrap.indent(textwrap.dedent(body).strip(), "    ") + "\n"
     )
@@ -56,29 +54,28 @@ def test_a_rank_with_a_bug_shows_it_and_is_named(pool: Pool, tmp_path: Path) -> 
         assert f"rank {rank}: lost rank 1 (all-reduce over dp failed: " in outcome.err
 
 
-def test_a_rank_that_lives_but_is_silent(pool: Pool, tmp_path: Path) -> None:
+def test_stop_is_said_once(pool: Pool, tmp_path: Path) -> None:
+    outcome = pool.script(3, script(tmp_path, "raise Stop('enough')"))
+    assert (outcome.codes, outcome.err) == ([1, 1, 1], "stopped: enough\n")
+
+
+def test_ranks_that_are_silent_and_ranks_that_never_come(pool: Pool, tmp_path: Path) -> None:
+    """Three jobs at once: each waits for as long as it may."""
     body = """
         axis = Mesh("cpu", Ledger(), job.timeout, tp=2, dp=2)["tp"]  # not the job's own group
         if job.rank == 1:
             time.sleep(25)
         comm.all_reduce(torch.ones(3), axis)
     """
-    outcome = pool.script(4, script(tmp_path, body), timeout=40)
+    silent = pool.start(4, script(tmp_path, body, "silent"), timeout=40)
+    incomplete = [pool.start(3, script(tmp_path, "pass", "empty"), started=n, timeout=40) for n in (1, 2)]
+    outcome = silent.end()
     assert outcome.codes == [1] * 4
     assert outcome.seconds < 35
     assert "rank 0: all-reduce over tp failed: " in outcome.err
     assert "timed out" in outcome.err.lower()
     assert "every other rank is alive" in outcome.err
-
-
-def test_stop_is_said_once(pool: Pool, tmp_path: Path) -> None:
-    outcome = pool.script(3, script(tmp_path, "raise Stop('enough')"))
-    assert (outcome.codes, outcome.err) == ([1, 1, 1], "stopped: enough\n")
-
-
-@pytest.mark.parametrize("started", [1, 2])
-def test_a_rank_that_never_comes(pool: Pool, tmp_path: Path, started: int) -> None:
-    outcome = pool.script(3, script(tmp_path, "pass"), started=started, timeout=40)
-    assert outcome.codes == [1] * started
-    assert "rank 0: could not meet the other ranks within 10 s" in outcome.err
-    assert "Traceback" not in outcome.err
+    for outcome in (job.end() for job in incomplete):
+        assert outcome.codes == [1] * len(outcome.codes)
+        assert "rank 0: could not meet the other ranks within 10 s" in outcome.err
+        assert "Traceback" not in outcome.err

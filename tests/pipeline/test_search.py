@@ -109,13 +109,16 @@ def shortest(problem: Problem, where: list[int], bound: float) -> float:
 
 
 def test_small_cases_are_optimal() -> None:
-    """Against every order there is, for random costs of two ranks; one in twelve may be a little off."""
+    """Against every order there is, for random costs of two ranks; one in twelve may be a little off.
+
+    A tenth of the usual tries finds them, and tells a worse search sooner.
+    """
     optimal = 0
     for seed in range(12):
         draw = random.Random(seed)
         costs = {kind: [draw.choice([0.5, 0.7, 1.0, 1.6]) for _ in range(4)] for kind in "FIW"}
         problem = Problem(2, draw.choice([2, 3]), costs, draw.choice([0.0, 0.2, 0.6]), draw.choice([1, 2, 3]))
-        found = search(problem)
+        found = search(problem, tries=300)
         check(problem, found)
         placements = [[0, 1], [0, 1, 1, 0], [0, 1, 0, 1]]
         optimum = min(shortest(problem, where, found.makespan) for where in placements)
