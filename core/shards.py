@@ -107,11 +107,15 @@ def join(pieces: Iterable[Piece]) -> Iterator[tuple[Hashable, Tensor]]:
             larger.append(Piece(name, torch.cat(whole, mark.dim).narrow(mark.dim, 0, mark.size), mark.within))
     for (name, within), found in segments.items():
         starts: dict[int, list[Piece]] = {}
-        for piece in sorted(found, key=lambda piece: piece.shard.first):
+        for piece in found:
             starts.setdefault(piece.shard.first, []).append(piece)
-        for copy in zip(*starts.values()):  # noqa: B905
-            shape = copy[0].shard.shape
-            if [0, *(piece.shard.end for piece in copy)] == [*(piece.shard.first for piece in copy), shape.numel()]:
+        shape = found[0].shard.shape
+        while starts.get(0):  # one copy after another, which need not be cut at the same places
+            copy, at = [], 0
+            while starts.get(at):
+                copy.append(starts[at].pop())
+                at = copy[-1].shard.end
+            if at == shape.numel():
                 larger.append(Piece(name, torch.cat([piece.value.flatten() for piece in copy]).view(shape), within))
     if larger:
         yield from join(larger)

@@ -7,7 +7,7 @@ B samples, S tokens of a sample, H hidden, E experts, K of them for each token, 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -181,7 +181,8 @@ class Router(nn.Module):
         experts, kept = self.decide(scores.detach())
         counts = torch.zeros_like(self.bias, dtype=torch.int64)
         counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())
-        self.load = counts if self.load is None else self.load + counts
+        if not _again():
+            self.load = counts if self.load is None else self.load + counts
         weights = self._weights(logits, scores, experts)
         if kept is not None:
             weights = weights.masked_fill(~kept, 0.0)
@@ -216,11 +217,17 @@ class Router(nn.Module):
             share = self.share
             if share is None:
                 assert self.spread.forwards == 1, "the load of the other microbatches is needed: see count_ahead"
-                share = _shares(_over_ranks(counts, self.spread))
+                share = _share(_over_ranks(counts, self.spread))
             probability = scores / scores.sum(-1, keepdim=True) if routing.score == "sigmoid" else scores
             loss = loss + routing.aux * routing.experts * (probability.sum((0, 1)) / tokens) @ share.to(scores.dtype)
-        self.loss = self.loss + loss.detach()
+        if not _again():
+            self.loss = self.loss + loss.detach()
         return loss
+
+
+def _again() -> bool:
+    """Whether this is a forward that recomputation repeats within a backward: it has been counted."""
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
 
 
 def _over_ranks(counts: Tensor, spread: Spread) -> Tensor:
@@ -229,12 +236,18 @@ def _over_ranks(counts: Tensor, spread: Spread) -> Tensor:
     return counts
 
 
-def _shares(load: Tensor) -> Tensor:
-    return load.double() / load.sum(-1, keepdim=True)
+def _share(load: Tensor) -> Tensor:
+    return load.double() / load.sum()
 
 
 def routers(model: nn.Module) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def forget(model: nn.Module) -> None:
+    """Do not count the forwards since the last step: they were an evaluation."""
+    for router in routers(model):
+        router.load = None
 
 
 def count_ahead(model: nn.Module) -> None:
@@ -243,12 +256,16 @@ def count_ahead(model: nn.Module) -> None:
     Call it after a forward, without gradients, of each of the step's microbatches: the loss of the first of them needs
     the choices of the last. Until `end_step`. One message.
     """
-    for router, share in zip(routers(model), _shares(_take(routers(model))), strict=True):
-        router.share = share
+    found = routers(model)
+    for router, load in zip(found, _take(found), strict=True):
+        router.share = _share(load)
 
 
 def end_step(model: nn.Module) -> Tensor:
-    """Move the biases of selection against the load of the step, and forget it; the load, (layers, E). One message."""
+    """Move the biases of selection against the load of the step, and forget it; the load, (layers, E). One message.
+
+    Without routers there is nothing to do: (0, 0).
+    """
     found = routers(model)
     loads = _take(found)
     for router, load in zip(found, loads, strict=True):
@@ -258,8 +275,9 @@ def end_step(model: nn.Module) -> Tensor:
     return loads
 
 
-def _take(found: Iterable[Router]) -> Tensor:
-    found = list(found)
+def _take(found: Sequence[Router]) -> Tensor:
+    if not found:
+        return torch.zeros(0, 0)
     loads = torch.stack([router.load for router in found])
     for router in found:
         router.load = None

@@ -43,6 +43,7 @@ LAYOUTS = {
     "zero bubble": Layout(dp=2, ep=2, pp=2, microbatches=2, schedule="zb-h1"),
     "pipeline x tp": Layout(tp=2, ep=2, pp=2, microbatches=4, sequence=True),
     "all-gather": Layout(dp=4, ep=4, dispatch="all-gather"),
+    "recomputed": Layout(dp=2, ep=2, recompute="full"),
     "ep over a cut sequence": Layout(cp=2, dp=2, ep=4),
     "pipeline x tp x cp": Layout(tp=2, cp=2, ep=2, pp=2, microbatches=2, sequence=True),
 }

@@ -1,0 +1,116 @@
+"""All topics together on 8 ranks, in every combination: losses, norm, gradients, parameters, moments of one process."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from cluster import models, rules
+from cluster.layout import Layout
+from cluster.worker import Worker, make_mesh
+from core.gpt import GPT, GPTConfig
+from core.ledger import Ledger
+from core.oracle import Oracle, worst_difference
+from core.seeded import Draw
+from core.shards import Piece, join
+from core.text import Text
+from expert_parallel.gating import Routing, end_step
+from expert_parallel.moe import MoEConfig, to_moe
+from tests.pool import Pool
+
+CPU, SEED, CLIP = torch.device("cpu"), 7, 0.5
+CONFIG = GPTConfig(sequence=16, hidden=16, layers=4, heads=4, vocabulary=257)
+MOE = MoEConfig(Routing(4, 2, aux=0.01, z=0.001, bias_rate=0.01), shared=8)
+optimizer_of = partial(torch.optim.AdamW, lr=1e-3)
+Result = tuple[list[float], list[float], list[Piece], list[Piece], list[Piece], float]
+
+
+def L(*, moe: bool = False, **sizes: object) -> tuple[Layout, bool]:
+    return Layout(**sizes), moe
+
+
+LAYOUTS = [
+    L(dp=8),
+    L(dp=8, zero=1),
+    L(dp=4, zero=2, microbatches=2, tp=2),
+    L(dp=8, zero=3),
+    L(tp=4, dp=2, sp=True),
+    L(tp=2, pp=2, dp=2, microbatches=2),
+    L(tp=2, pp=2, dp=2, microbatches=2, zero=1, sp=True),
+    L(tp=2, cp=2, dp=2, zero=1),
+    L(tp=2, cp=2, dp=2, sp=True, zero=2),
+    L(cp=2, pp=2, dp=2, microbatches=2),
+    L(tp=2, cp=2, pp=2, microbatches=2, sp=True),
+    L(cp=4, dp=2, ulysses=2, zero=3),
+    L(cp=8),
+    L(tp=2, dp=4, zero=3, sp=True, microbatches=2),
+    L(tp=2, dp=4, zero=3, recompute="full"),
+    L(pp=4, dp=2, microbatches=4, schedule="zb-h1"),
+    L(pp=2, dp=2, tp=2, microbatches=2, schedule="interleaved", v=2),
+    L(pp=2, cp=2, dp=2, microbatches=4, schedule="dualpipe"),
+    L(pp=2, tp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, sp=True, zero=1),
+    L(pp=2, tp=2, dp=2, microbatches=2, schedule="zb-v", v=2, recompute="selective"),
+    L(dp=8, ep=4, moe=True, zero=1),
+    L(pp=2, dp=4, ep=4, microbatches=2, moe=True),
+    L(tp=2, dp=4, ep=4, sp=True, moe=True, zero=2, microbatches=2),
+    L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=1),
+    L(tp=2, cp=2, pp=2, ep=4, sp=True, microbatches=2, moe=True, schedule="gpipe"),
+    L(pp=4, dp=2, ep=2, microbatches=4, moe=True, schedule="zb-h2", zero=1, recompute="full"),
+]
+
+
+def samples_of(layout: Layout) -> Layout:
+    """So many samples a microbatch that every layout has the same batch."""
+    return replace(layout, microbatch=16 // (layout.dp * layout.microbatches))
+
+
+def train(layout: Layout, moe: bool) -> Result:
+    mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
+    worker = Worker(CONFIG, MOE if moe else None, layout, mesh, SEED, torch.float64, CPU, optimizer_of, 3000)
+    losses, norms, gradients = [], [], []
+    for step in range(2):
+        worker.zero_grad()
+        share = worker.forward_backward(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0))
+        gradients = worker.gradients()
+        norm, loss = worker.clip(CLIP, share)
+        worker.step()
+        losses.append(loss)
+        norms.append(norm)
+    after = worker.evaluate(*Text(None, 16).batch(SEED, 2, 16))
+    result = losses, norms, gradients, worker.weights(), worker.states(), after
+    worker.close()
+    return result
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[bool, tuple[list[float], list[float], Oracle, float]]:
+    found = {}
+    for moe in (False, True):
+        make = (lambda config: to_moe(GPT(config), MOE)) if moe else GPT
+        oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP, make)
+        losses, norms = [], []
+        for step in range(2):
+            losses.append(oracle.step(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0)))
+            norms.append(oracle.norm)
+            end_step(oracle.model)
+        inputs, targets = Text(None, 16).batch(SEED, 2, 16)
+        with torch.no_grad():
+            logits = oracle.model(inputs).flatten(0, 1)
+        found[moe] = losses, norms, oracle, torch.nn.functional.cross_entropy(logits, targets.flatten()).item()
+    return found
+
+
+@pytest.mark.parametrize(("layout", "moe"), LAYOUTS, ids=[str(layout).replace("--", "") for layout, _ in LAYOUTS])
+def test_equals_one_process(pool: Pool, one_process: dict, layout: Layout, moe: bool) -> None:
+    layout = samples_of(layout)
+    routing = {"experts": MOE.routing.experts, "top_k": MOE.routing.top_k} if moe else {}
+    rules.check(layout, replace(models.of_gpt(CONFIG), **routing), world=8, batch=16)
+    losses, norms, oracle, after = one_process[moe]
+    results = pool.run(8, train, layout, moe)
+    for rank in results:
+        assert rank[0] == pytest.approx(losses, rel=1e-10)
+        assert rank[1] == pytest.approx(norms, rel=1e-10)
+        assert rank[5] == pytest.approx(after, rel=1e-10)
+    for i, reference in ((2, oracle.gradients), (3, oracle.parameters()), (4, oracle.states())):
+        assert worst_difference(join(piece for rank in results for piece in rank[i]), reference) < 1e-10
