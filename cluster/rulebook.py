@@ -114,8 +114,12 @@ RULES = (
          "2006.16668, section 3"),
     Rule("experts: top k", "--top-k {top_k}", "top_k <= experts",
          "a token cannot choose more than the --experts {experts}", "2101.03961, section 2.1"),
-    Rule("experts: sp", "--ep {ep} --tp {tp}", "ep == 1 or tp == 1 or sp",
+    Rule("experts: sp", "--experts {experts} --tp {tp}", "not experts or tp == 1 or sp",
          "without --sp every rank of tp would dispatch the same tokens", "Megatron-LM, validate_args"),
+    Rule("experts: zero", "--experts {experts} --zero {zero}", "not experts or zero < 3",
+         "stage 3 gathers whole blocks over one axis, and experts have another than the rest", "lecture 01"),
+    Rule("experts: dualpipe", "--experts {experts} --schedule {schedule}", "not experts or schedule != 'dualpipe'",
+         "the load of a layer would be counted on both ranks that hold it", "2412.19437, section 3.2.1"),
 )  # fmt: skip
 FIRST = 3  # those without which the others mean nothing
 

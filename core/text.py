@@ -3,6 +3,7 @@
 The default text is the English help text of CPython itself (`pydoc_data.topics`, about 465 kB).
 """
 
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -33,6 +34,22 @@ class Text:
                 f"and its target need {sequence + 1}; use a longer file or --sequence {max(1, len(content) - 1)}"
             )
         self.tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+    def split(self, share: float) -> tuple["Text", "Text"]:
+        """All but the last `share` of the text, to train on, and the rest.
+
+        Raises:
+            ValueError: one of them is shorter than a sample and its target.
+        """
+        place = len(self.tokens) - int(share * len(self.tokens))
+        parts = copy(self), copy(self)
+        parts[0].tokens, parts[1].tokens = self.tokens[:place], self.tokens[place:]
+        if min(len(each.tokens) for each in parts) < self.sequence + 1:
+            raise ValueError(
+                f"--sequence {self.sequence}: {share:.0%} of the text, {len(parts[1].tokens)} bytes, are kept for "
+                f"validation, too few for a sample; use a longer file or --sequence {max(1, len(parts[1].tokens) - 1)}"
+            )
+        return parts
 
     def batch(self, seed: int, step: int, samples: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the global batch of `step`, int64 of shape (samples, sequence).

@@ -194,6 +194,34 @@ class Comparison:
     loss = gradient = norm = parameter = 0.0
     state: float | None = None  # where it is compared
 
+    def after_step(
+        self,
+        run: Run,
+        layout: "Layout",
+        oracle: Oracle | None,
+        batch: tuple[Tensor, Tensor, Draw],
+        loss: float,
+        norm: float,
+        gradients: list[Piece],
+    ) -> None:
+        """Let the one process, on rank 0, make the step that the ranks have made, and compare. On all ranks."""
+        exact = run.dtype == torch.float64  # then the oracle trains on its own from first to last; see Oracle.adopt
+        whole_gradients, weights = gathered(run, gradients), gathered(run, layout.weights())
+        # In bfloat16 the oracle's own moments are too, and no measure for moments in float32.
+        compares_states = layout.compares_states and run.dtype != torch.bfloat16
+        states = gathered(run, layout.states()) if compares_states or not exact else []
+        if oracle is None:
+            return
+        run.reference_losses.append(oracle.step(*batch))
+        self.loss = max(self.loss, relative_difference(loss, oracle.loss))
+        self.gradient = max(self.gradient, worst_difference(whole_gradients, oracle.gradients))
+        self.norm = max(self.norm, relative_difference(norm, oracle.norm))
+        self.parameter = max(self.parameter, worst_difference(weights, oracle.parameters()))
+        if compares_states:
+            self.state = max(self.state or 0.0, worst_difference(states, oracle.states()))
+        if not exact:
+            oracle.adopt(weights, states)
+
     def claim(self, run: Run, norm_note: str = "") -> None:
         tolerance, claim = TOLERANCE[run.dtype], run.evidence.claim
         same = "largest relative difference 0"
@@ -221,7 +249,6 @@ def train(
     """
     args, worst = run.args, Comparison()
     text = Text(args.data, args.sequence)
-    exact = run.dtype == torch.float64  # then the oracle trains on its own from first to last; see Oracle.adopt
     bar = run.steps()
     for step in bar:
         inputs, targets = (t.to(run.job.device) for t in text.batch(args.seed, step, args.batch))
@@ -239,20 +266,7 @@ def train(
         run.losses.append(loss)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-        whole_gradients, weights = gathered(run, gradients), gathered(run, layout.weights())
-        # In bfloat16 the oracle's own moments are too, and no measure for moments in float32.
-        compares_states = layout.compares_states and run.dtype != torch.bfloat16
-        states = gathered(run, layout.states()) if compares_states or not exact else []
-        if oracle:
-            run.reference_losses.append(oracle.step(inputs, targets, samples))
-            worst.loss = max(worst.loss, relative_difference(loss, oracle.loss))
-            worst.gradient = max(worst.gradient, worst_difference(whole_gradients, oracle.gradients))
-            worst.norm = max(worst.norm, relative_difference(norm, oracle.norm))
-            worst.parameter = max(worst.parameter, worst_difference(weights, oracle.parameters()))
-            if compares_states:
-                worst.state = max(worst.state or 0.0, worst_difference(states, oracle.states()))
-            if not exact:
-                oracle.adopt(weights, states)
+        worst.after_step(run, layout, oracle, (inputs, targets, samples), loss, norm, gradients)
     return worst
 
 

@@ -1,0 +1,4 @@
+"""placeholder until merged"""
+
+
+class Checkpoints: ...
