@@ -9,6 +9,10 @@
 set -u
 cd "$(dirname "$0")" || exit 2
 NPROC=${NPROC:-8}
+if ! [[ $NPROC =~ ^[1-9][0-9]*$ ]]; then
+  echo "run_all.sh: NPROC=$NPROC: must be a positive number of ranks; use NPROC=8" >&2
+  exit 2
+fi
 lessons=(
   zero/ddp.py
   zero/zero1.py
@@ -42,12 +46,17 @@ lessons=(
   cluster/ranks.py
   cluster/topology.py
   cluster/accuracy.py
+  cluster/train.py
 )
-
-if ! [[ $NPROC =~ ^[1-9][0-9]*$ ]]; then
-  echo "run_all.sh: NPROC=$NPROC: must be a positive number of ranks; use NPROC=8" >&2
-  exit 2
+if ((NPROC % 8 == 0)); then
+  lessons+=(
+    "cluster/train.py --tp 2 --cp 2 --pp 2 --sp"
+    "cluster/train.py --tp 2 --cp 2 --pp 2 --experts 4 --ep 4"
+    "cluster/train.py --pp 4 --schedule zb-h1 --zero 1"
+    "cluster/train.py --tp 2 --zero 3 --recompute full --dtype bfloat16"
+  )
 fi
+
 if ! command -v torchrun >/dev/null; then
   echo "run_all.sh: torchrun is not installed here; first: . .venv/bin/activate (see README.md)" >&2
   exit 2

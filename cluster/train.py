@@ -183,7 +183,7 @@ def claim_run(run: Run, layout: Layout, model: Model, worker: Worker, sent: Ledg
         if not name.endswith(("norm", "load")) and operation != "token counts":
             axis = "dp" if name.startswith("cp x dp") else name.split()[0]
             by_axis[axis] = by_axis.get(axis, 0.0) + entry.elements / max(1, steps)
-    size = sum(p.numel() for p in worker.model.parameters())
+    size = sum(p.numel() for p in worker.model.parameters() if p.requires_grad)
     everyone = run.job.gather((worker.pp.index, size, by_axis))
     if not everyone:
         return

@@ -1,6 +1,6 @@
 """What `run_all.sh` does once it has checked its input: every lesson on forked ranks, and one summary table.
 
-python -m tests.run_all RANKS LESSON...
+python -m tests.run_all RANKS LESSON...      a lesson may have flags: "cluster/train.py --dp 8"
 """
 
 import json
@@ -34,7 +34,8 @@ def main(ranks: int, lessons: list[str]) -> int:
             print(f"\n======== torchrun --nproc_per_node={ranks} {lesson} --steps {STEPS}", flush=True)
             report = Path(folder, f"{i}.json")
             try:
-                outcome = pool.script(ranks, lesson, "--steps", STEPS, "--report", str(report), timeout=300)
+                script, *flags = lesson.split()
+                outcome = pool.script(ranks, script, *flags, "--steps", STEPS, "--report", str(report), timeout=300)
                 rows.append(show(lesson, ranks, outcome, report))
             except AssertionError as hung:
                 print(hung, flush=True)

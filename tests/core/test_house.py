@@ -55,7 +55,7 @@ def test_run_all_and_both_readmes_name_every_lesson() -> None:
         if 'if __name__ == "__main__"' in p.read_text() and "Lesson(" in p.read_text()
     }
     assert lessons >= {"pipeline/naive.py", "pipeline/gpipe.py", "pipeline/1f1b.py"}
-    assert set(re.findall(r"^  (\w+/\w+\.py)$", (ROOT / "run_all.sh").read_text(), re.MULTILINE)) == lessons
+    assert set(re.findall(r'^  "?(\w+/\w+\.py)[\w -]*"?$', (ROOT / "run_all.sh").read_text(), re.MULTILINE)) == lessons
     for readme in ("README.md", "README.zh-CN.md"):
         text = (ROOT / readme).read_text()
         assert {lesson for lesson in lessons if f"`{lesson}`" in text} == lessons, readme
