@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.schedules import SCHEDULES, ScheduleError, build, held, size
-from pipeline.search import Found, Problem, named, search
+from pipeline.search import Found, Problem, improve, named, search
 from pipeline.validator import validate
 
 times = st.sampled_from([0.5, 1.0, 1.3, 2.0])
@@ -125,3 +125,12 @@ def test_small_cases_are_optimal() -> None:
         assert found.makespan <= 1.02 * optimum
         optimal += found.makespan <= optimum + 1e-9
     assert optimal >= 11
+
+
+def test_improving_shortens_a_long_schedule() -> None:
+    problem = Problem(2, 4, {kind: [1.0] * 4 for kind in "FIW"}, 0.0, 4)
+    start = max(named(problem), key=lambda found: found.makespan)
+    better = improve(start, problem, tries=1500, seed=0)
+    assert better.makespan < start.makespan
+    verdict = validate(better.schedule, problem.of(size(better.schedule)[0]), problem.message)
+    assert verdict.makespan == pytest.approx(better.makespan)

@@ -1,0 +1,87 @@
+"""The combined run as a user starts it."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from cluster.arguments import add_all_flags, layout_of, learning_rate
+from cluster.layout import Layout
+from core.lesson import Lesson
+from tests.pool import Pool
+
+QUICK = ("--steps", "2", "--batch", "8", "--sequence", "16", "--hidden", "16", "--sample", "20")
+
+
+def parsed(*flags: str) -> Namespace:
+    frame = Lesson("cluster/train.py", "02", "", "", "")
+    add_all_flags(frame)
+    return frame.parser.parse_args(list(flags))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (8, ()),
+        (8, ("--tp", "2", "--cp", "2", "--pp", "2", "--experts", "4", "--ep", "4", "--schedule", "zb-h1")),
+        (4, ("--dp", "2", "--tp", "2", "--zero", "3", "--dtype", "bfloat16", "--untied")),
+        (4, ("--auto", "--evaluate", "1", "--no-verify")),
+        (1, ()),
+    ],
+)
+def test_every_claim_holds(pool: Pool, tmp_path: Path, ranks: int, flags: tuple[str, ...]) -> None:
+    report = tmp_path / "report.json"
+    outcome = pool.script(ranks, "cluster/train.py", *QUICK, *flags, "--report", str(report))
+    assert outcome.codes == [0] * ranks, outcome.out + outcome.err
+    written = json.loads(report.read_text())
+    assert len(written["losses"]) == 2
+    assert len(written["reference_losses"]) == 2 * ("--no-verify" not in flags)
+    assert "it writes: 'The " in outcome.out
+
+
+REFUSED = {
+    "tp": (("--tp", "3"), "--tp"),
+    "batch": (("--batch", "9", "--dp", "8"), "--batch"),
+    "schedule": (("--pp", "2", "--schedule", "interleaved", "--v", "3"), "--layers"),
+    "zero with a pipeline": (("--pp", "2", "--zero", "3"), "--zero"),
+    "experts": (("--experts", "6", "--ep", "4"), "--ep"),
+    "capacity with cp": (("--experts", "4", "--cp", "2", "--capacity", "1"), "--capacity"),
+    "experts with zero 3": (("--experts", "4", "--zero", "3"), "--zero"),
+    "warm-up": (("--warmup", "-1"), "--warmup"),
+    "keep": (("--keep", "0"), "--keep"),
+    "text": (("--sequence", "100000"), "--sequence"),
+    "machine": (("--auto", "--machine", "nowhere.json"), "--machine"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), REFUSED.values(), ids=REFUSED)
+def test_refusals(pool: Pool, flags: tuple[str, ...], named: str) -> None:
+    outcome = pool.script(8, "cluster/train.py", *flags, started=1)
+    assert outcome.codes == [2], outcome.err
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert named in outcome.err
+    assert "use " in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "layout"),
+    [
+        (8, "", Layout(tp=2, pp=2, dp=2, microbatch=2, microbatches=4)),
+        (6, "--pp 3 --layers 6 --batch 12", Layout(dp=2, pp=3, microbatch=1, microbatches=6)),
+        (8, "--tp 2 --experts 4", Layout(tp=2, dp=4, sp=True, microbatch=4)),
+        (8, "--pp 2 --schedule zb-v", Layout(pp=2, v=2, dp=4, schedule="zb-v", microbatch=1, microbatches=4)),
+        (8, "--pp 8 --layers 8 --microbatches 16", Layout(pp=8, microbatch=1, microbatches=16)),
+        (4, "--dp 4 --microbatch 1", Layout(dp=4, microbatch=1, microbatches=4)),
+    ],
+)
+def test_what_is_left_open_is_chosen(world: int, flags: str, layout: Layout) -> None:
+    assert layout_of(parsed(*flags.split()), world) == layout
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    args = parsed("--steps", "10", "--warmup", "2", "--lr", "1")
+    rates = [learning_rate(args, step) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert learning_rate(args, 10) == pytest.approx(0.1)
