@@ -86,7 +86,9 @@ def commands(layout: Layout, machine: Machine, model: Model) -> tuple[str, str]:
     nodes = next(n for n in range(-(-layout.ranks // machine.node), layout.ranks + 1) if layout.ranks % n == 0)
     each = layout.ranks // nodes
     sizes = [f"--{name.replace('_', '-')} {getattr(model, name)}" for name in TRAINED]
-    script = " ".join(["cluster/train.py", str(layout), f"--batch {layout.batch}", *sizes])
+    sizes += [f"--experts {model.experts} --top-k {model.top_k}"] if model.experts else []
+    how = "--dtype bfloat16 --no-verify --sample 0"
+    script = " ".join(["cluster/train.py", str(layout), f"--batch {layout.batch}", *sizes, how])
     meet = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=$FIRST_NODE:29400 " if nodes > 1 else ""
     line = f"torchrun {meet}--nproc_per_node={each} {script}"
     sbatch = f"""#!/bin/bash

@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 
 from cluster import plan
+from cluster.arguments import add_all_flags, layout_of
 from cluster.hardware import PRESETS as MACHINES
 from cluster.hardware import Link, Machine, Software, measured
 from cluster.layout import Layout
 from cluster.memory import held
 from cluster.messages import all_to_all, link, ring
 from cluster.models import PRESETS, Model, from_config
-from cluster.options import asked, parser
 from cluster.planner import USABLE, plans
 from cluster.rulebook import Case, broken
 from cluster.steptime import bubble, step
 from cluster.steptime import product as matrix_product
+from core.lesson import Lesson
 from pipeline.schedules import build
 from pipeline.validator import validate
 from zero.memory import formula
@@ -233,7 +234,9 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "--nnodes=2" in words
     assert "--nproc_per_node=8" in words
     own = words[words.index("cluster/train.py") + 1 :]
-    assert asked(parser("plan", "").parse_args(own)).layout == best
+    frame = Lesson("cluster/train.py", "02", "", "", "")
+    add_all_flags(frame)
+    assert layout_of(frame.parser.parse_args(own), 16) == best
     assert (best.ranks, best.batch) == (16, 64)
     parts = written["plans"][0]["parts"]
     assert written["plans"][0]["seconds"] == pytest.approx(sum(parts.values()))

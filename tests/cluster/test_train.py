@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster import hardware, models
 from cluster.arguments import add_all_flags, layout_of, learning_rate
 from cluster.layout import Layout
+from cluster.plan import commands
+from cluster.planner import plans
 from core.lesson import Lesson
 from tests.pool import Pool
 
@@ -77,6 +80,18 @@ def test_refusals(pool: Pool, flags: tuple[str, ...], named: str) -> None:
 )
 def test_what_is_left_open_is_chosen(world: int, flags: str, layout: Layout) -> None:
     assert layout_of(parsed(*flags.split()), world) == layout
+
+
+@pytest.mark.parametrize("name", ["gpt3-175b", "mixtral-8x7b"])
+def test_the_planners_command_is_taken(name: str) -> None:
+    model, machine = models.PRESETS[name], hardware.PRESETS["dgx-h100"]
+    fixed = {"tp": [8], "pp": [8], "cp": [1], "microbatch": [1], "recompute": ["full"]}
+    found, _ = plans(model, machine, 128, 256, hardware.Software(), fixed)
+    line, sbatch = commands(found[0].layout, machine, model)
+    assert line in sbatch
+    script, *flags = line.split()[line.split().index("cluster/train.py") :]
+    assert script == "cluster/train.py"
+    assert layout_of(parsed(*flags), 128) == found[0].layout
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
