@@ -1,0 +1,168 @@
+"""A run goes on from a checkpoint: bitwise in its own layout, and equal to one process in any other."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cluster import models, rules
+from cluster.checkpoint import Checkpoints
+from cluster.layout import Layout
+from cluster.worker import Worker, make_mesh
+from core.gpt import GPT, GPTConfig
+from core.launch import Job
+from core.ledger import Ledger
+from core.oracle import Oracle, worst_difference
+from core.seeded import Draw
+from core.shards import Piece, join
+from core.text import Text
+from expert_parallel.gating import end_step
+from expert_parallel.moe import MoEConfig, to_moe
+from tests.cluster.test_worker import CLIP, CONFIG, CPU, MOE, SEED, L, optimizer_of, samples_of
+from tests.pool import Pool
+
+ELSEWHERE = SEED + 1  # the seed of a worker that is to load: what it does not load must show
+Result = tuple[list[float], list[Piece]]
+
+DENSE = [
+    L(dp=8, zero=3),
+    L(tp=2, pp=2, dp=2, microbatches=2),
+    L(tp=4, dp=2, sp=True, zero=1),
+    L(pp=2, cp=2, dp=2, microbatches=4, schedule="dualpipe", zero=1),
+    L(tp=2, cp=2, dp=2, sp=True, zero=2),
+    L(pp=4, dp=2, microbatches=4, schedule="zb-h1", zero=1),
+    L(dp=2),
+    L(tp=2, dp=2, zero=3),
+]
+EXPERTS = [
+    L(dp=8, ep=4, moe=True, zero=1),
+    L(pp=2, dp=4, ep=4, microbatches=2, moe=True),
+    L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=1),
+    L(tp=2, dp=4, ep=2, sp=True, moe=True, zero=2, microbatches=2),
+]
+
+
+def job_here() -> Job:
+    return Job(dist.get_rank(), dist.get_world_size(), CPU, "gloo", 30.0)
+
+
+def worker_of(
+    layout: Layout,
+    moe: MoEConfig | None,
+    seed: int = SEED,
+    dtype: torch.dtype = torch.float64,
+    config: GPTConfig = CONFIG,
+) -> Worker:
+    mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
+    return Worker(config, moe, layout, mesh, seed, dtype, CPU, optimizer_of, 3000)
+
+
+def train(worker: Worker, steps: Sequence[int]) -> list[float]:
+    losses = []
+    for step in steps:
+        worker.zero_grad()
+        share = worker.forward_backward(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0))
+        _, loss = worker.clip(CLIP, share)
+        worker.step()
+        losses.append(loss)
+    return losses
+
+
+def held(worker: Worker) -> list[Piece]:
+    """Copies of all that a checkpoint must bring back, in the order of the names."""
+    pieces = worker.master_weights() + worker.states() + worker.weights()
+    return sorted((each._replace(value=each.value.clone()) for each in pieces), key=lambda each: str(each.name))
+
+
+def differing(before: list[Piece], after: list[Piece]) -> list[str]:
+    """The names of what is not equal to the last bit."""
+    pairs = zip(before, after, strict=True)
+    return [
+        str(a.name) for a, b in pairs if (a.name, a.shard) != (b.name, b.shard) or not torch.equal(a.value, b.value)
+    ]
+
+
+# ---- Goes on
+
+
+def save_and_go_on(folder: str, layout: Layout, moe: bool, dtype: torch.dtype) -> tuple[list[str], list[float]]:
+    """Train 4 steps, saving after 2; and again from there. What differs, and the losses."""
+    first = worker_of(layout, MOE if moe else None, dtype=dtype)
+    checkpoints = Checkpoints(folder, first, job_here())
+    assert checkpoints.latest() is None
+    losses = train(first, [0, 1])
+    extra = {"step": 2, "losses": losses}
+    checkpoints.save(2, extra)
+    losses += train(first, [2, 3])  # while it is written
+    checkpoints.wait()
+    second = worker_of(layout, MOE if moe else None, ELSEWHERE, dtype)
+    checkpoints = Checkpoints(folder, second, job_here())
+    found = checkpoints.load(checkpoints.latest())
+    again = train(second, range(found["step"], 4))
+    assert found["losses"] + again == losses
+    names = differing(held(first), held(second))
+    for worker in (first, second):
+        worker.close()
+    return names, losses
+
+
+def go_on(folders: list[str], layout: Layout, moe: bool) -> list[Result]:
+    """From each of the checkpoints, one after another, two more steps."""
+    worker, results = worker_of(layout, MOE if moe else None, ELSEWHERE), []
+    for folder in folders:
+        checkpoints = Checkpoints(folder, worker, job_here())
+        first = checkpoints.load(checkpoints.latest())["step"]
+        losses = train(worker, [first, first + 1])
+        results.append((losses, [p._replace(value=p.value.clone()) for p in worker.weights() + worker.states()]))
+    worker.close()
+    return results
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[bool, tuple[list[float], Oracle]]:
+    found = {}
+    for moe in (False, True):
+        make = (lambda config: to_moe(GPT(config), MOE)) if moe else GPT
+        oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP, make)
+        losses = []
+        for step in range(4):
+            losses.append(oracle.step(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0)))
+            end_step(oracle.model)
+        found[moe] = losses, oracle
+    return found
+
+
+def name_of(case: tuple[Layout, bool]) -> str:
+    return str(case[0]).replace("--", "") + " experts" * case[1]
+
+
+@pytest.fixture(scope="module")
+def saved(pool: Pool, tmp_path_factory: pytest.TempPathFactory, one_process: dict) -> dict[str, str]:
+    """A checkpoint after 2 steps of every layout, from which that layout has gone on bitwise."""
+    folders = {}
+    for case in DENSE + EXPERTS:
+        layout, moe = samples_of(case[0]), case[1]
+        routing = {"experts": MOE.routing.experts, "top_k": MOE.routing.top_k} if moe else {}
+        rules.check(layout, replace(models.of_gpt(CONFIG), **routing), world=layout.ranks, batch=16)
+        folders[name_of(case)] = str(tmp_path_factory.mktemp("checkpoint"))
+        for names, losses in pool.run(layout.ranks, save_and_go_on, folders[name_of(case)], layout, moe, torch.float64):
+            assert names == [], f"{name_of(case)} does not go on bitwise"
+            assert losses == pytest.approx(one_process[moe][0], rel=1e-10)
+    return folders
+
+
+@pytest.mark.parametrize("case", DENSE + EXPERTS, ids=name_of)
+def test_goes_on_in_another_layout(pool: Pool, one_process: dict, saved: dict[str, str], case: tuple) -> None:
+    layout, moe = samples_of(case[0]), case[1]
+    cases = EXPERTS if moe else DENSE
+    at = cases.index(case)
+    sources = [name_of(cases[(at + k) % len(cases)]) for k in ((1, 3) if moe else (1, 2, 5))]
+    losses, oracle = one_process[moe]
+    reference = oracle.parameters() | oracle.states()
+    ranks = pool.run(layout.ranks, go_on, [saved[name] for name in sources], layout, moe)
+    for source, *results in zip(sources, *ranks, strict=True):
+        for rank_losses, _ in results:
+            assert rank_losses == pytest.approx(losses[2:], rel=1e-10), source
+        assert worst_difference(join(piece for _, pieces in results for piece in pieces), reference) < 1e-10, source
