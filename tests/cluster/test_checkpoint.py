@@ -1,7 +1,10 @@
 """A run goes on from a checkpoint: bitwise in its own layout, and equal to one process in any other."""
 
+import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from core.text import Text
 from expert_parallel.gating import end_step
 from expert_parallel.moe import MoEConfig, to_moe
 from tests.cluster.test_worker import CLIP, CONFIG, CPU, MOE, SEED, L, optimizer_of, samples_of
-from tests.pool import Pool
+from tests.pool import Pool, Running
 
 ELSEWHERE = SEED + 1  # the seed of a worker that is to load: what it does not load must show
 Result = tuple[list[float], list[Piece]]
@@ -166,3 +169,61 @@ def test_goes_on_in_another_layout(pool: Pool, one_process: dict, saved: dict[st
         for rank_losses, _ in results:
             assert rank_losses == pytest.approx(losses[2:], rel=1e-10), source
         assert worst_difference(join(piece for _, pieces in results for piece in pieces), reference) < 1e-10, source
+
+
+# ---- Killed
+
+AS_BEFORE = [
+    "between two saves",
+    "before a data file is opened",
+    "halfway through a data file",
+    "all data written, before the index",
+    "index written, not yet under its name",
+    "another rank hashes its file",
+    "before the JSON",
+    "halfway through the JSON",
+    "all written, before the rename",
+]
+SAVED = ["renamed, before older ones are removed", "while an older one is being removed"]
+
+
+def said(running: Running, what: str) -> list[list]:
+    """What the ranks have said of the kind, without the line that is just being written."""
+    text = "".join(path.read_text() for path in running.folder.glob("*.out"))
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [each for each in map(json.loads, lines) if each[1] == what]
+
+
+def run_and_kill(pool: Pool, folder: Path, moment: str) -> Running:
+    running = pool.start(2, "tests/cluster/saving.py", str(folder), "3", moment)
+    while not said(running, "halted") and all(process.is_alive() for process in running.processes):
+        time.sleep(0.02)
+    for process in running.processes:
+        process.kill()
+        process.join()
+    assert said(running, "halted"), running.said("err")
+    return running
+
+
+def test_killed_at_any_moment_it_goes_on_from_the_last_complete_checkpoint(pool: Pool, tmp_path: Path) -> None:
+    """One training, killed time and again, is that which was never killed."""
+    moments = AS_BEFORE + SAVED
+    steps = 2 * len(moments)
+    whole = pool.start(2, "tests/cluster/saving.py", str(tmp_path / "whole"), str(steps), "never")
+    folder, at = tmp_path / "killed", 0
+    runs = []
+    for moment in moments:
+        runs.append((at, run_and_kill(pool, folder, moment)))
+        at += 1 + (moment in SAVED)
+    last = pool.script(2, "tests/cluster/saving.py", str(folder), str(steps - at), "never")
+    assert last.codes == [0, 0], last.err
+    assert whole.end().codes == [0, 0]
+    right = {(rank, step): digest for rank, _, step, digest in said(whole, "left")}
+    right |= {(rank, 0): digest for rank, _, _, digest in said(whole, "found")}
+    runs.append((at, pool._jobs[-1]))
+    for (expected, running), moment in zip(runs, ["never", *moments], strict=True):
+        for rank, _, step, digest in said(running, "found"):
+            assert (step, digest) == (expected, right[rank, expected]), f"after a kill: {moment}"
+    for rank, _, step, digest in said(runs[-1][1], "left"):
+        assert digest == right[rank, step]
+    assert [path.name for path in folder.iterdir()] == [f"step-{steps:08d}"], "nothing is left over"
