@@ -97,17 +97,17 @@ def make_states(worker: Worker, index: Index) -> None:
 
 def sizes(worker: Worker) -> dict[str, Any]:
     """The model's configuration, and the optimizer's kind."""
-    found = asdict(worker.model.config)
+    found = asdict(worker.model.config) | {"experts": 0}
     if worker.moe:
         moe = asdict(worker.moe)
-        found |= {"expert_feed_forward": moe.pop("feed_forward") or found["feed_forward"]} | moe.pop("routing") | moe
+        found |= moe.pop("routing") | {"expert_feed_forward": moe.pop("feed_forward") or found["feed_forward"]} | moe
     return found | {"optimizer": type(worker.rest.optimizers[0].optimizer).__name__}
 
 
 def check_sizes(found: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
     """Raises ValueError, naming the field, where the models differ in more than what may change."""
-    for name in sorted((saved.keys() | here.keys()) - FREE):
-        if saved.get(name) != here.get(name):
+    for name in saved | here:
+        if saved.get(name) != here.get(name) and name not in FREE:
             raise ValueError(
                 f"{found}: its model has {name} {saved.get(name)}, this run's {here.get(name)}, so that the weights do "
                 f"not fit; use {name} {saved.get(name)}, or another folder"

@@ -1,14 +1,18 @@
 """A run goes on from a checkpoint: bitwise in its own layout, and equal to one process in any other."""
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem
 
 from cluster import models, rules
 from cluster.checkpoint import Checkpoints
@@ -189,9 +193,8 @@ SAVED = ["renamed, before older ones are removed", "while an older one is being 
 
 def said(running: Running, what: str) -> list[list]:
     """What the ranks have said of the kind, without the line that is just being written."""
-    text = "".join(path.read_text() for path in running.folder.glob("*.out"))
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [each for each in map(json.loads, lines) if each[1] == what]
+    lines = [line for path in running.folder.glob("*.out") for line in path.read_text().splitlines(keepends=True)]
+    return [each for each in (json.loads(line) for line in lines if line.endswith("\n")) if each[1] == what]
 
 
 def run_and_kill(pool: Pool, folder: Path, moment: str) -> Running:
@@ -215,15 +218,147 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_complete_checkpoint(pool:
     for moment in moments:
         runs.append((at, run_and_kill(pool, folder, moment)))
         at += 1 + (moment in SAVED)
-    last = pool.script(2, "tests/cluster/saving.py", str(folder), str(steps - at), "never")
-    assert last.codes == [0, 0], last.err
-    assert whole.end().codes == [0, 0]
+    runs.append((at, pool.start(2, "tests/cluster/saving.py", str(folder), str(steps - at), "never")))
+    for running in (whole, runs[-1][1]):
+        assert running.end().codes == [0, 0], running.said("err")
     right = {(rank, step): digest for rank, _, step, digest in said(whole, "left")}
     right |= {(rank, 0): digest for rank, _, _, digest in said(whole, "found")}
-    runs.append((at, pool._jobs[-1]))
     for (expected, running), moment in zip(runs, ["never", *moments], strict=True):
         for rank, _, step, digest in said(running, "found"):
             assert (step, digest) == (expected, right[rank, expected]), f"after a kill: {moment}"
     for rank, _, step, digest in said(runs[-1][1], "left"):
         assert digest == right[rank, step]
     assert [path.name for path in folder.iterdir()] == [f"step-{steps:08d}"], "nothing is left over"
+
+
+# ---- Refused
+
+
+def spoil(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(data[:-1])
+    else:
+        at = len(data) // 2
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+SPOILT = [
+    (".metadata", "missing", ".metadata: is missing"),
+    (".metadata", "truncated", ".metadata: has "),
+    (".metadata", "altered", ".metadata: is altered"),
+    ("__0_0.distcp", "altered", "__0_0.distcp: is altered"),
+    ("__1_0.distcp", "missing", "__1_0.distcp: is missing"),
+    ("__1_0.distcp", "truncated", "__1_0.distcp: has "),
+    ("checkpoint.json", "missing", "is no checkpoint, it lacks checkpoint.json"),
+    ("checkpoint.json", "truncated", "checkpoint.json: is truncated or altered"),
+    ("checkpoint.json", "altered", "checkpoint.json: is truncated or altered"),
+]
+OTHERS = {
+    "hidden": (replace(CONFIG, hidden=32, feed_forward=64), None),
+    "layers": (replace(CONFIG, layers=8), None),
+    "vocabulary": (replace(CONFIG, vocabulary=258), None),
+    "tied": (replace(CONFIG, tied=False), None),
+    "experts": (CONFIG, MOE),
+}
+
+
+def refusals(folder: str) -> tuple[list[str], dict[str, str], bool]:
+    """What the ranks are told of each spoilt checkpoint, and of one of each other model; whether nothing was read."""
+    layout, job = samples_of(Layout(dp=2, zero=1)), job_here()
+    worker = worker_of(layout, None)
+    train(worker, [0])
+    checkpoints = Checkpoints(folder, worker, job)
+    checkpoints.save(1, {})
+    checkpoints.wait()
+    before = held(worker)
+    messages = []
+    for i, (name, how, _) in enumerate(SPOILT):
+        copy = Path(folder) / f"spoilt {i}"
+        if job.rank == 0:
+            shutil.copytree(checkpoints.folder / "step-00000001", copy)
+            spoil(copy / name, how)
+        dist.barrier()
+        with pytest.raises(ValueError) as error:
+            checkpoints.load(copy)
+        messages.append(str(error.value))
+    same = differing(before, held(worker)) == []
+    others = {}
+    for name, (config, moe) in OTHERS.items():
+        other = Checkpoints(folder, worker_of(layout, moe, config=config), job)
+        with pytest.raises(ValueError) as error:
+            other.load(other.latest())
+        others[name] = str(error.value)
+    return messages, others, same
+
+
+def test_what_is_damaged_or_of_another_model_is_refused_by_name(pool: Pool, tmp_path: Path) -> None:
+    results = pool.run(2, refusals, str(tmp_path))
+    assert results[0] == results[1], "all ranks together"
+    messages, others, same = results[0]
+    for (name, how, expected), message in zip(SPOILT, messages, strict=True):
+        assert expected in message, f"{name} {how}"
+    assert same
+    for name, message in others.items():
+        assert f"its model has {name} " in message
+    assert "its model has experts 0, this run's 4" in others["experts"]
+    assert "its model has hidden 16, this run's 32" in others["hidden"]
+
+
+def old_and_new(folder: str) -> list[tuple[list[str], str]]:
+    """What is in the folder, and the newest, after several events."""
+    worker, job, found = worker_of(samples_of(Layout(dp=2)), None), job_here(), []
+    checkpoints = Checkpoints(folder, worker, job, keep=2)
+
+    def look() -> None:
+        checkpoints.wait()
+        names = sorted(path.name for path in checkpoints.folder.iterdir())
+        found.append((names, checkpoints.latest().name))
+        dist.barrier()
+
+    for step in (8, 9, 10, 100_000_000):
+        checkpoints.save(step, {"time": 1})
+    look()
+    checkpoints.save(10, {"time": 2})  # again, of a run that has gone back
+    look()
+    assert checkpoints.load(checkpoints.folder / "step-00000010") == {"time": 2}
+    if job.rank == 0:  # killed between two renames, in a removal, in a write
+        (checkpoints.folder / "step-100000000").rename(checkpoints.folder / ".step-100000000.replaced")
+        for left in (".step-00000009.removed", ".step-00000011.part", ".step-00000010.replaced"):
+            (checkpoints.folder / left).mkdir()
+    dist.barrier()
+    checkpoints.latest()
+    look()
+    return found
+
+
+def test_the_last_are_kept_and_left_overs_removed(pool: Pool, tmp_path: Path) -> None:
+    last = (["step-00000010", "step-100000000"], "step-100000000")
+    assert pool.run(2, old_and_new, str(tmp_path / "not" / "yet")) == [[last, last, last]] * 2
+
+
+def full_disk(folder: str) -> str:
+    """What all ranks are told when one cannot write."""
+    worker, job = worker_of(samples_of(Layout(dp=2)), None), job_here()
+    checkpoints = Checkpoints(folder, worker, job)
+    full = OSError(28, "No space left on device")
+    with patch.object(filesystem, "_write_item", side_effect=full) if job.rank else nullcontext():
+        checkpoints.save(1, {})
+        with pytest.raises(ValueError) as error:
+            checkpoints.wait()
+    assert checkpoints.latest() is None
+    assert list(checkpoints.folder.iterdir()) == []
+    checkpoints.save(2, {})  # there is room again
+    checkpoints.wait()
+    assert checkpoints.latest().name == "step-00000002"
+    return str(error.value)
+
+
+def test_a_failed_write_is_told_on_all_ranks(pool: Pool, tmp_path: Path) -> None:
+    one, other = pool.run(2, full_disk, str(tmp_path))
+    assert one == other
+    assert "step-00000001: cannot be written: rank 1: [Errno 28] No space left on device" in one
+    with pytest.raises(ValueError, match="--keep 0"):
+        Checkpoints(tmp_path, None, None, keep=0)
