@@ -89,15 +89,19 @@ def _join(parts: Path, target: Path) -> None:
 
 
 def _read(worker: Worker, path: Path) -> None:
-    with path.open("rb") as file:
-        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # read where it is touched
     try:
+        with path.open("rb") as file:
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # read only where it is touched
         start = 8 + int.from_bytes(whole[:8], "little")
         header = json.loads(whole[8:start])
         header.pop("__metadata__", None)
-        ends = [each["data_offsets"][1] for each in header.values()]
-        if start + max(ends) != len(whole):
-            raise ValueError(f"its header asks for {start + max(ends)} bytes, not {len(whole)}")
+        end = start
+        for each in sorted(header.values(), key=lambda each: each["data_offsets"]):
+            end += prod(each["shape"]) * DTYPES[each["dtype"]].itemsize
+            if each["data_offsets"][1] != end - start:
+                raise ValueError("its tensors do not follow each other")
+        if end != len(whole):
+            raise ValueError(f"it has {len(whole)} bytes, and its header says {end}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no safetensors file, or truncated: {error}; use one that export wrote") from None
     pieces = [(each.name, Boxes(each)) for each in worker.master_weights()]

@@ -1,21 +1,28 @@
 """A run goes on from a checkpoint: bitwise in its own layout, and equal to one process in any other."""
 
 import json
+import math
 import shutil
+import struct
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 
-from cluster import models, rules
+from cluster import boxes, checkpoint, content, models, rules
 from cluster.checkpoint import Checkpoints
+from cluster.export import export, load_export
 from cluster.layout import Layout
 from cluster.worker import Worker, make_mesh
 from core.gpt import GPT, GPTConfig
@@ -29,6 +36,7 @@ from expert_parallel.gating import end_step
 from expert_parallel.moe import MoEConfig, to_moe
 from tests.cluster.test_worker import CLIP, CONFIG, CPU, MOE, SEED, L, optimizer_of, samples_of
 from tests.pool import Pool, Running
+from zero import stage
 
 ELSEWHERE = SEED + 1  # the seed of a worker that is to load: what it does not load must show
 Result = tuple[list[float], list[Piece]]
@@ -362,3 +370,196 @@ def test_a_failed_write_is_told_on_all_ranks(pool: Pool, tmp_path: Path) -> None
     assert "step-00000001: cannot be written: rank 1: [Errno 28] No space left on device" in one
     with pytest.raises(ValueError, match="--keep 0"):
         Checkpoints(tmp_path, None, None, keep=0)
+
+
+# ---- One file
+
+
+def there_and_back(path: str, layouts: list[tuple[Layout, bool]]) -> list[dict[str, torch.Tensor]]:
+    """The weights of the first layout, exported and read by the second, from both; and what a damaged file is."""
+    (first, moe), (second, _) = layouts
+    workers = [worker_of(samples_of(each), MOE if moe else None, SEED + i) for i, each in enumerate((first, second))]
+    train(workers[0], [0])
+    export(workers[0], job_here(), path)
+    load_export(workers[1], path)
+    found = [dict(join(p for rank in job_here().gather(w.master_weights()) for p in rank)) for w in workers]
+    published = [dict(join(p for rank in job_here().gather(w.weights()) for p in rank)) for w in workers]
+    data = Path(path).read_bytes()
+    for name, damaged in (("truncated", data[:-1]), ("text", b"no weights, but more than eight bytes"), ("empty", b"")):
+        if dist.get_rank() == 0:
+            Path(f"{path} {name}").write_bytes(damaged)
+        dist.barrier()
+        with pytest.raises(ValueError, match=f"{name}: is no safetensors file"):
+            load_export(workers[1], f"{path} {name}")
+    with pytest.raises(ValueError, match="No such file"):
+        load_export(workers[1], f"{path} elsewhere")
+    other = worker_of(samples_of(second), MOE if moe else None, config=replace(CONFIG, hidden=32))
+    with pytest.raises(ValueError, match=r"is \[\d+, 16\], not \[\d+, 32\]|is \[16\], not \[32\]"):
+        load_export(other, path)
+    return [*found, *published]
+
+
+@pytest.mark.parametrize("layouts", [(DENSE[5], DENSE[2]), (EXPERTS[2], EXPERTS[1])], ids=["dense", "experts"])
+def test_exports_to_one_safetensors_file_and_back(pool: Pool, tmp_path: Path, layouts: tuple) -> None:
+    saved, *others = pool.run(8, there_and_back, str(tmp_path / "model.safetensors"), layouts)[0]
+    data = (tmp_path / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    assert header.keys() == saved.keys()
+    end = 0
+    for name, each in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        assert each["data_offsets"][0] == end, "the format allows no gaps"
+        end = each["data_offsets"][1]
+        kind = {"F64": "<f8", "F32": "<f4"}[each["dtype"]]
+        value = np.frombuffer(body[each["data_offsets"][0] : end], kind).reshape(each["shape"])
+        assert np.array_equal(value, saved[name].numpy()), name
+    assert end == len(body)
+    for weights in others:
+        assert all(torch.equal(weights[name], saved[name]) for name in saved)
+        assert weights.keys() == saved.keys()
+
+
+# ---- Bugs put in
+
+
+def padding_is_saved() -> AbstractContextManager:
+    return patch.object(boxes, "min", lambda size, inside: size, create=True)
+
+
+def read_one_element_further() -> AbstractContextManager:
+    right = boxes.cover
+
+    def wrong(first: int, end: int, shape: Sequence[int]) -> Iterator[boxes.Extent]:
+        further = end < math.prod(shape)
+        return right(first + further, end + further, shape)
+
+    return patch.object(boxes, "cover", wrong)
+
+
+def not_read(what: str) -> AbstractContextManager:
+    right = content.boxes_of
+    return patch.object(
+        checkpoint, "boxes_of",
+        lambda worker, once=False: {k: b for k, b in right(worker, once).items() if once or not k.endswith(what)},
+    )  # fmt: skip
+
+
+def the_tied_copy_is_saved_too() -> AbstractContextManager:
+    return patch.object(checkpoint, "boxes_of", lambda worker, once=False: content.boxes_of(worker))
+
+
+def not_published() -> AbstractContextManager:
+    return patch.object(stage.Stage, "publish", lambda self: None)
+
+
+def not_copied() -> AbstractContextManager:
+    return patch.object(boxes.Boxes, "copied", lambda self: self)
+
+
+BUGS = {
+    "none": (nullcontext, nullcontext),
+    "padding is saved": (padding_is_saved, nullcontext),
+    "the tied copy is saved too": (the_tied_copy_is_saved_too, nullcontext),
+    "read one element further": (nullcontext, read_one_element_further),
+    "first moments are not read": (nullcontext, partial(not_read, "|exp_avg")),
+    "steps are not read": (nullcontext, partial(not_read, "|step")),
+    "biases are not read": (nullcontext, partial(not_read, "norm.bias")),
+    "not published": (nullcontext, not_published),
+    "none, and the ranks train while it is written": (nullcontext, nullcontext),
+    "not copied": (not_copied, nullcontext),
+}
+
+
+def with_each_bug(folder: str, layouts: list[Layout]) -> dict[str, float | str]:
+    """The largest difference from one process, or the refusal, of a run that goes on from a checkpoint after step 0."""
+    job = job_here()
+    first, second = (worker_of(samples_of(layout), None, SEED + i) for i, layout in enumerate(layouts))
+    oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP)
+    for step in (0, 1):
+        oracle.step(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0))
+    train(first, [0])
+    found: dict[str, float | str] = {}
+    trained = threading.Event()
+    right = Checkpoints._write
+
+    def write_later(*arguments: Any) -> None:
+        trained.wait(30)
+        right(*arguments)
+
+    for name, (in_save, in_load) in BUGS.items():
+        checkpoints = [Checkpoints(f"{folder}/{name}", worker, job) for worker in (first, second)]
+        try:
+            with in_save(), patch.object(Checkpoints, "_write", write_later):
+                checkpoints[0].save(1, {})
+                if name in ("none, and the ranks train while it is written", "not copied"):
+                    before = held(first)
+                    train(first, [1])
+                trained.set()
+                checkpoints[0].wait()
+                trained.clear()
+            if name == "none, and the ranks train while it is written":
+                checkpoints[0].load(checkpoints[0].latest())
+                assert differing(before, held(first)) == []
+            with in_load():
+                checkpoints[1].load(checkpoints[1].latest())
+        except ValueError as error:
+            trained.clear()
+            found[name] = str(error)
+            continue
+        train(second, [1])
+        pieces = [p for rank in job.gather(second.weights() + second.states()) for p in rank]
+        found[name] = worst_difference(join(pieces), oracle.parameters() | oracle.states()) if job.rank == 0 else 0.0
+    return found
+
+
+def test_every_bug_shows(pool: Pool, tmp_path: Path) -> None:
+    layouts = [Layout(tp=2, pp=2, dp=2, microbatches=2, zero=1), Layout(tp=4, dp=2, zero=2)]
+    found, *_ = pool.run(8, with_each_bug, str(tmp_path), layouts)
+    for name, result in found.items():
+        if name.startswith("none"):
+            assert result < 1e-10, name
+        elif name in ("padding is saved", "the tied copy is saved too"):
+            assert "cannot be written" in str(result), name
+        else:
+            assert result > 1e-6, name
+
+
+def name_at_once() -> AbstractContextManager:
+    """As a rename before the other ranks have written."""
+    right = Checkpoints._write
+
+    def wrong(self: Checkpoints, target: Path, *rest: Any) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        right(self, target, *rest)
+
+    return patch.object(Checkpoints, "_write", wrong)
+
+
+def the_newest_is_removed() -> AbstractContextManager:
+    right = Checkpoints._complete
+    return patch.object(Checkpoints, "_complete", lambda self: right(self)[::-1])
+
+
+def three_saves(folder: str, bug: Callable[[], AbstractContextManager]) -> tuple[list[str], bool]:
+    """What is left of three, and whether a checkpoint had its name while a rank still wrote."""
+    checkpoints = Checkpoints(folder, worker_of(samples_of(Layout(dp=2)), None), job_here())
+    right, early = filesystem._write_item, []
+
+    def write(*arguments: Any) -> Any:
+        early.append((checkpoints.folder / f"step-{step:08d}").exists())
+        return right(*arguments)
+
+    with bug(), patch.object(filesystem, "_write_item", write):
+        for step in (1, 2, 3):
+            checkpoints.save(step, {})
+            checkpoints.wait()
+    dist.barrier()
+    return sorted(path.name for path in checkpoints.folder.iterdir()), any(early)
+
+
+def test_bugs_in_the_order_show(pool: Pool, tmp_path: Path) -> None:
+    last = ["step-00000002", "step-00000003"]
+    assert pool.run(2, three_saves, str(tmp_path / "right"), nullcontext) == [(last, False)] * 2
+    assert any(early for _, early in pool.run(2, three_saves, str(tmp_path / "early"), name_at_once))
+    assert pool.run(2, three_saves, str(tmp_path / "keep"), the_newest_is_removed)[0][0] != last
