@@ -80,7 +80,7 @@ class Worker:
         make_optimizer: MakeOptimizer,
         bucket: int = BUCKET_ELEMENTS,
     ):
-        self.layout, self.mesh = layout, mesh
+        self.moe, self.layout, self.mesh = moe, layout, mesh
         self.counts_ahead = moe is not None and moe.routing.aux > 0 and layout.microbatches > 1
         self.tp, self.pp = mesh["tp"], mesh["pp"]
         self.data = mesh.joined("cp", "dp")
@@ -226,6 +226,10 @@ class Worker:
 
     def weights(self) -> list[Piece]:
         return self._named(piece for stage in self.stages for piece in stage.weights())
+
+    def master_weights(self) -> list[Piece]:
+        """In the precision of the update, and what is not trained."""
+        return self._named(piece for stage in self.stages for piece in stage.master_weights())
 
     def states(self) -> list[Piece]:
         pieces = [piece for stage in self.stages for piece in stage.states()]

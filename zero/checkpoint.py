@@ -26,8 +26,9 @@ def save(folder: str, stage: Stage, job: Job) -> None:
     """
     if stage.axis.size != job.world_size or any(shard_of(p) for p in stage.model.parameters()):
         raise ValueError(f"{folder}: only a model that ZeRO alone has sharded can be saved; use dp over all ranks")
-    states = stage.states() if stage.shards_optimizer or stage.axis.index == 0 else []
-    pieces = [("weights", stage.master_weights()), ("states", states)]
+    pieces = [("weights", stage.master_weights()), ("states", stage.states())]
+    if not stage.shards_optimizer and stage.axis.index:
+        pieces = []  # every rank has all of it
     mine = [piece._replace(name=_key(kind, piece.name), value=piece.value.cpu().clone()) for kind, all_ in pieces
             for piece in all_]  # fmt: skip
     everyone = job.gather(mine)

@@ -227,10 +227,9 @@ class Stage(ABC):
     def master_weights(self) -> list[Piece]:
         """The weights in the precision of the update: this rank's part of those that are trained, and the others."""
         name = self._names()
-        mine = self.owned if self.shards_optimizer or self.axis.index == 0 else ()
         trained = [
             Piece(name[e.member.parameter], e.piece.detach(), _segment(e.member.parameter, e.first, e.end))
-            for e in mine
+            for e in self.owned
         ]
         inside = {member.name for bucket in self.buckets for member in bucket.members}
         return trained + [piece for piece in self.weights() if piece.name not in inside]
