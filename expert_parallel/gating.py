@@ -82,6 +82,11 @@ class Routing:
                 f"{self.top_k} experts in them; use --top-groups {self.groups}"
             )
 
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of a token's experts do, if none is dropped."""
+        return self.score == "topk-softmax" or (self.score == "sigmoid" and self.top_k > 1)
+
     def places(self, tokens: int) -> int:
         """Tokens that an expert takes of a sample of so many."""
         return math.ceil(self.capacity * self.top_k * tokens / self.experts)
@@ -205,8 +210,7 @@ class Router(nn.Module):
         if self.routing.score == "topk-softmax":
             return logits.gather(-1, experts).softmax(-1)
         weights = scores.gather(-1, experts)
-        one = self.routing.score == "softmax-topk" or self.routing.top_k == 1
-        return weights if one else weights / weights.sum(-1, keepdim=True)
+        return weights / weights.sum(-1, keepdim=True) if self.routing.sums_to_one else weights
 
     def _losses(self, logits: Tensor, scores: Tensor, counts: Tensor) -> Tensor:
         """This rank's share of aux E sum_i f_i P_i + z mean(logsumexp^2): f and the means are of the global batch."""

@@ -63,7 +63,7 @@ def lesson(run: Run) -> None:
 
 
 def described(routing: Routing) -> str:
-    usual = Routing(routing.experts)
+    usual = Routing()
     told = [f"top {routing.top_k} of {routing.experts}", routing.score]
     told += [f"{n} {getattr(routing, n):g}" for n in ("aux", "z", "bias_rate", "capacity") if getattr(routing, n)]
     return ", ".join(told + ([f"drop by {routing.drop}"] if routing.drop != usual.drop else []))
@@ -100,7 +100,7 @@ def claim_router(run: Run, trained: dict[str, Trained]) -> None:
         different, error, most, dropped = zip(*everyone, strict=True)
         chosen = args.top_k * args.batch * args.sequence * args.layers * args.steps
         claim(f"different experts for each token, {name}", f"KbsL in each step: {chosen:,}", chosen, sum(different))
-        if routing.score != "softmax-topk":
+        if routing.sums_to_one:
             claim(f"the weights of a token, {name}", "sum to 1: error 0", 0, max(error), 4 * torch.finfo(run.dtype).eps)
         if routing.capacity:
             places = routing.places(args.sequence)

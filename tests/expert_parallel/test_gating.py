@@ -84,6 +84,7 @@ def test_weights_by_the_definition() -> None:
         layer = router(Routing(8, 3, score))
         chosen, weights, kept = layer(x)
         assert kept is None
+        assert bool(((weights.sum(-1) - 1).abs() < 1e-12).all()) == layer.routing.sums_to_one
         logits = (x @ layer.weight.T).flatten(0, 1)
         for t in range(10):
             picked = logits[t][chosen[t]]
