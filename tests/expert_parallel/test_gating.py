@@ -71,6 +71,12 @@ def test_places(case: tuple[Routing, Tensor]) -> None:
                     assert scores[b, s, e] <= scores[b, took, e].min()
 
 
+def test_places_by_the_decimal() -> None:
+    assert Routing(5, 2, capacity=0.55).places(50) == 11
+    assert Routing(5, 2, capacity=0.56).places(50) == 12
+    assert Routing(8, 2, capacity=1e300).places(7) == 7
+
+
 def router(routing: Routing) -> Router:
     made = Router(6, routing)
     made.weight = torch.nn.Parameter(torch.randn(routing.experts, 6, dtype=torch.float64))
