@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.gpt import GPT, GPTConfig, materialize
 from core.lesson import Lesson
 from core.shards import Piece, Shard
 from expert_parallel import train, upcycle
-from expert_parallel.checkpoint import read, write
+from expert_parallel.checkpoint import convert, read, write
+from expert_parallel.moe import MoEConfig, to_moe
 from expert_parallel.training import add_flags, add_parallel_flags, check
 from tests.pool import Pool
 
@@ -97,3 +99,15 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read(tmp_path)
     write(tmp_path, 1, [Piece("b", torch.ones(2), Shard(0, 1, 2, 4))])
     assert read(tmp_path)["b"].tolist() == [0, 0, 1, 1]
+
+
+def test_a_checkpoint_is_not_converted_into_another(tmp_path: Path) -> None:
+    """What 8 ranks wrote before must not be read among the files of 4."""
+    config, moe = GPTConfig(layers=1, hidden=8, heads=2), MoEConfig()
+    for seed in (1, 2):
+        (tmp_path / f"{seed}").mkdir()
+        model = materialize(to_moe(GPT(config), moe), seed, torch.device("cpu"), torch.float64)
+        write(tmp_path / f"{seed}", 0, [Piece(name, p, None) for name, p in model.named_parameters()])
+    convert(tmp_path / "1", tmp_path / "to", config, moe, 8, 8)
+    with pytest.raises(ValueError, match="use a new folder"):
+        convert(tmp_path / "2", tmp_path / "to", config, moe, 4, 4)
