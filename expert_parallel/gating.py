@@ -45,7 +45,7 @@ class Routing:
     def __post_init__(self) -> None:
         for name in ("experts", "top_k", "groups", "top_groups"):
             if getattr(self, name) < 1:
-                usual = 2 if name == "top_k" else 1
+                usual = {"experts": max(8, self.top_k), "top_k": min(2, self.experts)}.get(name, 1)
                 raise ValueError(
                     f"--{_flag(name)} {getattr(self, name)}: must be at least 1; use --{_flag(name)} {usual}"
                 )
@@ -60,9 +60,10 @@ class Routing:
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}; use {known[0]}")
         if self.top_k > self.experts:
+            other = " --score softmax-topk" if self.experts == 1 and self.score == "topk-softmax" else ""
             raise ValueError(
                 f"--top-k {self.top_k}: a token cannot choose more than the --experts {self.experts}; "
-                f"use --top-k {self.experts}"
+                f"use --top-k {self.experts}{other}" + (f" --top-groups {self.groups}" if self.groups > 1 else "")
             )
         if self.top_k == 1 and self.score == "topk-softmax":
             raise ValueError(
@@ -73,7 +74,7 @@ class Routing:
             fitting = max(g for g in range(1, self.groups + 1) if self.experts % g == 0)
             raise ValueError(
                 f"--groups {self.groups}: must divide --experts {self.experts}, so that groups are equal; "
-                f"use --groups {fitting}"
+                f"use --groups {fitting} --top-groups {fitting}"
             )
         within = self.experts // self.groups
         if not -(-self.top_k // within) <= self.top_groups <= self.groups:
