@@ -140,6 +140,14 @@ def claim_balance(run: Run, loads: dict[str, Tensor]) -> None:
         claim(what, f"from {most:.3f}, its most before: excess 0", 0, max(0.0, mine[1] - most))
 
 
+def refuse(args: argparse.Namespace, ranks: int) -> None:
+    check(args, ranks)
+    for flag, usual in (("aux", 0.05), ("bias_rate", 0.01)):
+        if not getattr(args, flag):
+            name = f"--{flag.replace('_', '-')}"
+            raise ValueError(f"{name} 0: one of the ways would not balance the load; use {name} {usual}")
+
+
 if __name__ == "__main__":
     frame = Lesson(
         __file__,
@@ -150,4 +158,4 @@ if __name__ == "__main__":
     )
     add_flags(frame, layers=2, feed_forward=64)
     frame.parser.set_defaults(steps=40, aux=0.05, bias_rate=0.01, capacity=1.25)
-    sys.exit(frame.main(check, lesson))
+    sys.exit(frame.main(refuse, lesson))

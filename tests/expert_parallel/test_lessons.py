@@ -10,7 +10,7 @@ import torch
 from core.gpt import GPT, GPTConfig, materialize
 from core.lesson import Lesson
 from core.shards import Piece, Shard
-from expert_parallel import train, upcycle
+from expert_parallel import router, train, upcycle
 from expert_parallel.checkpoint import convert, read, write
 from expert_parallel.moe import MoEConfig, to_moe
 from expert_parallel.training import add_flags, add_parallel_flags, check
@@ -56,6 +56,13 @@ def test_plot(pool: Pool, tmp_path: Path, lesson: str) -> None:
     assert "<svg" in plot.read_text()
 
 
+def test_what_travels_by_all_gather_is_shown(pool: Pool) -> None:
+    """Forward 2Th and 2k numbers a token, of which the weights have a gradient: T 64, h 16, k 2, two layers."""
+    outcome = pool.script(2, "expert_parallel/train.py", *QUICK, "--dispatch", "all-gather")
+    sent = 2 * 64 * (2 * (2 * 16) + 2 * 2 + 2)
+    assert re.findall(r"^ +\d(?: +[\d,]+){5} +([\d,]+)$", outcome.out, re.MULTILINE) == [f"{sent:,}"] * 2
+
+
 REFUSED = {
     "experts over ep": ("dispatch", ("--experts", "6", "--ep", "4")),
     "ep over ranks": ("dispatch", ("--ep", "3", "--experts", "9")),
@@ -78,6 +85,8 @@ REFUSED = {
     "shared": ("upcycle", ("--shared", "8")),
     "shared size": ("dispatch", ("--shared", "-8")),
     "balance": ("train", ("--aux", "0")),
+    "balance by loss": ("router", ("--aux", "0")),
+    "balance by bias": ("router", ("--bias-rate", "0")),
 }
 
 
@@ -93,7 +102,8 @@ def test_refusals(pool: Pool, lesson: str, flags: tuple[str, ...]) -> None:
     frame = Lesson(script, "CODE 04", "", "", "")
     add_flags(frame)
     add_parallel_flags(frame)
-    refuse = {"upcycle": upcycle.refuse, "train": train.refuse}.get(lesson, check)
+    frame.parser.set_defaults(bias_rate=0.01)
+    refuse = {"upcycle": upcycle.refuse, "train": train.refuse, "router": router.refuse}.get(lesson, check)
     refuse(frame.parser.parse_args([*flags, *suggested.split()]), 8)  # takes it
 
 
