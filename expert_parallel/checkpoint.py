@@ -74,8 +74,15 @@ def cut(
 
 
 def convert(source: Path, target: Path, config: GPTConfig, moe: MoEConfig, ranks: int, ep: int, etp: int = 1) -> None:
-    """Read a checkpoint of any layout and write it as one of this layout."""
+    """Read a checkpoint of any layout and write it as one of this layout.
+
+    Raises:
+        ValueError: the target holds a checkpoint already, whose other ranks' files would stay among the new ones; the
+            source is not whole; or the layout is not possible.
+    """
     target.mkdir(exist_ok=True)
+    if any(target.glob("rank*.pt")):
+        raise ValueError(f"{target}: holds a checkpoint, and a file of it could stay; use a new folder")
     for rank, pieces in enumerate(cut(read(source), config, moe, ranks, ep, etp)):
         write(target, rank, pieces)
 

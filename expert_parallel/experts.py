@@ -17,7 +17,8 @@ from core.linear import Gradients, deferring
 
 def grouped(x: Tensor, weight: Tensor, counts: list[int], bias: Tensor | None = None) -> Tensor:
     """Rows (R, I), the first `counts[0]` of them times `weight[0]` of (E, I, O) plus `bias[0]` of (E, O), and so on."""
-    if x.dtype == torch.bfloat16:  # the only type that torch's has on every device
+    whole = not any(size % 8 for size in weight.shape[1:])  # torch's grouped_mm wants strides of 16 bytes
+    if x.dtype == torch.bfloat16 and whole:  # the only type that it has on every device
         sizes = torch.tensor(counts, device=x.device)
         y = F.grouped_mm(x, weight, offs=sizes.cumsum(0).to(torch.int32))
         return y if bias is None else y + bias.repeat_interleave(sizes, 0, output_size=len(y))

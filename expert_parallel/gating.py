@@ -7,8 +7,8 @@ B samples, S tokens of a sample, H hidden, E experts, K of them for each token, 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ class Routing:
     def __post_init__(self) -> None:
         for name in ("experts", "top_k", "groups", "top_groups"):
             if getattr(self, name) < 1:
-                usual = 2 if name == "top_k" else 1
+                usual = {"experts": max(8, self.top_k), "top_k": min(2, self.experts)}.get(name, 1)
                 raise ValueError(
                     f"--{_flag(name)} {getattr(self, name)}: must be at least 1; use --{_flag(name)} {usual}"
                 )
@@ -60,9 +60,10 @@ class Routing:
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}; use {known[0]}")
         if self.top_k > self.experts:
+            other = " --score softmax-topk" if self.experts == 1 and self.score == "topk-softmax" else ""
             raise ValueError(
                 f"--top-k {self.top_k}: a token cannot choose more than the --experts {self.experts}; "
-                f"use --top-k {self.experts}"
+                f"use --top-k {self.experts}{other}" + (f" --top-groups {self.groups}" if self.groups > 1 else "")
             )
         if self.top_k == 1 and self.score == "topk-softmax":
             raise ValueError(
@@ -73,7 +74,7 @@ class Routing:
             fitting = max(g for g in range(1, self.groups + 1) if self.experts % g == 0)
             raise ValueError(
                 f"--groups {self.groups}: must divide --experts {self.experts}, so that groups are equal; "
-                f"use --groups {fitting}"
+                f"use --groups {fitting} --top-groups {fitting}"
             )
         within = self.experts // self.groups
         if not -(-self.top_k // within) <= self.top_groups <= self.groups:
@@ -82,9 +83,15 @@ class Routing:
                 f"{self.top_k} experts in them; use --top-groups {self.groups}"
             )
 
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of a token's experts do, if none is dropped."""
+        return self.score == "topk-softmax" or (self.score == "sigmoid" and self.top_k > 1)
+
     def places(self, tokens: int) -> int:
         """Tokens that an expert takes of a sample of so many."""
-        return math.ceil(self.capacity * self.top_k * tokens / self.experts)
+        # A decimal, as it is written: 0.55 x 2 x 50 / 5 is 11, and a little more in binary, which ceil would make 12.
+        return min(tokens, math.ceil(Fraction(str(self.capacity)) * self.top_k * tokens / self.experts))
 
 
 def _flag(name: str) -> str:
@@ -206,8 +213,7 @@ class Router(nn.Module):
         if self.routing.score == "topk-softmax":
             return logits.gather(-1, experts).softmax(-1)
         weights = scores.gather(-1, experts)
-        one = self.routing.score == "softmax-topk" or self.routing.top_k == 1
-        return weights if one else weights / weights.sum(-1, keepdim=True)
+        return weights / weights.sum(-1, keepdim=True) if self.routing.sums_to_one else weights
 
     def _losses(self, logits: Tensor, scores: Tensor, counts: Tensor) -> Tensor:
         """This rank's share of aux E sum_i f_i P_i + z mean(logsumexp^2): f and the means are of the global batch."""
@@ -275,9 +281,9 @@ def end_step(model: nn.Module) -> Tensor:
     return loads
 
 
-def _take(found: Sequence[Router]) -> Tensor:
-    if not found:
-        return torch.zeros(0, 0)
+def _take(found: list[Router]) -> Tensor:
+    if not found:  # a pipeline stage without mixtures
+        return torch.zeros(0, 0, dtype=torch.int64)
     loads = torch.stack([router.load for router in found])
     for router in found:
         router.load = None

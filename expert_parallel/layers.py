@@ -48,6 +48,11 @@ class Exchange:
     def finish(self, rows: Tensor) -> Tensor:
         return _Finish.apply(rows, self)
 
+    def arrived(self) -> Tensor:
+        """Wait, and keep nothing: the graph holds this object until the backward, which does not read the buffers."""
+        pending, self.pending = self.pending, None
+        return pending.wait()
+
 
 class _Start(torch.autograd.Function):
     @staticmethod
@@ -58,14 +63,14 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.pending.wait(), None
+        return ctx.exchange.arrived(), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.pending.wait()
+        exchange.arrived()
         return rows.view_as(rows)
 
     @staticmethod

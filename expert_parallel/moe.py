@@ -197,11 +197,11 @@ def claim_work(run: Run, config: GPTConfig, moe: MoEConfig) -> None:
     _, layer = first_layer(run, config, moe)
     with torch.device("meta"):
         dense = MLP(replace(config, feed_forward=layer.experts.up.weight.shape[1]))
-    tokens = torch.zeros(config.sequence, config.hidden, dtype=run.dtype, device=run.job.device)
+    tokens = torch.zeros(config.sequence, config.hidden, device=run.job.device)
     e, k, rows = moe.routing.experts, moe.routing.top_k, config.sequence * moe.routing.top_k
     counts = [rows // e + (i < rows % e) for i in range(e)]
     with FlopCounterMode(display=False) as of_experts:
-        layer.experts(tokens.repeat_interleave(k, 0), counts)
+        layer.experts.float()(tokens.repeat_interleave(k, 0), counts)  # of its grouped_mm torch counts none
     with FlopCounterMode(display=False) as of_dense:
         dense(tokens.to("meta"))
     claim, size = run.evidence.claim, sum(p.numel() for p in layer.experts.parameters())

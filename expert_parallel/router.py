@@ -63,7 +63,7 @@ def lesson(run: Run) -> None:
 
 
 def described(routing: Routing) -> str:
-    usual = Routing(routing.experts)
+    usual = Routing()
     told = [f"top {routing.top_k} of {routing.experts}", routing.score]
     told += [f"{n} {getattr(routing, n):g}" for n in ("aux", "z", "bias_rate", "capacity") if getattr(routing, n)]
     return ", ".join(told + ([f"drop by {routing.drop}"] if routing.drop != usual.drop else []))
@@ -100,7 +100,7 @@ def claim_router(run: Run, trained: dict[str, Trained]) -> None:
         different, error, most, dropped = zip(*everyone, strict=True)
         chosen = args.top_k * args.batch * args.sequence * args.layers * args.steps
         claim(f"different experts for each token, {name}", f"KbsL in each step: {chosen:,}", chosen, sum(different))
-        if routing.score != "softmax-topk":
+        if routing.sums_to_one:
             claim(f"the weights of a token, {name}", "sum to 1: error 0", 0, max(error), 4 * torch.finfo(run.dtype).eps)
         if routing.capacity:
             places = routing.places(args.sequence)
@@ -140,6 +140,14 @@ def claim_balance(run: Run, loads: dict[str, Tensor]) -> None:
         claim(what, f"from {most:.3f}, its most before: excess 0", 0, max(0.0, mine[1] - most))
 
 
+def refuse(args: argparse.Namespace, ranks: int) -> None:
+    check(args, ranks)
+    for flag, usual in (("aux", 0.05), ("bias_rate", 0.01)):
+        if not getattr(args, flag):
+            name = f"--{flag.replace('_', '-')}"
+            raise ValueError(f"{name} 0: one of the ways would not balance the load; use {name} {usual}")
+
+
 if __name__ == "__main__":
     frame = Lesson(
         __file__,
@@ -150,4 +158,4 @@ if __name__ == "__main__":
     )
     add_flags(frame, layers=2, feed_forward=64)
     frame.parser.set_defaults(steps=40, aux=0.05, bias_rate=0.01, capacity=1.25)
-    sys.exit(frame.main(check, lesson))
+    sys.exit(frame.main(refuse, lesson))

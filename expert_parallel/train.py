@@ -44,7 +44,7 @@ class Work:
     """What a rank had to do, over all layers and steps, and what it holds."""
 
     rows: list[list[int]]  # computed by its experts, by step and layer
-    sent: float  # elements in all-to-alls
+    sent: float  # elements of tokens, to and from the experts
     experts: int  # bytes of weights and Adam moments
     rest: int
 
@@ -100,9 +100,10 @@ def train_watched(run: Run, moe: MoEConfig) -> tuple[Trained, Work]:
         return live_bytes([*parameters, *(s for p in parameters for s in state.get(p, {}).values() if s.dim())])
 
     traffic = trained.mesh["ep"].ledger.traffic.items()
+    ways = {"ep": ("all-to-all", "all-gather", "reduce-scatter"), "etp": ("all-to-all",)}
     return trained, Work(
         rows,
-        sum(each.elements for (operation, _), each in traffic if operation == "all-to-all"),
+        sum(each.elements for (operation, axis), each in traffic if operation in ways.get(axis, ())),
         held([p for p in trained.model.parameters() if p in experts]),
         held([p for p in trained.model.parameters() if p not in experts]),
     )

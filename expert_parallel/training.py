@@ -92,10 +92,12 @@ def check(args: argparse.Namespace, ranks: int) -> None:
         )
     if not hasattr(args, "ep"):
         return
+    if args.dispatch == "all-gather" and args.etp > 1:
+        raise ValueError(f"--dispatch all-gather: is not for --etp {args.etp}; use --etp 1, or --dispatch all-to-all")
     if args.etp < 1 or ranks % args.etp or config.feed_forward % args.etp:
-        usable = max(
-            e for e in range(1, ranks + 1) if ranks % e == 0 and config.feed_forward % e == 0 and e <= max(1, args.etp)
-        )
+        both = math.gcd(ranks, config.feed_forward)
+        fitting = [e for e in range(1, args.etp) if both % e == 0 and ranks // e % max(1, args.ep) == 0]
+        usable = max(fitting, default=1)  # beside --ep, where it is given
         raise ValueError(
             f"--etp {args.etp}: must divide the {ranks} ranks and the {config.feed_forward} features of an expert; "
             f"use --etp {usable}"
@@ -106,8 +108,6 @@ def check(args: argparse.Namespace, ranks: int) -> None:
             f"--ep {args.ep}: must divide the {ranks} ranks / --etp {args.etp} and the --experts {args.experts}, so "
             f"that each rank has as many; use --ep {math.gcd(args.experts, ranks // args.etp)}"
         )
-    if args.dispatch == "all-gather" and args.etp > 1:
-        raise ValueError(f"--dispatch all-gather: is not for --etp {args.etp}; use --etp 1, or --dispatch all-to-all")
 
 
 @dataclass

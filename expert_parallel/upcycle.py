@@ -139,7 +139,7 @@ def claim_start(run: Run, config: GPTConfig, moe: MoEConfig, weights: Weights, e
     e, k = moe.routing.experts, moe.routing.top_k
     run.say(f"loss of the dense model on a batch it has not seen: {dense:.6f}")
     run.say(f"with {e} experts, {k} a token: {start:.6f}; with {2 * e}, {2 * k} a token: {doubled:.6f}\n")
-    if not moe.routing.capacity and (moe.routing.score != "softmax-topk" or k == e):
+    if not moe.routing.capacity and (moe.routing.sums_to_one or (moe.routing.score == "softmax-topk" and k == e)):
         claim(
             "loss of the mixture at its start",
             f"the dense model's, {dense:.6f}",
@@ -147,13 +147,16 @@ def claim_start(run: Run, config: GPTConfig, moe: MoEConfig, weights: Weights, e
             relative_difference(start, dense),
             tolerance,
         )
-    claim(
-        f"loss with {2 * e} experts, {2 * k} a token",
-        f"that with {e} and {k}: {start:.6f}",
-        0,
-        relative_difference(doubled, start),
-        tolerance,
-    )
+    # One sigmoid is not divided by its sum, two are; and a group is as good as K / top_groups of its experts, rounded.
+    whole_groups = moe.routing.top_groups == moe.routing.groups or k % moe.routing.top_groups == 0
+    if whole_groups and twice.sums_to_one == moe.routing.sums_to_one:
+        claim(
+            f"loss with {2 * e} experts, {2 * k} a token",
+            f"that with {e} and {k}: {start:.6f}",
+            0,
+            relative_difference(doubled, start),
+            tolerance,
+        )
 
 
 def claim_layouts(run: Run, config: GPTConfig, moe: MoEConfig, folder: Path, ep: int) -> None:

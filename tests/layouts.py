@@ -124,7 +124,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
         losses.append(total)
         norms.append(norm)
         optimizer.step()
-        if layout.moe and routers(stage):
+        if layout.moe:
             end_step(stage)
     runtime.close()
     attention.close()

@@ -71,6 +71,12 @@ def test_places(case: tuple[Routing, Tensor]) -> None:
                     assert scores[b, s, e] <= scores[b, took, e].min()
 
 
+def test_places_by_the_decimal() -> None:
+    assert Routing(5, 2, capacity=0.55).places(50) == 11
+    assert Routing(5, 2, capacity=0.56).places(50) == 12
+    assert Routing(8, 2, capacity=1e300).places(7) == 7
+
+
 def router(routing: Routing) -> Router:
     made = Router(6, routing)
     made.weight = torch.nn.Parameter(torch.randn(routing.experts, 6, dtype=torch.float64))
@@ -84,6 +90,7 @@ def test_weights_by_the_definition() -> None:
         layer = router(Routing(8, 3, score))
         chosen, weights, kept = layer(x)
         assert kept is None
+        assert bool(((weights.sum(-1) - 1).abs() < 1e-12).all()) == layer.routing.sums_to_one
         logits = (x @ layer.weight.T).flatten(0, 1)
         for t in range(10):
             picked = logits[t][chosen[t]]

@@ -1,8 +1,11 @@
 """The layer across ranks: the order of what travels and what is computed, ZeRO for experts, refusals."""
 
+import weakref
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -70,6 +73,32 @@ def test_the_shared_expert_computes_while_rows_travel(pool: Pool) -> None:
                            "waits for all-to-all", "experts", "starts all-to-all", "waits for all-to-all"]  # fmt: skip
         assert backward == ["starts all-to-all", "waits for all-to-all", "starts all-to-all", "shared backward",
                             "waits for all-to-all"]  # fmt: skip
+
+
+def kept() -> tuple[int, int]:
+    """All-to-alls of a forward, and those whose buffers something holds until the backward."""
+    n = dist.get_world_size()
+    mesh = Mesh("cpu", Ledger(), 30.0, dp=n, ep=n)
+    model = parallelize(to_moe(GPT(replace(CONFIG, layers=1)), MOE), mesh["ep"], mesh["etp"], Spread((mesh["dp"],)))
+    layer = materialize(model, SEED, CPU, torch.float64).blocks["0"].mlp
+    started: list[weakref.ref] = []
+    start = comm.all_to_all_async
+
+    def starting(*arguments: Any) -> comm.Pending:
+        pending = start(*arguments)
+        started.append(weakref.ref(pending))
+        return pending
+
+    with patch.object(comm, "all_to_all_async", starting):
+        y = layer(torch.randn(2, 8, 16, dtype=torch.float64, requires_grad=True))
+    held = sum(pending() is not None for pending in started)
+    y.sum().backward()
+    return len(started), held
+
+
+def test_the_buffers_of_messages_are_not_kept_for_the_backward(pool: Pool) -> None:
+    """The hooks that count what autograd saves would not see them."""
+    assert pool.run(2, kept) == [(3, 0)] * 2
 
 
 def uneven() -> None:

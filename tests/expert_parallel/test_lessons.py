@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.gpt import GPT, GPTConfig, materialize
 from core.lesson import Lesson
 from core.shards import Piece, Shard
-from expert_parallel import train, upcycle
-from expert_parallel.checkpoint import read, write
+from expert_parallel import router, train, upcycle
+from expert_parallel.checkpoint import convert, read, write
+from expert_parallel.moe import MoEConfig, to_moe
 from expert_parallel.training import add_flags, add_parallel_flags, check
 from tests.pool import Pool
 
@@ -37,7 +39,9 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int) 
         ("--dispatch", "all-gather", "--score", "sigmoid", "--bias-rate", "0.01"), ("--ep", "1"), ("--shared", "0"),
         ("--experts", "16", "--groups", "4", "--top-groups", "2", "--top-k", "4", "--drop", "probability",
          "--capacity", "0.5"), ("--dropout", "0.2", "--attention", "softmax")]]
-    + [("upcycle", ("--score", "softmax-topk")), ("upcycle", ("--dtype", "bfloat16")), ("train", ("--ep", "2"))],
+    + [("upcycle", ("--score", "softmax-topk")), ("upcycle", ("--dtype", "bfloat16")), ("train", ("--ep", "2"))]
+    + [("upcycle", ("--score", "sigmoid", "--top-k", "1")), ("moe", ("--dtype", "bfloat16", "--feed-forward", "6")),
+       ("router", ("--experts", "1", "--top-k", "1", "--score", "softmax-topk"))],
 )  # fmt: skip
 def test_options(pool: Pool, lesson: str, flags: tuple[str, ...]) -> None:
     outcome = pool.script(4, f"expert_parallel/{lesson}.py", *QUICK, *flags)
@@ -52,11 +56,24 @@ def test_plot(pool: Pool, tmp_path: Path, lesson: str) -> None:
     assert "<svg" in plot.read_text()
 
 
+def test_what_travels_by_all_gather_is_shown(pool: Pool) -> None:
+    """Forward 2Th and 2k numbers a token, of which the weights have a gradient: T 64, h 16, k 2, two layers."""
+    outcome = pool.script(2, "expert_parallel/train.py", *QUICK, "--dispatch", "all-gather")
+    sent = 2 * 64 * (2 * (2 * 16) + 2 * 2 + 2)
+    assert re.findall(r"^ +\d(?: +[\d,]+){5} +([\d,]+)$", outcome.out, re.MULTILINE) == [f"{sent:,}"] * 2
+
+
 REFUSED = {
     "experts over ep": ("dispatch", ("--experts", "6", "--ep", "4")),
     "ep over ranks": ("dispatch", ("--ep", "3", "--experts", "9")),
     "ep": ("dispatch", ("--ep", "-1")),
     "etp": ("dispatch", ("--etp", "3")),
+    "etp beside ep": ("dispatch", ("--etp", "3", "--ep", "8")),
+    "etp beside all-gather": ("dispatch", ("--dispatch", "all-gather", "--etp", "3")),
+    "no experts": ("dispatch", ("--experts", "0")),
+    "one expert": ("dispatch", ("--experts", "1")),
+    "groups and top-groups": ("dispatch", ("--groups", "3", "--top-groups", "3")),
+    "top-k of groups": ("dispatch", ("--top-k", "9", "--groups", "4", "--top-groups", "2")),
     "no etp": ("dispatch", ("--etp", "0")),
     "features": ("dispatch", ("--etp", "4", "--feed-forward", "30")),
     "all-gather": ("dispatch", ("--dispatch", "all-gather", "--etp", "2")),
@@ -68,6 +85,8 @@ REFUSED = {
     "shared": ("upcycle", ("--shared", "8")),
     "shared size": ("dispatch", ("--shared", "-8")),
     "balance": ("train", ("--aux", "0")),
+    "balance by loss": ("router", ("--aux", "0")),
+    "balance by bias": ("router", ("--bias-rate", "0")),
 }
 
 
@@ -83,7 +102,8 @@ def test_refusals(pool: Pool, lesson: str, flags: tuple[str, ...]) -> None:
     frame = Lesson(script, "CODE 04", "", "", "")
     add_flags(frame)
     add_parallel_flags(frame)
-    refuse = {"upcycle": upcycle.refuse, "train": train.refuse}.get(lesson, check)
+    frame.parser.set_defaults(bias_rate=0.01)
+    refuse = {"upcycle": upcycle.refuse, "train": train.refuse, "router": router.refuse}.get(lesson, check)
     refuse(frame.parser.parse_args([*flags, *suggested.split()]), 8)  # takes it
 
 
@@ -95,3 +115,15 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read(tmp_path)
     write(tmp_path, 1, [Piece("b", torch.ones(2), Shard(0, 1, 2, 4))])
     assert read(tmp_path)["b"].tolist() == [0, 0, 1, 1]
+
+
+def test_a_checkpoint_is_not_converted_into_another(tmp_path: Path) -> None:
+    """What 8 ranks wrote before must not be read among the files of 4."""
+    config, moe = GPTConfig(layers=1, hidden=8, heads=2), MoEConfig()
+    for seed in (1, 2):
+        (tmp_path / f"{seed}").mkdir()
+        model = materialize(to_moe(GPT(config), moe), seed, torch.device("cpu"), torch.float64)
+        write(tmp_path / f"{seed}", 0, [Piece(name, p, None) for name, p in model.named_parameters()])
+    convert(tmp_path / "1", tmp_path / "to", config, moe, 8, 8)
+    with pytest.raises(ValueError, match="use a new folder"):
+        convert(tmp_path / "2", tmp_path / "to", config, moe, 4, 4)

@@ -107,10 +107,12 @@ def test_grouped_experts(counts: list[int], deferred: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("counts", COUNTS[:2])
-def test_grouped_in_bfloat16_is_torchs(counts: list[int]) -> None:
-    weight = torch.randn(4, 16, 8, dtype=torch.bfloat16)
-    x = torch.randn(sum(counts), 8, dtype=torch.bfloat16)
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("sizes", [(16, 8), (6, 8), (16, 2)])
+def test_grouped_in_bfloat16(counts: list[int], sizes: tuple[int, int]) -> None:
+    """Also where torch's own does not take the sizes."""
+    weight = torch.randn(4, *sizes, dtype=torch.bfloat16)
+    x = torch.randn(sum(counts), sizes[1], dtype=torch.bfloat16)
     one = grouped(x, weight.transpose(1, 2), counts)
     other = torch.cat([rows @ weight[e].T for e, rows in enumerate(x.split(counts))])
     torch.testing.assert_close(one, other)

@@ -122,6 +122,23 @@ def load_of_this_microbatch_alone() -> AbstractContextManager:
     return patch.object(Router, "_losses", wrong)
 
 
+def experts_of_the_last_microbatch_alone() -> AbstractContextManager:
+    right = tests.layouts.Pipeline._backward
+
+    def wrong(self: Any, action: Any) -> Any:
+        if action.microbatch == self.microbatches - 1:
+            for p in (p for stage in self.stages.values() for p in layers.expert_parameters(stage)):
+                p.grad = None
+        return right(self, action)
+
+    return patch.object(tests.layouts.Pipeline, "_backward", wrong)
+
+
+def bias_of_selection_in_the_weights() -> AbstractContextManager:
+    right = Router._weights
+    return patch.object(Router, "_weights", lambda self, a, scores, e: right(self, a, scores + self.bias, e))
+
+
 def bias_moves_with_the_load() -> AbstractContextManager:
     right = gating.end_step
 
@@ -209,7 +226,9 @@ SEEN: dict[Bug, Layout] = {
     routers_losses_scaled_by_ranks: SEQUENCE,
     routers_losses_scaled_by_microbatches: PARTS,
     load_of_this_microbatch_alone: PARTS,
+    experts_of_the_last_microbatch_alone: PARTS,
     bias_moves_with_the_load: COPIES,
+    bias_of_selection_in_the_weights: replace(COPIES, bias=(0.5, 0.0, 0.0, 0.0)),
     every_rank_has_the_first_experts: COPIES,
     rows_in_the_order_they_came: COPIES,
     rows_back_in_the_order_of_the_experts: COPIES,

@@ -40,6 +40,7 @@ LAYOUTS = {
     "etp x ep x edp": Layout(dp=4, tp=2, etp=2, ep=2, sequence=True),
     "microbatches": Layout(dp=2, ep=2, microbatches=2),
     "pipeline": Layout(dp=2, ep=2, pp=2, microbatches=2),
+    "a stage without experts": Layout(pp=2, microbatches=2, moe=MoEConfig(EVERYTHING, every=2)),
     "zero bubble": Layout(dp=2, ep=2, pp=2, microbatches=2, schedule="zb-h1"),
     "pipeline x tp": Layout(tp=2, ep=2, pp=2, microbatches=4, sequence=True),
     "all-gather": Layout(dp=4, ep=4, dispatch="all-gather"),
@@ -71,4 +72,5 @@ def test_extremes(pool: Pool, layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_layout(pool: Pool, layout: Layout) -> None:
-    equals_one_process(pool, CONFIG, replace(layout, moe=MoEConfig(EVERYTHING, feed_forward=24, shared=12)))
+    moe = layout.moe or MoEConfig(EVERYTHING, feed_forward=24, shared=12)
+    equals_one_process(pool, CONFIG, replace(layout, moe=moe))
