@@ -43,6 +43,25 @@ def test_the_kernel_and_the_formulation_in_products_agree(queries: int, keys: in
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
 
 
+def test_the_layout_in_memory_does_not_matter() -> None:
+    """The kernel reads D numbers from one place, wherever they are."""
+    q, k, v, gradient = (random(2, 3, 5, 4, seed=i) for i in range(4))
+    out, lse = attend(q, k, v, True)
+    expected = (out, lse, *attend_backward(gradient, q, k, v, out, lse, True))
+    q, k, v, gradient, across = (x.mT.contiguous().mT for x in (q, k, v, gradient, out))
+    found = (*attend(q, k, v, True), *attend_backward(gradient, q, k, v, across, lse, True))
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(6, 4), (2, 4)])
+def test_heads_that_cannot_be_shared_are_refused(heads: int, shared: int) -> None:
+    """The kernel would read beyond the keys, or divide by zero and end the process."""
+    k = random(1, shared, 3, 4)
+    with pytest.raises(ValueError, match=f"{heads} heads cannot share {shared} .* use a divisor of {heads}"):
+        attend(random(1, heads, 3, 4), k, k, True)
+
+
 @pytest.mark.parametrize("scale", [1.0, 300.0])  # scores of several hundred: their exponentials overflow
 def test_blocks_of_keys_join(scale: float) -> None:
     q, k, v = random(1, 4, 6, 8), scale * random(1, 2, 15, 8, seed=1), random(1, 2, 15, 8, seed=2)
