@@ -38,6 +38,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int) 
      ("ring_attention", ("--dtype", "float32", "--placement", "contiguous")),
      ("ring_attention", ("--dtype", "bfloat16", "--heads", "1")), ("hybrid", ("--ulysses", "4")),
      ("hybrid", ("--placement", "contiguous", "--sequence", "36")),
+     ("hybrid", ("--placement", "contiguous", "--sequence", "4", "--hidden", "192")),  # one token a rank
      ("long_context", ("--dtype", "float32", "--heads", "3"))],
 )  # fmt: skip
 def test_options(pool: Pool, lesson: str, flags: tuple[str, ...]) -> None:
