@@ -211,14 +211,19 @@ def test_what_cannot_be_cut_is_refused() -> None:
         ({"heads": 4, "sequence": 60}, 8, 8, "--heads 4 --sequence 60: .* use --heads 8 --sequence 56$"),
         ({"hidden": 60, "heads": 7}, 1, 8, "--heads 7: .* use --heads 6$"),
         ({"hidden": 20}, 6, 8, "--heads 8 --hidden 20: .* use --heads 6 --hidden 18$"),
+        ({"sequence": 0}, 1, 6, "--sequence 0: .* use --sequence 6$"),
+        ({"sequence": -1, "heads": 0}, 5, 5, "--heads 0 --hidden 64 .* use --heads 5 --hidden 65 --sequence 5$"),
+        ({"hidden": 0}, 5, 1, "--heads 8 --hidden 0: .* use --heads 5 --hidden 5$"),
+        ({"hidden": -2, "heads": 4}, 1, 1, "--heads 4 --hidden -2: heads must divide --hidden, so .* --hidden 1$"),
         ({"attention": "softmax"}, 1, 1, "use --attention sdpa --dropout 0$"),
     ],
 )
 def test_the_flags_of_a_lesson(flags: dict, heads_over: int, pieces: int, message: str) -> None:
     args = argparse.Namespace(**{"heads": 8, "hidden": 64, "sequence": 64, "attention": "sdpa"} | flags)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         check(args, heads_over, pieces)
-    for name, value in re.findall(r"--(heads|hidden|sequence) (\d+)", message.partition("use ")[2]):
+    for name, value in re.findall(r"--(heads|hidden|sequence) (\d+)", str(refusal.value).partition("use ")[2]):
         setattr(args, name, int(value))
     args.attention = "sdpa"
     check(args, heads_over, pieces)
+    GPTConfig(hidden=args.hidden, heads=args.heads, sequence=args.sequence)
