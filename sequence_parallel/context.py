@@ -104,7 +104,7 @@ def check(args: argparse.Namespace, heads_over: int, pieces: int) -> None:
         rules.append(f"heads must divide --hidden{cut}")
     if sequence < 1 or sequence % pieces:
         use["sequence"] = max(1, sequence // pieces) * pieces
-        rules.append(f"the sequence is cut and must be a positive multiple of {pieces}")
+        rules.append(f"the sequence is cut and must be a multiple of {pieces}")
     if use:
         now = " ".join(f"--{name} {getattr(args, name)}" for name in use)
         raise ValueError(
