@@ -25,10 +25,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
         q: (B, A, N, D).
         k, v: (B, K, M, D).
         causal: query i sees the keys up to i; N = M.
+
+    Raises:
+        ValueError: K does not divide A.
     """
     k, v = for_each_head(k, q), for_each_head(v, q)
     if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        return aten._scaled_dot_product_flash_attention_for_cpu(*map(by_rows, (q, k, v)), 0.0, causal)
     return plain_attend(q, k, v, causal)
 
 
@@ -44,7 +47,7 @@ def attend_backward(
     each_k, each_v = for_each_head(k, q), for_each_head(v, q)
     if q.device.type == "cpu":
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        of_q, of_k, of_v = backward(gradient, q, each_k, each_v, out, lse, 0.0, causal)
+        of_q, of_k, of_v = backward(gradient, *map(by_rows, (q, each_k, each_v, out)), lse, 0.0, causal)
     else:
         of_q, of_k, of_v = plain_backward(gradient, q, each_k, each_v, out, lse, causal)
     return of_q, of_all_heads(of_k.to(lse.dtype), k), of_all_heads(of_v.to(lse.dtype), v)
@@ -82,9 +85,17 @@ def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     return scores
 
 
+def by_rows(x: Tensor) -> Tensor:
+    """`x`, each row of D numbers in one place: torch's kernel takes that for granted, and does not ask."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def for_each_head(x: Tensor, q: Tensor) -> Tensor:
     """(B, K, M, D) to (B, A, M, D): query head i uses key and value head i // (A/K)."""
-    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+    heads, shared = q.shape[1], x.shape[1]
+    if heads % shared:  # torch's kernel would read beyond the last
+        raise ValueError(f"{heads} heads cannot share {shared} of keys and values equally; use a divisor of {heads}")
+    return x if heads == shared else x.repeat_interleave(heads // shared, 1)
 
 
 def of_all_heads(gradient: Tensor, x: Tensor) -> Tensor:

@@ -88,22 +88,22 @@ def check_length(sequence: int, pieces: int) -> None:
 def check(args: argparse.Namespace, heads_over: int, pieces: int) -> None:
     """Raises ValueError unless heads can be cut into `heads_over` equal parts and a sample into so many `pieces`.
 
-    Says what would do for all of them together. Sizes below 1 are left to `GPTConfig`.
+    Says what would do for all of them together, sizes below 1 included.
     """
     if args.attention != "sdpa":
         raise ValueError(NO_MATRIX.format(args.attention))
-    if min(args.heads, args.hidden, args.sequence) < 1:
-        return
+    heads, hidden, sequence = args.heads, args.hidden, args.sequence
     use: dict[str, int] = {}
     rules = []
-    if args.heads % heads_over or args.hidden % args.heads:
-        fitting = [a for a in range(heads_over, args.hidden + 1, heads_over) if args.hidden % a == 0]
-        use["heads"] = min(fitting, key=lambda a: abs(a - args.heads), default=heads_over)
-        if args.hidden % use["heads"]:
-            use["hidden"] = max(1, round(args.hidden / use["heads"])) * use["heads"]
-        rules.append(f"heads must divide --hidden and be a multiple of the {heads_over} ranks over which they are cut")
-    if args.sequence % pieces:
-        use["sequence"] = max(1, args.sequence // pieces) * pieces
+    if min(heads, hidden) < 1 or heads % heads_over or hidden % heads:
+        fitting = [a for a in range(heads_over, hidden + 1, heads_over) if hidden % a == 0]
+        use["heads"] = min(fitting, key=lambda a: abs(a - heads), default=heads_over)
+        if hidden < 1 or hidden % use["heads"]:
+            use["hidden"] = max(1, round(hidden / use["heads"])) * use["heads"]
+        cut = f" and be a multiple of the {heads_over} ranks over which they are cut" if heads_over > 1 else ""
+        rules.append(f"heads must divide --hidden{cut}")
+    if sequence < 1 or sequence % pieces:
+        use["sequence"] = max(1, sequence // pieces) * pieces
         rules.append(f"the sequence is cut and must be a multiple of {pieces}")
     if use:
         now = " ".join(f"--{name} {getattr(args, name)}" for name in use)

@@ -45,14 +45,17 @@ def context_parallel(axis: Axis, device: torch.device, ulysses: int = 1, zigzag:
     return Ulysses(inner, RingAttention(outer, device, zigzag) if outer.size > 1 else Whole())
 
 
-def pieces_of(ranks: int, ulysses: int, zigzag: bool = True) -> int:
+def pieces_of(ranks: int, ulysses: int, zigzag: bool = True, heads: int = 0) -> int:
     """What a sequence must be a multiple of; to be known before there is any process group.
+
+    Args:
+        heads: where they are known, a refusal names only degrees that divide them.
 
     Raises:
         ValueError: `ulysses` does not divide the ranks.
     """
     if ulysses < 1 or ranks % ulysses:
-        usable = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        usable = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0 == heads % n)
         raise ValueError(
             f"--ulysses {ulysses}: the {ranks} ranks are a ring of groups of so many; use --ulysses one of {usable}"
         )
@@ -118,7 +121,7 @@ def show_ranks(run: Run, attention: Ulysses) -> None:
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
     ulysses = degree(args, ranks)
-    check(args, ulysses, pieces_of(ranks, ulysses, args.placement == "zigzag"))
+    check(args, ulysses, pieces_of(ranks, ulysses, args.placement == "zigzag", max(args.heads, 0)))
     check_model(args)
 
 

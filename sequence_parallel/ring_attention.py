@@ -25,6 +25,7 @@ from sequence_parallel.context_training import (
     Layer,
     Measured,
     Shape,
+    claim_dense,
     claim_difference,
     claim_saved,
     count,
@@ -55,6 +56,8 @@ def lesson(run: Run) -> None:
     layer.claim("elements of K and V, backward", formula, once, kv, backward=True)
     layer.claim("elements of their gradients, backward", formula, once, gradients, backward=True)
     if run.job.rank == 0:
+        for name, everyone in found.items():
+            claim_dense(run, name, everyone, run.dtype)
         claim_memory(run, found[run.args.placement], shape, c)
         claim_work(run, found, c)
         claim_overlap(run, found["zigzag"], c)

@@ -43,6 +43,25 @@ def test_the_kernel_and_the_formulation_in_products_agree(queries: int, keys: in
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
 
 
+def test_the_layout_in_memory_does_not_matter() -> None:
+    """The kernel reads D numbers from one place, wherever they are."""
+    q, k, v, gradient = (random(2, 3, 5, 4, seed=i) for i in range(4))
+    out, lse = attend(q, k, v, True)
+    expected = (out, lse, *attend_backward(gradient, q, k, v, out, lse, True))
+    q, k, v, gradient, across = (x.mT.contiguous().mT for x in (q, k, v, gradient, out))
+    found = (*attend(q, k, v, True), *attend_backward(gradient, q, k, v, across, lse, True))
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(6, 4), (2, 4)])
+def test_heads_that_cannot_be_shared_are_refused(heads: int, shared: int) -> None:
+    """The kernel would read beyond the keys, or divide by zero and end the process."""
+    k = random(1, shared, 3, 4)
+    with pytest.raises(ValueError, match=f"{heads} heads cannot share {shared} .* use a divisor of {heads}"):
+        attend(random(1, heads, 3, 4), k, k, True)
+
+
 @pytest.mark.parametrize("scale", [1.0, 300.0])  # scores of several hundred: their exponentials overflow
 def test_blocks_of_keys_join(scale: float) -> None:
     q, k, v = random(1, 4, 6, 8), scale * random(1, 2, 15, 8, seed=1), random(1, 2, 15, 8, seed=2)
@@ -192,14 +211,19 @@ def test_what_cannot_be_cut_is_refused() -> None:
         ({"heads": 4, "sequence": 60}, 8, 8, "--heads 4 --sequence 60: .* use --heads 8 --sequence 56$"),
         ({"hidden": 60, "heads": 7}, 1, 8, "--heads 7: .* use --heads 6$"),
         ({"hidden": 20}, 6, 8, "--heads 8 --hidden 20: .* use --heads 6 --hidden 18$"),
+        ({"sequence": 0}, 1, 6, "--sequence 0: .* use --sequence 6$"),
+        ({"sequence": -1, "heads": 0}, 5, 5, "--heads 0 --hidden 64 .* use --heads 5 --hidden 65 --sequence 5$"),
+        ({"hidden": 0}, 5, 1, "--heads 8 --hidden 0: .* use --heads 5 --hidden 5$"),
+        ({"hidden": -2, "heads": 4}, 1, 1, "--heads 4 --hidden -2: heads must divide --hidden, so .* --hidden 1$"),
         ({"attention": "softmax"}, 1, 1, "use --attention sdpa --dropout 0$"),
     ],
 )
 def test_the_flags_of_a_lesson(flags: dict, heads_over: int, pieces: int, message: str) -> None:
     args = argparse.Namespace(**{"heads": 8, "hidden": 64, "sequence": 64, "attention": "sdpa"} | flags)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         check(args, heads_over, pieces)
-    for name, value in re.findall(r"--(heads|hidden|sequence) (\d+)", message.partition("use ")[2]):
+    for name, value in re.findall(r"--(heads|hidden|sequence) (\d+)", str(refusal.value).partition("use ")[2]):
         setattr(args, name, int(value))
     args.attention = "sdpa"
     check(args, heads_over, pieces)
+    GPTConfig(hidden=args.hidden, heads=args.heads, sequence=args.sequence)

@@ -38,6 +38,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int) 
      ("ring_attention", ("--dtype", "float32", "--placement", "contiguous")),
      ("ring_attention", ("--dtype", "bfloat16", "--heads", "1")), ("hybrid", ("--ulysses", "4")),
      ("hybrid", ("--placement", "contiguous", "--sequence", "36")),
+     ("hybrid", ("--placement", "contiguous", "--sequence", "4", "--hidden", "192")),  # one token a rank
      ("long_context", ("--dtype", "float32", "--heads", "3"))],
 )  # fmt: skip
 def test_options(pool: Pool, lesson: str, flags: tuple[str, ...]) -> None:
@@ -48,8 +49,10 @@ def test_options(pool: Pool, lesson: str, flags: tuple[str, ...]) -> None:
 REFUSED = {
     "heads": ("ulysses", ("--heads", "4"), "--heads 4: heads must divide --hidden and be a multiple of the 8 ranks"),
     "sequence": ("ulysses", ("--sequence", "60"), "use --sequence 56"),
-    "zigzag": ("ring_attention", ("--sequence", "40"), "must be a multiple of 16, so that each rank gets as much; use"),
+    "zigzag": ("ring_attention", ("--sequence", "40"), "must be a multiple of 16, so that each rank gets"),
     "degree": ("hybrid", ("--ulysses", "3"), "use --ulysses one of 1, 2, 4, 8"),
+    "degree and heads": ("hybrid", ("--ulysses", "3", "--heads", "2"), "use --ulysses one of 1, 2\n"),
+    "nothing": ("ring_attention", ("--sequence", "0"), "use --sequence 16"),
     "both": ("hybrid", ("--ulysses", "4", "--heads", "2", "--sequence", "60"), "use --heads 4 --sequence 56"),
     "softmax": ("ring_attention", ("--attention", "softmax"), "use --attention sdpa --dropout 0"),
     "dropout": ("hybrid", ("--attention", "softmax", "--dropout", "0.1"), "use --attention sdpa --dropout 0"),

@@ -104,6 +104,16 @@ def only_the_diagonal_has_a_mask() -> AbstractContextManager:
     return tiles(lambda self, step, n, tile: tile or Tile(ALL, ALL, causal=False))
 
 
+def contiguous_pieces_are_dealt_from_the_end() -> AbstractContextManager:
+    """The work of each rank and step is the same, but of the wrong queries and keys."""
+    right = RingAttention.positions
+
+    def wrong(self: RingAttention, sequence: int) -> Tensor:
+        return right(self, sequence) if self.zigzag else torch.arange(sequence).chunk(self.pieces)[-1 - self.axis.index]
+
+    return patch.object(RingAttention, "positions", wrong)
+
+
 def every_block_has_the_diagonals_mask() -> AbstractContextManager:
     return tiles(lambda self, step, n, tile: tile and tile._replace(causal=True))
 
@@ -235,6 +245,7 @@ ZIGZAG: dict[Callable, set[str]] = AROUND | {
     gradients_are_not_passed_on: {GRADIENT, ALONE, "messages, backward", "elements of their gradients"},
     a_message_is_read_before_it_has_arrived: {LOSS, GRADIENT, ALONE, SMALL},
     messages_are_waited_for_at_once: {"messages in flight while", "and backward"},
+    contiguous_pieces_are_dealt_from_the_end: {"contiguous: output and gradients"},
     keys_and_values_are_gathered: {
         "messages of a layer, forward", "messages, backward", "elements of a layer, forward",
         "bytes attention keeps", "elements of the largest tensor", "elements sent then",
