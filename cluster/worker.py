@@ -25,11 +25,11 @@ import sequence_parallel.layers
 import sequence_parallel.loss
 from cluster.layout import Layout
 from core.gpt import GPT, GPTConfig, materialize
+from core.gradients import norm_and_totals
 from core.ledger import Ledger
 from core.mesh import Mesh
 from core.seeded import Draw
 from core.shards import Piece, shard_of
-from core.training import norm_and_totals
 from expert_parallel.experts import Experts
 from expert_parallel.gating import Spread, count_ahead, end_step, forget
 from expert_parallel.layers import expert_parameters, parallelize

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from core import comm
 from core.gpt import GPT
+from core.gradients import sum_gradients
 from core.mesh import Axis
 from core.shards import shard
-from core.training import sum_gradients
 from expert_parallel.experts import Experts, GroupedLinear
 from expert_parallel.gating import Choice, Spread
 from expert_parallel.moe import MoE, order_of, permute, unpermute

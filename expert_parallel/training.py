@@ -14,21 +14,13 @@ import torch
 from torch import Tensor
 
 from core.gpt import GPT, GPTConfig, materialize, token_loss
+from core.gradients import clip_and_total, sum_gradients
 from core.ledger import Ledger
 from core.lesson import Lesson, Run
 from core.mesh import Mesh
 from core.oracle import TOLERANCE, Oracle, relative_difference
 from core.seeded import Draw
-from core.training import (
-    Comparison,
-    Layout,
-    add_model_flags,
-    check_model,
-    clip_and_total,
-    configuration,
-    sum_gradients,
-    train,
-)
+from core.training import Comparison, Layout, add_model_flags, check_model, configuration, train
 from expert_parallel.gating import DROPS, SCORES, Choice, Routing, Spread, end_step, routers
 from expert_parallel.layers import (
     DISPATCHERS,

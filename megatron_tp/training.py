@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from core.gpt import GPT, GPTConfig, materialize
+from core.gradients import clip_and_total
 from core.ledger import Ledger
 from core.lesson import Run
 from core.mesh import Axis
 from core.oracle import Oracle
 from core.seeded import Draw
 from core.shards import counted_once
-from core.training import Layout, claim_whole_parameters, clip_and_total, train
+from core.training import Layout, claim_whole_parameters, train
 from megatron_tp.layers import parallelize
 from megatron_tp.loss import token_loss
 

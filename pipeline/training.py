@@ -13,13 +13,14 @@ from einops import rearrange
 from torch import Tensor
 
 from core.gpt import GPT, materialize, token_loss
+from core.gradients import clip_and_total
 from core.launch import Stop
 from core.ledger import Ledger, SavedActivations, VirtualClock, live_bytes
 from core.lesson import Lesson, Run
 from core.mesh import Mesh
 from core.oracle import Oracle
 from core.seeded import Draw
-from core.training import Comparison, Layout, add_model_flags, check_model, clip_and_total, configuration, train
+from core.training import Comparison, Layout, add_model_flags, check_model, configuration, train
 from pipeline import evidence
 from pipeline.evidence import Measured
 from pipeline.runtime import Pipeline, Trace

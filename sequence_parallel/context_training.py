@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from core.gpt import GPT, GPTConfig, materialize, token_loss
+from core.gradients import clip_and_total, sum_gradients
 from core.ledger import Event, Ledger, SavedActivations, Traffic, VirtualClock
 from core.lesson import Run
 from core.mesh import Axis
 from core.oracle import Oracle
 from core.seeded import Draw, generator
 from core.shards import counted_once
-from core.training import Comparison, Layout, claim_whole_parameters, clip_and_total, sum_gradients, train
+from core.training import Comparison, Layout, claim_whole_parameters, train
 from sequence_parallel.context import SequenceAttention, parallelize, part
 
 Sent = dict[tuple[str, str], Traffic]

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from core import comm
 from core.gpt import GPT, Block
+from core.gradients import sum_gradients
 from core.linear import Gradients, deferring, linear
 from core.mesh import Axis
 from core.shards import shard, shard_of
-from core.training import check_cuts, sum_gradients
+from core.training import check_cuts
 
 SEQUENCE = 1  # the dimension of (B, S, ...) that is cut
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from core.gpt import GPT, GPTConfig, materialize
+from core.gradients import clip_and_total
 from core.ledger import Ledger
 from core.lesson import Run
 from core.mesh import Axis
 from core.oracle import Oracle
 from core.seeded import Draw
 from core.shards import counted_once
-from core.training import Layout, claim_whole_parameters, clip_and_total, train
+from core.training import Layout, claim_whole_parameters, train
 from sequence_parallel.layers import parallelize, sum_whole_gradients
 from sequence_parallel.loss import token_loss
 from sequence_parallel.recompute import recompute

@@ -15,13 +15,13 @@ import pipeline.stages
 import sequence_parallel.layers
 import sequence_parallel.loss
 from core.gpt import GPT, GPTConfig, materialize
+from core.gradients import clip_and_total, sum_gradients
 from core.ledger import Ledger
 from core.mesh import Mesh
 from core.oracle import Oracle, worst_difference
 from core.seeded import Draw
 from core.shards import Piece, counted_once, join, shard_of
 from core.text import Text
-from core.training import clip_and_total, sum_gradients
 from expert_parallel.gating import Spread, count_ahead, end_step, routers
 from expert_parallel.moe import MoEConfig, to_moe
 from pipeline.runtime import Pipeline

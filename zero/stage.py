@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from core import comm
+from core.gradients import clip_by, norm_and_totals
 from core.ledger import live_bytes
 from core.mesh import Axis
 from core.shards import Piece, Segment, shard_of
-from core.training import clip_by, norm_and_totals
 from zero.flat import BUCKET_ELEMENTS, Bucket, InOrder, buckets_of
 from zero.optimizer import MakeOptimizer, Owned, PartOptimizer
 

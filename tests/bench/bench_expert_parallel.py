@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from core.gpt import GPT, GPTConfig, materialize
+from core.gradients import sum_gradients
 from core.launch import Job, choose_device, launch, place
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.training import sum_gradients
 from expert_parallel.gating import Router, Routing, Spread
 from expert_parallel.layers import parallelize
 from expert_parallel.moe import MoE, MoEConfig, to_moe

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import core.gradients
 import core.training
 from core import comm, gpt
 from core import streams as rng
@@ -104,7 +105,7 @@ def logits_are_gathered() -> AbstractContextManager:
 
 
 def every_rank_counts_the_loss() -> AbstractContextManager:
-    right = core.training.clip_and_total
+    right = core.gradients.clip_and_total
 
     def wrong(parameters: object, counted: object, axes: list[Axis], clip: float, share: Tensor) -> tuple[float, float]:
         norm, total = right(parameters, counted, axes, clip, share)

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.gpt import GPT, GPTConfig, materialize, token_loss
+from core.gradients import clip_and_total
 from core.ledger import Event, Ledger, SavedActivations, VirtualClock
 from core.linear import Linear
 from core.mesh import Mesh
@@ -19,7 +20,6 @@ from core.oracle import Oracle, worst_difference
 from core.p2p import Mail
 from core.seeded import Draw
 from core.text import Text
-from core.training import clip_and_total
 from pipeline.gpipe import COURSE_GRID
 from pipeline.runtime import Pipeline, Trace
 from pipeline.schedules import SCHEDULES, Schedule, build, from_csv, held, size
