@@ -350,6 +350,11 @@ def places_for_one_more() -> AbstractContextManager:
     return patch.object(gating, "keep", wrong)
 
 
+def groups_forgotten() -> AbstractContextManager:
+    right = gating.choose
+    return patch.object(gating, "choose", lambda scores, r: right(scores, replace(r, top_groups=r.groups)))
+
+
 def balancing_in_the_wrong_direction() -> AbstractContextManager:
     right = gating.end_step
 
@@ -383,9 +388,10 @@ CLAIMS: list[tuple[str, Bug, set[str]]] = [
     ("router", an_expert_chosen_twice, {"different experts for each token"}),
     ("router", weights_over_all_experts, {"the weights of a token"}),
     ("router", places_for_one_more, {"tokens that an expert took of a sample"}),
+    ("router", groups_forgotten, {"groups of a token"}),
     ("router", balancing_in_the_wrong_direction, {"MaxVio, bias, no loss", "entropy of the load, bias, no loss"}),
     ("train", rows_computed_twice, {"rows computed, balanced", "rows computed, unbalanced"}),
-    ("train", balancing_in_the_wrong_direction, {"slowest rank"}),
+    ("train", balancing_in_the_wrong_direction, {"MaxVio in the second half"}),
 ]
 FLAGS = ["--batch=4", "--sequence=16", "--hidden=16", "--heads=2", "--layers=1", "--feed-forward=16", "--experts=4"]
 
