@@ -126,30 +126,35 @@ def show(run: Run, found: Found, dense: dict[int, Measured]) -> None:
 
 def claim_formulas(run: Run, found: Found, dense: dict[int, Measured]) -> None:
     """Every case of every way, by its worst rank."""
-    each = run.evidence.each
     for name, cases in found.items():
         way = WAYS[name]
-        if not cases:
-            continue
 
-        def compared(
-            expected: Callable[[Sizes], float], value: Callable[[Measured], float], cases: list = cases
-        ) -> list:
+        def claim(
+            what: str,
+            formula: str,
+            expected: Callable[[Sizes], float],
+            value: Callable[[Measured], float],
+            tolerance: float = 0.0,
+            name: str = name,
+            cases: list = cases,
+        ) -> None:
             rows = []
             for z, ranks in cases:
                 right = expected(z)
-                rows.append((f"s {z.s}, c {z.c}", right, max(map(value, ranks), key=lambda v: abs(v - right))))
-            return rows
+                worst = max(map(value, ranks), key=lambda v: abs(v - right))
+                rows.append((f"{name}: {what}, s {z.s}, c {z.c}", right, worst))
+            if rows:
+                run.evidence.each(f"{name}: {what}", formula, rows, tolerance)
 
-        each(f"{name}: messages of a layer", way.counted, compared(way.messages, lambda m: m.messages))
-        each(f"{name}: elements sent", way.formula, compared(way.elements, lambda m: m.elements), 1e-3)
+        claim("messages of a layer", way.counted, way.messages, lambda m: m.messages)
+        claim("elements sent", way.formula, way.elements, lambda m: m.elements, 1e-3)
         if run.job.device.type == "cpu":  # other devices' kernels keep other things
             more = " and bsh/c: the output before the all-to-all, too" if way.again else ""
-            kept = compared(
-                lambda z: (dense[z.s].kept + way.again * z.b * z.s * z.h * run.dtype.itemsize) / z.c,  # noqa: B023
-                lambda m: m.kept,
-            )
-            each(f"{name}: bytes kept for backward", f"1/c of one process{more}", kept)
+
+            def kept(z: Sizes, again: int = way.again) -> float:
+                return (dense[z.s].kept + again * z.b * z.s * z.h * run.dtype.itemsize) / z.c
+
+            claim("bytes kept for backward", f"1/c of one process{more}", kept, lambda m: m.kept)
 
 
 def claim_training(run: Run, config: GPTConfig, axis: Axis) -> None:

@@ -75,8 +75,8 @@ class RingAttention(SequenceAttention):
 
         Call the result to wait, and get what has arrived.
         """
-        before, after, tag = (self.axis.index - 1) % self.ranks, (self.axis.index + 1) % self.ranks, 4 * step
-        tag += 2 * (kind == GRADIENTS)
+        before, after = (self.axis.index - 1) % self.ranks, (self.axis.index + 1) % self.ranks
+        tag = 4 * step + 2 * (kind == GRADIENTS)  # and the clock's, one more
         arrive = self.mail.receive(torch.empty_like(x), before, kind, tag)
         self.mail.send(x, after, kind, tag)
         return self._traced(arrive, f"{kind} {step}", before, after, tag + 1) if self.clock else arrive
@@ -142,17 +142,16 @@ class _Ring(torch.autograd.Function):
         travelling = None  # the sums of a block's gradients, one step behind the block
         for step in range(ring.ranks):
             arriving = ring.pass_on(block, KV, step) if step < last else None
-            tile, of_tile = ring.tile(step, q.shape[2]), ()
-            if tile:
+            if tile := ring.tile(step, q.shape[2]):
                 rows, columns, causal = tile
+                ours, joined = (gradient[:, :, rows], q[:, :, rows]), (out[:, :, rows], lse[:, :, rows])
                 with ring.computing(step, BACKWARD * tile.area(q.shape[2])):
-                    ours = (x[:, :, rows] for x in (gradient, q))
-                    joined = (x[:, :, rows] for x in (out, lse))
-                    of_rows, *of_tile = attend_backward(*ours, *block[..., columns, :], *joined, causal)
+                    of_rows, of_k, of_v = attend_backward(*ours, *block[..., columns, :], *joined, causal)
                     of_q[:, :, rows] += of_rows
             sums = travelling() if travelling else torch.zeros_like(block, dtype=wide)
-            for total, term in zip(sums, of_tile, strict=False):
-                total[:, :, columns] += term
+            if tile:
+                sums[0, :, :, columns] += of_k
+                sums[1, :, :, columns] += of_v
             if step == 0:
                 own = sums  # stays here; the other ranks' terms arrive at the end
             else:

@@ -112,6 +112,7 @@ def calculated() -> str:
 
 ADVICE = """
 Megatron SP cuts the weights too: take it inside a node where they do not fit. Ulysses sends least, for up to as many
-ranks as there are heads. A ring has no such limit, and hides what it sends once each rank has enough tokens. The hybrid
-keeps Ulysses' messages inside a node, and makes fewer and larger blocks of its ring.
+ranks as there are heads; where few heads of keys and values meet few ranks, a ring sends less. A ring has no limit of
+heads, and hides what it sends once each rank has enough tokens. The hybrid keeps Ulysses' messages inside a node, and
+makes fewer and larger blocks of its ring.
 """.strip()

@@ -24,6 +24,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int) 
     assert written["mesh"] == {"cp": ranks}
     assert written["losses"] == pytest.approx(written["reference_losses"], rel=1e-10)
     claims = {claim["claim"]: claim["measured"] for claim in written["claims"]}
+    assert len(claims) == len(written["claims"]), "a name for each"
     assert f"{len(written['claims'])} of {len(written['claims'])} claims held" in outcome.out
     assert outcome.out.count("Lecture 06") == 1, "only rank 0 speaks"
     if lesson == "ring_attention":

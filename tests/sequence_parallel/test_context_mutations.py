@@ -271,7 +271,11 @@ HYBRID: dict[Callable, set[str]] = {
 }
 TABLE: dict[Callable, set[str]] = {
     gradients_are_not_summed_because_dp_is_1: {"Ulysses: gradient", "ring: gradient", "hybrid: gradient"},
-    keys_and_values_are_gathered: {"s 16, c 4", "s 64, c 4"},
+    keys_and_values_are_gathered: {
+        f"ring: {what}, s {s}, c 4"
+        for what in ("messages of a layer", "elements sent", "bytes kept for backward")
+        for s in (16, 64)
+    },
 }
 LESSONS = {
     "ulysses": (ulysses, [], ULYSSES),
