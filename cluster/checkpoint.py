@@ -29,6 +29,7 @@ from cluster.content import (
     agreed,
     boxes_of,
     check_file,
+    check_shapes,
     check_sizes,
     fingerprint,
     make_states,
@@ -141,9 +142,17 @@ class Checkpoints:
         names = sorted(content["files"])[self.rank :: size]
         agreed(lambda: [check_file(found / name, content["files"][name]) for name in names], self._group)
         reader = dcp.FileSystemReader(found)
-        agreed(lambda: make_states(self.worker, reader.read_metadata().state_dict_metadata), self._group)
+        boxes: dict[str, Boxes] = {}
+
+        def prepare() -> None:
+            index = reader.read_metadata().state_dict_metadata
+            make_states(self.worker, index)
+            boxes.update(boxes_of(self.worker))
+            check_shapes(boxes, index)
+
+        agreed(prepare, self._group)
         with together(f"{found}: cannot be read"):
-            dcp.load(boxes_of(self.worker), storage_reader=reader, planner=Load(), process_group=self._group)
+            dcp.load(boxes, storage_reader=reader, planner=Load(), process_group=self._group)
         for stage in self.worker.stages:
             stage.publish()
         return content["extra"]
