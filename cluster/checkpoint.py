@@ -89,8 +89,9 @@ class Checkpoints:
         part = _hidden(target, "part")
         self._first(lambda: shutil.rmtree(part, ignore_errors=True))
         try:
+            writer = dcp.FileSystemWriter(part, per_thread_copy_ahead=0)  # no GPU: all has been copied
             with together(f"{target}: cannot be written"):
-                dcp.save(boxes, storage_writer=dcp.FileSystemWriter(part), planner=Save(), process_group=self._group)
+                dcp.save(boxes, storage_writer=writer, planner=Save(), process_group=self._group)
             mine = [f"__{self.rank}_0.distcp", *([INDEX] if self.rank == 0 else [])]
             files = agreed(lambda: {name: fingerprint(part / name) for name in mine}, self._group)
             whole = json.loads(content) | {"files": {name: each for some in files for name, each in some.items()}}

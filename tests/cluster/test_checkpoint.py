@@ -182,6 +182,12 @@ def test_goes_on_in_another_layout(pool: Pool, one_process: dict, saved: dict[st
         assert worst_difference(join(piece for _, pieces in results for piece in pieces), reference) < 1e-10, source
 
 
+def test_goes_on_bitwise_in_bfloat16(pool: Pool, tmp_path: Path) -> None:
+    layout = samples_of(Layout(tp=2, dp=2, zero=1))
+    for names, _ in pool.run(4, save_and_go_on, str(tmp_path), layout, False, torch.bfloat16):
+        assert names == [], "weights in float32 and the moments"
+
+
 # ---- Killed
 
 AS_BEFORE = [
@@ -330,7 +336,9 @@ def old_and_new(folder: str) -> list[tuple[list[str], str]]:
     look()
     checkpoints.save(10, {"time": 2})  # again, of a run that has gone back
     look()
+    train(worker, [0])
     assert checkpoints.load(checkpoints.folder / "step-00000010") == {"time": 2}
+    assert worker.states() == [], "it is from before the first step"
     if job.rank == 0:  # killed between two renames, in a removal, in a write
         (checkpoints.folder / "step-100000000").rename(checkpoints.folder / ".step-100000000.replaced")
         for left in (".step-00000009.removed", ".step-00000011.part", ".step-00000010.replaced"):
