@@ -29,6 +29,7 @@ from cluster.content import (
     agreed,
     boxes_of,
     check_file,
+    check_shapes,
     check_sizes,
     fingerprint,
     make_states,
@@ -88,8 +89,9 @@ class Checkpoints:
         part = _hidden(target, "part")
         self._first(lambda: shutil.rmtree(part, ignore_errors=True))
         try:
+            writer = dcp.FileSystemWriter(part, per_thread_copy_ahead=0)  # no GPU: all has been copied
             with together(f"{target}: cannot be written"):
-                dcp.save(boxes, storage_writer=dcp.FileSystemWriter(part), planner=Save(), process_group=self._group)
+                dcp.save(boxes, storage_writer=writer, planner=Save(), process_group=self._group)
             mine = [f"__{self.rank}_0.distcp", *([INDEX] if self.rank == 0 else [])]
             files = agreed(lambda: {name: fingerprint(part / name) for name in mine}, self._group)
             whole = json.loads(content) | {"files": {name: each for some in files for name, each in some.items()}}
@@ -141,9 +143,17 @@ class Checkpoints:
         names = sorted(content["files"])[self.rank :: size]
         agreed(lambda: [check_file(found / name, content["files"][name]) for name in names], self._group)
         reader = dcp.FileSystemReader(found)
-        agreed(lambda: make_states(self.worker, reader.read_metadata().state_dict_metadata), self._group)
+        boxes: dict[str, Boxes] = {}
+
+        def prepare() -> None:
+            index = reader.read_metadata().state_dict_metadata
+            make_states(self.worker, index)
+            boxes.update(boxes_of(self.worker))
+            check_shapes(boxes, index)
+
+        agreed(prepare, self._group)
         with together(f"{found}: cannot be read"):
-            dcp.load(boxes_of(self.worker), storage_reader=reader, planner=Load(), process_group=self._group)
+            dcp.load(boxes, storage_reader=reader, planner=Load(), process_group=self._group)
         for stage in self.worker.stages:
             stage.publish()
         return content["extra"]

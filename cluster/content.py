@@ -67,15 +67,15 @@ def boxes_of(worker: Worker, once: bool = False) -> dict[str, Boxes]:
     return {"|".join(key): Boxes(each) for key, each in weights + states if not (once and key[1] in copies)}
 
 
-def make_states(worker: Worker, index: Index) -> None:
-    """Give the optimizers states like those saved, to be read into; a checkpoint from before the first step has none.
-
-    Raises:
-        ValueError: a parameter is not in the checkpoint, or has another shape there.
-    """
-    for key, each in boxes_of(worker).items():
-        if key.startswith("weights|") and (key not in index or index[key].size != each.whole):
+def check_shapes(boxes: Mapping[str, Boxes], index: Index) -> None:
+    """Raises ValueError unless all of it is in the checkpoint, of the same shape."""
+    for key, each in boxes.items():
+        if key not in index or index[key].size != each.whole:
             raise ValueError(f"{key} {tuple(each.whole)} is not in the checkpoint; use one of the same model")
+
+
+def make_states(worker: Worker, index: Index) -> None:
+    """Give the optimizers states like those saved, to be read into: none, if saved before the first step."""
     saved: dict[str, dict[str, TensorStorageMetadata]] = {}
     for key, tensor in index.items():
         kind, name, *which = key.split("|")

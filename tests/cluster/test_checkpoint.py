@@ -48,14 +48,12 @@ DENSE = [
     L(pp=2, cp=2, dp=2, microbatches=4, schedule="dualpipe", zero=1),
     L(tp=2, cp=2, dp=2, sp=True, zero=2),
     L(pp=4, dp=2, microbatches=4, schedule="zb-h1", zero=1),
-    L(dp=2),
     L(tp=2, dp=2, zero=3),
 ]
 EXPERTS = [
     L(dp=8, ep=4, moe=True, zero=1),
-    L(pp=2, dp=4, ep=4, microbatches=2, moe=True),
-    L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=1),
-    L(tp=2, dp=4, ep=2, sp=True, moe=True, zero=2, microbatches=2),
+    L(pp=2, dp=4, ep=2, microbatches=2, moe=True),
+    L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=2),
 ]
 
 
@@ -69,9 +67,10 @@ def worker_of(
     seed: int = SEED,
     dtype: torch.dtype = torch.float64,
     config: GPTConfig = CONFIG,
+    bucket: int = 3000,
 ) -> Worker:
     mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
-    return Worker(config, moe, layout, mesh, seed, dtype, CPU, optimizer_of, 3000)
+    return Worker(config, moe, layout, mesh, seed, dtype, CPU, optimizer_of, bucket)
 
 
 def train(worker: Worker, steps: Sequence[int]) -> list[float]:
@@ -173,7 +172,7 @@ def test_goes_on_in_another_layout(pool: Pool, one_process: dict, saved: dict[st
     layout, moe = samples_of(case[0]), case[1]
     cases = EXPERTS if moe else DENSE
     at = cases.index(case)
-    sources = [name_of(cases[(at + k) % len(cases)]) for k in ((1, 3) if moe else (1, 2, 5))]
+    sources = [name_of(cases[(at + k) % len(cases)]) for k in ((1,) if moe else (1, 3))]
     losses, oracle = one_process[moe]
     reference = oracle.parameters() | oracle.states()
     ranks = pool.run(layout.ranks, go_on, [saved[name] for name in sources], layout, moe)
@@ -181,6 +180,12 @@ def test_goes_on_in_another_layout(pool: Pool, one_process: dict, saved: dict[st
         for rank_losses, _ in results:
             assert rank_losses == pytest.approx(losses[2:], rel=1e-10), source
         assert worst_difference(join(piece for _, pieces in results for piece in pieces), reference) < 1e-10, source
+
+
+def test_goes_on_bitwise_in_bfloat16(pool: Pool, tmp_path: Path) -> None:
+    layout = samples_of(Layout(tp=2, dp=2, zero=1))
+    for names, _ in pool.run(4, save_and_go_on, str(tmp_path), layout, False, torch.bfloat16):
+        assert names == [], "weights in float32 and the moments"
 
 
 # ---- Killed
@@ -331,7 +336,9 @@ def old_and_new(folder: str) -> list[tuple[list[str], str]]:
     look()
     checkpoints.save(10, {"time": 2})  # again, of a run that has gone back
     look()
+    train(worker, [0])
     assert checkpoints.load(checkpoints.folder / "step-00000010") == {"time": 2}
+    assert worker.states() == [], "it is from before the first step"
     if job.rank == 0:  # killed between two renames, in a removal, in a write
         (checkpoints.folder / "step-100000000").rename(checkpoints.folder / ".step-100000000.replaced")
         for left in (".step-00000009.removed", ".step-00000011.part", ".step-00000010.replaced"):
@@ -471,14 +478,17 @@ BUGS = {
 }
 
 
-def with_each_bug(folder: str, layouts: list[Layout]) -> dict[str, float | str]:
+def with_each_bug(folder: str) -> dict[str, float | str]:
     """The largest difference from one process, or the refusal, of a run that goes on from a checkpoint after step 0."""
     job = job_here()
-    first, second = (worker_of(samples_of(layout), None, SEED + i) for i, layout in enumerate(layouts))
+    padded, tied, second = Layout(tp=2, dp=2, zero=1), Layout(pp=2, dp=2, microbatches=2, zero=1), Layout(dp=4, zero=2)
+    firsts = [worker_of(samples_of(layout), None, bucket=10_000) for layout in (padded, tied)]  # the tied with others
+    second = worker_of(samples_of(second), None, ELSEWHERE)
     oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP)
     for step in (0, 1):
         oracle.step(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0))
-    train(first, [0])
+    for worker in firsts:
+        train(worker, [0])
     found: dict[str, float | str] = {}
     trained = threading.Event()
     right = Checkpoints._write
@@ -488,6 +498,7 @@ def with_each_bug(folder: str, layouts: list[Layout]) -> dict[str, float | str]:
         right(*arguments)
 
     for name, (in_save, in_load) in BUGS.items():
+        first = firsts["tied" in name]
         checkpoints = [Checkpoints(f"{folder}/{name}", worker, job) for worker in (first, second)]
         try:
             with in_save(), patch.object(Checkpoints, "_write", write_later):
@@ -514,8 +525,7 @@ def with_each_bug(folder: str, layouts: list[Layout]) -> dict[str, float | str]:
 
 
 def test_every_bug_shows(pool: Pool, tmp_path: Path) -> None:
-    layouts = [Layout(tp=2, pp=2, dp=2, microbatches=2, zero=1), Layout(tp=4, dp=2, zero=2)]
-    found, *_ = pool.run(8, with_each_bug, str(tmp_path), layouts)
+    found, *_ = pool.run(4, with_each_bug, str(tmp_path))
     for name, result in found.items():
         if name.startswith("none"):
             assert result < 1e-10, name
