@@ -144,7 +144,7 @@ def stage_saved(model: Model, layout: Layout, stage: int, itemsize: int = 2) -> 
 
 
 def layer_owed(model: Model, layout: Layout, moe: bool, itemsize: int = 2) -> float:
-    """Bytes that one layer keeps of a microbatch between its I and its W: each matrix's input and its output's gradient.
+    """Bytes that one layer keeps of a microbatch between I and W: of each matrix its input and its output's gradient.
 
     Recomputation changes nothing here: I has computed the inputs again.
     """
@@ -185,16 +185,17 @@ def stage_owed(model: Model, layout: Layout, stage: int, itemsize: int = 2) -> f
 def in_flight(schedule: str, pp: int, microbatches: int, v: int) -> list[set[tuple[int, ...]]]:
     """For each rank how many microbatches its stages keep, wherever a number is about to fall.
 
-    First for each stage those between forward and backward, then for each those between I and W.
+    First for each stage those between forward and backward, then for each those between I and W; then 1 where this is
+    at the end of an I, whose last layer has its own input still.
     """
     found = []
     for row in build(schedule, pp, microbatches, v):
         stages = sorted({action.stage for action in row})
-        saved, owed, peaks, rising = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0), set(), False
+        saved, owed, peaks, before = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0), set(), ""
         for action in row:
-            if rising and action.kind != "F":
-                peaks.add((*saved.values(), *owed.values()))
-            rising = action.kind in "FI"
+            if before == "I" or (before == "F" and action.kind != "F"):
+                peaks.add((*saved.values(), *owed.values(), int(before == "I")))
+            before = action.kind
             saved[action.stage] += {"F": 1, "B": -1, "I": -1, "W": 0}[action.kind]
             owed[action.stage] += {"F": 0, "B": 0, "I": 1, "W": -1}[action.kind]
         found.append(peaks)
@@ -220,6 +221,7 @@ def saved_at_peak(model: Model, layout: Layout, rank: int, itemsize: int = 2, qu
     if quick:
         m = filling(layout.schedule, p, m)
     each = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_owed) for stage in layout.held(rank)]
+    each.append(layout.microbatch * model.sequence * model.hidden / layout.sequence_parts * itemsize)
     peaks = in_flight(layout.schedule, p, m, layout.v)[rank]
     return max(sum(n * b for n, b in zip(counts, each, strict=True)) for counts in peaks)
 

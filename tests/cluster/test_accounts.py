@@ -226,7 +226,7 @@ def differences(measured: list[list[tuple[int, Account]]]) -> set[tuple]:
                 value, formula = (each.get(what, 0) for each in (count | sent_, expected | elements))
                 near = 0.001
                 if what == "activations" and name in SPLIT:
-                    near = 0.07
+                    near = 0.01
                 if what == "tp" and layout.sp and layout.zero:  # a rank's part has more or fewer whole parameters
                     near = 0.01
                 positions = 8 * config.sequence * (what == "activations" and layout.cp > 1)  # or only this rank's
