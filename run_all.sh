@@ -42,6 +42,7 @@ lessons=(
   cluster/ranks.py
   cluster/topology.py
   cluster/accuracy.py
+  cluster/dry_run.py
 )
 
 if ! [[ $NPROC =~ ^[1-9][0-9]*$ ]]; then

@@ -144,7 +144,7 @@ if Path(sequence_parallel.layers.__file__).with_name("hybrid.py").exists():
         "hybrid tp pp": ({}, Layout(tp=2, cp=2, pp=2, microbatches=2)),
         "hybrid sp, full": ({}, Layout(tp=2, sp=True, cp=4, ulysses=2, recompute="full")),
     }
-SPLIT = ("dualpipe", "zb-h1", "zb-v")  # a split backward keeps for W what arrives, at most a layer's worth more
+SPLIT = ("dualpipe", "zb-h1", "zb-v")  # what of a layer is left at the end of an I, to a few numbers a token
 
 
 def account_of_experts(config: GPTConfig, layout: Layout, top_k: int) -> tuple[int, Account]:
