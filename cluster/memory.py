@@ -1,10 +1,10 @@
 """What a rank holds: parameters, gradients, optimizer state and saved activations, by the lessons' formulas.
 
 Exact for `core.gpt` as the topics cut it, as their ledger counts (`tests/cluster/test_accounts.py`, and at scale
-`cluster/dry_run.py`): parameters and
-their states element by element, but for the padding of ZeRO's buckets; activations as autograd saves them on a CPU,
-each storage once. Other models are counted the same way, tensor by tensor: a gated MLP saves four tensors of f where
-ours saves two, grouped keys and values are narrower, experts get k copies of a token, dealt out evenly.
+`cluster/dry_run.py`): parameters and their states element by element, but for the padding of ZeRO's buckets;
+activations as autograd saves them on a CPU, each storage once. Other models are counted the same way, tensor by tensor:
+a gated MLP saves four tensors of f where ours saves two, grouped keys and values are narrower, experts get k copies of
+a token, dealt out evenly.
 
 h hidden, f feed-forward, V vocabulary, t = tp, q: parts of what lies between the matrix products, t under sp, else 1
 """

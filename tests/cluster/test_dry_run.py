@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster import models, rules, worker
-from cluster.dry_run import NEAR, SHOWN, Account, account, compared, config_of, dry_run, one_step, place_of, refuse
+from cluster.dry_run import NEAR, SHOWN, Account, account, compared, config_of, one_step, place_of, refuse
 from cluster.layout import Layout
 from cluster.models import of_gpt
 from cluster.worker import make_mesh
@@ -64,7 +64,7 @@ FEWER = replace(GPT3, name="a quarter of its layers", layers=24)  # where there 
 SCALE = {  # on 1024 ranks
     "tp8 sp pp16 dp8 zero-1, interleaved v=3": (GPT3, replace(SHOWN, microbatches=8), (1023,)),
     "the same, v=6, full": (GPT3, replace(SHOWN, v=6, microbatches=6, recompute="full"), (0,)),
-    "tp8 pp8 cp2 dp8": (GPT3, Layout(tp=8, pp=8, cp=2, dp=8, microbatches=3), (0, 1000)),
+    "tp8 pp8 cp2 dp8": (GPT3, Layout(tp=8, pp=8, cp=2, dp=8, microbatches=3), (1000,)),
     "tp8 pp16 dp8, zb-h1": (GPT3, Layout(tp=8, sp=True, pp=16, dp=8, schedule="zb-h1", microbatches=8), (512,)),
     "zero-3 dp256 tp4, selective": (FEWER, Layout(tp=4, sp=True, dp=256, zero=3, recompute="selective"), (1021,)),
     "cp4 ulysses 2 dp32 tp8, full": (FEWER, Layout(tp=8, cp=4, ulysses=2, dp=32, zero=2, recompute="full"), (77,)),
@@ -79,13 +79,6 @@ def test_a_rank_of_a_thousand_is_as_planned(name: str) -> None:
         found = account(config_of(model), layout, rank, BF16)
         assert differences(model, layout, rank, found) == {}
         assert found.held["weights"] > 5e7  # so it was none of the small ones
-
-
-def test_in_a_process_of_its_own(pool: Pool) -> None:
-    """As `cluster/train.py` calls it, from within a job."""
-    config, layout, dtype = REAL[0]
-    (found,) = pool.run(1, dry_run, config, None, layout, 3, dtype)
-    assert found == account(config, layout, 3, dtype)
 
 
 # ---- Bugs put in -----------------------------------------------------------------------------------------------------
@@ -127,6 +120,7 @@ SIZES = ("--layers", "8", "--hidden", "64", "--heads", "8", "--sequence", "64", 
 
 
 def test_lesson(pool: Pool) -> None:
+    """From within a job of one rank or two."""
     flags = (*SIZES, "--world", "64", "--tp", "2", "--sp", "--cp", "2", "--pp", "4", "--batch", "16", "--rank", "63")
     alone = pool.start(1, "cluster/dry_run.py", *flags, torchrun=False)
     together = pool.script(2, "cluster/dry_run.py", *flags)
