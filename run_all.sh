@@ -46,6 +46,7 @@ lessons=(
   cluster/ranks.py
   cluster/topology.py
   cluster/accuracy.py
+  cluster/dry_run.py
   cluster/train.py
 )
 if ((NPROC % 8 == 0)); then

@@ -1,9 +1,10 @@
 """What a rank holds: parameters, gradients, optimizer state and saved activations, by the lessons' formulas.
 
-Exact for `core.gpt` as the topics cut it, as their ledger counts (`tests/cluster/test_accounts.py`): parameters and
-their states element by element, but for the padding of ZeRO's buckets; activations as autograd saves them on a CPU,
-each storage once. Other models are counted the same way, tensor by tensor: a gated MLP saves four tensors of f where
-ours saves two, grouped keys and values are narrower, experts get k copies of a token, dealt out evenly.
+Exact for `core.gpt` as the topics cut it, as their ledger counts (`tests/cluster/test_accounts.py`, and at scale
+`cluster/dry_run.py`): parameters and their states element by element, but for the padding of ZeRO's buckets;
+activations as autograd saves them on a CPU, each storage once. Other models are counted the same way, tensor by tensor:
+a gated MLP saves four tensors of f where ours saves two, grouped keys and values are narrower, experts get k copies of
+a token, dealt out evenly.
 
 h hidden, f feed-forward, V vocabulary, t = tp, q: parts of what lies between the matrix products, t under sp, else 1
 """
@@ -143,22 +144,61 @@ def stage_saved(model: Model, layout: Layout, stage: int, itemsize: int = 2) -> 
     return saved
 
 
+def layer_owed(model: Model, layout: Layout, moe: bool, itemsize: int = 2) -> float:
+    """Bytes that one layer keeps of a microbatch between I and W: of each matrix its input and its output's gradient.
+
+    Recomputation changes nothing here: I has computed the inputs again.
+    """
+    t, q = layout.tp, layout.tp if layout.sp else 1
+    matrices = model.attention_matrices()
+    if not moe:
+        matrices += model.mlp_matrices(model.feed_forward)
+    elif model.shared_experts:
+        matrices += model.mlp_matrices(model.shared_experts * model.expert_feed_forward)
+    # Of a matrix cut by columns the input is gathered again; that of rows has had the whole gradient gathered for I.
+    kept = sum(
+        m.inputs / t + m.outputs if m.cut == "row" else m.inputs / q + m.outputs / (t if m.cut == "column" else q)
+        for m in matrices
+    )
+    if moe:
+        kept += (
+            model.top_k
+            * layout.etp
+            / q
+            * sum(sum(m.shape(layout.etp)) for m in model.mlp_matrices(model.expert_feed_forward))
+        )
+    return layout.microbatch * model.sequence / layout.cp * kept * itemsize
+
+
+def stage_owed(model: Model, layout: Layout, stage: int, itemsize: int = 2) -> float:
+    """The same of a stage: its layers, and the head."""
+    dense, moe = layers_of(model, layout, stage)
+    owed = dense * layer_owed(model, layout, False, itemsize) + (
+        moe and moe * layer_owed(model, layout, True, itemsize)
+    )
+    if stage == layout.stages - 1:
+        head = model.hidden / (layout.tp if layout.sp else 1) + vocabulary_part(model, layout.tp)
+        owed += layout.microbatch * model.sequence / layout.cp * head * itemsize
+    return owed
+
+
 @cache
 def in_flight(schedule: str, pp: int, microbatches: int, v: int) -> list[set[tuple[int, ...]]]:
-    """For each rank how many microbatches of each of its stages are in flight, wherever a number is about to fall."""
+    """For each rank how many microbatches its stages keep, wherever a number is about to fall.
+
+    First for each stage those between forward and backward, then for each those between I and W; then 1 where this is
+    at the end of an I, whose last layer has its own input still.
+    """
     found = []
     for row in build(schedule, pp, microbatches, v):
         stages = sorted({action.stage for action in row})
-        now, peaks, rising = dict.fromkeys(stages, 0), set(), False
+        saved, owed, peaks, before = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0), set(), ""
         for action in row:
-            if action.kind == "F":
-                now[action.stage] += 1
-                rising = True
-            elif action.kind in "BW":
-                if rising:
-                    peaks.add((*now.values(),))
-                now[action.stage] -= 1
-                rising = False
+            if before == "I" or (before == "F" and action.kind != "F"):
+                peaks.add((*saved.values(), *owed.values(), int(before == "I")))
+            before = action.kind
+            saved[action.stage] += {"F": 1, "B": -1, "I": -1, "W": 0}[action.kind]
+            owed[action.stage] += {"F": 0, "B": 0, "I": 1, "W": -1}[action.kind]
         found.append(peaks)
     return found
 
@@ -181,7 +221,8 @@ def saved_at_peak(model: Model, layout: Layout, rank: int, itemsize: int = 2, qu
         return stage_saved(model, layout, 0, itemsize)
     if quick:
         m = filling(layout.schedule, p, m)
-    each = [stage_saved(model, layout, stage, itemsize) for stage in layout.held(rank)]
+    each = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_owed) for stage in layout.held(rank)]
+    each.append(layout.microbatch * model.sequence * model.hidden / layout.sequence_parts * itemsize)
     peaks = in_flight(layout.schedule, p, m, layout.v)[rank]
     return max(sum(n * b for n, b in zip(counts, each, strict=True)) for counts in peaks)
 

@@ -17,18 +17,23 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')}; --help shows what works")
 
 
-def parser(name: str, what: str) -> argparse.ArgumentParser:
-    made = _Parser(prog=f"python -m cluster.{name}", description=f"Lecture 03 (大模型并行与 GPU 集群配置). {what}")
+def add_case_flags(made: argparse.ArgumentParser) -> None:
+    """The flags that say which model, and in which layout."""
     flag = made.add_argument
     flag("--model", choices=tuple(models.PRESETS), default="gpt3-175b", help="default %(default)s")
     flag("--config", metavar="config.json", help="a Hugging Face model instead")
     for size in SIZES:
         flag(f"--{size.replace('_', '-')}", type=int, help="of the model, if not the preset's")
-    where = f"one of {', '.join(hardware.PRESETS)}, or what cluster/topology.py measured (default %(default)s)"
-    flag("--machine", default="dgx-a100", metavar="NAME|FILE.json", help=where)
     flag("--world", type=int, help="ranks (default: as the layout has)")
     flag("--batch", type=int, help="samples in a step (default: as the layout has)")
     add_flags(made)
+
+
+def parser(name: str, what: str) -> argparse.ArgumentParser:
+    made = _Parser(prog=f"python -m cluster.{name}", description=f"Lecture 03 (大模型并行与 GPU 集群配置). {what}")
+    add_case_flags(made)
+    where = f"one of {', '.join(hardware.PRESETS)}, or what cluster/topology.py measured (default %(default)s)"
+    made.add_argument("--machine", default="dgx-a100", metavar="NAME|FILE.json", help=where)
     return made
 
 
@@ -55,12 +60,8 @@ def machine_of(args: argparse.Namespace) -> Machine:
     return hardware.PRESETS.get(args.machine) or hardware.measured(args.machine)
 
 
-def asked(args: argparse.Namespace) -> Case:
-    """The layout that the flags describe; dp and the microbatches follow from the rest where they can.
-
-    Raises:
-        ValueError: see `model_of` and `machine_of`.
-    """
+def layout_of(args: argparse.Namespace) -> Layout:
+    """The layout that the flags describe; dp and the microbatches follow from the rest where they can."""
     decided = given(args)
     layout = Layout(**decided)
     inner = layout.tp * layout.cp * layout.pp
@@ -70,4 +71,13 @@ def asked(args: argparse.Namespace) -> Case:
         layout = replace(layout, microbatches=max(1, args.batch // (layout.dp * layout.microbatch)))
     elif "microbatch" not in decided and args.batch and min(layout.dp, layout.microbatches) > 0:
         layout = replace(layout, microbatch=max(1, args.batch // (layout.dp * layout.microbatches)))
-    return Case(layout, model_of(args), machine_of(args), args.world, args.batch)
+    return layout
+
+
+def asked(args: argparse.Namespace) -> Case:
+    """The layout that the flags describe, of which model and on which machine.
+
+    Raises:
+        ValueError: see `model_of` and `machine_of`.
+    """
+    return Case(layout_of(args), model_of(args), machine_of(args), args.world, args.batch)

@@ -42,6 +42,16 @@ def sent(model: Model, layout: Layout, rank: int = 0) -> dict[str, float]:
     return {axis: elements for axis, elements in found.items() if elements}
 
 
+def sent_bytes(model: Model, layout: Layout, rank: int = 0, itemsize: int = 2) -> dict[str, float]:
+    """The same in bytes, where an element has `itemsize`; but a ring adds up gradients in 4 bytes or more."""
+    found = {axis: itemsize * elements for axis, elements in sent(model, layout, rank).items()}
+    if "cp" in found:
+        layers = sum(sum(layers_of(model, layout, stage)) for stage in layout.held(rank))
+        m = layout.microbatches * (0.5 if layout.schedule == "dualpipe" else 1)
+        found["cp"] += m * layers * around(model, layout) * (max(4, itemsize) - itemsize)
+    return found
+
+
 def _others(n: int) -> float:
     return (n - 1) / n
 
@@ -76,11 +86,17 @@ def layer_cp(model: Model, layout: Layout) -> float:
     inner = layout.ulysses
     tokens = layout.microbatch * model.sequence / layout.cp
     of_keys = model.kv_heads * model.head_size / layout.tp
-    around = 2 * tokens * of_keys * (layout.cp // inner - 1)
+    ring = around(model, layout)
     there = tokens * (model.value_size / layout.tp + 2 * of_keys) * _others(inner)
     back = tokens * model.value_size / layout.tp * _others(inner)
-    again = {"none": 0.0, "selective": around + there, "full": around + there + back}[layout.recompute]
-    return 3 * around + 2 * (there + back) + again
+    again = {"none": 0.0, "selective": ring + there, "full": ring + there + back}[layout.recompute]
+    return 3 * ring + 2 * (there + back) + again
+
+
+def around(model: Model, layout: Layout) -> float:
+    """Keys and values that a rank passes on around its ring; or, in backward, their gradients."""
+    tokens = layout.microbatch * model.sequence / layout.cp
+    return 2 * tokens * model.kv_heads * model.head_size / layout.tp * (layout.cp // layout.ulysses - 1)
 
 
 def layer_ep(model: Model, layout: Layout) -> float:

@@ -12,6 +12,7 @@ by the tokens of the global batch, in every layout.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from math import hypot
 
@@ -26,7 +27,7 @@ import sequence_parallel.loss
 from cluster.layout import Layout
 from core.gpt import GPT, GPTConfig, materialize
 from core.gradients import norm_and_totals
-from core.ledger import Ledger
+from core.ledger import Ledger, SavedActivations
 from core.mesh import Mesh
 from core.seeded import Draw
 from core.shards import Piece, shard_of
@@ -136,32 +137,41 @@ class Worker:
         first = dp.index * m * self.layout.microbatch
         return inputs, targets, draw and draw._replace(first_sample=draw.first_sample + first)
 
-    def forward_backward(self, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
-        """Of the global batch, (samples, S) each; this rank's share of the loss. Then the gradients are summed."""
+    def forward_backward(
+        self, inputs: Tensor, targets: Tensor, draw: Draw, saved: SavedActivations | None = None
+    ) -> Tensor:
+        """Of the global batch, (samples, S) each; this rank's share of the loss. Then the gradients are summed.
+
+        Args:
+            saved: counts what is kept for backward.
+        """
         batch = self.split((inputs, targets), draw)
+        if saved:
+            saved.ignore(batch[:2])
         if self.counts_ahead:
             self._forward(*batch)
             count_ahead(self.model)
         if self.pipeline:
-            share = self.pipeline.step(*batch)
+            share = self.pipeline.step(*batch, saved=saved)
             self.copies.sum_gradients()
             for stage in self.stages:
                 stage.reduce()
         else:
-            share = self._microbatches(*batch)
+            share = self._microbatches(*batch, saved)
         if self.layout.sp:  # each rank of tp has seen its own tokens
             self.rest.sum_over(self.tp.within("whole gradients"), lambda p: shard_of(p) is None)
         if len(self.stages) > 1:
             self.stages[1].sum_over(self.mesh["etp"], self.last_biases.__contains__)
         return self._counted(share)
 
-    def _microbatches(self, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
+    def _microbatches(self, inputs: Tensor, targets: Tensor, draw: Draw, saved: SavedActivations | None) -> Tensor:
         """All forwards and backwards without a pipeline: ZeRO sees each of them."""
         total = torch.zeros((), dtype=torch.float64, device=inputs.device)
         for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             last = m == len(inputs) - 1
             samples = draw._replace(first_sample=draw.first_sample + m * len(x))
-            loss = self.loss_of(self.model(x, samples), y)
+            with saved or nullcontext():
+                loss = self.loss_of(self.model(x, samples), y)
             for stage in self.stages:
                 stage.before_backward(last)
             loss.backward()

@@ -72,7 +72,8 @@ class SavedActivations:
     def __init__(self, held_anyway: Iterable[Tensor]):
         self.live = self.peak = 0
         self._holders: dict[int, int] = defaultdict(int)
-        self._ignored = {_key(t) for t in held_anyway}
+        self._ignored: set[int] = set()
+        self.ignore(held_anyway)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Held(t, self), lambda held: held.tensor)
 
     def __enter__(self) -> "SavedActivations":
@@ -81,6 +82,10 @@ class SavedActivations:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
+
+    def ignore(self, held_anyway: Iterable[Tensor]) -> None:
+        """Nor do these count, from now on."""
+        self._ignored |= {_key(t) for t in held_anyway}
 
     def keep(self, tensors: Iterable[Tensor]) -> list["_Held"]:
         """Count these too, as long as what is returned lives."""

@@ -80,7 +80,8 @@ class Mail:
         what = f"send ({kind}) to rank {self.axis.ranks[to]}"
         with answered(what):
             work = dist.isend(x, self.axis.ranks[to], self._lane(self.axis.index, to, kind, x), tag)
-        self._outbox.put((work, x, what))
+        # Where it is, is asked here: a fake tensor says so on the thread that computes with it only.
+        self._outbox.put((work, x, x.device.type == "cpu", what))
 
     def receive(self, into: Tensor, sender: int, kind: str, tag: int) -> Callable[[], Tensor]:
         """Post a receive into `into`; returns at once. Call the result to wait for the message and get it.
@@ -126,9 +127,9 @@ class Mail:
             if isinstance(item, threading.Event):
                 item.set()
                 continue
-            work, tensor, what = item
+            work, tensor, on_cpu, what = item
             try:
-                if tensor.device.type == "cpu":
+                if on_cpu:
                     wait(work, self.axis, tensor, what)
                 else:
                     self._await_nccl(work, what)

@@ -112,14 +112,23 @@ class Pipeline:
         }
         self._mail = Mail(axis, sorted(routes), device)
         self._trace: Trace | None = None
+        self._saved: SavedActivations | None = None
 
-    def step(self, inputs: Tensor, targets: Tensor, draw: Draw | None = None, trace: Trace | None = None) -> Tensor:
+    def step(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        draw: Draw | None = None,
+        trace: Trace | None = None,
+        saved: SavedActivations | None = None,
+    ) -> Tensor:
         """Forward and backward of all microbatches; gradients are added to the parameters' `.grad`.
 
         Args:
             inputs, targets: (M, B, S); only the first stage reads inputs, only the last reads targets.
             draw: the first sample of the batch, for dropout.
             trace: measure this step. Each message is then followed by a small one that carries the sender's clock.
+            saved: count what is kept for backward, and nothing else; a trace has its own.
 
         Returns:
             this rank's share of the loss, a scalar: on the ranks of the last stage; 0 elsewhere.
@@ -128,9 +137,9 @@ class Pipeline:
             PeerError: a neighbour died or was silent for the whole timeout.
             ValueError: the batch does not have the schedule's number of microbatches.
         """
-        self._trace = trace
+        self._trace, self._saved = trace, trace.saved if trace else saved
         if self._deferred:
-            self._deferred.account = trace.saved if trace else None
+            self._deferred.account = self._saved
         total = self._carry_out(self.program, inputs, targets, draw)
         assert {**self._kept, **self._owed} == {}, "a valid schedule leaves nothing behind"
         return total
@@ -138,7 +147,7 @@ class Pipeline:
     @torch.no_grad()
     def forward(self, inputs: Tensor, targets: Tensor, draw: Draw | None = None) -> Tensor:
         """The loss alone, as `step` gives it: the forwards of the schedule and their messages, without gradients."""
-        self._trace = None
+        self._trace = self._saved = None
         forwards = [action for action in self.program if action.kind in ("F", "RECV_F", "SEND_F")]
         return self._carry_out(forwards, inputs, targets, draw)
 
@@ -175,7 +184,7 @@ class Pipeline:
         if self._deferred:
             self._deferred.expected = (action.stage, action.microbatch) in self._split
         before = self._trace.saved.live if self._trace else 0
-        with self._measured(action), self._trace.saved if self._trace else nullcontext():
+        with self._measured(action), self._saved or nullcontext():
             y = self.stages[action.stage](x, draw)
             if action.stage == self.last:
                 y = self.loss(y, targets)

@@ -1,0 +1,222 @@
+"""Lecture 02: one rank of a thousand, on a laptop (Megatron-LM 代码概览).
+
+    python cluster/dry_run.py
+    python cluster/dry_run.py --world 1024 --tp 8 --sp --pp 16 --zero 1 --batch 256 --rank 1023
+
+A rank knows of the others only what it sends them and what they send back. So one process can be rank k of any job: the
+same code trains (`worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers (torch's
+fake tensors), in a group of ranks that take what is sent and answer at once (torch's fake process group). Nothing is
+allocated or computed, and still every message enters the ledger, and every tensor that autograd keeps is counted. What
+comes out is held against the planner's formulas (`memory.py`, `traffic.py`), which know nothing of that code.
+
+What depends on numbers has no dry run: clipping, whose messages are some numbers a parameter, and experts.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from tabulate import tabulate
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from cluster import rules
+from cluster.layout import Layout, given
+from cluster.memory import held
+from cluster.models import Model
+from cluster.options import add_case_flags, layout_of, model_of
+from cluster.plan import lacking
+from cluster.traffic import sent_bytes
+from cluster.worker import Worker, make_mesh
+from core.gpt import GPTConfig
+from core.ledger import Ledger, SavedActivations
+from core.lesson import DTYPES, Lesson, Run
+from core.mesh import ORDER, Mesh, axis_groups, axis_sizes
+from core.seeded import Draw
+from core.text import VOCABULARY
+from expert_parallel.moe import MoEConfig
+from zero.optimizer import MakeOptimizer
+
+CPU = torch.device("cpu")
+# Fused, because the plain one reads its count of steps as a number. The state is the same.
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+WORLD = 1024
+SHOWN = Layout(tp=8, sp=True, pp=16, dp=8, v=3, schedule="interleaved", zero=1, microbatches=24)  # without any flag
+NEAR = 0.01
+LONGEST = 600.0  # seconds
+
+
+class Account(NamedTuple):
+    """Of one rank in one step."""
+
+    held: dict[str, int]  # bytes of weights, gradients, optimizer, and of activations when they are most
+    sent: dict[str, float]  # elements, by axis
+    bytes: dict[str, float]  # the same in bytes
+
+
+def one_step(
+    config: GPTConfig, layout: Layout, mesh: Mesh, dtype: torch.dtype, make_optimizer: MakeOptimizer = ADAMW
+) -> Account:
+    """One step, but for clipping, of a rank of the process group that there is, real or not."""
+    worker, ledger = Worker(config, None, layout, mesh, 0, dtype, CPU, make_optimizer), mesh["tp"].ledger
+    saved = SavedActivations(worker.model.parameters())
+    tokens = torch.zeros(layout.batch, config.sequence, dtype=torch.int64)
+    worker.zero_grad()
+    worker.forward_backward(tokens, tokens, Draw(0, 0, 0), saved)
+    count = worker.rest.held()
+    worker.step()
+    count["optimizer"] = worker.rest.held()["optimizer"]  # Adam makes its moments in the first step
+    worker.close()
+    elements: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for (_, name), entry in ledger.traffic.items():
+        axis = "dp" if " x " in name else name.split()[0]  # "tp layers", "cp inner", and "cp x dp", who sum gradients
+        elements[axis] += entry.elements
+        size[axis] += entry.bytes
+    return Account(count | {"activations": saved.peak}, dict(elements), dict(size))
+
+
+@contextmanager
+def pretended(rank: int, world: int) -> Iterator[None]:
+    """Be this rank of a job whose other ranks do not exist."""
+    assert not dist.is_initialized(), "a process is in one job"
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Set timeout is now only supported")  # here nobody waits
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def account(config: GPTConfig, layout: Layout, rank: int, dtype: torch.dtype) -> Account:
+    """`dry_run` in a process that is in no job."""
+    with pretended(rank, layout.ranks):
+        mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
+        with FakeTensorMode():
+            return one_step(config, layout, mesh, dtype)
+
+
+def dry_run(config: GPTConfig, moe: MoEConfig | None, layout: Layout, rank: int, dtype: torch.dtype) -> Account:
+    """What rank `rank` of this layout holds, and sends in a step, without the other ranks, memory or computing.
+
+    In a process of its own: this one may be in a job.
+
+    Raises:
+        ValueError: there are experts, or no such rank.
+    """
+    refuse(moe is not None, layout, rank)
+    asked = json.dumps([asdict(config), asdict(layout), rank, str(dtype).removeprefix("torch.")])
+    command = [sys.executable, "-c", "import sys; from cluster import dry_run; dry_run.alone(sys.argv[1])", asked]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
+    if outcome.returncode:
+        raise RuntimeError(f"the dry run failed:\n{outcome.stderr}")
+    return Account(*json.loads(outcome.stdout))
+
+
+def alone(asked: str) -> None:
+    """The other end of `dry_run`."""
+    config, layout, rank, dtype = json.loads(asked)
+    print(json.dumps(account(GPTConfig(**config), Layout(**layout), rank, DTYPES[dtype])))
+
+
+def refuse(experts: bool, layout: Layout, rank: int) -> None:
+    """Raises ValueError where there is no dry run, or no such rank."""
+    if experts:
+        raise ValueError(
+            "--experts: which rank a token is sent to depends on its numbers, and a dry run has none; "
+            "leave out the flags of experts, or use python -m cluster.plan, which takes tokens to choose evenly"
+        )
+    if not 0 <= rank < layout.ranks:
+        raise ValueError(f"--rank {rank}: the ranks are 0 to {layout.ranks - 1}; use --rank {layout.ranks - 1}")
+
+
+def compared(
+    found: Account, model: Model, layout: Layout, place: int, itemsize: int
+) -> list[tuple[str, str, float, float]]:
+    """(what, of which kind, by the planner, by this run), in bytes, of a rank at this place in the pipeline."""
+    sent, kept = sent_bytes(model, layout, place, itemsize), held(model, layout, place, itemsize)
+    moved = [("sent in a step", axis, sent.get(axis, 0.0), found.bytes.get(axis, 0.0)) for axis in sent | found.bytes]
+    return moved + [("held", kind, getattr(kept, kind), measured) for kind, measured in found.held.items()]
+
+
+# ---- The lesson ------------------------------------------------------------------------------------------------------
+
+
+def case(args: argparse.Namespace) -> tuple[Model, Layout]:
+    """What the flags ask for."""
+    if not given(args) and args.world == WORLD and args.batch is None:
+        return model_of(args), SHOWN
+    return model_of(args), layout_of(args)
+
+
+def config_of(model: Model) -> GPTConfig:
+    """Raises ValueError unless the model is of the kind of `core.gpt`."""
+    if missing := lacking(replace(model, vocabulary=VOCABULARY)):
+        raise ValueError(f"--model {model.name}: core.gpt, which is what is trained, has no {missing}; "
+                         "use --model gpt3-175b")  # fmt: skip
+    return GPTConfig(
+        vocabulary=model.vocabulary, sequence=model.sequence, hidden=model.hidden, layers=model.layers,
+        heads=model.heads, feed_forward=model.feed_forward, tied=model.tied,
+    )  # fmt: skip
+
+
+def check(args: argparse.Namespace, ranks: int) -> None:
+    """Raises ValueError when the flags do not fit each other."""
+    model, layout = case(args)
+    config_of(model)
+    refuse(model.experts > 0, layout, args.rank)
+    rules.check(layout, model, world=args.world, batch=args.batch)
+
+
+def place_of(layout: Layout, rank: int) -> dict[str, int]:
+    """The rank's place on each axis."""
+    sizes = axis_sizes(layout.ranks, tp=layout.tp, cp=layout.cp, dp=layout.dp, pp=layout.pp)
+    lines = {name: next(line for line in axis_groups(sizes, name, ORDER) if rank in line) for name in
+             ("tp", "cp", "dp", "pp")}  # fmt: skip
+    return {name: line.index(rank) for name, line in lines.items()}
+
+
+def lesson(run: Run) -> None:
+    (model, layout), rank, itemsize = case(run.args), run.args.rank, run.dtype.itemsize
+    place = place_of(layout, rank)
+    run.mesh = {name: getattr(layout, name) for name in place}
+    where = ", ".join(f"{name} {index} of {run.mesh[name]}" for name, index in place.items())
+    run.say(f"{model.name}, {model.parameters():,} parameters, on {layout.ranks} ranks: {layout}")
+    run.say(f"rank {rank}: {where}; stages {' '.join(map(str, layout.held(place['pp'])))} of {layout.stages}\n")
+    if run.job.rank:
+        return
+    found = dry_run(config_of(model), None, layout, rank, run.dtype)
+    rows = []
+    for what, kind, expected, measured in compared(found, model, layout, place["pp"], itemsize):
+        elements = f"{found.sent.get(kind, 0.0):,.0f}" if what != "held" else ""
+        apart = f"{measured / expected - 1:+.3%}" if expected else "not planned"
+        rows.append((what, kind, elements, measured / 1e9, expected / 1e9, apart))
+        formula = f"{expected:,.0f} by the planner, within {NEAR:.0%}"
+        run.evidence.claim(f"bytes {what}: {kind}", formula, expected, measured, NEAR * expected)
+    header = ("", "", "elements", "GB, this run", "GB, planner", "difference")
+    run.say(tabulate(rows, header, floatfmt=",.4f"))
+
+
+if __name__ == "__main__":
+    frame = Lesson(
+        __file__,
+        "02",
+        "Megatron-LM code overview: a dry run at scale",
+        "Megatron-LM 代码概览",
+        "One rank of a layout of a thousand, by the code that trains, without the others: what it sends and holds.",
+    )
+    add_case_flags(frame.parser)
+    frame.parser.set_defaults(dtype="bfloat16", world=WORLD)
+    frame.parser.add_argument("--rank", type=int, default=0, help="which of them (default %(default)s)")
+    sys.exit(frame.main(check, lesson))

@@ -1,0 +1,153 @@
+"""A rank that pretends sends and holds, byte by byte, what a real one does; and at scale what the planner says."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from cluster import models, rules, worker
+from cluster.dry_run import NEAR, SHOWN, Account, account, compared, config_of, one_step, place_of, refuse
+from cluster.layout import Layout
+from cluster.models import of_gpt
+from cluster.worker import make_mesh
+from core import comm
+from core.gpt import GPTConfig
+from core.ledger import Ledger, SavedActivations
+from core.linear import Deferred
+from pipeline.stages import Copies
+from tests.pool import Pool
+from zero.ddp import DataParallel
+from zero.stage import Stage
+
+BF16, FLOAT64 = torch.bfloat16, torch.float64
+SMALL = GPTConfig(sequence=16, hidden=32, layers=8, heads=8, vocabulary=257)
+UNTIED = replace(SMALL, tied=False)
+REAL = [
+    (SMALL, Layout(tp=2, sp=True, pp=2, dp=2, v=2, schedule="interleaved", zero=1, microbatches=4), BF16),
+    (SMALL, Layout(tp=2, sp=True, cp=2, pp=2, microbatches=2, recompute="selective"), BF16),
+    (UNTIED, Layout(cp=4, ulysses=2, dp=2, zero=2, microbatches=2, recompute="full"), BF16),
+    (SMALL, Layout(tp=2, sp=True, dp=4, zero=3, microbatches=2), FLOAT64),
+    (SMALL, Layout(tp=2, pp=4, schedule="zb-h1", microbatches=5), BF16),
+    (UNTIED, Layout(tp=2, pp=2, dp=2, v=2, schedule="dualpipev", microbatches=4, recompute="full"), FLOAT64),
+    (SMALL, Layout(pp=2, cp=2, dp=2, schedule="dualpipe", microbatches=4), FLOAT64),
+    (SMALL, Layout(tp=8, sp=True, microbatch=2), BF16),
+]
+GPT3 = models.PRESETS["gpt3-175b"]
+
+
+def real(cases: list[tuple[GPTConfig, Layout, torch.dtype]]) -> list[Account]:
+    """With numbers, on gloo, and with the optimizer that training has."""
+    plain = partial(torch.optim.AdamW, lr=1e-3)
+    return [one_step(config, x, make_mesh(x, "cpu", Ledger(), 30.0), dtype, plain) for config, x, dtype in cases]
+
+
+def test_equals_real_ranks(pool: Pool) -> None:
+    """What a rank holds and sends does not depend on numbers, nor on whether somebody answers."""
+    found = pool.run(8, real, REAL)
+    for i, (config, layout, dtype) in enumerate(REAL):
+        rank = 3 * i % 8
+        assert account(config, layout, rank, dtype) == found[rank][i], (layout, rank)
+
+
+def differences(model: models.Model, layout: Layout, rank: int, found: Account) -> dict[tuple[str, str], float]:
+    """Relative, where they are more than the tolerance."""
+    cases = compared(found, model, layout, place_of(layout, rank)["pp"], BF16.itemsize)
+    apart = {
+        (what, kind): abs(measured / expected - 1) if expected else 1.0 for what, kind, expected, measured in cases
+    }
+    return {name: difference for name, difference in apart.items() if not difference <= NEAR}
+
+
+FEWER = replace(GPT3, name="a quarter of its layers", layers=24)  # where there is no pipeline, to save time
+SCALE = {  # on 1024 ranks
+    "tp8 sp pp16 dp8 zero-1, interleaved v=3": (GPT3, replace(SHOWN, microbatches=8), (1023,)),
+    "the same, v=6, full": (GPT3, replace(SHOWN, v=6, microbatches=6, recompute="full"), (0,)),
+    "tp8 pp8 cp2 dp8": (GPT3, Layout(tp=8, pp=8, cp=2, dp=8, microbatches=3), (1000,)),
+    "tp8 pp16 dp8, zb-h1": (GPT3, Layout(tp=8, sp=True, pp=16, dp=8, schedule="zb-h1", microbatches=8), (512,)),
+    "zero-3 dp256 tp4, selective": (FEWER, Layout(tp=4, sp=True, dp=256, zero=3, recompute="selective"), (1021,)),
+    "cp4 ulysses 2 dp32 tp8, full": (FEWER, Layout(tp=8, cp=4, ulysses=2, dp=32, zero=2, recompute="full"), (77,)),
+}
+
+
+@pytest.mark.parametrize("name", SCALE)
+def test_a_rank_of_a_thousand_is_as_planned(name: str) -> None:
+    model, layout, ranks = SCALE[name]
+    rules.check(layout, model, world=1024)
+    for rank in ranks:
+        found = account(config_of(model), layout, rank, BF16)
+        assert differences(model, layout, rank, found) == {}
+        assert found.held["weights"] > 5e7  # so it was none of the small ones
+
+
+# ---- Bugs put in -----------------------------------------------------------------------------------------------------
+
+MUTATED = GPTConfig(sequence=64, hidden=64, layers=8, heads=8, vocabulary=256)
+LAYOUT = Layout(tp=2, sp=True, cp=2, pp=4, dp=2, zero=1, schedule="zb-h1", microbatches=6, recompute="selective")
+NOTHING = lambda *_, **__: None  # noqa: E731
+MUTATIONS: dict[str, tuple[object, str, Callable | object, set[tuple[str, str]]]] = {
+    "the tied embedding is not summed": (Copies, "sum_gradients", NOTHING, {("sent in a step", "pp")}),
+    "a rank's optimizer has everything": (
+        worker, "STAGES", (DataParallel,) * 4, {("held", "optimizer")},
+    ),
+    "gradients are not reduced": (DataParallel, "reduce", NOTHING, {("sent in a step", "dp")}),
+    "weights are not gathered": (Stage, "step", NOTHING, {("sent in a step", "dp"), ("held", "optimizer")}),
+    "nothing is computed again": (worker, "recompute", lambda model, _: model, {("held", "activations")}),
+    "what a W reads is not counted": (SavedActivations, "keep", lambda *_: [], {("held", "activations")}),
+    "weights' gradients are not left for later": (Deferred, "__enter__", NOTHING, {("held", "activations")}),
+    "gathered in 4 bytes": (comm, "all_gather", lambda x, axis, dim=0: comm.all_gather_async(x.float(), axis, dim)
+                            .wait().to(x.dtype), {("sent in a step", "tp")}),
+}  # fmt: skip
+
+
+def test_as_planned_before_a_bug_is_put_in() -> None:
+    for rank in (0, 31):
+        assert differences(of_gpt(MUTATED), LAYOUT, rank, account(MUTATED, LAYOUT, rank, BF16)) == {}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_bug_shows(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    owner, what, change, shown = MUTATIONS[name]
+    monkeypatch.setattr(owner, what, change)
+    found = differences(of_gpt(MUTATED), LAYOUT, 0, account(MUTATED, LAYOUT, 0, BF16))
+    assert found.keys() >= shown, found
+
+
+# ---- The lesson ------------------------------------------------------------------------------------------------------
+
+SIZES = ("--layers", "8", "--hidden", "64", "--heads", "8", "--sequence", "64", "--vocabulary", "256")
+
+
+def test_lesson(pool: Pool) -> None:
+    """From within a job of one rank or two."""
+    flags = (*SIZES, "--world", "64", "--tp", "2", "--sp", "--cp", "2", "--pp", "4", "--batch", "16", "--rank", "63")
+    alone = pool.start(1, "cluster/dry_run.py", *flags, torchrun=False)
+    together = pool.script(2, "cluster/dry_run.py", *flags)
+    for outcome, ranks in ((alone.end(), 1), (together, 2)):
+        assert outcome.codes == [0] * ranks, outcome.err
+        assert "8 of 8 claims held" in outcome.out
+        assert "rank 63: tp 1 of 2, cp 1 of 2, dp 3 of 4, pp 3 of 4; stages 3 of 4" in outcome.out
+
+
+REFUSED = {
+    "leave out the flags of experts": ("--experts", "4", "--top-k", "2"),
+    "use --rank 1023": ("--rank", "1024"),
+    "core.gpt, which is what is trained, has no grouped key and value heads": ("--model", "llama3-8b"),
+    "heads 96": ("--tp", "64"),
+    "must be a multiple of 128 ranks": ("--tp", "8", "--batch", "7"),
+}
+
+
+def test_refusals(pool: Pool) -> None:
+    jobs = [pool.start(1, "cluster/dry_run.py", *flags, torchrun=False) for flags in REFUSED.values()]
+    for says, outcome in zip(REFUSED, (job.end() for job in jobs), strict=True):
+        assert outcome.codes == [2], outcome.err
+        assert says in outcome.err
+        assert "Traceback" not in outcome.err
+
+
+def test_experts_are_refused_from_within() -> None:
+    with pytest.raises(ValueError, match="depends on its numbers"):
+        refuse(True, Layout(), 0)
+    refuse(False, Layout(), 0)
