@@ -72,7 +72,7 @@ class Checkpoints:
 
         Args:
             step: a checkpoint of the same one is replaced.
-            extra: what else is needed to go on, as JSON has it.
+            extra: what else is needed to go on, as JSON has it; rank 0's is kept.
         """
         self.wait()
         boxes = {key: each.copied() for key, each in boxes_of(self.worker, once=True).items()}
