@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cluster import hardware, models, rules
+from cluster import dry_run, hardware, models, rules
 from cluster.layout import FOLDED, Layout, add_flags, given
 from cluster.models import Model
 from cluster.planner import plans
@@ -43,6 +43,9 @@ def add_all_flags(lesson: Lesson) -> None:
     flag("--save", metavar="FOLDER", help="write checkpoints there, and go on from the last one that is there")
     flag("--save-every", type=int, default=10, metavar="STEPS", help="default %(default)s")
     flag("--keep", type=int, default=2, help="checkpoints to keep (default %(default)s)")
+    flag("--dry-run", action="store_true", help="one rank of --world, without the others: what it sends and holds")
+    flag("--world", type=int, default=0, metavar="RANKS", help="for --dry-run, whose ranks are not running")
+    flag("--rank", type=int, default=0, help="for --dry-run: which of them (default %(default)s)")
 
 
 def moe_of(args: argparse.Namespace) -> MoEConfig | None:
@@ -115,7 +118,13 @@ def check(args: argparse.Namespace, world: int) -> None:
         if getattr(args, name) < least:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}; use --{flag} {usual}")
-    layout = layout_of(args, world)
+    if args.world and not args.dry_run:
+        raise ValueError(
+            f"--world {args.world}: is for --dry-run; {world} ranks are running, leave it out or use --dry-run"
+        )
+    layout = layout_of(args, args.world or world)
+    if args.dry_run:
+        dry_run.refuse(args.experts > 0, layout, args.rank)
     if args.capacity and layout.cp > 1:
         raise ValueError(
             f"--capacity {args.capacity} --cp {layout.cp}: who is dropped is decided over the whole sample, which cp "

@@ -188,15 +188,20 @@ def place_of(layout: Layout, rank: int) -> dict[str, int]:
 
 
 def lesson(run: Run) -> None:
-    (model, layout), rank, itemsize = case(run.args), run.args.rank, run.dtype.itemsize
-    place = place_of(layout, rank)
+    model, layout = case(run.args)
+    show(run, config_of(model), model, layout, run.args.rank)
+
+
+def show(run: Run, config: GPTConfig, model: Model, layout: Layout, rank: int) -> None:
+    """The dry run of a rank beside the planner's figures, which are claimed."""
+    place, itemsize = place_of(layout, rank), run.dtype.itemsize
     run.mesh = {name: getattr(layout, name) for name in place}
     where = ", ".join(f"{name} {index} of {run.mesh[name]}" for name, index in place.items())
     run.say(f"{model.name}, {model.parameters():,} parameters, on {layout.ranks} ranks: {layout}")
     run.say(f"rank {rank}: {where}; stages {' '.join(map(str, layout.held(place['pp'])))} of {layout.stages}\n")
     if run.job.rank:
         return
-    found = dry_run(config_of(model), None, layout, rank, run.dtype)
+    found = dry_run(config, None, layout, rank, run.dtype)
     rows = []
     for what, kind, expected, measured in compared(found, model, layout, place["pp"], itemsize):
         elements = f"{found.sent.get(kind, 0.0):,.0f}" if what != "held" else ""

@@ -18,14 +18,15 @@ Unless told `--no-verify`, one process trains beside it, and every step is compa
 
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from cluster import memory, traffic
+from cluster import dry_run, memory, traffic
 from cluster.arguments import (
     HELD_OUT,
     add_all_flags,
@@ -41,6 +42,7 @@ from cluster.layout import Layout
 from cluster.models import Model
 from cluster.worker import Worker, make_mesh
 from core.gpt import GPT, GPTConfig, materialize
+from core.launch import Stop
 from core.ledger import Ledger
 from core.lesson import Lesson, Run
 from core.oracle import Oracle
@@ -58,7 +60,9 @@ FALLS = 20  # steps after which the validation loss must have fallen
 def lesson(run: Run) -> None:
     args, job = run.args, run.job
     # Arguments, and the groups of ranks.
-    config, moe, layout = configuration(args), moe_of(args), layout_of(args, job.world_size)
+    config, moe, layout = configuration(args), moe_of(args), layout_of(args, args.world or job.world_size)
+    if args.dry_run:
+        return dry_run.show(run, config, model_of(config, moe), layout, args.rank)
     mesh = make_mesh(layout, job.device.type, Ledger(), job.timeout)
     run.mesh = {name: mesh[name].size for name in ("tp", "cp", "dp", "pp", "ep", "etp", "edp")}
     show(run, layout, model_of(config, moe))
@@ -95,13 +99,13 @@ def lesson(run: Run) -> None:
         if args.evaluate and (step + 1) % args.evaluate == 0:
             run.say(f"step {step + 1}: validation loss {worker.evaluate(*(t.to(job.device) for t in judged)):.4f}")
         if checkpoints and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            checkpoints.save(step + 1, {"step": step + 1, "losses": run.losses})
+            written(checkpoints.save, step + 1, {"step": step + 1, "losses": run.losses})
         mfu = {"MFU": f"{flops / seconds / peak:.1%}"} if peak else {}
         bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{batch[0].numel() / seconds:,.0f}", **mfu, refresh=False)
         bar.update()
     bar.close()
     if checkpoints:
-        checkpoints.wait()
+        written(checkpoints.wait)
 
     # What came of it.
     after = worker.evaluate(*(t.to(job.device) for t in judged))
@@ -150,10 +154,12 @@ def resume(run: Run, worker: Worker, oracle: Oracle | None, checkpoints: Checkpo
 
     Batches, masks and learning rates follow from the step, so there is nothing else to restore.
     """
-    found: Path | None = checkpoints.latest() if checkpoints else None
+    if checkpoints is None:
+        return 0
+    found = written(checkpoints.latest)
     if found is None:
         return 0
-    done = checkpoints.load(found)
+    done = written(checkpoints.load, found)
     run.losses += done["losses"]
     run.say(f"goes on from {found}, step {done['step']}\n")
     if run.args.verify:  # so does the one process
@@ -161,6 +167,14 @@ def resume(run: Run, worker: Worker, oracle: Oracle | None, checkpoints: Checkpo
         if oracle:
             oracle.adopt(weights, states)
     return min(done["step"], run.args.steps)
+
+
+def written(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call of `Checkpoints` returns; its ValueError, which all ranks have, stops the run."""
+    try:
+        return call(*arguments)
+    except ValueError as error:
+        raise Stop(str(error)) from error
 
 
 def show(run: Run, layout: Layout, model: Model) -> None:

@@ -93,7 +93,8 @@ def digest(worker: Worker) -> str:
 
 def main(job: Job, folder: str, steps: int, moment: str) -> None:
     def say(what: str, *more: object) -> None:
-        print(json.dumps([job.rank, what, *more]), flush=True)
+        sys.stdout.write(json.dumps([job.rank, what, *more]) + "\n")  # at once: two threads speak
+        sys.stdout.flush()
 
     def halt() -> None:
         say("halted")
