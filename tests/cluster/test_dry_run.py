@@ -32,7 +32,6 @@ REAL = [
     (SMALL, Layout(tp=2, pp=4, schedule="zb-h1", microbatches=5), BF16),
     (UNTIED, Layout(tp=2, pp=2, dp=2, v=2, schedule="dualpipev", microbatches=4, recompute="full"), FLOAT64),
     (SMALL, Layout(pp=2, cp=2, dp=2, schedule="dualpipe", microbatches=4), FLOAT64),
-    (SMALL, Layout(tp=8, sp=True, microbatch=2), BF16),
 ]
 GPT3 = models.PRESETS["gpt3-175b"]
 
