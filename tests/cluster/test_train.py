@@ -1,6 +1,11 @@
 """The combined run as a user starts it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,7 +17,7 @@ from cluster.layout import Layout
 from cluster.plan import commands
 from cluster.planner import plans
 from core.lesson import Lesson
-from tests.pool import Pool
+from tests.pool import ROOT, Pool
 
 QUICK = ("--steps", "2", "--batch", "8", "--sequence", "16", "--hidden", "16", "--sample", "20")
 
@@ -100,3 +105,58 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert learning_rate(args, 10) == pytest.approx(0.1)
+
+
+def test_a_killed_rank_is_started_again_and_goes_on(pool: Pool, tmp_path: Path) -> None:
+    """torchrun starts all ranks again, and the training is the one that nothing has happened to, bit by bit."""
+    flags = [*QUICK, "--steps", "120", "--no-verify", "--zero", "1", "--dp", "2", "--sample", "0"]
+    folder, reports = tmp_path / "run", [tmp_path / "whole.json", tmp_path / "killed.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+        "--standalone",
+    ]
+    script = [
+        str(ROOT / "cluster/train.py"),
+        *flags,
+        "--save",
+        str(folder),
+        "--save-every",
+        "5",
+        "--report",
+        str(reports[1]),
+    ]
+    running = subprocess.Popen([*command, *script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("step-*")):
+            assert time.monotonic() < deadline
+            assert running.poll() is None
+            time.sleep(0.01)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        said, _ = running.communicate(timeout=80)
+    finally:
+        running.kill()
+    assert running.returncode == 0, said
+    assert "goes on from" in said
+    whole = pool.script(2, "cluster/train.py", *flags, "--report", str(reports[0]))
+    assert whole.codes == [0, 0], whole.err
+    one, other = (json.loads(report.read_text())["losses"] for report in reports)
+    assert len(one) == 120
+    assert one == other
+
+
+def test_a_checkpoint_of_another_model_stops_it(pool: Pool, tmp_path: Path) -> None:
+    save = ("--save", str(tmp_path), "--no-verify")
+    assert pool.script(2, "cluster/train.py", *QUICK, *save).codes == [0, 0]
+    outcome = pool.script(4, "cluster/train.py", *QUICK, *save, "--steps", "3", "--tp", "2")
+    assert outcome.codes == [0] * 4, outcome.err
+    assert "goes on from" in outcome.out
+    outcome = pool.script(2, "cluster/train.py", *QUICK, *save, "--layers", "6")
+    assert outcome.codes == [1, 1]
+    assert "its model has layers 4, this run's 6" in outcome.err
+    assert "Traceback" not in outcome.err
