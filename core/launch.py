@@ -1,6 +1,7 @@
 """Join and leave the job: ranks, device, backend, and one clear error instead of a hang.
 
-`torchrun` starts one process a rank and sets RANK, WORLD_SIZE, LOCAL_RANK, ...; nothing else is read.
+`torchrun` starts one process a rank and sets RANK, WORLD_SIZE, LOCAL_RANK, ..., and how often it has started them;
+nothing else is read.
 """
 
 import os
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from core.comm import PeerError, answered
 
@@ -107,6 +109,17 @@ class Job:
         return box[0]
 
 
+def meeting_place(here: Place, timeout: timedelta) -> dist.Store:
+    """The job's store. Where torchrun starts ranks again it keeps the store, with the addresses of those that died."""
+    if not here.by_torchrun:
+        return dist.HashStore()
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    # On several machines the counts may differ: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a store.
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return dist.PrefixStore(f"start {start}", store)
+
+
 @contextmanager
 def launch(device: torch.device, timeout: float) -> Iterator[Job]:
     """Be a rank of the job: process group, watch over the other ranks, and an orderly end.
@@ -123,8 +136,10 @@ def launch(device: torch.device, timeout: float) -> Iterator[Job]:
     if device.type != "cpu":
         torch.accelerator.set_device_index(here.local_rank)
     try:
-        alone = {} if here.by_torchrun else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backends, timeout=timedelta(seconds=timeout), **alone)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(
+            backends, store=meeting_place(here, limit), rank=here.rank, world_size=here.world_size, timeout=limit
+        )
         watch = Watch(here.rank, here.world_size, timeout)
         chosen: list[str] = [""] * here.world_size
         dist.all_gather_object(chosen, backend)
