@@ -34,7 +34,7 @@ def add_all_flags(lesson: Lesson) -> None:
     add_flags(lesson.parser)
     flag = lesson.parser.add_argument_group("training").add_argument
     flag("--auto", action="store_true", help="the layout that the planner finds fastest on --machine")
-    flag("--machine", default="pc", metavar="NAME|FILE.json", help="for --auto (default %(default)s)")
+    flag("--machine", metavar="NAME|FILE.json", help="for --auto; of cluster/topology.py, or known (default: this one)")
     flag("--verify", action=argparse.BooleanOptionalAction, default=True, help="beside one process (default)")
     flag("--warmup", type=int, default=2, help="steps in which the learning rate rises (default %(default)s)")
     flag("--evaluate", type=int, default=0, metavar="STEPS", help="between validations; 0: at the ends only")
@@ -101,7 +101,9 @@ def layout_of(args: argparse.Namespace, world: int) -> Layout:
 
 def planned(args: argparse.Namespace, world: int, model: Model, decided: dict[str, Any]) -> Layout:
     """The planner's first choice."""
-    machine = hardware.PRESETS.get(args.machine) or hardware.measured(args.machine)
+    machine = hardware.here(world)
+    if args.machine:
+        machine = hardware.PRESETS.get(args.machine) or hardware.measured(args.machine)
     fixed = {name: [value] for name, value in decided.items()}
     found, _ = plans(model, machine, world, args.batch, hardware.Software(), fixed)
     if not found:
@@ -142,8 +144,5 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 
 def peak_of(device: torch.device) -> float | None:
     """FLOP/s of this device in 16-bit matrix products, where it is known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    known = {"A100": "dgx-a100", "H100": "dgx-h100", "H200": "dgx-h100"}
-    return next((hardware.PRESETS[preset].peak for part, preset in known.items() if part in name), None)
+    known = hardware.of_gpu(device) if device.type == "cuda" else None
+    return known.peak if known else None

@@ -66,6 +66,30 @@ PRESETS = {
 }
 
 
+LOCAL = Link(7e-5, 1 / (6 * GB))  # processes of one machine over gloo; cluster/topology.py measures this one's
+
+
+def of_gpu(device: torch.device) -> Machine | None:
+    """The machine that is known for the name of this GPU."""
+    name = torch.cuda.get_device_name(device)
+    known = {"A100": "dgx-a100", "H100": "dgx-h100", "H200": "dgx-h100"}
+    return next((PRESETS[preset] for part, preset in known.items() if part in name), None)
+
+
+def here(ranks: int) -> Machine:
+    """This machine, where so many ranks share it: a known one by its GPUs, or its processors as measured now.
+
+    Raises:
+        ValueError: its GPUs are not known.
+    """
+    if torch.cuda.is_available():
+        if found := of_gpu(torch.device("cuda", 0)):
+            return found
+        raise ValueError(f"--auto: {torch.cuda.get_device_name(0)} is not known; use --machine {next(iter(PRESETS))}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+    return Machine("here", ranks, memory, _flops(), _bandwidth(), LOCAL, LOCAL)
+
+
 def measured(path: str) -> Machine:
     """The machine that a topology file describes.
 

@@ -61,6 +61,7 @@ def lesson(run: Run) -> None:
     args, job = run.args, run.job
     # Arguments, and the groups of ranks.
     config, moe, layout = configuration(args), moe_of(args), layout_of(args, args.world or job.world_size)
+    layout = job.share(layout if job.rank == 0 else None)  # --auto may have measured, each rank for itself
     if args.dry_run:
         return dry_run.show(run, config, model_of(config, moe), layout, args.rank)
     mesh = make_mesh(layout, job.device.type, Ledger(), job.timeout)

@@ -54,6 +54,7 @@ LAYOUTS = [
     L(dp=8, ep=4, moe=True, zero=1),
     L(pp=2, dp=4, ep=4, microbatches=2, moe=True),
     L(tp=2, dp=4, ep=4, sp=True, moe=True, zero=2, microbatches=2),
+    L(tp=2, dp=4, ep=2, sp=True, moe=True, zero=1),
     L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=1),
     L(tp=2, cp=2, pp=2, ep=4, sp=True, microbatches=2, moe=True, schedule="gpipe"),
     L(pp=4, dp=2, ep=2, microbatches=4, moe=True, schedule="zb-h2", zero=1, recompute="full"),
