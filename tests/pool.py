@@ -48,7 +48,8 @@ class Running:
 
     def said(self, stream: str) -> str:
         """What all ranks have written so far to `out` or `err`."""
-        return "".join((self.folder / f"{rank}.{stream}").read_text() for rank in range(len(self.processes)))
+        written = (self.folder / f"{rank}.{stream}" for rank in range(len(self.processes)))
+        return "".join(path.read_text() for path in written if path.exists())  # a rank may not have begun
 
     def join(self, rank: int) -> None:
         """Wait until the rank has ended, or the time is up."""
