@@ -101,9 +101,10 @@ def layout_of(args: argparse.Namespace, world: int) -> Layout:
 
 def planned(args: argparse.Namespace, world: int, model: Model, decided: dict[str, Any]) -> Layout:
     """The planner's first choice."""
-    machine = hardware.here(world)
     if args.machine:
         machine = hardware.PRESETS.get(args.machine) or hardware.measured(args.machine)
+    else:
+        machine = hardware.here(world)
     fixed = {name: [value] for name, value in decided.items()}
     found, _ = plans(model, machine, world, args.batch, hardware.Software(), fixed)
     if not found:

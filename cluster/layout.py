@@ -7,10 +7,11 @@ import argparse
 from dataclasses import dataclass, fields
 from math import lcm
 
+from pipeline.schedules import SCHEDULES
+from sequence_parallel.recompute import KINDS
+from sequence_parallel.ring import PLACEMENTS
+
 FOLDED = ("zb-v", "dualpipev")  # rank r holds stages r and 2p-1-r
-SCHEDULES = ("naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe", "dualpipev")
-RECOMPUTE = ("none", "selective", "full")
-PLACEMENTS = ("zigzag", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         flag(f"--{name}", type=int, help=what)
     flag("--sp", action=argparse.BooleanOptionalAction, help="sequence parallelism beside tp")
     flag("--zero", type=int, choices=range(4), help="stage of ZeRO; 0: data parallelism")
-    for name, choices in (("placement", PLACEMENTS), ("schedule", SCHEDULES), ("recompute", RECOMPUTE)):
+    for name, choices in (("placement", PLACEMENTS), ("schedule", tuple(SCHEDULES)), ("recompute", KINDS)):
         flag(f"--{name}", choices=choices)
 
 

@@ -60,8 +60,9 @@ FALLS = 20  # steps after which the validation loss must have fallen
 def lesson(run: Run) -> None:
     args, job = run.args, run.job
     # Arguments, and the groups of ranks.
-    config, moe, layout = configuration(args), moe_of(args), layout_of(args, args.world or job.world_size)
-    layout = job.share(layout if job.rank == 0 else None)  # --auto may have measured, each rank for itself
+    config, moe = configuration(args), moe_of(args)
+    # Of one rank for all: --auto may measure, and two ranks would not measure the same.
+    layout = job.share(layout_of(args, args.world or job.world_size) if job.rank == 0 else None)
     if args.dry_run:
         return dry_run.show(run, config, model_of(config, moe), layout, args.rank)
     mesh = make_mesh(layout, job.device.type, Ledger(), job.timeout)
@@ -77,8 +78,8 @@ def lesson(run: Run) -> None:
 
     # Train.
     training, validation = Text(args.data, args.sequence).split(HELD_OUT)
-    judged = validation.batch(args.seed, 0, args.batch)
-    before = worker.evaluate(*(t.to(job.device) for t in judged))
+    judged = tuple(t.to(job.device) for t in validation.batch(args.seed, 0, args.batch))
+    before = worker.evaluate(*judged)
     worst, sent, peak = Comparison(), Ledger(), peak_of(job.device)
     flops = model_of(config, moe).flops(args.batch) / job.world_size
     bar = run.steps()
@@ -98,18 +99,18 @@ def lesson(run: Run) -> None:
                 set_lr(oracle, learning_rate(args, step))
             worst.after_step(run, worker, oracle, (*batch, draw), loss, norm, gradients)
         if args.evaluate and (step + 1) % args.evaluate == 0:
-            run.say(f"step {step + 1}: validation loss {worker.evaluate(*(t.to(job.device) for t in judged)):.4f}")
+            run.say(f"step {step + 1}: validation loss {worker.evaluate(*judged):.4f}")
         if checkpoints and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            written(checkpoints.save, step + 1, {"step": step + 1, "losses": run.losses})
+            or_stop(checkpoints.save, step + 1, {"step": step + 1, "losses": run.losses})
         mfu = {"MFU": f"{flops / seconds / peak:.1%}"} if peak else {}
         bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{batch[0].numel() / seconds:,.0f}", **mfu, refresh=False)
         bar.update()
     bar.close()
     if checkpoints:
-        written(checkpoints.wait)
+        or_stop(checkpoints.wait)
 
     # What came of it.
-    after = worker.evaluate(*(t.to(job.device) for t in judged))
+    after = worker.evaluate(*judged)
     run.say(f"validation loss {before:.4f} before, {after:.4f} after")
     claim_run(run, layout, model_of(config, moe), worker, sent, args.steps - first)
     if oracle and args.steps > first:
@@ -134,12 +135,14 @@ def train_step(
     return loss, norm, gradients
 
 
+def whole_model(config: GPTConfig, moe: MoEConfig | None) -> GPT:
+    """That of one process, on the meta device."""
+    return to_moe(GPT(config), moe) if moe else GPT(config)
+
+
 def one_process(run: Run, config: GPTConfig, moe: MoEConfig | None, optimizer_of: partial) -> Oracle:
     args = run.args
-
-    def make(config: GPTConfig) -> GPT:
-        return to_moe(GPT(config), moe) if moe else GPT(config)
-
+    make = partial(whole_model, moe=moe)
     oracle = Oracle(config, args.seed, run.job.device, run.dtype, optimizer_of, args.clip, make)
     oracle.optimizer.register_step_post_hook(lambda *_: end_step(oracle.model))
     return oracle
@@ -157,10 +160,10 @@ def resume(run: Run, worker: Worker, oracle: Oracle | None, checkpoints: Checkpo
     """
     if checkpoints is None:
         return 0
-    found = written(checkpoints.latest)
+    found = or_stop(checkpoints.latest)
     if found is None:
         return 0
-    done = written(checkpoints.load, found)
+    done = or_stop(checkpoints.load, found)
     run.losses += done["losses"]
     run.say(f"goes on from {found}, step {done['step']}\n")
     if run.args.verify:  # so does the one process
@@ -170,7 +173,7 @@ def resume(run: Run, worker: Worker, oracle: Oracle | None, checkpoints: Checkpo
     return min(done["step"], run.args.steps)
 
 
-def written(call: Callable[..., Any], *arguments: Any) -> Any:
+def or_stop(call: Callable[..., Any], *arguments: Any) -> Any:
     """What a call of `Checkpoints` returns; its ValueError, which all ranks have, stops the run."""
     try:
         return call(*arguments)
@@ -222,17 +225,12 @@ def claim_run(run: Run, layout: Layout, model: Model, worker: Worker, sent: Ledg
 
 def write_text(run: Run, worker: Worker, config: GPTConfig, moe: MoEConfig | None) -> None:
     """A sample of what the model has learnt, by one process with the whole weights."""
-    size = (
-        sum(p.numel() for p in to_moe(GPT(config), moe).parameters())
-        if moe
-        else sum(p.numel() for p in GPT(config).parameters())
-    )
-    if not run.args.sample or size > LARGEST_SAMPLE:
+    model = whole_model(config, moe)
+    if not run.args.sample or sum(p.numel() for p in model.parameters()) > LARGEST_SAMPLE:
         return
     weights = dict(gathered(run, worker.weights()))
     if run.job.rank:
         return
-    model = to_moe(GPT(config), moe) if moe else GPT(config)
     model = materialize(model, run.args.seed, run.job.device, run.dtype).eval()
     for name, p in model.named_parameters():
         p.data.copy_(weights[name])

@@ -20,7 +20,7 @@ import sequence_parallel.layers
 import zero.training
 from cluster import rules
 from cluster.hardware import PRESETS as MACHINES
-from cluster.layout import FOLDED, SCHEDULES, Layout, add_flags
+from cluster.layout import FOLDED, Layout, add_flags
 from cluster.layout import given as decided
 from cluster.models import PRESETS, of_gpt
 from cluster.options import asked, parser
@@ -29,6 +29,7 @@ from cluster.rules import check, explain, nearest
 from core.gpt import GPTConfig
 from core.lesson import Lesson
 from core.mesh import axis_sizes
+from pipeline.schedules import SCHEDULES
 
 BY_NAME = {rule.name: rule for rule in RULES}
 GPT = of_gpt(GPTConfig())
@@ -223,7 +224,7 @@ def test_what_is_refused_says_why_and_what_works(name: str) -> None:
 sizes = st.sampled_from([1, 1, 2, 3, 4, 8])
 layouts = st.builds(
     Layout, tp=sizes, cp=sizes, ep=sizes, etp=sizes, pp=sizes, dp=sizes, v=sizes, sp=st.booleans(), ulysses=sizes,
-    schedule=st.sampled_from(SCHEDULES), zero=st.integers(0, 3), microbatch=sizes, microbatches=sizes,
+    schedule=st.sampled_from(list(SCHEDULES)), zero=st.integers(0, 3), microbatch=sizes, microbatches=sizes,
 )  # fmt: skip
 
 
