@@ -156,6 +156,7 @@ def claim_balance(run: Run, loads: dict[str, Tensor]) -> None:
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
     check(args, ranks)
+    ways(args)
     for flag, usual in (("aux", 0.05), ("bias_rate", 0.01)):
         if not getattr(args, flag):
             name = f"--{flag.replace('_', '-')}"

@@ -76,7 +76,8 @@ def ep_of(args: argparse.Namespace, ranks: int) -> int:
 def check(args: argparse.Namespace, ranks: int) -> None:
     """Raises ValueError when the model, the routing or the layout is not possible."""
     config = check_model(args)
-    moe_of(args)
+    if hasattr(args, "score"):  # a lesson without it has ways of its own, and checks those
+        moe_of(args)
     if args.batch % ranks:
         raise ValueError(
             f"--batch {args.batch}: must be a multiple of the {ranks} ranks, so that all get as many samples; "
