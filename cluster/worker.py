@@ -25,7 +25,7 @@ import megatron_tp.loss
 import sequence_parallel.layers
 import sequence_parallel.loss
 from cluster.layout import Layout
-from core.gpt import GPT, GPTConfig, materialize
+from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.gradients import norm_and_totals
 from core.ledger import Ledger, SavedActivations
 from core.mesh import Mesh
@@ -90,10 +90,12 @@ class Worker:
         stages, everyone = size(schedule)[0], held(schedule)
 
         model = cut(GPT(config), everyone[self.pp.index], stages)
-        topic, loss_of = megatron_tp.layers, megatron_tp.loss.token_loss
-        if layout.sp:
-            topic, loss_of = sequence_parallel.layers, sequence_parallel.loss.token_loss
-        topic.parallelize(model, self.tp)
+        tokens = layout.batch * config.sequence
+        self.loss_of = partial(token_loss, tokens=tokens)
+        if layout.tp > 1:
+            topic = sequence_parallel if layout.sp else megatron_tp
+            topic.layers.parallelize(model, self.tp)
+            self.loss_of = partial(topic.loss.token_loss, tokens=tokens, axis=self.tp, vocabulary=config.vocabulary)
         if layout.cp > 1:
             context.parallelize(model, self.attention)
         if moe:
@@ -115,9 +117,6 @@ class Worker:
             self.stages = [self.rest]
 
         here = config.sequence // layout.sequence_parts  # tokens of a sample between the layers
-        self.loss_of = partial(
-            loss_of, tokens=layout.batch * config.sequence, axis=self.tp, vocabulary=config.vocabulary
-        )
         self.pipeline = Pipeline(
             each_stage(self.model, everyone[self.pp.index], stages), self.loss_of, schedule, self.pp,
             (layout.microbatch, here, config.hidden), dtype, device,

@@ -4,6 +4,7 @@
 would, in fresh processes. Both end within a timeout and show what the failing rank said.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -173,6 +174,7 @@ def _work(connection: Connection, port: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not looked through each time
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
@@ -195,13 +197,18 @@ def _work(connection: Connection, port: int) -> None:
         connection.send(answer)
         if not answer[0]:
             time.sleep(timeout)  # killed with the other ranks; leaving first would make them fail too, and hide this
+        function = args = result = answer = None
         _leave_group()
 
 
 def _leave_group() -> None:
-    """Gloo takes 10 ms a peer to close its connections, one after another: a thread waits for that."""
+    """Gloo takes 10 ms a peer to close its connections, one after another: a thread waits for that.
+
+    A group that something still holds goes on looking for messages a hundred times a second.
+    """
     groups = list(dist.distributed_c10d._world.pg_map)
     dist.destroy_process_group()
+    gc.collect()
     threading.Thread(target=groups.clear, daemon=True).start()
 
 

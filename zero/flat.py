@@ -6,7 +6,7 @@ anywhere, inside a parameter too: an element-wise optimizer does not mind, and n
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -125,9 +125,13 @@ class InOrder:
         self._sizes = [len(bucket.members) for bucket in buckets]
         self._missing: list[int] = []  # while a backward is watched: gradients still to come, by bucket
         self._next = 0
+        # Weakly: Python's collector does not see that a parameter holds a hook, and would keep both for ever.
+        complete = WeakMethod(self._complete)
         for i, bucket in enumerate(buckets):
             for member in bucket.members:
-                member.parameter.register_post_accumulate_grad_hook(partial(self._complete, i))
+                member.parameter.register_post_accumulate_grad_hook(
+                    lambda p, i=i: (alive := complete()) and alive(i, p)
+                )
 
     def watch(self) -> None:
         """The next backward is one whose gradients are to be launched."""

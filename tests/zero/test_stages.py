@@ -1,5 +1,7 @@
 """Every stage of ZeRO on real ranks: equal to one process, and to the other stages, in every corner."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -86,6 +88,23 @@ def train(kind: str, case: Case) -> Result:
         norms.append(norm)
         stage.step()
     return losses, norms, gradients, stage.weights(), stage.states()
+
+
+def kept_alive() -> list[str]:
+    """The stages that are still there once nobody has them."""
+    axis, case = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"], Case()
+    models = []
+    for make in STAGES.values():
+        model = case.model()
+        stage = make(model, axis, case.optimizer, None, case.dtype, case.elements)
+        inputs, targets = Text(None, case.config.sequence).batch(SEED, 0, 2)
+        stage.backward(token_loss(model(inputs, Draw(SEED, 0, 0)), targets, targets.numel()), last=True)
+        stage.clip_and_total(CLIP, torch.zeros(()))
+        stage.step()
+        models.append(weakref.ref(model))
+        del model, stage
+    gc.collect()
+    return [kind for kind, model in zip(STAGES, models, strict=True) if model() is not None]
 
 
 def one_process(case: Case, ranks: int) -> tuple[list[float], list[float], dict, dict, dict]:
@@ -301,3 +320,8 @@ def shared_by_two_blocks() -> None:
 
 def test_a_parameter_shared_by_two_blocks_is_refused() -> None:
     shared_by_two_blocks()
+
+
+def test_a_stage_that_nobody_has_is_freed(pool: Pool) -> None:
+    """Its hooks in autograd must not hold it, and with it the model and its process groups."""
+    assert pool.run(2, kept_alive) == [[], []]
