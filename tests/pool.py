@@ -78,6 +78,8 @@ class Pool:
     """The workers of a test session."""
 
     def __init__(self) -> None:
+        # torch's store asks for the name of every address that connects; where no answer comes, 1 s is enough, not 10.
+        os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
         self._context = multiprocessing.get_context("forkserver")
         # torch.optim imports torch._dynamo when the first optimizer is made, which takes a second.
         self._context.set_forkserver_preload(["torch", "torch._dynamo", "einops", "tabulate", "tests.pool"])

@@ -129,6 +129,7 @@ def test_a_killed_rank_is_started_again_and_goes_on(pool: Pool, tmp_path: Path) 
         "--report",
         str(reports[1]),
     ]
+    whole = pool.start(2, "cluster/train.py", *flags, "--report", str(reports[0]))
     running = subprocess.Popen([*command, *script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         deadline = time.monotonic() + 60
@@ -143,8 +144,8 @@ def test_a_killed_rank_is_started_again_and_goes_on(pool: Pool, tmp_path: Path) 
         running.kill()
     assert running.returncode == 0, said
     assert "goes on from" in said
-    whole = pool.script(2, "cluster/train.py", *flags, "--report", str(reports[0]))
-    assert whole.codes == [0, 0], whole.err
+    outcome = whole.end()
+    assert outcome.codes == [0, 0], outcome.err
     one, other = (json.loads(report.read_text())["losses"] for report in reports)
     assert len(one) == 120
     assert one == other
