@@ -29,22 +29,25 @@ from sequence_parallel.context_training import Layer, Shape, claim_difference, c
 HEADS, TOKENS = 1, 2  # dimensions of (B, A, S, D)
 
 
-def switch(x: Tensor, axis: Axis, cut: int, joined: int) -> Tensor:
-    """Cut `x` along one dimension, give each rank its part, and join what arrives along the other."""
+def switch(axis: Axis, cut: int, joined: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cut each along one dimension, give each rank its part, and join what arrives along the other.
+
+    All travel at once: none waits until another has arrived.
+    """
     equal = [1] * axis.size
-    received = comm.all_to_all(torch.stack(x.chunk(axis.size, cut)), axis, equal, equal)
-    return torch.cat(received.unbind(), joined)
+    travelling = [comm.all_to_all_async(torch.stack(x.chunk(axis.size, cut)), axis, equal, equal) for x in tensors]
+    return tuple(torch.cat(pending.wait().unbind(), joined) for pending in travelling)
 
 
 class _Switch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, cut: int, joined: int) -> Tensor:
+    def forward(ctx: Any, axis: Axis, cut: int, joined: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.axis, ctx.cut, ctx.joined = axis, cut, joined
-        return switch(x, axis, cut, joined)
+        return switch(axis, cut, joined, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return switch(gradient, ctx.axis, ctx.joined, ctx.cut), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *switch(ctx.axis, ctx.joined, ctx.cut, *gradients)
 
 
 class Whole(SequenceAttention):
@@ -88,8 +91,9 @@ class Ulysses(SequenceAttention):
         copies = lcm(k.shape[HEADS], u) // k.shape[HEADS]
         if copies > 1:
             k, v = k.repeat_interleave(copies, HEADS), v.repeat_interleave(copies, HEADS)
-        q, k, v = (_Switch.apply(x, self.axis, HEADS, TOKENS) for x in (q, k, v))
-        return _Switch.apply(self.inner(q, k, v), self.axis, TOKENS, HEADS)
+        q, k, v = _Switch.apply(self.axis, HEADS, TOKENS, q, k, v)
+        (output,) = _Switch.apply(self.axis, TOKENS, HEADS, self.inner(q, k, v))
+        return output
 
     def close(self) -> None:
         self.inner.close()
@@ -120,9 +124,10 @@ def show_shapes(run: Run, attention: Ulysses, shape: tuple[int, int, int, int]) 
     b, a, s, d = shape
     uncounted = replace(attention.axis, ledger=Ledger())
     x = torch.empty(b, a, s // attention.axis.size, d, device=run.job.device)
-    y = switch(x, uncounted, HEADS, TOKENS)
+    (y,) = switch(uncounted, HEADS, TOKENS, x)
     rows = [("Q, K, V of the layer", *x.shape), ("while attention is computed", *y.shape)]
-    rows.append(("output to the layer", *switch(y, uncounted, TOKENS, HEADS).shape))
+    (z,) = switch(uncounted, TOKENS, HEADS, y)
+    rows.append(("output to the layer", *z.shape))
     run.say(tabulate(rows, ("on each rank", "samples", "heads", "tokens", "head size")) + "\n")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import re
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from core import comm
 from core.gpt import GPT, GPTConfig
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
@@ -200,6 +202,23 @@ def test_what_cannot_be_cut_is_refused() -> None:
         parallelize(GPT(GPTConfig(attention="softmax")), alone())
     with pytest.raises(ValueError, match="--ulysses 3: .* use --ulysses one of 1, 2, 4, 8$"):
         pieces_of(8, 3)
+
+
+def order() -> str:
+    """What Ulysses starts (s) and waits for (w), forward and backward."""
+    attention, log = context_parallel(Mesh("cpu", Ledger(), 30.0, cp=2)["cp"], CPU, ulysses=2), []
+    start, wait = comm.all_to_all_async, comm.Pending.wait
+    q, k, v = (random(1, 2, 4, 4, seed=i).requires_grad_() for i in range(3))
+    with (
+        patch.object(comm, "all_to_all_async", lambda *a: log.append("s") or start(*a)),
+        patch.object(comm.Pending, "wait", lambda self: log.append("w") or wait(self)),
+    ):
+        attention(q, k, v).sum().backward()
+    return "".join(log)
+
+
+def test_queries_keys_and_values_travel_at_once(pool: Pool) -> None:
+    assert pool.run(2, order) == ["ssswww" + "sw" + "sw" + "ssswww"] * 2
 
 
 @pytest.mark.parametrize(

@@ -196,17 +196,17 @@ def everyones_positions(self: RingAttention, sequence: int) -> list[Tensor]:
 
 
 def parts_are_joined_in_the_wrong_order() -> AbstractContextManager:
-    def wrong(x: Tensor, axis: Axis, cut: int, joined: int) -> Tensor:
+    def wrong(axis: Axis, cut: int, joined: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         equal = [1] * axis.size
-        received = comm.all_to_all(torch.stack(x.chunk(axis.size, cut)), axis, equal, equal)
-        return torch.cat(received.flip(0).unbind(), joined)
+        received = [comm.all_to_all(torch.stack(x.chunk(axis.size, cut)), axis, equal, equal) for x in tensors]
+        return tuple(torch.cat(x.flip(0).unbind(), joined) for x in received)
 
     return patch.object(ulysses, "switch", wrong)
 
 
 def everything_is_gathered() -> AbstractContextManager:
-    def wrong(x: Tensor, axis: Axis, cut: int, joined: int) -> Tensor:
-        return comm.all_gather(x, axis, joined).chunk(axis.size, cut)[axis.index]
+    def wrong(axis: Axis, cut: int, joined: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(comm.all_gather(x, axis, joined).chunk(axis.size, cut)[axis.index] for x in tensors)
 
     return patch.object(ulysses, "switch", wrong)
 
