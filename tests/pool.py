@@ -78,8 +78,7 @@ class Pool:
     """The workers of a test session."""
 
     def __init__(self) -> None:
-        # torch's store asks for the name of every address that connects; where no answer comes, 1 s is enough, not 10.
-        os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # not that an address has no name, see _ask_nobody
         self._context = multiprocessing.get_context("forkserver")
         # torch.optim imports torch._dynamo when the first optimizer is made, which takes a second.
         self._context.set_forkserver_preload(["torch", "torch._dynamo", "einops", "tabulate", "tests.pool"])
@@ -171,10 +170,16 @@ class Pool:
         self._folder.cleanup()
 
 
+def _ask_nobody() -> None:
+    """torch's store asks for the name of every address that connects: seconds where a name server does not answer."""
+    os.environ["RES_OPTIONS"] = "attempts:0"
+
+
 def _work(connection: Connection, port: int) -> None:
     """The life of one worker."""
     import torch
 
+    _ask_nobody()
     torch.set_num_threads(1)
     gc.freeze()  # what is imported is not looked through each time
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -222,6 +227,7 @@ def _play(script: str, flags: Sequence[str], environment: dict[str, str], log: s
         os.environ.pop(name, None)
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _ask_nobody()
     import torch
 
     torch.set_num_threads(1)
