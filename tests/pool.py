@@ -5,6 +5,7 @@ would, in fresh processes. Both end within a timeout and show what the failing r
 """
 
 import gc
+import io
 import multiprocessing
 import os
 import runpy
@@ -22,9 +23,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("core", "zero", "megatron_tp", "sequence_parallel", "pipeline", "expert_parallel", "cluster")
 LARGEST = 8
 
 
@@ -81,7 +84,8 @@ class Pool:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # not that an address has no name, see _ask_nobody
         self._context = multiprocessing.get_context("forkserver")
         # torch.optim imports torch._dynamo when the first optimizer is made, which takes a second.
-        self._context.set_forkserver_preload(["torch", "torch._dynamo", "einops", "tabulate", "tests.pool"])
+        ours = [f"{path.parent.name}.{path.stem}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+        self._context.set_forkserver_preload(["torch", "torch._dynamo", "einops", "tabulate", "tests.pool", *ours])
         self._folder = tempfile.TemporaryDirectory()
         self._workers: list[tuple[Any, Connection]] = []
         self._jobs: list[Running] = []
@@ -116,7 +120,7 @@ class Pool:
             for connection in ready:
                 rank = waiting.pop(connection)
                 try:
-                    good, results[rank] = connection.recv()
+                    good, results[rank] = torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
                 except EOFError:
                     good, results[rank] = False, "the process died"
                 if not good:
@@ -177,8 +181,6 @@ def _ask_nobody() -> None:
 
 def _work(connection: Connection, port: int) -> None:
     """The life of one worker."""
-    import torch
-
     _ask_nobody()
     torch.set_num_threads(1)
     gc.freeze()  # what is imported is not looked through each time
@@ -201,7 +203,10 @@ def _work(connection: Connection, port: int) -> None:
             answer = (True, result)
         except BaseException:
             answer = (False, traceback.format_exc())
-        connection.send(answer)
+        # As bytes: through a pipe, multiprocessing would put each tensor in shared memory of its own, a slow way.
+        buffer = io.BytesIO()
+        torch.save(answer, buffer)
+        connection.send_bytes(buffer.getbuffer())
         if not answer[0]:
             time.sleep(timeout)  # killed with the other ranks; leaving first would make them fail too, and hide this
         function = args = result = answer = None
@@ -228,8 +233,6 @@ def _play(script: str, flags: Sequence[str], environment: dict[str, str], log: s
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _ask_nobody()
-    import torch
-
     torch.set_num_threads(1)
     path = ROOT / script
     sys.argv = [str(path), *flags]
