@@ -1,7 +1,7 @@
 """Lecture 02: one rank of a thousand, on a laptop (Megatron-LM 代码概览).
 
     python cluster/dry_run.py
-    python cluster/dry_run.py --tp 8 --sp --pp 16 --zero 1 --schedule interleaved --v 6 --batch 1536
+    python cluster/dry_run.py --tp 8 --sp --pp 16 --zero 1 --schedule interleaved --chunks 6 --batch 1536
 
 A rank knows of the others only what it sends them and what they send back. So one process can be rank k of any job: the
 same code trains (`worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers (torch's

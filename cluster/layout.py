@@ -83,13 +83,18 @@ class Layout:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is bool:
-                found += [f"--{field.name}"] * value
+                found += [flag_of(field.name)] * value
             elif value != field.default or field.name in ("tp", "pp", "dp"):
-                found += [f"--{field.name}", str(value)]
+                found += [flag_of(field.name), str(value)]
         return found
 
     def __str__(self) -> str:
         return " ".join(self.flags())
+
+
+def flag_of(field: str) -> str:
+    """The flag of a field of `Layout`. For v as the lesson names it: torchrun takes --v for one of its own."""
+    return "--chunks" if field == "v" else f"--{field}"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +107,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        ("dp", "data parallel ranks"), ("v", "stages a rank of the pipeline holds"),
                        ("microbatch", "samples in a microbatch"),
                        ("microbatches", "microbatches of a pipeline in a step")):  # fmt: skip
-        flag(f"--{name}", type=int, help=what)
+        flag(flag_of(name), dest=name, type=int, help=what)
     flag("--sp", action=argparse.BooleanOptionalAction, help="sequence parallelism beside tp")
     flag("--zero", type=int, choices=range(4), help="stage of ZeRO; 0: data parallelism")
     for name, choices in (("placement", PLACEMENTS), ("schedule", tuple(SCHEDULES)), ("recompute", KINDS)):

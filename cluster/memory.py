@@ -15,6 +15,7 @@ from functools import cache
 from cluster.layout import Layout
 from cluster.models import Model
 from pipeline.schedules import build
+from pipeline.stages import layers_in
 from zero.flat import BUCKET_ELEMENTS
 
 
@@ -35,11 +36,14 @@ class Held:
 
 def layers_of(model: Model, layout: Layout, stage: int) -> tuple[int, int]:
     """The dense layers of a stage, and those with experts."""
-    each = model.layers // layout.stages
-    first = stage * each
-    dense = model.layers - model.moe_layers
-    here = min(max(dense - first, 0), each)
-    return here, each - here
+    here = layers_in(model.layers, layout.stages, stage)
+    dense = min(max(model.layers - model.moe_layers - here.start, 0), len(here))
+    return dense, len(here) - dense
+
+
+def layers_on(model: Model, layout: Layout, rank: int) -> int:
+    """The layers of a rank of the pipeline."""
+    return sum(sum(layers_of(model, layout, stage)) for stage in layout.held(rank))
 
 
 def ends_of(layout: Layout, rank: int) -> tuple[bool, bool]:
@@ -238,13 +242,12 @@ def held(model: Model, layout: Layout, rank: int = 0, itemsize: int = 2, quick: 
     own = others / layout.data + experts / layout.edp if layout.zero else others + experts
     gradients = own if layout.zero >= 2 else others + experts
     weights = own if layout.zero == 3 else others + experts
-    layers = sum(sum(layers_of(model, layout, stage)) for stage in layout.held(rank))
     working = transient(model, layout, rank, itemsize)
     if layout.zero >= 2:
         working += 2 * min(BUCKET_ELEMENTS, others + experts) * gradient  # buckets on their way
     if layout.zero == 3:  # both ends and two layers
         ends = vocabulary_part(model, layout.tp) * model.hidden * (1 if model.tied else 2)
-        working += (ends + 2 * (others + experts - ends) / max(layers, 1)) * weight
+        working += (ends + 2 * (others + experts - ends) / layers_on(model, layout, rank)) * weight
     saved = saved_at_peak(model, layout, rank, itemsize, quick)
     return Held(weights * weight, gradients * gradient, own * optimizer, saved, working)
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 from cluster.hardware import Machine, Software
 from cluster.layout import Layout
-from cluster.memory import Held, held
+from cluster.memory import Held, held, layers_on
 from cluster.models import Model
 from cluster.search import Choices, divisors, legal
 from cluster.steptime import Step, step
@@ -87,8 +88,9 @@ def never_better(layout: Layout, fixed: Choices) -> bool:
 
 def fits(model: Model, layout: Layout, machine: Machine) -> Held | None:
     """What the rank holds that holds most; None where that is more than there is."""
+    fullest = max(range(layout.pp), key=partial(layers_on, model, layout))  # the first of them
     most = None
-    for rank in sorted({0, layout.pp // 2, layout.pp - 1}):
+    for rank in sorted({0, fullest, layout.pp // 2, layout.pp - 1}):
         need = held(model, layout, rank, quick=True)
         if need.total > USABLE * machine.memory:
             return None

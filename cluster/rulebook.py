@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from cluster.hardware import Machine
 from cluster.layout import FOLDED, Layout
 from cluster.models import Model
+from pipeline.stages import TOO_FEW
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ RULES = (
     Rule("axes", "--tp {tp} --cp {cp} --ulysses {ulysses} --ep {ep} --etp {etp} --pp {pp} --dp {dp}",
          "min(tp, cp, ulysses, ep, etp, pp, dp) >= 1",
          "an axis has at least one rank", "core.mesh"),
-    Rule("stages a rank", "--v {v}", "v >= 1", "a rank holds at least one stage", "lecture 08"),
+    Rule("stages a rank", "--chunks {v}", "v >= 1", "a rank holds at least one stage", "lecture 08"),
     Rule("microbatches", "--microbatches {microbatches} --microbatch {microbatch}",
          "min(microbatches, microbatch) >= 1", "must be at least 1", "lecture 07"),
     Rule("ranks", "--tp {tp} --cp {cp} --dp {dp} --pp {pp}", "world in (None, ranks)", SAME_AXES, "core.mesh"),
@@ -86,12 +87,12 @@ RULES = (
          "2309.14509, section 3.1"),
     Rule("cp: sequence", "--cp {cp} --sequence {sequence}", "sequence % pieces == 0",
          "the sequence is cut and must be a multiple of {pieces}", "2310.01889; 2407.21783, 3.3.2"),
-    Rule("pp: layers", "--layers {layers}", "layers % stages == 0",
-         "must be a multiple of the {stages} stages, so that each holds as many layers", "lecture 07"),
-    Rule("pp: several stages", "--v {v} --pp {pp}", "v == 1 or pp > 1",
+    Rule("pp: layers", "--layers {layers}", "layers % stages == 0 or layers + 2 >= 2 * stages", TOO_FEW,
+         "2407.21783, section 3.3.2"),
+    Rule("pp: several stages", "--chunks {v} --pp {pp}", "v == 1 or pp > 1",
          "several stages a rank shrink a pipeline's bubble, and one rank has none", "2104.04473, section 2.2.2"),
-    Rule("pp: schedule", "--schedule {schedule} --v {v}", "v == 1 + folded or schedule == 'interleaved'",
-         "zb-v and dualpipev hold two stages a rank, interleaved as many as --v says, the others one", "lecture 08"),
+    Rule("pp: schedule", "--schedule {schedule} --chunks {v}", "v == 1 + folded or schedule == 'interleaved'",
+         "zb-v and dualpipev hold two stages a rank, interleaved what --chunks says, the others one", "lecture 08"),
     Rule("pp: microbatches", "--microbatches {microbatches} --pp {pp}", "microbatches >= pp",
          "with fewer microbatches than ranks a pipeline never fills", "lecture 07", advice=True),
     Rule("dualpipe: ranks", "--schedule dualpipe --pp {pp}", "schedule != 'dualpipe' or pp % 2 == 0",

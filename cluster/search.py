@@ -31,13 +31,7 @@ def legal(model: Model, machine: Machine | None, world: int, batch: int, choices
     (placement,) = of("placement")
     for tp, cp, pp in product(of("tp", divisors(world)), of("cp", divisors(world)), of("pp", divisors(world))):
         dp = world // (tp * cp * pp)
-        if (
-            tp * cp * pp * dp != world
-            or model.heads % tp
-            or model.layers % pp
-            or batch % dp
-            or dp not in of("dp", [dp])
-        ):
+        if tp * cp * pp * dp != world or model.heads % tp or batch % dp or dp not in of("dp", [dp]):
             continue
         # First what the ranks do, then, of what can be, how a pipeline of them works.
         folds = product(of("ep", divisors(world // pp) if model.experts else [1]), of("etp"), of("sp"), of("ulysses"))
@@ -59,7 +53,9 @@ def legal(model: Model, machine: Machine | None, world: int, batch: int, choices
 
 def _stages(schedule: str, pp: int, model: Model, wanted: Sequence | None) -> Sequence[int]:
     if schedule == "interleaved":
-        return [v for v in wanted or range(2, model.layers // pp + 1) if v > 1 and model.layers % (v * pp) == 0]
+        every = wanted or range(2, model.layers // pp + 2)
+        equal = model.layers % pp == 0  # where stages can be equal, others are not better
+        return [v for v in every if v > 1 and not (equal and model.layers % (v * pp))]
     return (2 if schedule in FOLDED else 1,)
 
 

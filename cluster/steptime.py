@@ -4,7 +4,8 @@ A device multiplies matrices tile by tile, all its processors at once, and the l
 idle: so small products are less efficient. Everything between the products is bound by memory. What messages add is
 in `messages.py`.
 
-F forward, I and W backward of inputs and of weights, of all layers that a rank holds; m microbatches, p pipeline ranks
+F forward, I and W backward of inputs and of weights, of all layers that a rank holds; m microbatches, p pipeline
+ranks. Where stages are not equal all wait for the rank with most layers.
 """
 
 from collections.abc import Iterable
@@ -13,8 +14,8 @@ from functools import cache
 from math import ceil
 
 from cluster.hardware import Machine, Software
-from cluster.layout import Layout
-from cluster.memory import filling, layer_saved, parameters
+from cluster.layout import FOLDED, Layout
+from cluster.memory import filling, layer_saved, layers_on, parameters
 from cluster.messages import ITEM, all_to_all, between_stages, context, data_parallel, ring
 from cluster.models import Matrix, Model
 from pipeline.schedules import build
@@ -113,7 +114,9 @@ def step(model: Model, layout: Layout, machine: Machine, software: Software) -> 
         layout.microbatch * model.sequence / layout.cp, model.hidden, -(-model.vocabulary // layout.tp), machine
     )
     parts = {cause: m * seconds for cause, seconds in causes.items()}
-    parts["matrix products"] += m * head / (machine.peak * software.gemm)
+    most, last = most_layers(model, layout)
+    waits = (most - last) / most * (f + i + w)  # the rank with the head, for the one with most layers
+    parts["matrix products"] += m * max(0.0, head / (machine.peak * software.gemm) - waits)
     parts["bubble"] = bubble(layout.schedule, p, m, layout.v, f, i, w)
     parts["pp"] = between_stages(model, layout, machine, software, f + i + w)
     experts, others = parameters(model, layout)
@@ -127,28 +130,40 @@ def step(model: Model, layout: Layout, machine: Machine, software: Software) -> 
     return Step(parts)
 
 
+def most_layers(model: Model, layout: Layout) -> tuple[float, float]:
+    """Layers that a microbatch meets on the rank of a pipeline that has most of them, and on the one with the head."""
+    if model.layers % layout.stages == 0:
+        return model.layers / layout.pp, model.layers / layout.pp
+    models = 2 if layout.schedule == "dualpipe" else 1  # half of the microbatches meet each
+    layers = [layers_on(model, layout, rank) / models for rank in range(layout.pp)]
+    return max(layers), layers[0 if layout.schedule in FOLDED else -1]
+
+
 def rank_times(
     model: Model, layout: Layout, machine: Machine, software: Software
 ) -> tuple[dict[str, float], float, float, float]:
-    """Seconds of one microbatch in the layers of a rank: by cause, and by F, I and W. A mean rank's of a pipeline."""
+    """Seconds of one microbatch in the layers of a rank: by cause, and by F, I and W.
+
+    Of the rank of a pipeline that has most layers; of them as many have experts as of all.
+    """
     key = Layout(
         layout.tp, layout.cp, layout.ep, layout.etp, sp=layout.sp, ulysses=layout.ulysses, microbatch=layout.microbatch,
         recompute=layout.recompute,
     )  # fmt: skip
-    return _rank_times(model, key, layout.pp, machine, software)
+    return _rank_times(model, key, most_layers(model, layout)[0], machine, software)
 
 
 @cache
 def _rank_times(
-    model: Model, layout: Layout, p: int, machine: Machine, software: Software
+    model: Model, layout: Layout, layers: float, machine: Machine, software: Software
 ) -> tuple[dict[str, float], float, float, float]:
     speed = machine.peak * software.gemm
     tokens = layout.microbatch * model.sequence / layout.cp
     whole = tokens * model.hidden
-    dense = model.layers - model.moe_layers
+    moe_layers = layers * model.moe_layers / model.layers
     causes = dict.fromkeys(("matrix products", "memory", "tp", "cp", "ep"), 0.0)
     f = i = w = 0.0
-    for count, moe in ((dense / p, False), (model.moe_layers / p, True)):
+    for count, moe in ((layers - moe_layers, False), (moe_layers, True)):
         if not count:
             continue
         forward, of_inputs, of_weights, attention = layer_flop(model, layout, moe, machine)

@@ -1,9 +1,9 @@
 """Cut the reference GPT into pipeline stages, and keep what several ranks hold one. Lecture 07.
 
-Each stage has layers/stages blocks; the first also the embedding, the last also the final LayerNorm and the head. A
-rank holds one stage or several. The head is the token embedding, so the ranks of first and last stage each hold a copy
-of it, and DualPipe has every stage on two ranks. Copies are equal at the start, and kept equal by adding their
-gradients before every optimizer step.
+Each stage has layers/stages blocks, or nearly (`layers_in`); the first also the embedding, the last also the final
+LayerNorm and the head. A rank holds one stage or several. The head is the token embedding, so the ranks of first and
+last stage each hold a copy of it, and DualPipe has every stage on two ranks. Copies are equal at the start, and kept
+equal by adding their gradients before every optimizer step.
 """
 
 import copy
@@ -17,9 +17,31 @@ from core import p2p
 from core.gpt import GPT
 from core.mesh import Axis
 
+TOO_FEW = "must be a multiple of the {stages} stages, or 2 x {stages} - 2 or more, so that each has a layer"
+
+
+def layers_in(layers: int, stages: int, stage: int) -> range:
+    """The layers of a stage: as many in each or, where that cannot be, nearly.
+
+    Then the embedding counts as a layer and the head as another, so that the ends of the model get fewer layers
+    (2407.21783, section 3.3.2), and the first stages, which keep the most microbatches, are the shorter ones.
+
+    Raises:
+        ValueError: a stage would have no layer.
+    """
+    each, longer = divmod(layers, stages)
+    if longer == 0 and each:
+        return range(stage * each, (stage + 1) * each)
+    if layers + 2 < 2 * stages:
+        usual = max(1, round(layers / stages)) * stages
+        raise ValueError(f"--layers {layers}: {TOO_FEW.format(stages=stages)}; use --layers {usual}")
+    each, longer = divmod(layers + 2, stages)
+    first, end = (s * each + max(0, s - (stages - longer)) - 1 for s in (stage, stage + 1))
+    return range(max(0, first), min(layers, end))
+
 
 def check_layers(layers: int, stages: int, per_rank: int = 1) -> None:
-    """Raises ValueError unless every stage gets the same number of layers, at least one."""
+    """Raises ValueError unless every stage gets the same number of layers, at least one: a lesson's claims are so."""
     if layers % stages or layers < stages:
         usable = [n for n in range(2, min(layers // per_rank, 64) + 1) if layers % (n * per_rank) == 0][-8:]
         ranks = f", or --nproc_per_node one of {', '.join(map(str, usable))}" if usable else ""
@@ -31,10 +53,9 @@ def check_layers(layers: int, stages: int, per_rank: int = 1) -> None:
 
 def cut(model: GPT, held: Collection[int], stages: int) -> GPT:
     """Drop from `model` all that is in none of the stages `held`. The parameters that stay keep their full names."""
-    check_layers(model.config.layers, stages)
-    layers = model.config.layers // stages
+    kept = {layer for stage in held for layer in layers_in(model.config.layers, stages, stage)}
     for name in list(model.blocks):
-        if int(name) // layers not in held:
+        if int(name) not in kept:
             del model.blocks[name]
     if 0 not in held:
         model.embed = None

@@ -137,7 +137,7 @@ class ZeroPlusPlus(Zero3):
 
 
 def lesson(run: Run) -> None:
-    local = run.args.node or default_node(run.job.world_size)
+    local = run.args.ranks_per_node or default_node(run.job.world_size)
     ledger = Ledger()
     mesh = Mesh(run.job.device.type, ledger, run.job.timeout, cp=local, dp=run.job.world_size // local)
     node, across = replace(mesh["cp"], name="node"), replace(mesh["dp"], name="across")
@@ -234,9 +234,12 @@ def default_node(ranks: int) -> int:
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
     check(args, ranks)
-    if args.node < 0 or (args.node and ranks % args.node):
+    if args.ranks_per_node < 0 or (args.ranks_per_node and ranks % args.ranks_per_node):
         usable = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-        raise ValueError(f"--node {args.node}: the {ranks} ranks must fill whole nodes; use --node one of {usable}")
+        raise ValueError(
+            f"--ranks-per-node {args.ranks_per_node}: the {ranks} ranks must fill whole nodes; "
+            f"use --ranks-per-node one of {usable}"
+        )
 
 
 if __name__ == "__main__":
@@ -248,5 +251,5 @@ if __name__ == "__main__":
         "ZeRO-3 with weights in 8 bits, gradients in 4, and a copy in each node: the bytes saved and the error made.",
     )
     add_flags(frame)
-    frame.parser.add_argument("--node", type=int, default=0, help="ranks in a node (default: half of them)")
+    frame.parser.add_argument("--ranks-per-node", type=int, default=0, help="default: half of them")
     sys.exit(frame.main(refuse, lesson))

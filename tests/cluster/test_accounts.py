@@ -53,6 +53,8 @@ CASES = {
     "3D interleaved full": ({}, Layout(tp=2, pp=4, v=2, schedule="interleaved", microbatches=6, recompute="full")),
     "gpipe": ({"tied": False}, Layout(dp=2, pp=4, schedule="gpipe", microbatches=4)),
     "1f1b": (ALL, Layout(pp=8, microbatches=16)),
+    "stages of 1, 2, 2 and 2 layers": ({"layers": 7}, Layout(dp=2, pp=4, zero=1, microbatches=8)),
+    "stages of 1 and 2 layers, two a rank": ({"layers": 7}, Layout(dp=4, pp=2, v=2, schedule="zb-v", microbatches=4)),
     "dualpipe": ({}, Layout(dp=2, pp=4, zero=1, schedule="dualpipe", microbatches=8)),
     "zb-h1": ({}, Layout(dp=2, pp=4, schedule="zb-h1", microbatches=8)),
     "zb-v": ({}, Layout(dp=2, pp=4, v=2, schedule="zb-v", microbatches=8)),
@@ -62,7 +64,12 @@ CASES = {
     "hybrid tp pp": ({}, Layout(tp=2, cp=2, pp=2, microbatches=2)),
     "hybrid sp, full": ({}, Layout(tp=2, sp=True, cp=4, ulysses=2, recompute="full")),
 }
-SPLIT = ("dualpipe", "zb-h1", "zb-v")  # what of a layer is left at the end of an I, to a few numbers a token
+SPLIT = (
+    "dualpipe",
+    "zb-h1",
+    "zb-v",
+    "stages of 1 and 2 layers, two a rank",
+)  # what of a layer is left at the end of an I, to a few numbers a token
 
 
 EXPERTS = 8

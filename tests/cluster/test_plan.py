@@ -186,6 +186,28 @@ def test_each_choice_has_its_price() -> None:
     assert parts(pp=1, zero=1)["dp"] < usual["dp"] * 4, "hidden behind backward where there is no pipeline"
 
 
+def test_stages_that_cannot_be_equal() -> None:
+    """All wait for the rank with most layers; the head is hidden where its rank has fewer."""
+    layout = Layout(tp=8, sp=True, pp=16, dp=128, microbatches=16)
+
+    def seconds(layout: Layout = layout, **sizes: int) -> float:
+        return step(replace(PRESETS["llama3-405b"], **sizes), layout, H100, SOFTWARE).parts["matrix products"]
+
+    assert seconds(layers=126) == pytest.approx(seconds(layers=128, vocabulary=8), rel=5e-3)
+    assert seconds(layers=127) == pytest.approx(seconds(layers=128)), "the last rank has 8 layers and the head"
+    folded = replace(layout, v=2, schedule="zb-v")
+    assert seconds(folded, layers=126) == pytest.approx(seconds(layers=128, vocabulary=8), rel=5e-3)
+
+
+@pytest.mark.parametrize(("name", "world", "batch"), [("llama3-405b", 16384, 2048), ("deepseek-v3", 2048, 15360)])
+def test_layers_that_no_power_of_two_divides(name: str, world: int, batch: int) -> None:
+    found, _ = plans(PRESETS[name], H100, world, batch, SOFTWARE, {})
+    best = found[0].layout
+    assert best.pp >= 16
+    assert PRESETS[name].layers % best.pp
+    assert found[0].step.parts["matrix products"] > 0.6 * found[0].step.seconds
+
+
 # ---- The search ------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +266,7 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(
     "flags",
-    [("--machine", "pc", "--world", "2", "--batch", "64"), ("--world", "7", "--batch", "64"),
+    [("--machine", "pc", "--world", "2", "--batch", "64"), ("--world", "37", "--batch", "64"),
      ("--world", "8", "--batch", "64", "--tp", "3"), ("--world", "8", "--batch", "8", "--pp", "5")],
 )  # fmt: skip
 def test_where_nothing_fits_what_is_suggested_does(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from cluster import hardware, models
 from cluster.arguments import add_all_flags, layout_of, learning_rate
@@ -34,6 +36,8 @@ def parsed(*flags: str) -> Namespace:
         (8, ()),
         (8, ("--tp", "2", "--cp", "2", "--pp", "2", "--experts", "4", "--ep", "4", "--schedule", "zb-h1")),
         (4, ("--dp", "2", "--tp", "2", "--zero", "3", "--dtype", "bfloat16", "--untied")),
+        (8, ("--layers", "7", "--pp", "4", "--zero", "1")),
+        (2, ("--layers", "7", "--pp", "2", "--schedule", "zb-v", "--experts", "2")),
         (4, ("--auto", "--evaluate", "1", "--no-verify")),
         (1, ()),
     ],
@@ -51,7 +55,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, ranks: int, flags: tuple[
 REFUSED = {
     "tp": (("--tp", "3"), "--tp"),
     "batch": (("--batch", "9", "--dp", "8"), "--batch"),
-    "schedule": (("--pp", "2", "--schedule", "interleaved", "--v", "3"), "--layers"),
+    "schedule": (("--pp", "2", "--schedule", "interleaved", "--chunks", "3"), "--layers"),
     "zero with a pipeline": (("--pp", "2", "--zero", "3"), "--zero"),
     "experts": (("--experts", "6", "--ep", "4"), "--ep"),
     "capacity with cp": (("--experts", "4", "--cp", "2", "--capacity", "1"), "--capacity"),
@@ -87,16 +91,16 @@ def test_what_is_left_open_is_chosen(world: int, flags: str, layout: Layout) -> 
     assert layout_of(parsed(*flags.split()), world) == layout
 
 
-@pytest.mark.parametrize("name", ["gpt3-175b", "mixtral-8x7b"])
-def test_the_planners_command_is_taken(name: str) -> None:
+@pytest.mark.parametrize(("name", "schedule"), [("gpt3-175b", "interleaved"), ("mixtral-8x7b", "1f1b")])
+def test_the_planners_command_is_taken(name: str, schedule: str) -> None:
     model, machine = models.PRESETS[name], hardware.PRESETS["dgx-h100"]
-    fixed = {"tp": [8], "pp": [8], "cp": [1], "microbatch": [1], "recompute": ["full"]}
+    fixed = {"tp": [8], "pp": [8], "cp": [1], "microbatch": [1], "recompute": ["full"], "schedule": [schedule]}
     found, _ = plans(model, machine, 128, 256, hardware.Software(), fixed)
     line, sbatch = commands(found[0].layout, machine, model)
     assert line in sbatch
-    script, *flags = line.split()[line.split().index("cluster/train.py") :]
-    assert script == "cluster/train.py"
-    assert layout_of(parsed(*flags), 128) == found[0].layout
+    torchruns = get_args_parser().parse_args(shlex.split(line)[1:])
+    assert torchruns.training_script == "cluster/train.py"
+    assert layout_of(parsed(*torchruns.training_script_args), 128) == found[0].layout
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

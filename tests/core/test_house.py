@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
+
+from cluster.arguments import add_all_flags
+from core.lesson import Lesson
 
 ROOT = Path(__file__).parents[2]
 TOPICS = {"zero", "megatron_tp", "sequence_parallel", "pipeline", "expert_parallel"}
@@ -76,3 +80,15 @@ def test_run_all_refuses(nproc: str) -> None:
     )  # fmt: skip
     assert outcome.returncode == 2
     assert f"NPROC={nproc}" in outcome.stderr
+
+
+def test_torchrun_leaves_every_flag_to_the_script() -> None:
+    """It looks at a script's flags too, and refuses one with which two of its own begin."""
+    scripts = [p for p in FILES if "tests" not in p.parts]
+    flags = {flag for p in scripts for flag in re.findall(r'"(--[a-z][a-z-]*)"', p.read_text())}
+    frame = Lesson("cluster/train.py", "02", "", "", "")
+    add_all_flags(frame)
+    flags |= set(frame.parser._option_string_actions)
+    assert {"--report", "--chunks", "--layers"} <= flags
+    for flag in flags:
+        assert get_args_parser().parse_args(["script.py", flag, "1"]).training_script_args == [flag, "1"]

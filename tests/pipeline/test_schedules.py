@@ -23,9 +23,31 @@ from pipeline.schedules import (
     to_csv,
     with_communication,
 )
+from pipeline.stages import layers_in
 from pipeline.validator import validate
 
 ONE_STAGE = ("naive", "gpipe", "1f1b")
+
+
+@given(st.integers(1, 130), st.integers(1, 40))
+def test_every_layer_is_in_one_stage_and_every_stage_has_as_many_or_nearly(layers: int, stages: int) -> None:
+    if layers % stages and layers + 2 < 2 * stages:
+        with pytest.raises(ValueError, match=f"use --layers {max(1, round(layers / stages)) * stages}$"):
+            layers_in(layers, stages, 0)
+        return
+    each = [layers_in(layers, stages, stage) for stage in range(stages)]
+    assert [layer for some in each for layer in some] == list(range(layers))
+    counts = [len(some) for some in each]
+    assert min(counts) >= 1
+    if layers % stages == 0:
+        assert set(counts) == {layers // stages}
+        return
+    counts[0] += 1  # the embedding
+    counts[-1] += 1  # the head
+    assert counts == sorted(counts)
+    assert counts[-1] - counts[0] <= 1
+
+
 sizes = given(st.sampled_from(ONE_STAGE), st.integers(1, 9), st.integers(1, 20))
 
 

@@ -48,7 +48,11 @@ REFUSED = {
     "batch": ("zero1", ("--batch", "12"), "--batch 12: must be a multiple of 8 ranks x --microbatches 2"),
     "no microbatch": ("zero1", ("--microbatches", "0"), "--microbatches 0: must be at least 1; use --microbatches 2"),
     "bucket": ("ddp", ("--bucket", "0"), "--bucket 0: must be at least 1; use --bucket 65536"),
-    "node": ("zeropp", ("--node", "3"), "--node 3: the 8 ranks must fill whole nodes; use --node one of 1, 2, 4, 8"),
+    "node": (
+        "zeropp",
+        ("--ranks-per-node", "3"),
+        "--ranks-per-node 3: the 8 ranks must fill whole nodes; use --ranks-per-node one of 1, 2, 4, 8",
+    ),
     "stage": ("memory", ("--stage", "4"), "invalid choice: '4'"),
 }
 
