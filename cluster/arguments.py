@@ -1,8 +1,11 @@
 """What a combined run is told: the model, the layout, and how to train. Lecture 02: Megatron-LM's arguments.py."""
 
 import argparse
+import errno
 import math
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -125,6 +128,8 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError(
             f"--world {args.world}: is for --dry-run; {world} ranks are running, leave it out or use --dry-run"
         )
+    if args.save is not None:
+        check_folder(args.save)
     layout = layout_of(args, args.world or world)
     if args.dry_run:
         dry_run.refuse(args.experts > 0, layout, args.rank)
@@ -133,6 +138,18 @@ def check(args: argparse.Namespace, world: int) -> None:
             f"--capacity {args.capacity} --cp {layout.cp}: who is dropped is decided over the whole sample, which cp "
             "cuts; use --capacity 0"
         )
+
+
+def check_folder(folder: str) -> None:
+    """Make the folder of the checkpoints. Raises ValueError where that or a file in it cannot be."""
+    try:
+        if not folder:
+            raise FileNotFoundError(errno.ENOENT, "it has no name")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--save {folder}: nothing can be written there: {error.strerror}; use --save run") from None
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:

@@ -62,6 +62,8 @@ REFUSED = {
     "experts with zero 3": (("--experts", "4", "--zero", "3"), "--zero"),
     "warm-up": (("--warmup", "-1"), "--warmup"),
     "keep": (("--keep", "0"), "--keep"),
+    "save": (("--save", "/proc/none"), "--save /proc/none: nothing can be written there: No such file"),
+    "save in a file": (("--save", __file__), "--save"),
     "text": (("--sequence", "100000"), "--sequence"),
     "machine": (("--auto", "--machine", "nowhere.json"), "--machine"),
 }
