@@ -41,9 +41,14 @@ def layers_of(model: Model, layout: Layout, stage: int) -> tuple[int, int]:
     return dense, len(here) - dense
 
 
-def layers_on(model: Model, layout: Layout, rank: int) -> int:
-    """The layers of a rank of the pipeline."""
-    return sum(sum(layers_of(model, layout, stage)) for stage in layout.held(rank))
+def layers_by_rank(model: Model, layout: Layout) -> list[int]:
+    """How many layers each rank of the pipeline has."""
+    return _layers_by_rank(model.layers, Layout(pp=layout.pp, v=layout.v, schedule=layout.schedule))
+
+
+@cache
+def _layers_by_rank(layers: int, layout: Layout) -> list[int]:
+    return [sum(len(layers_in(layers, layout.stages, s)) for s in layout.held(rank)) for rank in range(layout.pp)]
 
 
 def ends_of(layout: Layout, rank: int) -> tuple[bool, bool]:
@@ -247,7 +252,7 @@ def held(model: Model, layout: Layout, rank: int = 0, itemsize: int = 2, quick: 
         working += 2 * min(BUCKET_ELEMENTS, others + experts) * gradient  # buckets on their way
     if layout.zero == 3:  # both ends and two layers
         ends = vocabulary_part(model, layout.tp) * model.hidden * (1 if model.tied else 2)
-        working += (ends + 2 * (others + experts - ends) / layers_on(model, layout, rank)) * weight
+        working += (ends + 2 * (others + experts - ends) / layers_by_rank(model, layout)[rank]) * weight
     saved = saved_at_peak(model, layout, rank, itemsize, quick)
     return Held(weights * weight, gradients * gradient, own * optimizer, saved, working)
 

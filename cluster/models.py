@@ -188,10 +188,12 @@ def from_config(path: str, sequence: int | None = None) -> Model:
         sequence: tokens in a sample, where not the largest number of positions that the file allows, or 8192.
 
     Raises:
-        ValueError: the file cannot be read, or lacks a size.
+        ValueError: the file cannot be read, or lacks a size, or one makes no sense.
     """
     try:
         content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("holds no names and values")
         return _from_config(Path(path).parent.name or "config", content, sequence)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}; use the path of a config.json") from None
@@ -204,22 +206,31 @@ def from_config(path: str, sequence: int | None = None) -> Model:
 
 
 def _from_config(folder: str, c: dict[str, Any], sequence: int | None) -> Model:
+    def size(*keys: str) -> int:
+        """Of the first key that the file has."""
+        key = next((key for key in keys if c.get(key)), keys[-1])
+        if type(c[key]) is not int or c[key] < 1:
+            raise ValueError(f"{key} is {c[key]!r}, and must be a whole number, 1 or more")
+        return c[key]
+
+    def optional(*keys: str) -> int:
+        return size(*keys) if any(c.get(key) for key in keys) else 0
+
     name = str(c.get("_name_or_path") or folder)
     if "n_embd" in c:  # GPT-2
-        h, positions = c["n_embd"], c["n_positions"]
-        f = c.get("n_inner") or 4 * h
-        return Model(name, c["n_layer"], h, c["n_head"], f, c["vocab_size"], sequence or positions)
-    experts = c.get("num_local_experts") or c.get("n_routed_experts") or c.get("num_experts") or 0
+        h = size("n_embd")
+        f = optional("n_inner") or 4 * h
+        return Model(name, size("n_layer"), h, size("n_head"), f, size("vocab_size"), sequence or size("n_positions"))
+    experts = optional("num_local_experts", "n_routed_experts", "num_experts")
     latent = None
     if c.get("kv_lora_rank"):
-        latent = Latent(
-            c["q_lora_rank"], c["kv_lora_rank"], c["qk_rope_head_dim"], c["qk_nope_head_dim"], c["v_head_dim"]
-        )
+        parts = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        latent = Latent(*map(size, parts))
     return Model(
-        name, c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"], c["intermediate_size"],
-        c["vocab_size"], sequence or min(c["max_position_embeddings"], 8192),
-        kv_heads=c.get("num_key_value_heads") or 0, head_size=c.get("head_dim") or 0, gated=True, biases=False,
+        name, size("num_hidden_layers"), size("hidden_size"), size("num_attention_heads"), size("intermediate_size"),
+        size("vocab_size"), sequence or min(size("max_position_embeddings"), 8192),
+        kv_heads=optional("num_key_value_heads"), head_size=optional("head_dim"), gated=True, biases=False,
         learned_positions=False, tied=bool(c.get("tie_word_embeddings", False)), latent=latent, experts=experts,
-        top_k=c["num_experts_per_tok"] if experts else 0, expert_feed_forward=c.get("moe_intermediate_size") or 0,
-        shared_experts=c.get("n_shared_experts") or 0, dense_layers=c.get("first_k_dense_replace") or 0,
+        top_k=size("num_experts_per_tok") if experts else 0, expert_feed_forward=optional("moe_intermediate_size"),
+        shared_experts=optional("n_shared_experts"), dense_layers=optional("first_k_dense_replace"),
     )  # fmt: skip

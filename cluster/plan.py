@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 from cluster.hardware import Machine, Software
 from cluster.layout import Layout, given
+from cluster.memory import layers_by_rank
 from cluster.models import Model
 from cluster.options import machine_of, model_of, parser
 from cluster.planner import Plan, plans, something_that_fits
@@ -68,6 +69,9 @@ def why(model: Model, machine: Machine, found: list[Plan]) -> list[str]:
     states = best.held.weights + best.held.gradients + best.held.optimizer
     lines.append(f"Memory: {best.held.total / 1e9:.3g} of {machine.memory / 1e9:.3g} GB ({used:.0%}), of which states "
                  f"{states / 1e9:.3g} and saved activations {best.held.activations / 1e9:.3g}.")  # fmt: skip
+    layers = layers_by_rank(model, best.layout)
+    if len(set(layers)) > 1:
+        lines.append(f"Its ranks have {min(layers)} to {max(layers)} layers: {' '.join(map(str, layers))}.")
     for field in ("tp", "cp", "ulysses", "ep", "pp", "schedule", "v", "zero", "recompute", "microbatch"):
         here = getattr(best.layout, field)
         other = next((plan for plan in found if getattr(plan.layout, field) != here), None)

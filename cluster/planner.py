@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from math import ceil
 
 from cluster.hardware import Machine, Software
 from cluster.layout import Layout
-from cluster.memory import Held, held, layers_on
+from cluster.memory import Held, held, layers_by_rank
 from cluster.models import Model
 from cluster.search import Choices, divisors, legal
 from cluster.steptime import Step, step
 
 USABLE = 0.92  # of a device's memory: the rest is the runtime's, and lost between allocations
+MOST_RANKS = 10**6  # of a machine that may be suggested
 SHORTEST = 2048  # tokens of a sequence that a rank of cp has at least: with fewer its messages are not hidden
 
 
@@ -67,6 +67,8 @@ def something_that_fits(model: Model, machine: Machine, world: int, batch: int, 
     """Flags with which there is a plan: another batch, or more ranks, or nothing decided of the layout."""
     node = machine.node
     least = node * ceil(16 * model.parameters() / (USABLE * machine.memory * node))  # for weights and their states
+    if least > MOST_RANKS:
+        return None
     worlds = [world, node * ceil(world / node), *(k * least for k in (1, 2, 4, 8) if k * least > world)]
     for decided in (fixed, {}):
         for ranks in dict.fromkeys(worlds):
@@ -88,7 +90,8 @@ def never_better(layout: Layout, fixed: Choices) -> bool:
 
 def fits(model: Model, layout: Layout, machine: Machine) -> Held | None:
     """What the rank holds that holds most; None where that is more than there is."""
-    fullest = max(range(layout.pp), key=partial(layers_on, model, layout))  # the first of them
+    layers = layers_by_rank(model, layout)
+    fullest = layers.index(max(layers))
     most = None
     for rank in sorted({0, fullest, layout.pp // 2, layout.pp - 1}):
         need = held(model, layout, rank, quick=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from math import log2
+from math import isqrt, log2
 
 from cluster.hardware import Machine
 from cluster.layout import FOLDED, Layout
@@ -13,7 +13,8 @@ Choices = Mapping[str, Sequence]
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def legal(model: Model, machine: Machine | None, world: int, batch: int, choices: Choices) -> Iterator[Layout]:

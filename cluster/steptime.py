@@ -15,7 +15,7 @@ from math import ceil
 
 from cluster.hardware import Machine, Software
 from cluster.layout import FOLDED, Layout
-from cluster.memory import filling, layer_saved, layers_on, parameters
+from cluster.memory import filling, layer_saved, layers_by_rank, parameters
 from cluster.messages import ITEM, all_to_all, between_stages, context, data_parallel, ring
 from cluster.models import Matrix, Model
 from pipeline.schedules import build
@@ -135,8 +135,8 @@ def most_layers(model: Model, layout: Layout) -> tuple[float, float]:
     if model.layers % layout.stages == 0:
         return model.layers / layout.pp, model.layers / layout.pp
     models = 2 if layout.schedule == "dualpipe" else 1  # half of the microbatches meet each
-    layers = [layers_on(model, layout, rank) / models for rank in range(layout.pp)]
-    return max(layers), layers[0 if layout.schedule in FOLDED else -1]
+    layers = layers_by_rank(model, layout)
+    return max(layers) / models, layers[0 if layout.schedule in FOLDED else -1] / models
 
 
 def rank_times(

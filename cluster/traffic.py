@@ -9,7 +9,7 @@ b samples in a microbatch, s sequence, h hidden, t = tp
 from collections import Counter
 
 from cluster.layout import FOLDED, Layout
-from cluster.memory import ends_of, layers_of, layers_on, parameters, vocabulary_part, whole_parameters
+from cluster.memory import ends_of, layers_by_rank, layers_of, parameters, vocabulary_part, whole_parameters
 from cluster.models import Model
 
 
@@ -47,7 +47,7 @@ def sent_bytes(model: Model, layout: Layout, rank: int = 0, itemsize: int = 2) -
     found = {axis: itemsize * elements for axis, elements in sent(model, layout, rank).items()}
     if "cp" in found:
         m = layout.microbatches * (0.5 if layout.schedule == "dualpipe" else 1)
-        found["cp"] += m * layers_on(model, layout, rank) * around(model, layout) * (max(4, itemsize) - itemsize)
+        found["cp"] += m * layers_by_rank(model, layout)[rank] * around(model, layout) * (max(4, itemsize) - itemsize)
     return found
 
 

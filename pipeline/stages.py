@@ -9,6 +9,7 @@ equal by adding their gradients before every optimizer step.
 import copy
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from core.mesh import Axis
 TOO_FEW = "must be a multiple of the {stages} stages, or 2 x {stages} - 2 or more, so that each has a layer"
 
 
+@cache  # a search asks millions of times
 def layers_in(layers: int, stages: int, stage: int) -> range:
     """The layers of a stage: as many in each or, where that cannot be, nearly.
 

@@ -81,8 +81,10 @@ def test_a_hugging_face_config(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [("", "Expecting value"), ("[]", "use the config.json"), ("{}", "has no 'num_hidden_layers'"),
-     ('{"n_embd": "wide"}', "has no 'n_positions'")],
+    [("", "Expecting value"), ("[]", "holds no names and values"), ("{}", "has no 'num_hidden_layers'"),
+     ('{"n_embd": 8}', "has no 'n_layer'"), ('{"n_embd": "wide"}', "n_embd is 'wide', and must be a whole number"),
+     ('{"num_hidden_layers": -1}', "num_hidden_layers is -1, and must"),
+     ('{"num_hidden_layers": null}', "num_hidden_layers is None, and must")],
 )  # fmt: skip
 def test_a_bad_config_is_refused(tmp_path: Path, content: str, why: str) -> None:
     path = tmp_path / "config.json"
@@ -206,6 +208,7 @@ def test_layers_that_no_power_of_two_divides(name: str, world: int, batch: int) 
     assert best.pp >= 16
     assert PRESETS[name].layers % best.pp
     assert found[0].step.parts["matrix products"] > 0.6 * found[0].step.seconds
+    assert any(line.startswith("Its ranks have ") for line in plan.why(PRESETS[name], H100, found))
 
 
 # ---- The search ------------------------------------------------------------------------------------------------------
