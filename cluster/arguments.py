@@ -44,6 +44,8 @@ def add_all_flags(lesson: Lesson) -> None:
     flag("--sample", type=int, default=120, help="bytes of text to write at the end (default %(default)s)")
     flag("--bucket", type=int, default=2**18, help="elements that ZeRO sends at once, about (default %(default)s)")
     flag("--save", metavar="FOLDER", help="write checkpoints there, and go on from the last one that is there")
+    flag("--export", metavar="FILE.safetensors", help="write the weights there at the end")
+    flag("--init", metavar="FILE.safetensors", help="start with the weights of such a file")
     flag("--save-every", type=int, default=10, metavar="STEPS", help="default %(default)s")
     flag("--keep", type=int, default=2, help="checkpoints to keep (default %(default)s)")
     flag("--dry-run", action="store_true", help="one rank of --world, without the others: what it sends and holds")
@@ -68,7 +70,9 @@ def moe_of(args: argparse.Namespace) -> MoEConfig | None:
 def model_of(config: GPTConfig, moe: MoEConfig | None) -> Model:
     """The model as the planner knows it."""
     model = models.of_gpt(config)
-    return replace(model, experts=moe.routing.experts, top_k=moe.routing.top_k) if moe else model
+    if moe is None:
+        return model
+    return replace(model, experts=moe.routing.experts, top_k=moe.routing.top_k, shared_feed_forward=moe.shared)
 
 
 def layout_of(args: argparse.Namespace, world: int) -> Layout:
@@ -81,7 +85,11 @@ def layout_of(args: argparse.Namespace, world: int) -> Layout:
     decided = given(args)
     if args.auto:
         return planned(args, world, model_of(config, moe), decided)
-    if not {"tp", "cp", "pp", "dp", "ep"} & set(decided) and world % 4 == 0 and not config.layers % 2:
+    if (
+        not {"tp", "cp", "pp", "dp", "ep"} & set(decided)
+        and world % 4 == 0
+        and not (config.layers % 2 or config.heads % 2)
+    ):
         decided |= {"tp": 2, "pp": 2}  # nothing asked: a little of each
     layout = Layout(**decided)
     if moe and layout.tp > 1 and "sp" not in decided:
@@ -111,7 +119,9 @@ def planned(args: argparse.Namespace, world: int, model: Model, decided: dict[st
     fixed = {name: [value] for name, value in decided.items()}
     found, _ = plans(model, machine, world, args.batch, hardware.Software(), fixed)
     if not found:
-        raise ValueError(f"--auto --batch {args.batch}: no layout on {world} ranks; use --batch {8 * world}")
+        layout_of(argparse.Namespace(**vars(args) | {"auto": False, "tp": args.tp or 1}), world)  # says which rule
+        size = f"{machine.memory / 1e9:.3g} GB each"
+        raise ValueError(f"--auto: no layout of {world} ranks fits {size}; use --hidden {args.hidden // 2}")
     return found[0].layout
 
 
@@ -128,6 +138,8 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError(
             f"--world {args.world}: is for --dry-run; {world} ranks are running, leave it out or use --dry-run"
         )
+    if args.init is not None and not Path(args.init).is_file():
+        raise ValueError(f"--init {args.init}: there is no such file; use one that --export wrote")
     if args.save is not None:
         check_folder(args.save)
     layout = layout_of(args, args.world or world)

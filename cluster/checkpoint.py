@@ -42,6 +42,7 @@ from cluster.content import (
 from cluster.worker import Worker
 from core.launch import Job
 
+HIDDEN = r"\.step-\d{8,}\.(part|replaced|removed)"  # what an interrupted save leaves
 LONGEST = timedelta(minutes=30)  # that a rank waits for others that write more; the loss of one ends the wait at once
 
 
@@ -120,7 +121,9 @@ class Checkpoints:
         self.wait()
 
         def find() -> Path | None:
-            for path in list(self.folder.glob(".step-*")):
+            for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
+                if not re.fullmatch(HIDDEN, path.name):
+                    continue
                 target = self.folder / path.stem[1:]
                 if path.suffix == ".replaced" and not target.exists():  # killed between two renames
                     path.rename(target)

@@ -109,8 +109,8 @@ def check_sizes(found: Path, saved: dict[str, Any], here: dict[str, Any]) -> Non
     for name in saved | here:
         if saved.get(name) != here.get(name) and name not in FREE:
             raise ValueError(
-                f"{found}: its model has {name} {saved.get(name)}, this run's {here.get(name)}, so that the weights do "
-                f"not fit; use {name} {saved.get(name)}, or another folder"
+                f"{found}: its model has {name} {saved.get(name)}, this run's {here.get(name)}; use another folder, "
+                f"or the flag of {name} as it was"
             )
 
 

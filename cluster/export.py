@@ -56,7 +56,8 @@ def load_export(worker: Worker, path: str) -> None:
     Raises:
         ValueError: it is no such file, or truncated, or of another model.
     """
-    agreed(lambda: _read(worker, Path(path)))
+    names = {name for some in agreed(lambda: [each.name for each in worker.master_weights()]) for name in some}
+    agreed(lambda: _read(worker, Path(path), names))
     for stage in worker.stages:
         stage.publish()
 
@@ -88,7 +89,7 @@ def _join(parts: Path, target: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _read(worker: Worker, path: Path) -> None:
+def _read(worker: Worker, path: Path, names: set[str]) -> None:
     try:
         with path.open("rb") as file:
             whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # read only where it is touched
@@ -104,6 +105,8 @@ def _read(worker: Worker, path: Path) -> None:
             raise ValueError(f"it has {len(whole)} bytes, and its header says {end}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no safetensors file, or truncated: {error}; use one that export wrote") from None
+    if more := sorted(header.keys() - names):
+        raise ValueError(f"{path}: has {more[0]}, which this model has not; use a file of the same model")
     pieces = [(each.name, Boxes(each)) for each in worker.master_weights()]
     for name, boxes in pieces:
         if name not in header or tuple(header[name]["shape"]) != tuple(boxes.whole):

@@ -134,7 +134,7 @@ def layer_saved(model: Model, layout: Layout, moe: bool, itemsize: int = 2, kind
     f = model.expert_feed_forward
     # An expert's ranks have the rows of all of them; their results go back to each of them, to be weighted.
     routed = model.top_k * (layout.etp * (h + inside * f / layout.etp) + h) / q + 2 * model.experts / q
-    return tokens * (norms + core + (routed + inside * model.shared_experts * f / t) * w)
+    return tokens * (norms + core + (routed + inside * model.shared_feed_forward / t) * w)
 
 
 def stage_saved(model: Model, layout: Layout, stage: int, itemsize: int = 2) -> float:
@@ -162,8 +162,8 @@ def layer_owed(model: Model, layout: Layout, moe: bool, itemsize: int = 2) -> fl
     matrices = model.attention_matrices()
     if not moe:
         matrices += model.mlp_matrices(model.feed_forward)
-    elif model.shared_experts:
-        matrices += model.mlp_matrices(model.shared_experts * model.expert_feed_forward)
+    elif model.shared_feed_forward:
+        matrices += model.mlp_matrices(model.shared_feed_forward)
     # Of a matrix cut by columns the input is gathered again; that of rows has had the whole gradient gathered for I.
     kept = sum(
         m.inputs / t + m.outputs if m.cut == "row" else m.inputs / q + m.outputs / (t if m.cut == "column" else q)

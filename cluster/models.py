@@ -66,6 +66,7 @@ class Model:
     top_k: int = 0
     expert_feed_forward: int = 0
     shared_experts: int = 0
+    shared_feed_forward: int = 0  # of the shared experts together; 0: as many features as they are experts
     dense_layers: int = 0  # the first ones, which have no experts
     attention: str = "sdpa"  # or "softmax", as in `core.gpt`: the scores are kept for backward
     dropout: bool = False
@@ -74,6 +75,8 @@ class Model:
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
         object.__setattr__(self, "head_size", self.head_size or self.hidden // self.heads)
         object.__setattr__(self, "expert_feed_forward", self.expert_feed_forward or self.feed_forward)
+        shared = self.shared_feed_forward or self.shared_experts * self.expert_feed_forward
+        object.__setattr__(self, "shared_feed_forward", shared)
 
     @property
     def moe_layers(self) -> int:
@@ -112,8 +115,8 @@ class Model:
         matrices = self.attention_matrices()
         if not moe:
             matrices += self.mlp_matrices(self.feed_forward)
-        elif self.shared_experts:
-            matrices += self.mlp_matrices(self.shared_experts * self.expert_feed_forward)
+        elif self.shared_feed_forward:
+            matrices += self.mlp_matrices(self.shared_feed_forward)
         router = self.experts * self.hidden if moe else 0
         return sum(m.parameters(t) for m in matrices) + self.norm_parameters() + router
 
@@ -134,7 +137,8 @@ class Model:
         """Of one layer's forward for one token: 2 a weight, and 4 s a value of attention, not halved for causality."""
         matrices = self.attention_matrices()
         if moe:
-            matrices += (self.top_k + self.shared_experts) * self.mlp_matrices(self.expert_feed_forward)
+            matrices += self.top_k * self.mlp_matrices(self.expert_feed_forward)
+            matrices += self.mlp_matrices(self.shared_feed_forward)
         else:
             matrices += self.mlp_matrices(self.feed_forward)
         keys = self.heads * (self.latent.nope + self.latent.rope if self.latent else self.head_size)

@@ -71,8 +71,8 @@ def layer_flop(model: Model, layout: Layout, moe: bool, machine: Machine) -> tup
     if not moe:
         add(model.mlp_matrices(model.feed_forward), tokens, layout.tp)
     else:
-        if model.shared_experts:
-            add(model.mlp_matrices(model.shared_experts * model.expert_feed_forward), tokens, layout.tp)
+        if model.shared_feed_forward:
+            add(model.mlp_matrices(model.shared_feed_forward), tokens, layout.tp)
         here = model.experts // layout.ep
         rows = tokens / (layout.tp if layout.sp else 1) * layout.etp * model.top_k / here  # of each expert here
         add(model.mlp_matrices(model.expert_feed_forward), rows, layout.etp, here)

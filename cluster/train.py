@@ -38,6 +38,7 @@ from cluster.arguments import (
     peak_of,
 )
 from cluster.checkpoint import Checkpoints
+from cluster.export import export, load_export
 from cluster.layout import Layout
 from cluster.models import Model
 from cluster.worker import Worker, make_mesh
@@ -74,6 +75,9 @@ def lesson(run: Run) -> None:
     worker = Worker(config, moe, layout, mesh, args.seed, run.dtype, job.device, optimizer_of, args.bucket)
     oracle = one_process(run, config, moe, optimizer_of) if args.verify and job.rank == 0 else None
     checkpoints = Checkpoints(args.save, worker, job, args.keep) if args.save else None
+    if args.init:
+        or_stop(load_export, worker, args.init)
+        follow(run, worker, oracle)
     first = resume(run, worker, oracle, checkpoints)
 
     # Train.
@@ -83,8 +87,9 @@ def lesson(run: Run) -> None:
     worst, sent, peak = Comparison(), Ledger(), peak_of(job.device)
     flops = model_of(config, moe).flops(args.batch) / job.world_size
     bar = run.steps()
-    bar.update(first)
-    for step in range(first, args.steps):
+    bar.update(min(first, args.steps))
+    todo = range(first, args.steps)
+    for step in todo:
         began = time.perf_counter()
         batch = tuple(t.to(job.device) for t in training.batch(args.seed, step, args.batch))
         draw = Draw(args.seed, step, 0)
@@ -108,14 +113,19 @@ def lesson(run: Run) -> None:
     bar.close()
     if checkpoints:
         or_stop(checkpoints.wait)
+    if args.export:
+        or_stop(export, worker, job, args.export)
 
     # What came of it.
     after = worker.evaluate(*judged)
     run.say(f"validation loss {before:.4f} before, {after:.4f} after")
-    claim_run(run, layout, model_of(config, moe), worker, sent, args.steps - first)
-    if oracle and args.steps > first:
+    claim_run(run, layout, model_of(config, moe), worker, sent, len(todo))
+    if oracle and todo:
         worst.claim(run)
-    if job.rank == 0 and args.steps - first >= FALLS:
+    if job.rank == 0 and first:
+        done = max(first, args.steps)
+        run.evidence.claim("losses, with those of the checkpoint", "one a step", done, len(run.losses))
+    elif job.rank == 0 and args.steps >= FALLS:
         run.evidence.claim("validation loss has fallen", "0 above that before", 0, max(0.0, after - before))
     write_text(run, worker, config, moe)
     worker.close()
@@ -166,11 +176,18 @@ def resume(run: Run, worker: Worker, oracle: Oracle | None, checkpoints: Checkpo
     done = or_stop(checkpoints.load, found)
     run.losses += done["losses"]
     run.say(f"goes on from {found}, step {done['step']}\n")
-    if run.args.verify:  # so does the one process
+    follow(run, worker, oracle)
+    if done["step"] >= run.args.steps:
+        run.say(f"all {run.args.steps} steps are done\n")
+    return done["step"]
+
+
+def follow(run: Run, worker: Worker, oracle: Oracle | None) -> None:
+    """The one process goes on from where the ranks are."""
+    if run.args.verify:
         weights, states = gathered(run, worker.weights()), gathered(run, worker.states())
         if oracle:
             oracle.adopt(weights, states)
-    return min(done["step"], run.args.steps)
 
 
 def or_stop(call: Callable[..., Any], *arguments: Any) -> Any:

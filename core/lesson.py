@@ -184,7 +184,7 @@ class Lesson:
             raise ValueError(f"--plot {args.plot}: needs matplotlib; pip install -e '.[plot]', or leave --plot out")
         if here.node == 0:  # where rank 0 is, which writes
             taken: dict[str, str] = {}
-            for name in ("report", "plot", "trace"):
+            for name in ("report", "plot", "trace", "export"):
                 if (path := getattr(args, name, None)) is not None:
                     check_writable(f"--{name}", path)
                     if (first := taken.setdefault(os.path.realpath(path), name)) != name:

@@ -274,6 +274,8 @@ OTHERS = {
     "vocabulary": (replace(CONFIG, vocabulary=258), None),
     "tied": (replace(CONFIG, tied=False), None),
     "experts": (CONFIG, MOE),
+    "heads": (replace(CONFIG, heads=2), None),
+    "sequence": (replace(CONFIG, sequence=8), None),
 }
 
 

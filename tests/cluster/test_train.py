@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,14 +12,18 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
 from cluster import hardware, models
-from cluster.arguments import add_all_flags, layout_of, learning_rate
+from cluster.arguments import HELD_OUT, add_all_flags, layout_of, learning_rate
 from cluster.layout import Layout
 from cluster.plan import commands
 from cluster.planner import plans
+from core.gpt import GPTConfig
 from core.lesson import Lesson
+from core.oracle import Oracle
+from core.text import Text
 from tests.pool import ROOT, Pool
 
 QUICK = ("--steps", "2", "--batch", "8", "--sequence", "16", "--hidden", "16", "--sample", "20")
@@ -37,6 +42,9 @@ def parsed(*flags: str) -> Namespace:
         (8, ("--tp", "2", "--cp", "2", "--pp", "2", "--experts", "4", "--ep", "4", "--schedule", "zb-h1")),
         (4, ("--dp", "2", "--tp", "2", "--zero", "3", "--dtype", "bfloat16", "--untied")),
         (8, ("--layers", "7", "--pp", "4", "--zero", "1")),
+        (4, ("--dp", "2", "--pp", "2", "--microbatches", "2", "--attention", "softmax", "--dropout", "0.2")),
+        (4, ("--tp", "2", "--microbatch", "2", "--zero", "2", "--attention", "softmax", "--dropout", "0.2")),
+        (4, ("--experts", "4", "--shared", "8", "--ep", "2", "--etp", "2")),
         (2, ("--layers", "7", "--pp", "2", "--schedule", "zb-v", "--experts", "2")),
         (4, ("--auto", "--evaluate", "1", "--no-verify")),
         (1, ()),
@@ -66,6 +74,9 @@ REFUSED = {
     "save in a file": (("--save", __file__), "--save"),
     "text": (("--sequence", "100000"), "--sequence"),
     "machine": (("--auto", "--machine", "nowhere.json"), "--machine"),
+    "auto": (("--auto", "--zero", "3", "--experts", "4"), "--experts 4 --zero 3: stage 3 gathers"),
+    "init": (("--init", "/nowhere"), "--init /nowhere: there is no such file"),
+    "export": (("--export", "/nowhere/file"), "--export /nowhere/file: there is no folder"),
 }
 
 
@@ -103,6 +114,46 @@ def test_the_planners_command_is_taken(name: str, schedule: str) -> None:
     torchruns = get_args_parser().parse_args(shlex.split(line)[1:])
     assert torchruns.training_script == "cluster/train.py"
     assert layout_of(parsed(*torchruns.training_script_args), 128) == found[0].layout
+
+
+def before_and_after(said: str) -> tuple[float, ...]:
+    return tuple(map(float, re.search(r"validation loss (\S+) before, (\S+) after", said).groups()))
+
+
+def test_weights_go_out_and_in_and_the_text_is_of_the_trained_model(pool: Pool, tmp_path: Path) -> None:
+    path = str(tmp_path / "model.safetensors")
+    out = pool.script(2, "cluster/train.py", *QUICK, "--tp", "2", "--lr", "0.1", "--export", path)
+    assert out.codes == [0, 0], out.err
+    into = pool.script(4, "cluster/train.py", *QUICK, "--pp", "2", "--dp", "2", "--lr", "1e-9", "--init", path)
+    assert into.codes == [0] * 4, into.err
+    assert before_and_after(into.out)[0] == before_and_after(out.out)[1]
+    config = GPTConfig(sequence=16, hidden=16, layers=4, heads=4)
+    model = Oracle(config, 0, torch.device("cpu"), torch.float64, torch.optim.SGD, 1.0).model
+    inputs, targets = Text(None, 16).split(HELD_OUT)[1].batch(0, 0, 8)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
+    assert before_and_after(out.out)[0] == pytest.approx(loss, abs=1e-4)
+    texts = [re.search("it writes: .*", each.out).group() for each in (out, into)]
+    untrained = pool.script(1, "cluster/train.py", *QUICK, "--lr", "1e-9")
+    assert texts[0] == texts[1] != re.search("it writes: .*", untrained.out).group()
+    refused = pool.script(2, "cluster/train.py", *QUICK, "--layers", "2", "--init", path)
+    assert refused.codes == [1, 1]
+    assert "which this model has not" in refused.err
+
+
+def test_a_finished_run_that_is_started_again_is_finished(pool: Pool, tmp_path: Path) -> None:
+    flags = (*QUICK, "--zero", "3", "--dp", "2", "--save", str(tmp_path), "--save-every", "1", "--keep", "1")
+    (tmp_path / ".step-notes").mkdir()
+    assert pool.script(2, "cluster/train.py", *flags).codes == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-notes", "step-00000002"]
+    for steps in ("2", "1"):
+        again = pool.script(2, "cluster/train.py", *flags, "--steps", steps)
+        assert again.codes == [0, 0], again.out + again.err
+        assert f"all {steps} steps are done" in again.out
+    more = pool.script(2, "cluster/train.py", *flags, "--steps", "4", "--evaluate", "3")
+    assert more.codes == [0, 0], more.out + more.err
+    assert "step 3: validation loss" in more.out
+    assert "step 4: validation loss" not in more.out
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
