@@ -97,9 +97,12 @@ class Checkpoints:
             files = agreed(lambda: {name: fingerprint(part / name) for name in mine}, self._group)
             whole = json.loads(content) | {"files": {name: each for some in files for name, each in some.items()}}
             self._first(lambda: self._finish(part, target, whole))
-        except ValueError:
-            self._first(lambda: shutil.rmtree(part, ignore_errors=True))  # the disk may be full
-            raise
+        except ValueError as error:  # the disk may be full, and torch does not always say so
+            free = self._first(lambda: shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0)
+            self._first(lambda: shutil.rmtree(part, ignore_errors=True))
+            raise ValueError(
+                f"{error}; {free / 1e6:,.1f} MB are free there, use another --save if it needs more"
+            ) from None
 
     def _finish(self, part: Path, target: Path, content: dict[str, Any]) -> None:
         """On rank 0, when all ranks have written."""

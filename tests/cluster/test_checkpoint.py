@@ -375,7 +375,8 @@ def full_disk(folder: str) -> str:
 def test_a_failed_write_is_told_on_all_ranks(pool: Pool, tmp_path: Path) -> None:
     one, other = pool.run(2, full_disk, str(tmp_path))
     assert one == other
-    assert "step-00000001: cannot be written: rank 1: [Errno 28] No space left on device" in one
+    assert "step-00000001: cannot be written: rank 1: [Errno 28] No space left on device; " in one
+    assert " MB are free there" in one
     with pytest.raises(ValueError, match="--keep 0"):
         Checkpoints(tmp_path, None, None, keep=0)
 
