@@ -5,13 +5,14 @@ A preset by name, or this machine as `cluster/topology.py` has measured it: a JS
     {"domains": [[ranks]], "alpha": [[seconds]], "beta": [[seconds a byte]]}
 
 the fast domains, and for every pair of ranks what a message costs: alpha + beta x bytes. It may also say "flops",
-"memory" and "memory_bandwidth" of a rank; what it does not say is measured here.
+"memory" and "memory_bandwidth" of a rank; what it does not say of processors is measured here.
 """
 
 import json
 import os
 import time
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -66,6 +67,7 @@ PRESETS = {
 }
 
 
+OWN = ("memory", "flops", "memory_bandwidth")  # of a device: bytes, FLOP/s, bytes/s
 LOCAL = Link(7e-5, 1 / (6 * GB))  # processes of one machine over gloo; cluster/topology.py measures this one's
 
 
@@ -74,6 +76,15 @@ def of_gpu(device: torch.device) -> Machine | None:
     name = torch.cuda.get_device_name(device)
     known = {"A100": "dgx-a100", "H100": "dgx-h100", "H200": "dgx-h100"}
     return next((PRESETS[preset] for part, preset in known.items() if part in name), None)
+
+
+def figures(device: torch.device) -> dict[str, float]:
+    """Of a GPU, what a planner needs and does not measure: OWN, as far as it is known."""
+    if device.type != "cuda":
+        return {}
+    known = of_gpu(device)
+    more = {"flops": known.peak, "memory_bandwidth": known.bandwidth} if known else {}
+    return {"memory": float(torch.cuda.get_device_properties(device).total_memory)} | more
 
 
 def here(ranks: int) -> Machine:
@@ -104,10 +115,22 @@ def measured(path: str) -> Machine:
         pairs = [(a, b) for a in place for b in place if a != b]
         near = [(float(alpha[a][b]), float(beta[a][b])) for a, b in pairs if place[a] == place[b]]
         far = [(float(alpha[a][b]), float(beta[a][b])) for a, b in pairs if place[a] != place[b]]
+        if sum(map(len, domains)) != len(place):
+            raise ValueError("a rank is in two domains")
+        if not all(0 <= a < inf and 0 < b < inf for a, b in near + far):
+            raise ValueError("a time of alpha or beta is not positive")
+        own = {name: found.get(name) for name in OWN}
+        for name, value in own.items():
+            if value is not None and not (isinstance(value, int | float) and 0 < value < inf):
+                raise ValueError(f"{name} is {value!r}, and must be positive")
+            if value is None and found.get("device") == "cuda":
+                raise ValueError(f"it is of GPUs, and lacks the {name} of one")
     except OSError as error:
         raise ValueError(f"--machine {path}: {error.strerror}; {use}, or one of {', '.join(PRESETS)}") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"--machine {path}: no topology ({error!r}); {use}") from None
+    except KeyError as error:
+        raise ValueError(f"--machine {path}: no topology, it has no {error}; {use} with two ranks or more") from None
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"--machine {path}: no topology, {error}; {use}") from None
     node = min(map(len, domains), default=0)
     if not pairs or node < 1:
         raise ValueError(f"--machine {path}: has fewer than two ranks; {use} on two or more")
@@ -117,9 +140,9 @@ def measured(path: str) -> Machine:
     return Machine(
         Path(path).stem,
         node,
-        found.get("memory") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(place),
-        found.get("flops") or _flops(),
-        found.get("memory_bandwidth") or _bandwidth(),
+        own["memory"] or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(place),
+        own["flops"] or _flops(),
+        own["memory_bandwidth"] or _bandwidth(),
         inside,
         outside,
     )

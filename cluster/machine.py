@@ -93,7 +93,8 @@ def parse(text: str) -> Topology:
         if name not in devices or not cells:
             continue
         row, rest = cells[: len(devices)], cells[len(devices) :]
-        wrong = next((cell for cell in row if not _LINK.fullmatch(cell)), None)
+        cells = zip(devices, row, strict=False)
+        wrong = next((c for other, c in cells if not _LINK.fullmatch(c) or (c == "X") != (other == name)), None)
         if len(row) < len(devices) or wrong is not None:
             what = f"{wrong} is no link" if wrong is not None else f"{len(row)} links, not {len(devices)}"
             raise ValueError(f"the row of {name} is wrong: {what}; save the whole output of nvidia-smi topo -m")

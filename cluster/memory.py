@@ -51,6 +51,21 @@ def _layers_by_rank(layers: int, layout: Layout) -> list[int]:
     return [sum(len(layers_in(layers, layout.stages, s)) for s in layout.held(rank)) for rank in range(layout.pp)]
 
 
+def telling(model: Model, layout: Layout) -> list[int]:
+    """Ranks of the pipeline of which one holds most: of those with equal stages, the first and the last."""
+    return _telling(model.layers, model.moe_layers, Layout(pp=layout.pp, v=layout.v, schedule=layout.schedule))
+
+
+@cache
+def _telling(layers: int, moe_layers: int, layout: Layout) -> list[int]:
+    alike: dict[tuple, list[int]] = {}
+    for rank in range(layout.pp):
+        parts = [layers_in(layers, layout.stages, stage) for stage in layout.held(rank)]
+        moe = [sum(layer >= layers - moe_layers for layer in part) for part in parts]
+        alike.setdefault((*map(len, parts), *moe, *ends_of(layout, rank)), []).append(rank)
+    return sorted({rank for ranks in alike.values() for rank in (ranks[0], ranks[-1])})
+
+
 def ends_of(layout: Layout, rank: int) -> tuple[bool, bool]:
     """Whether a rank of the pipeline has the embedding, and whether it has the head."""
     held = layout.held(rank)

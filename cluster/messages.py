@@ -56,10 +56,10 @@ def context(
         return 0.0, 0.0
     t, inner, ring_size = layout.tp, layout.ulysses, layout.cp // layout.ulysses
     tokens = layout.microbatch * model.sequence / layout.cp
-    keys = tokens * model.kv_heads * model.head_size / t
-    switch = all_to_all(2 * tokens * model.value_size / t + 2 * keys, inner, t, machine, software)
+    keys = tokens * model.key_value_size / t
+    switch = all_to_all(tokens * (model.query_size + model.value_size) / t + keys, inner, t, machine, software)
     way = machine.inside if layout.cp * t <= machine.node else machine.outside
-    hop = way.alpha + 2 * keys * ITEM * way.beta / software.links
+    hop = way.alpha + keys * ITEM * way.beta / software.links
     hidden = attention / ring_size  # of each step round the ring
     forward, backward = max(0.0, hop - hidden), max(0.0, 2 * hop - 2 * hidden)
     return switch + (ring_size - 1) * forward, switch + (ring_size - 1) * backward

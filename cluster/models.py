@@ -87,6 +87,18 @@ class Model:
         """Of all heads' outputs."""
         return self.heads * (self.latent.value if self.latent else self.head_size)
 
+    @property
+    def query_size(self) -> int:
+        """Of all heads' queries."""
+        return self.heads * (self.latent.nope + self.latent.rope if self.latent else self.head_size)
+
+    @property
+    def key_value_size(self) -> int:
+        """Of all heads' keys and values."""
+        if self.latent:
+            return self.heads * (self.latent.nope + self.latent.rope + self.latent.value)
+        return 2 * self.kv_heads * self.head_size
+
     def attention_matrices(self) -> list[Matrix]:
         h, a, bias = self.hidden, self.heads, self.biases
         out = Matrix("out", self.value_size, h, "row", bias)
@@ -185,6 +197,20 @@ PRESETS = {
 }  # fmt: skip
 
 
+KINDS = (
+    "gpt2",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+)
+
+
 def from_config(path: str, sequence: int | None = None) -> Model:
     """A model from a Hugging Face `config.json`.
 
@@ -220,12 +246,17 @@ def _from_config(folder: str, c: dict[str, Any], sequence: int | None) -> Model:
     def optional(*keys: str) -> int:
         return size(*keys) if any(c.get(key) for key in keys) else 0
 
+    if (kind := c.get("model_type", "llama")) not in KINDS:
+        raise ValueError(f"model_type {kind!r} is not counted here, only {', '.join(KINDS)}")
     name = str(c.get("_name_or_path") or folder)
     if "n_embd" in c:  # GPT-2
         h = size("n_embd")
         f = optional("n_inner") or 4 * h
         return Model(name, size("n_layer"), h, size("n_head"), f, size("vocab_size"), sequence or size("n_positions"))
     experts = optional("num_local_experts", "n_routed_experts", "num_experts")
+    dense = optional("first_k_dense_replace")
+    if dense > size("num_hidden_layers"):
+        raise ValueError(f"first_k_dense_replace is {dense}, more than the layers")
     latent = None
     if c.get("kv_lora_rank"):
         parts = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
@@ -236,5 +267,6 @@ def _from_config(folder: str, c: dict[str, Any], sequence: int | None) -> Model:
         kv_heads=optional("num_key_value_heads"), head_size=optional("head_dim"), gated=True, biases=False,
         learned_positions=False, tied=bool(c.get("tie_word_embeddings", False)), latent=latent, experts=experts,
         top_k=size("num_experts_per_tok") if experts else 0, expert_feed_forward=optional("moe_intermediate_size"),
-        shared_experts=optional("n_shared_experts"), dense_layers=optional("first_k_dense_replace"),
+        shared_experts=optional("n_shared_experts"), dense_layers=dense,
+        shared_feed_forward=optional("shared_expert_intermediate_size"),
     )  # fmt: skip

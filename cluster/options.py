@@ -9,6 +9,7 @@ from cluster.layout import Layout, add_flags, given
 from cluster.models import Model
 from cluster.rulebook import Case
 
+LARGEST = 10**7  # of any size
 SIZES = ("layers", "hidden", "heads", "kv_heads", "feed_forward", "vocabulary", "sequence", "experts", "top_k")
 
 
@@ -40,10 +41,11 @@ def parser(name: str, what: str) -> argparse.ArgumentParser:
 def model_of(args: argparse.Namespace) -> Model:
     """Raises ValueError: a size that is not positive, or a file that is no model."""
     for name in (*SIZES, "world", "batch"):
-        value = getattr(args, name)
+        value, flag = getattr(args, name), name.replace("_", "-")
         if value is not None and value < (name in ("world", "batch") or name not in ("experts", "top_k")):
-            flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {value}: must be at least 1; use --{flag} 8")
+        if value is not None and value > LARGEST:
+            raise ValueError(f"--{flag} {value}: is more than {LARGEST}; use --{flag} {LARGEST}")
     model = models.from_config(args.config, args.sequence) if args.config else models.PRESETS[args.model]
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     if not sizes:
@@ -52,7 +54,14 @@ def model_of(args: argparse.Namespace) -> Model:
         sizes = {"kv_heads": 0 if model.kv_heads == model.heads else model.kv_heads, "head_size": 0} | sizes
     if "hidden" in sizes and model.feed_forward == 4 * model.hidden:
         sizes = {"feed_forward": 4 * sizes["hidden"]} | sizes
-    return replace(model, name="custom", **sizes)
+    if {"hidden", "feed_forward"} & sizes.keys() and model.expert_feed_forward == model.feed_forward:
+        sizes = {"expert_feed_forward": 0, "shared_feed_forward": 0} | sizes
+    if sizes.get("experts") and not model.top_k:
+        sizes = {"top_k": 2} | sizes
+    model = replace(model, name="custom", **sizes)
+    if model.experts and model.top_k < 1:
+        raise ValueError(f"--top-k {model.top_k}: a token needs an expert; use --top-k 1")
+    return model
 
 
 def machine_of(args: argparse.Namespace) -> Machine:

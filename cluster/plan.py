@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from tabulate import tabulate
 
@@ -89,8 +89,12 @@ def commands(layout: Layout, machine: Machine, model: Model) -> tuple[str, str]:
     """The torchrun line, the same on every node, and a batch script for Slurm."""
     nodes = next(n for n in range(-(-layout.ranks // machine.node), layout.ranks + 1) if layout.ranks % n == 0)
     each = layout.ranks // nodes
+    if model.experts:  # all layers of core.gpt have them then
+        model = replace(model, feed_forward=model.expert_feed_forward)
     sizes = [f"--{name.replace('_', '-')} {getattr(model, name)}" for name in TRAINED]
-    sizes += [f"--experts {model.experts} --top-k {model.top_k}"] if model.experts else []
+    if model.experts:
+        sizes += [f"--experts {model.experts} --top-k {model.top_k}"]
+        sizes += [f"--shared {model.shared_feed_forward}"] if model.shared_feed_forward else []
     how = "--dtype bfloat16 --no-verify --sample 0"
     script = " ".join(["cluster/train.py", str(layout), f"--batch {layout.batch}", *sizes, how])
     meet = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=$FIRST_NODE:29400 " if nodes > 1 else ""
@@ -115,7 +119,8 @@ def lacking(model: Model) -> str:
         "norms and linear layers without biases": not model.biases,
         "rotary positions": not model.learned_positions,
         "latent attention": model.latent is not None,
-        "shared experts, and layers without experts": model.shared_experts or model.dense_layers,
+        "layers without experts": model.dense_layers,
+        "heads of another size than hidden / heads": model.head_size * model.heads != model.hidden,
         f"a vocabulary of {model.vocabulary:,}": model.vocabulary != VOCABULARY,
     }
     return ", ".join(name for name, lacks in found.items() if lacks)

@@ -1,12 +1,12 @@
 """The search behind `cluster.plan`: every layout that keeps the rules and fits the memory, and the time of its step."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from cluster.hardware import Machine, Software
 from cluster.layout import Layout
-from cluster.memory import Held, held, layers_by_rank
+from cluster.memory import Held, held, telling
 from cluster.models import Model
 from cluster.search import Choices, divisors, legal
 from cluster.steptime import Step, step
@@ -42,10 +42,16 @@ def choices(model: Model, machine: Machine, world: int, batch: int, fixed: Choic
     return usual | fixed
 
 
+def placed(machine: Machine, world: int) -> Machine:
+    """With equally many ranks on each node, as `cluster.plan.commands` starts them, and as many as can be."""
+    return replace(machine, node=max(d for d in divisors(world) if d <= machine.node))
+
+
 def fitting(
     model: Model, machine: Machine, world: int, batch: int, fixed: Choices
 ) -> Iterator[tuple[Layout, Held | None]]:
     """Every layout that keeps the rules, and what it holds; None where it does not fit, or is never better."""
+    machine = placed(machine, world)
     for layout in legal(model, machine, world, batch, choices(model, machine, world, batch, fixed)):
         yield layout, None if never_better(layout, fixed) else fits(model, layout, machine)
 
@@ -58,6 +64,7 @@ def plans(
     Args:
         fixed: the values that may be tried, by field of `Layout`, where not all.
     """
+    machine = placed(machine, world)
     found = list(fitting(model, machine, world, batch, fixed))
     fit = [Plan(x, need, step(model, x, machine, software)) for x, need in found if need is not None]
     return sorted(fit, key=lambda plan: plan.step.seconds), len(found)
@@ -90,10 +97,8 @@ def never_better(layout: Layout, fixed: Choices) -> bool:
 
 def fits(model: Model, layout: Layout, machine: Machine) -> Held | None:
     """What the rank holds that holds most; None where that is more than there is."""
-    layers = layers_by_rank(model, layout)
-    fullest = layers.index(max(layers))
     most = None
-    for rank in sorted({0, fullest, layout.pp // 2, layout.pp - 1}):
+    for rank in telling(model, layout):
         need = held(model, layout, rank, quick=True)
         if need.total > USABLE * machine.memory:
             return None

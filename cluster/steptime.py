@@ -15,7 +15,7 @@ from math import ceil
 
 from cluster.hardware import Machine, Software
 from cluster.layout import FOLDED, Layout
-from cluster.memory import filling, layer_saved, layers_by_rank, parameters
+from cluster.memory import filling, layer_saved, layers_by_rank, parameters, telling
 from cluster.messages import ITEM, all_to_all, between_stages, context, data_parallel, ring
 from cluster.models import Matrix, Model
 from pipeline.schedules import build
@@ -119,7 +119,7 @@ def step(model: Model, layout: Layout, machine: Machine, software: Software) -> 
     parts["matrix products"] += m * max(0.0, head / (machine.peak * software.gemm) - waits)
     parts["bubble"] = bubble(layout.schedule, p, m, layout.v, f, i, w)
     parts["pp"] = between_stages(model, layout, machine, software, f + i + w)
-    experts, others = parameters(model, layout)
+    experts, others = max((parameters(model, layout, rank) for rank in telling(model, layout)), key=sum)
     updated = others / layout.data + experts / layout.edp if layout.zero else others + experts
     parts["optimizer"] = updated * 28 / machine.bandwidth  # 2 + 12 bytes read and 12 + 2 written
     way = 0.0  # one after the other: they leave by the same cards, and hide behind the same computation

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from cluster.hardware import figures
 from cluster.links import APART, Lines, domains, fit, in_one, measure
 from cluster.machine import LINKS, Processors, Topology, ask_nvidia_smi, parse, processors, slowness
 from core.launch import place
@@ -160,7 +161,7 @@ def lesson(run: Run) -> None:
     if run.job.world_size > 1:
         result = measured(run)
     if run.job.rank == 0 and run.args.json:
-        write_file(run.args.json, json.dumps(result | {"machine": machine}))
+        write_file(run.args.json, json.dumps(result | figures(run.job.device) | {"machine": machine}))
 
 
 def measured(run: Run) -> dict[str, Any]:

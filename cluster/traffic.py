@@ -84,9 +84,8 @@ def layer_cp(model: Model, layout: Layout) -> float:
     """
     inner = layout.ulysses
     tokens = layout.microbatch * model.sequence / layout.cp
-    of_keys = model.kv_heads * model.head_size / layout.tp
     ring = around(model, layout)
-    there = tokens * (model.value_size / layout.tp + 2 * of_keys) * _others(inner)
+    there = tokens * (model.query_size + model.key_value_size) / layout.tp * _others(inner)
     back = tokens * model.value_size / layout.tp * _others(inner)
     again = {"none": 0.0, "selective": ring + there, "full": ring + there + back}[layout.recompute]
     return 3 * ring + 2 * (there + back) + again
@@ -95,7 +94,7 @@ def layer_cp(model: Model, layout: Layout) -> float:
 def around(model: Model, layout: Layout) -> float:
     """Keys and values that a rank passes on around its ring; or, in backward, their gradients."""
     tokens = layout.microbatch * model.sequence / layout.cp
-    return 2 * tokens * model.kv_heads * model.head_size / layout.tp * (layout.cp // layout.ulysses - 1)
+    return tokens * model.key_value_size / layout.tp * (layout.cp // layout.ulysses - 1)
 
 
 def layer_ep(model: Model, layout: Layout) -> float:

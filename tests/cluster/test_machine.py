@@ -115,6 +115,7 @@ BROKEN = {
         lambda text: text.replace("NODE    NODE    0-15    0", "", 1),
         "the row of GPU0 is wrong: 6 links, not 8",
     ),
+    "itself": (lambda text: text.replace("NV4", "X", 1), "the row of GPU0 is wrong: X is no link"),
     "unknown": (lambda text: text.replace("NV4", "FOO", 1), "the row of GPU0 is wrong: FOO is no link"),
 }
 

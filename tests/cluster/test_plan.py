@@ -1,6 +1,8 @@
 """The planner: presets, times, the search, and what it prints."""
 
 import json
+import math
+import re
 import shlex
 import subprocess
 import sys
@@ -15,10 +17,10 @@ from cluster.arguments import add_all_flags, layout_of
 from cluster.hardware import PRESETS as MACHINES
 from cluster.hardware import Link, Machine, Software, measured
 from cluster.layout import Layout
-from cluster.memory import held
+from cluster.memory import held, parameters
 from cluster.messages import all_to_all, link, ring
 from cluster.models import PRESETS, Model, from_config
-from cluster.planner import USABLE, plans
+from cluster.planner import USABLE, fits, plans
 from cluster.rulebook import Case, broken
 from cluster.steptime import bubble, step
 from cluster.steptime import product as matrix_product
@@ -83,7 +85,8 @@ def test_a_hugging_face_config(tmp_path: Path, name: str) -> None:
     ("content", "why"),
     [("", "Expecting value"), ("[]", "holds no names and values"), ("{}", "has no 'num_hidden_layers'"),
      ('{"n_embd": 8}', "has no 'n_layer'"), ('{"n_embd": "wide"}', "n_embd is 'wide', and must be a whole number"),
-     ('{"num_hidden_layers": -1}', "num_hidden_layers is -1, and must"),
+     ('{"num_hidden_layers": -1}', "num_hidden_layers is -1, and must"), ('{"model_type": "bert"}', "'bert' is not"),
+     ('{"num_hidden_layers": 2, "first_k_dense_replace": 3}', "first_k_dense_replace is 3, more than the layers"),
      ('{"num_hidden_layers": null}', "num_hidden_layers is None, and must")],
 )  # fmt: skip
 def test_a_bad_config_is_refused(tmp_path: Path, content: str, why: str) -> None:
@@ -211,7 +214,37 @@ def test_layers_that_no_power_of_two_divides(name: str, world: int, batch: int) 
     assert any(line.startswith("Its ranks have ") for line in plan.why(PRESETS[name], H100, found))
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "llama3-405b", "gpt3-175b"])
+@pytest.mark.parametrize(("schedule", "v"), [("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2)])
+def test_the_rank_that_holds_most_is_found(name: str, schedule: str, v: int) -> None:
+    machine = replace(H100, memory=1e13)
+    for pp in (8, 12):
+        layout = Layout(tp=8, sp=True, pp=pp, dp=8, ep=8 if name == "deepseek-v3" else 1, v=v, schedule=schedule,
+                        zero=1, microbatches=64)  # fmt: skip
+        everyone = [held(PRESETS[name], layout, rank, quick=True).total for rank in range(pp)]
+        assert fits(PRESETS[name], layout, machine).total == max(everyone)
+        assert fits(PRESETS[name], layout, replace(machine, memory=max(everyone) * 0.99 / USABLE)) is None
+
+
+def test_gradients_of_the_rank_with_most_experts_set_the_pace() -> None:
+    layout = Layout(tp=4, cp=2, ep=8, pp=16, dp=2, sp=True, zero=1, microbatches=32)
+    model = PRESETS["deepseek-v3"]
+    everywhere = replace(model, dense_layers=0, layers=64)  # 4 on each
+    assert parameters(model, layout)[0] == 0, "rank 0 has none"
+    seconds = [step(each, layout, H100, SOFTWARE).parts["dp"] for each in (model, everywhere)]
+    assert seconds[0] == pytest.approx(seconds[1], rel=0.05)
+
+
 # ---- The search ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [10, 14, 20, 24])
+def test_no_tensor_parallel_group_is_on_two_nodes(world: int) -> None:
+    model = replace(PRESETS["gpt3-175b"], layers=24, hidden=4096, heads=32, feed_forward=16384)
+    found, _ = plans(model, A100, world, 2 * world, SOFTWARE, {})
+    line, _ = plan.commands(found[0].layout, A100, model)
+    each = int(re.search("nproc_per_node=([0-9]+)", line).group(1))
+    assert all(each % p.layout.tp == 0 for p in found)
 
 
 def test_a_thousand_gpus() -> None:
@@ -310,6 +343,22 @@ def measured_from(folder: Path, content: object) -> Machine:
     path = folder / "other.json"
     path.write_text(json.dumps(content))
     return measured(str(path))
+
+
+TWO = {"domains": [[0, 1]], "alpha": [[0, 1e-5], [1e-5, 0]], "beta": [[0, 1e-9], [1e-9, 0]]}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({"memory": "8e9"}, "memory is '8e9', and must be positive"), ({"flops": -1.0}, "flops is -1.0"),
+     ({"beta": [[0, -1.0], [1.0, 0]]}, "a time of alpha or beta"),
+     ({"alpha": [[0, math.nan], [1, 0]]}, "a time of alpha or beta"), ({"domains": [[0, 1], [1]]}, "a rank is in two"),
+     ({"device": "cuda"}, "it is of GPUs, and lacks the memory of one"), ({"alpha": [[0]]}, "no topology")],
+)  # fmt: skip
+def test_numbers_that_no_machine_has_are_refused(tmp_path: Path, change: dict, why: str) -> None:
+    assert measured_from(tmp_path, TWO | {"flops": 1e12, "memory": 1e10, "memory_bandwidth": 1e11}).node == 2
+    with pytest.raises(ValueError, match=why):
+        measured_from(tmp_path, TWO | change)
 
 
 @pytest.mark.parametrize("content", [{}, [], {"domains": [[0]], "alpha": [[0]], "beta": [[0]]},

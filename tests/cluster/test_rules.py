@@ -281,6 +281,8 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         (("--machine", "nowhere"), "--machine nowhere: No such file"),
         (("--heads", "0"), "--heads 0: must be at least 1; use --heads 8"),
         (("--schedule", "zigzag"), "--schedule: invalid choice"),
+        (("--world", str(10**18)), f"--world {10**18}: is more than 10000000; use --world 10000000"),
+        (("--experts", "4", "--top-k", "0"), "--top-k 0: a token needs an expert; use --top-k 1"),
         (("--config", "/nowhere"), "--config /nowhere: No such file"),
     ):
         code, out, err = run(*flags)
