@@ -251,7 +251,7 @@ def failing_claims(name: str, bug: Bug | None) -> list[str]:
     """Run a lesson inside a worker; the claims that failed, on rank 0."""
     frame = Lesson(f"zero/{name}.py", "01", "", "", "")
     training.add_flags(frame)
-    frame.parser.set_defaults(stage="ZeRO-2", node=0)
+    frame.parser.set_defaults(stage="ZeRO-2", ranks_per_node=0)
     args = frame.parser.parse_args(FLAGS)
     run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), torch.float64)
     with bug() if bug else nullcontext():
