@@ -125,7 +125,7 @@ def lesson(run: Run) -> None:
     if job.rank == 0 and first:
         done = max(first, args.steps)
         run.evidence.claim("losses, with those of the checkpoint", "one a step", done, len(run.losses))
-    elif job.rank == 0 and args.steps >= FALLS:
+    elif job.rank == 0 and args.steps >= FALLS and not args.init:
         run.evidence.claim("validation loss has fallen", "0 above that before", 0, max(0.0, after - before))
     write_text(run, worker, config, moe)
     worker.close()
