@@ -19,15 +19,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tabulate import tabulate
 
-from cluster.hardware import PRESETS as MACHINES
-from cluster.hardware import Software
-from cluster.layout import Layout
-from cluster.models import PRESETS, Model
-from cluster.planner import fits, plans
-from cluster.ptdp import TABLE, TABLE_2, Published
-from cluster.steptime import step
-from core.lesson import Lesson, Run
-from core.plot import bars
+from cluster.planner.hardware import PRESETS as MACHINES
+from cluster.planner.hardware import Software
+from cluster.planner.layout import Layout
+from cluster.planner.models import PRESETS, Model
+from cluster.planner.plans import fits, plans
+from cluster.planner.ptdp import TABLE, TABLE_2, Published
+from cluster.planner.steptime import step
+from core.proof.lesson import Lesson, Run
+from core.proof.plot import bars
 
 A100 = MACHINES["dgx-a100"]
 CONSTANTS = ("gemm", "passes", "links")

@@ -31,19 +31,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster import rules
-from cluster.layout import Layout, given
-from cluster.memory import held, parameters, state_sizes
-from cluster.models import Model
-from cluster.options import add_case_flags, layout_of, model_of
 from cluster.plan import lacking
-from cluster.traffic import sent_bytes
-from cluster.worker import Worker, make_mesh
-from core.gpt import GPTConfig
-from core.ledger import Ledger, SavedActivations
-from core.lesson import DTYPES, Lesson, Run
+from cluster.planner.layout import Layout, given
+from cluster.planner.memory import held, parameters, state_sizes
+from cluster.planner.models import Model
+from cluster.planner.options import add_case_flags, layout_of, model_of
+from cluster.planner.traffic import sent_bytes
+from cluster.run.worker import Worker, make_mesh
+from core.ledger import Ledger
 from core.mesh import ORDER, Mesh, axis_groups, axis_sizes
-from core.seeded import Draw
-from core.text import VOCABULARY
+from core.model.gpt import GPTConfig
+from core.model.text import VOCABULARY
+from core.proof.lesson import DTYPES, Lesson, Run
+from core.proof.memory import SavedActivations
 from expert_parallel.moe import MoEConfig
 from zero.flat import BUCKET_ELEMENTS
 from zero.optimizer import MakeOptimizer
@@ -73,7 +73,7 @@ def one_step(
     saved = SavedActivations(worker.model.parameters())
     tokens = torch.zeros(layout.batch, config.sequence, dtype=torch.int64)
     worker.zero_grad()
-    worker.forward_backward(tokens, tokens, Draw(0, 0, 0), saved)
+    worker.forward_backward(0, tokens, tokens, saved)
     count = worker.rest.held()
     worker.step()
     count["optimizer"] = worker.rest.held()["optimizer"]  # Adam makes its moments in the first step
@@ -162,9 +162,9 @@ def case(args: argparse.Namespace) -> tuple[Model, Layout]:
 
 
 def config_of(model: Model) -> GPTConfig:
-    """Raises ValueError unless the model is of the kind of `core.gpt`."""
+    """Raises ValueError unless the model is of the kind of `core.model.gpt`."""
     if missing := lacking(replace(model, vocabulary=VOCABULARY)):
-        raise ValueError(f"--model {model.name}: core.gpt, which is what is trained, has no {missing}; "
+        raise ValueError(f"--model {model.name}: core.model.gpt, which is what is trained, has no {missing}; "
                          "use --model gpt3-175b")  # fmt: skip
     return GPTConfig(
         vocabulary=model.vocabulary, sequence=model.sequence, hidden=model.hidden, layers=model.layers,

@@ -16,14 +16,14 @@ from dataclasses import asdict, replace
 
 from tabulate import tabulate
 
-from cluster.hardware import Machine, Software
-from cluster.layout import Layout, given
-from cluster.memory import layers_by_rank
-from cluster.models import Model
-from cluster.options import machine_of, model_of, parser
-from cluster.planner import Plan, plans, something_that_fits
-from cluster.traffic import sent
-from core.text import VOCABULARY
+from cluster.planner.hardware import Machine, Software
+from cluster.planner.layout import Layout, given
+from cluster.planner.memory import layers_by_rank
+from cluster.planner.models import Model
+from cluster.planner.options import machine_of, model_of, parser
+from cluster.planner.plans import Plan, plans, something_that_fits
+from cluster.planner.traffic import sent
+from core.model.text import VOCABULARY
 
 TRAINED = ("layers", "hidden", "heads", "feed_forward", "sequence")  # sizes that cluster/train.py takes
 WHY = {
@@ -89,7 +89,7 @@ def commands(layout: Layout, machine: Machine, model: Model) -> tuple[str, str]:
     """The torchrun line, the same on every node, and a batch script for Slurm."""
     nodes = next(n for n in range(-(-layout.ranks // machine.node), layout.ranks + 1) if layout.ranks % n == 0)
     each = layout.ranks // nodes
-    if model.experts:  # all layers of core.gpt have them then
+    if model.experts:  # all layers of core.model.gpt have them then
         model = replace(model, feed_forward=model.expert_feed_forward)
     sizes = [f"--{name.replace('_', '-')} {getattr(model, name)}" for name in TRAINED]
     if model.experts:
@@ -112,7 +112,7 @@ srun {line}
 
 
 def lacking(model: Model) -> str:
-    """What of a model `cluster/train.py`, whose model is `core.gpt`, does not have."""
+    """What of a model `cluster/train.py`, whose model is `core.model.gpt`, does not have."""
     found = {
         "grouped key and value heads": model.kv_heads != model.heads,
         "a gated MLP": model.gated,
@@ -162,7 +162,7 @@ def main() -> int:
     print(table(model, machine, found[: args.top]) + "\n")
     print("\n".join(why(model, machine, found)))
     if lacks := lacking(model):
-        print(f"The plan is for the model; cluster/train.py builds the GPT of core/gpt.py, without {lacks}.")
+        print(f"The plan is for the model; cluster/train.py builds the GPT of core/model/gpt.py, without {lacks}.")
     print(f"\n{line}\n\n{sbatch}", end="")
     return 0
 

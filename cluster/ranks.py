@@ -24,9 +24,10 @@ from tabulate import tabulate
 
 from core import comm, p2p
 from core.ledger import Ledger
-from core.lesson import Lesson, Run, check_writable, write_file
 from core.mesh import ORDER, Mesh, axis_groups, axis_names, axis_sizes, check_pipelines, is_expert
-from core.plot import picture
+from core.proof.files import check_writable, write_file
+from core.proof.lesson import Lesson, Run
+from core.proof.plot import picture
 
 Groups = list[list[int]]
 KINDS = {  # what its ranks do together

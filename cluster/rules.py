@@ -10,12 +10,12 @@ import sys
 
 from tabulate import tabulate
 
-from cluster.hardware import Machine
-from cluster.layout import Layout
-from cluster.models import Model
-from cluster.options import asked, parser
-from cluster.rulebook import FIRST, RULES, Case, Rule, broken
-from cluster.search import nearest
+from cluster.planner.hardware import Machine
+from cluster.planner.layout import Layout
+from cluster.planner.models import Model
+from cluster.planner.options import asked, parser
+from cluster.planner.rulebook import FIRST, RULES, Case, Rule, broken
+from cluster.planner.search import nearest
 
 
 def check(

@@ -31,14 +31,15 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from cluster.hardware import figures
-from cluster.links import APART, Lines, domains, fit, in_one, measure
-from cluster.machine import LINKS, Processors, Topology, ask_nvidia_smi, parse, processors, slowness
-from core.launch import place
+from cluster.links.links import APART, Lines, domains, fit, in_one, measure
+from cluster.links.machine import LINKS, Processors, Topology, ask_nvidia_smi, parse, processors, slowness
+from cluster.planner.hardware import figures
 from core.ledger import Ledger
-from core.lesson import Lesson, Run, check_writable, write_file
 from core.mesh import Mesh
-from core.plot import picture
+from core.proof.files import check_writable, write_file
+from core.proof.launch import process_info
+from core.proof.lesson import Lesson, Run
+from core.proof.plot import picture
 
 MOST_RANKS = 256  # which are 32,640 pairs, measured one after another
 LARGEST = {"cpu": 2**20, "cuda": 2**26}  # bytes of the largest message, by device
@@ -171,7 +172,7 @@ def measured(run: Run) -> dict[str, Any]:
     largest = run.args.largest or LARGEST[run.job.device.type]
     sizes, apart = [8, largest // 16, largest // 4, largest], largest // 2
     times = measure(run, axis, [*sizes, apart])
-    node_of = run.job.gather(place().node)
+    node_of = run.job.gather(process_info().node)
     if not times:
         return {}
     unseen = times.pop(apart)

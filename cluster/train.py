@@ -6,10 +6,10 @@ Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, beca
 
     Megatron-LM                         here
     parse_args, validate_args           arguments.py, rulebook.py
-    initialize_megatron                 core.launch, make_mesh: processes, groups, seeds
+    initialize_megatron                 core.proof.launch, make_mesh: processes, groups, seeds
     model_provider, get_model           Worker: stages, tp, cp, experts, ZeRO
     setup_model_and_optimizer           Worker, and the last checkpoint
-    train_step                          train_step: forward and backward of all microbatches, clip, update
+    train_step                          core.proof.training.train: forward, backward, clip, update; Worker
     evaluate_and_print_results          Worker.evaluate
     save_checkpoint                     checkpoint.py, while the training goes on
 
@@ -17,40 +17,30 @@ Unless told `--no-verify`, one process trains beside it, and every step is compa
 """
 
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
 
-from cluster import dry_run, memory, traffic
-from cluster.arguments import (
-    HELD_OUT,
-    add_all_flags,
-    check,
-    layout_of,
-    learning_rate,
-    model_of,
-    moe_of,
-    peak_of,
-)
-from cluster.checkpoint import Checkpoints
-from cluster.export import export, load_export
-from cluster.layout import Layout
-from cluster.models import Model
-from cluster.worker import Worker, make_mesh
-from core.gpt import GPT, GPTConfig, materialize
-from core.launch import Stop
+from cluster import dry_run
+from cluster.planner import memory, traffic
+from cluster.planner.layout import Layout
+from cluster.planner.models import Model
+from cluster.run.arguments import HELD_OUT, add_all_flags, check, layout_of, learning_rate, model_of, moe_of, peak_of
+from cluster.run.checkpoint import Checkpoints
+from cluster.run.export import export, load_export
+from cluster.run.worker import Worker, make_mesh
 from core.ledger import Ledger
-from core.lesson import Lesson, Run
-from core.oracle import Oracle
-from core.seeded import Draw, generator
-from core.shards import Piece
-from core.text import Text
-from core.training import Comparison, configuration, gathered, stop_unless_finite
+from core.model.gpt import GPT, GPTConfig, materialize
+from core.model.seeded import generator
+from core.model.text import Text
+from core.proof.arguments import configuration
+from core.proof.launch import Stop
+from core.proof.lesson import Lesson, Run
+from core.proof.oracle import Oracle
+from core.proof.training import gathered, train
 from expert_parallel.gating import end_step
 from expert_parallel.moe import MoEConfig, to_moe
 
@@ -83,44 +73,43 @@ def lesson(run: Run) -> None:
     # Train.
     training, validation = Text(args.data, args.sequence).split(HELD_OUT)
     judged = tuple(t.to(job.device) for t in validation.batch(args.seed, 0, args.batch))
-    before = worker.evaluate(*judged)
-    worst, sent, peak = Comparison(), Ledger(), peak_of(job.device)
-    flops = model_of(config, moe).flops(args.batch) / job.world_size
-    bar = run.steps()
-    bar.update(min(first, args.steps))
-    todo = range(first, args.steps)
-    for step in todo:
-        began = time.perf_counter()
-        batch = tuple(t.to(job.device) for t in training.batch(args.seed, step, args.batch))
-        draw = Draw(args.seed, step, 0)
-        with mesh["dp"].ledger.also(sent):
-            loss, norm, gradients = train_step(run, worker, step, *batch, draw)
-        seconds = time.perf_counter() - began
-        run.training_seconds += seconds
-        run.tokens += batch[0].numel()
-        run.losses.append(loss)
-        if args.verify:
-            if oracle:
-                set_lr(oracle, learning_rate(args, step))
-            worst.after_step(run, worker, oracle, (*batch, draw), loss, norm, gradients)
+    ledger, sent = mesh["dp"].ledger, Ledger()
+
+    def evaluate() -> float:
+        with ledger.recording_to(Ledger()):  # not what a step sends
+            return worker.evaluate(*judged)
+
+    def before_step(step: int) -> None:
+        worker.set_lr(learning_rate(args, step))
+        if oracle:
+            set_lr(oracle, learning_rate(args, step))
+
+    def after_step(step: int, loss: float, seconds: float) -> None:
         if args.evaluate and (step + 1) % args.evaluate == 0:
-            run.say(f"step {step + 1}: validation loss {worker.evaluate(*judged):.4f}")
+            run.say(f"step {step + 1}: validation loss {evaluate():.4f}")
         if checkpoints and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             or_stop(checkpoints.save, step + 1, {"step": step + 1, "losses": run.losses})
-        mfu = {"MFU": f"{flops / seconds / peak:.1%}"} if peak else {}
-        bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{batch[0].numel() / seconds:,.0f}", **mfu, refresh=False)
-        bar.update()
-    bar.close()
+
+    before = evaluate()
+    with ledger.recording_to(sent):
+        worst = train(
+            run, {"": worker}, oracle, text=training, first=first, compare=args.verify, before_step=before_step,
+            after_step=after_step,
+        )[""]  # fmt: skip
+    steps, peak = max(0, args.steps - first), peak_of(job.device)
+    if peak and steps:
+        flops = steps * model_of(config, moe).flops(args.batch) / job.world_size
+        run.say(f"MFU {flops / run.training_seconds / peak:.1%}")
     if checkpoints:
         or_stop(checkpoints.wait)
     if args.export:
         or_stop(export, worker, job, args.export)
 
     # What came of it.
-    after = worker.evaluate(*judged)
+    after = evaluate()
     run.say(f"validation loss {before:.4f} before, {after:.4f} after")
-    claim_run(run, layout, model_of(config, moe), worker, sent, len(todo))
-    if oracle and todo:
+    claim_run(run, layout, model_of(config, moe), worker, sent, steps)
+    if oracle and steps:
         worst.claim(run)
     if job.rank == 0 and first:
         done = max(first, args.steps)
@@ -129,20 +118,6 @@ def lesson(run: Run) -> None:
         run.evidence.claim("validation loss has fallen", "0 above that before", 0, max(0.0, after - before))
     write_text(run, worker, config, moe)
     worker.close()
-
-
-def train_step(
-    run: Run, worker: Worker, step: int, inputs: Tensor, targets: Tensor, draw: Draw
-) -> tuple[float, float, list[Piece]]:
-    """Megatron's train_step; (loss, norm before clipping, gradients before clipping where they are compared)."""
-    worker.zero_grad()
-    share = worker.forward_backward(inputs, targets, draw)
-    gradients = worker.gradients() if run.args.verify else []
-    norm, loss = worker.clip(run.args.clip, share)
-    stop_unless_finite(run, step, norm + loss, gradients)
-    worker.set_lr(learning_rate(run.args, step))
-    worker.step()
-    return loss, norm, gradients
 
 
 def whole_model(config: GPTConfig, moe: MoEConfig | None) -> GPT:

@@ -29,7 +29,7 @@ class PeerError(RuntimeError):
 
 
 @contextmanager
-def answered(what: str) -> Iterator[None]:
+def peer_errors(what: str) -> Iterator[None]:
     """Turn the failure of a wait on other ranks into a PeerError that says in words what was waited for."""
     try:
         yield
@@ -43,7 +43,7 @@ def wait(work: dist.Work, axis: Axis, x: Tensor, what: str) -> None:
     Raises:
         PeerError: it did not finish.
     """
-    with answered(what):
+    with peer_errors(what):
         if x.device.type == "cpu":
             work.wait(axis.timeout)
         else:
@@ -179,7 +179,7 @@ def _summed(x: Tensor, axis: Axis) -> Tensor:
     return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
 
 
-def _own_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def _own_shard(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return x.chunk(axis.size, dim)[axis.index].clone(memory_format=torch.contiguous_format)  # not a view of the whole
 
 
@@ -200,12 +200,12 @@ def reduce_from(x: Tensor, axis: Axis) -> Tensor:
 
 def split_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` forward, all-gather backward: for a tensor that every rank of the axis holds."""
-    return conjugate(x, lambda t: _own_part(t, axis, dim), lambda g: all_gather(g, axis, dim))
+    return conjugate(x, lambda t: _own_shard(t, axis, dim), lambda g: all_gather(g, axis, dim))
 
 
 def gather_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """All-gather along `dim` forward, this rank's part backward: for a result that every rank uses alike."""
-    return conjugate(x, lambda t: all_gather(t, axis, dim), lambda g: _own_part(g, axis, dim))
+    return conjugate(x, lambda t: all_gather(t, axis, dim), lambda g: _own_shard(g, axis, dim))
 
 
 def gather_for(x: Tensor, axis: Axis, dim: int) -> Tensor:

@@ -34,7 +34,7 @@ def norm_and_totals(counted: Iterable[Tensor], axes: Sequence[Axis], more: Tenso
     square = sum(squares, torch.zeros((), dtype=torch.float64, device=more.device))
     totals = torch.cat([square[None], more.double()])
     for axis in axes:
-        comm.all_reduce(totals, axis.within("norm"))
+        comm.all_reduce(totals, axis.labelled("norm"))
     square_norm, *sums = totals.tolist()
     return square_norm**0.5, sums
 

@@ -34,7 +34,7 @@ class Axis:
     def size(self) -> int:
         return len(self.ranks)
 
-    def within(self, part: str) -> "Axis":
+    def labelled(self, part: str) -> "Axis":
         """The same ranks, whose traffic the ledger keeps apart as that of one part of the model."""
         return replace(self, name=f"{self.name} {part}")
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.comm import PeerError, answered, wait
+from core.comm import PeerError, peer_errors, wait
 from core.mesh import Axis
 
 
@@ -44,7 +44,7 @@ def _message(operation: Callable[..., dist.Work], x: Tensor, axis: Axis, peer: i
         wait(work, axis, x, f"{what} rank {axis.ranks[peer]}")
 
 
-class Mail:
+class PointToPoint:
     """Point-to-point messages along one axis that neither the sender nor the receiver stops for.
 
     A sent tensor is let go once it and what was sent before it have left: gloo tells that only to who waits, so a
@@ -57,13 +57,13 @@ class Mail:
 
     def __init__(self, axis: Axis, routes: Sequence[tuple[int, int, str]], device: torch.device):
         self.axis = axis
-        self._lanes: dict[tuple, dist.ProcessGroup] = {}
-        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._communicators: dict[tuple, dist.ProcessGroup] = {}
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._failure: Exception | None = None
-        self._postman: threading.Thread | None = None
+        self._sender: threading.Thread | None = None
         self._device = device
         if device.type != "cpu":
-            self._open_lanes(routes, device)
+            self._open_communicators(routes, device)
 
     def send(self, x: Tensor, to: int, kind: str, tag: int) -> None:
         """Send contiguous `x` to place `to`; returns at once. The caller may drop `x` but not write to it.
@@ -73,15 +73,15 @@ class Mail:
         """
         if self._failure:
             raise self._failure
-        if self._postman is None:
-            self._postman = threading.Thread(target=self._deliver, daemon=True)
-            self._postman.start()
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._deliver, daemon=True)
+            self._sender.start()
         self.axis.ledger.record(f"send {kind}", self.axis.name, x.numel(), x.element_size())
         what = f"send ({kind}) to rank {self.axis.ranks[to]}"
-        with answered(what):
-            work = dist.isend(x, self.axis.ranks[to], self._lane(self.axis.index, to, kind, x), tag)
+        with peer_errors(what):
+            work = dist.isend(x, self.axis.ranks[to], self._communicator(self.axis.index, to, kind, x), tag)
         # Where it is, is asked here: a fake tensor says so on the thread that computes with it only.
-        self._outbox.put((work, x, x.device.type == "cpu", what))
+        self._queue.put((work, x, x.device.type == "cpu", what))
 
     def receive(self, into: Tensor, sender: int, kind: str, tag: int) -> Callable[[], Tensor]:
         """Post a receive into `into`; returns at once. Call the result to wait for the message and get it.
@@ -90,8 +90,10 @@ class Mail:
             PeerError: the sender died or was silent for the whole timeout.
         """
         what = f"receive ({kind}) from rank {self.axis.ranks[sender]}"
-        with answered(what):
-            work = dist.irecv(into, self.axis.ranks[sender], self._lane(sender, self.axis.index, kind, into), tag)
+        with peer_errors(what):
+            work = dist.irecv(
+                into, self.axis.ranks[sender], self._communicator(sender, self.axis.index, kind, into), tag
+            )
 
         def arrive() -> Tensor:
             wait(work, self.axis, into, what)
@@ -105,9 +107,9 @@ class Mail:
         Raises:
             PeerError: a send failed.
         """
-        if self._postman is not None:
+        if self._sender is not None:
             done = threading.Event()
-            self._outbox.put(done)
+            self._queue.put(done)
             done.wait()
         if self._failure:
             raise self._failure
@@ -115,15 +117,15 @@ class Mail:
     def close(self) -> None:
         """Flush, and end the thread."""
         self.flush()
-        if self._postman is not None:
-            self._outbox.put(None)
-            self._postman.join()
-            self._postman = None
+        if self._sender is not None:
+            self._queue.put(None)
+            self._sender.join()
+            self._sender = None
 
     def _deliver(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.set_device_index(self._device)
-        while (item := self._outbox.get()) is not None:
+        while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):
                 item.set()
                 continue
@@ -147,28 +149,28 @@ class Mail:
         if failure := work.exception():
             raise PeerError(what, RuntimeError(str(failure)))
 
-    def _lane(self, sender: int, receiver: int, kind: str, x: Tensor) -> dist.ProcessGroup | None:
+    def _communicator(self, sender: int, receiver: int, kind: str, x: Tensor) -> dist.ProcessGroup | None:
         if x.device.type == "cpu":
             return self.axis.group  # gloo has tags
-        return self._lanes[_lane_key(sender, receiver, kind)]
+        return self._communicators[_communicator_key(sender, receiver, kind)]
 
-    def _open_lanes(self, routes: Sequence[tuple[int, int, str]], device: torch.device) -> None:
+    def _open_communicators(self, routes: Sequence[tuple[int, int, str]], device: torch.device) -> None:
         # NCCL runs the messages of one communicator on one stream, in the order of the calls: a receive posted ahead
         # would hold up the sends behind it. So a lane never both sends and receives on one rank. The first message
         # makes the connection and blocks until both ends are there, hence one round in a fixed order.
-        for key in sorted({_lane_key(*route) for route in routes}):
-            self._lanes[key] = dist.new_group(
+        for key in sorted({_communicator_key(*route) for route in routes}):
+            self._communicators[key] = dist.new_group(
                 list(self.axis.ranks), timeout=self.axis.timeout, use_local_synchronization=True
             )
         probe = torch.zeros(1, device=device)
         dist.all_reduce(probe, group=self.axis.group)  # all its ranks: `exchange` must not be the group's first call
         for sender, receiver, kind in sorted(routes):
-            group = self._lanes[_lane_key(sender, receiver, kind)]
+            group = self._communicators[_communicator_key(sender, receiver, kind)]
             if self.axis.index == sender:
                 dist.send(probe, self.axis.ranks[receiver], group)
             elif self.axis.index == receiver:
                 dist.recv(probe, self.axis.ranks[sender], group)
 
 
-def _lane_key(sender: int, receiver: int, kind: str) -> tuple[str, bool, int]:
+def _communicator_key(sender: int, receiver: int, kind: str) -> tuple[str, bool, int]:
     return kind, sender < receiver, sender % 2

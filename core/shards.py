@@ -1,4 +1,9 @@
-"""Which part of a whole parameter a rank holds, and the whole again from all parts."""
+"""Which shard of a full parameter a rank holds, and the full tensor again from all shards.
+
+`Shard` is DTensor's placement `Shard(dim)` on one axis, with two things that a DTensor cannot say: the padding of a
+vocabulary whose size is no multiple of the ranks is part of the local tensor, and a layout needs no process group.
+`FlatShard` is ZeRO's: a range of the flattened tensor, for which DTensor has no placement at all.
+"""
 
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -12,110 +17,112 @@ from core.mesh import Axis
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count` equal parts of a tensor along `dim`, whose whole `size` need not be a multiple.
+    """Shard `index` of `count` equal shards of a tensor along `dim`, whose full `size` need not be a multiple.
 
-    What is missing to a multiple is padding: zeros at the end of the last part or parts.
+    What is missing to a multiple is padding: zeros at the end of the last shard or shards.
     """
 
     dim: int  # from the front, so not negative
     index: int
     count: int
-    size: int  # of the whole along dim, without padding
-    within: "Shard | None" = None  # where that whole is itself a part
+    size: int  # of the full tensor along dim, without padding
+    parent: "Shard | None" = None  # where that tensor is itself a shard of a larger one
 
     @property
     def length(self) -> int:
-        """Of every part along `dim`, padding included."""
+        """Of every shard along `dim`, padding included."""
         return -(-self.size // self.count)
 
     @property
     def start(self) -> int:
-        """The place of this part in the whole."""
+        """Where this shard begins in the full tensor."""
         return self.index * self.length
 
     @property
-    def held(self) -> int:
-        """Of this part along `dim`, without padding."""
+    def unpadded(self) -> int:
+        """Length of this shard along `dim` without padding."""
         return min(max(self.size - self.start, 0), self.length)
 
-    def whole_shape(self, part: torch.Size) -> torch.Size:
-        shape = torch.Size([*part[: self.dim], self.size, *part[self.dim + 1 :]])
-        return self.within.whole_shape(shape) if self.within else shape
+    def full_shape(self, local: torch.Size) -> torch.Size:
+        shape = torch.Size([*local[: self.dim], self.size, *local[self.dim + 1 :]])
+        return self.parent.full_shape(shape) if self.parent else shape
 
-    def part(self, whole: Tensor) -> Tensor:
-        """This part of `whole`, with storage of its own."""
-        if self.within:
-            whole = self.within.part(whole)
-        here = whole.narrow(self.dim, min(self.start, self.size), self.held)
-        shape = list(whole.shape)
-        shape[self.dim] = self.length - self.held
-        return torch.cat([here, whole.new_zeros(shape)], self.dim)
+    def local(self, full: Tensor) -> Tensor:
+        """This shard of `full`, with storage of its own."""
+        if self.parent:
+            full = self.parent.local(full)
+        here = full.narrow(self.dim, min(self.start, self.size), self.unpadded)
+        shape = list(full.shape)
+        shape[self.dim] = self.length - self.unpadded
+        return torch.cat([here, full.new_zeros(shape)], self.dim)
 
 
 def shard(parameter: nn.Parameter, dim: int, axis: Axis) -> nn.Parameter:
-    """This rank's part of `parameter` (on the meta device or not), marked so that `shard_of` knows."""
+    """This rank's shard of `parameter` (on the meta device or not), marked so that `shard_of` knows."""
     mark = Shard(dim, axis.index, axis.size, parameter.shape[dim])
-    part = nn.Parameter(mark.part(parameter.detach()), parameter.requires_grad)
-    part.shard = replace(mark, within=shard_of(parameter))
-    return part
+    local = nn.Parameter(mark.local(parameter.detach()), parameter.requires_grad)
+    local.shard = replace(mark, parent=shard_of(parameter))
+    return local
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
-    """How `parameter` was cut; None for one that every rank holds whole."""
+    """How `parameter` is sharded; None for one that every rank holds in full."""
     return getattr(parameter, "shard", None)
 
 
 def counted_once(parameters: Iterable[nn.Parameter], axis: Axis) -> list[Tensor]:
-    """The gradients this rank adds to the global norm: its parts, and on the first rank also what all ranks hold."""
+    """The gradients this rank adds to the global norm: its shards, and on the first rank what all ranks hold too."""
     return [p.grad for p in parameters if p.grad is not None and (shard_of(p) or axis.index == 0)]
 
 
 @dataclass(frozen=True)
-class Segment:
+class FlatShard:
     """Elements first:end of a tensor of `shape`, flattened."""
 
     first: int
     end: int
     shape: torch.Size
-    within: Shard | None = None  # where that tensor is itself a part
+    parent: Shard | None = None  # where that tensor is itself a shard
 
 
-class Piece(NamedTuple):
-    """What one rank holds of a parameter, or of its gradient or optimizer state, under the name in the whole model."""
+class LocalTensor(NamedTuple):
+    """What one rank holds of a parameter, its gradient or optimizer state, under the name in the full model."""
 
     name: Hashable
     value: Tensor
-    shard: Shard | Segment | None
+    shard: Shard | FlatShard | None
 
 
-def join(pieces: Iterable[Piece]) -> Iterator[tuple[Hashable, Tensor]]:
-    """The whole tensors. What several ranks hold comes several times; what lacks a part does not come at all."""
-    parts: dict[tuple[Hashable, Shard], list[list[Tensor]]] = {}  # by what they are parts of
-    segments: dict[tuple[Hashable, Shard | None], list[Piece]] = {}
-    for piece in pieces:
-        name, value, mark = piece
+def full_tensors(tensors: Iterable[LocalTensor]) -> Iterator[tuple[Hashable, Tensor]]:
+    """The full tensors. What several ranks hold comes several times; what lacks a shard does not come at all."""
+    shards: dict[tuple[Hashable, Shard], list[list[Tensor]]] = {}  # by the tensor that they are shards of
+    flat: dict[tuple[Hashable, Shard | None], list[LocalTensor]] = {}
+    for each in tensors:
+        name, value, mark = each
         if mark is None:
             yield name, value
-        elif isinstance(mark, Segment):
-            segments.setdefault((name, mark.within), []).append(piece)
+        elif isinstance(mark, FlatShard):
+            flat.setdefault((name, mark.parent), []).append(each)
         else:
-            fellows = parts.setdefault((name, replace(mark, index=0)), [[] for _ in range(mark.count)])
-            fellows[mark.index].append(value)
-    larger: list[Piece] = []
-    for (name, mark), copies in parts.items():
-        for whole in zip(*copies):  # noqa: B905  a part without its fellows is left out
-            larger.append(Piece(name, torch.cat(whole, mark.dim).narrow(mark.dim, 0, mark.size), mark.within))
-    for (name, within), found in segments.items():
-        starts: dict[int, list[Piece]] = {}
-        for piece in found:
-            starts.setdefault(piece.shard.first, []).append(piece)
+            by_index = shards.setdefault((name, replace(mark, index=0)), [[] for _ in range(mark.count)])
+            by_index[mark.index].append(value)
+    larger: list[LocalTensor] = []
+    for (name, mark), copies in shards.items():
+        for complete in zip(*copies):  # noqa: B905  a shard without the others is left out
+            full = torch.cat(complete, mark.dim).narrow(mark.dim, 0, mark.size)
+            larger.append(LocalTensor(name, full, mark.parent))
+    for (name, parent), found in flat.items():
+        starts: dict[int, list[LocalTensor]] = {}
+        for each in found:
+            starts.setdefault(each.shard.first, []).append(each)
         shape = found[0].shard.shape
-        while starts.get(0):  # one copy after another, which need not be cut at the same places
+        while starts.get(0):  # one copy after another, which need not be sharded at the same places
             copy, at = [], 0
             while starts.get(at):
                 copy.append(starts[at].pop())
                 at = copy[-1].shard.end
             if at == shape.numel():
-                larger.append(Piece(name, torch.cat([piece.value.flatten() for piece in copy]).view(shape), within))
+                full = torch.cat([each.value.flatten() for each in copy]).view(shape)
+                larger.append(LocalTensor(name, full, parent))
     if larger:
-        yield from join(larger)
+        yield from full_tensors(larger)

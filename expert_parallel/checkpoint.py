@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.gpt import GPT, GPTConfig
 from core.ledger import Ledger
-from core.lesson import write_file
 from core.mesh import Axis, axis_groups, axis_sizes
-from core.shards import Piece, Shard, join, shard_of
+from core.model.gpt import GPT, GPTConfig
+from core.proof.files import write_file
+from core.shards import LocalTensor, Shard, full_tensors, shard_of
 from expert_parallel.gating import Spread
 from expert_parallel.layers import parallelize
 from expert_parallel.moe import MoEConfig, to_moe
@@ -25,14 +25,14 @@ from expert_parallel.moe import MoEConfig, to_moe
 Weights = dict[str, Tensor]  # whole parameters by name
 
 
-def write(folder: Path, rank: int, pieces: list[Piece]) -> None:
+def write(folder: Path, rank: int, pieces: list[LocalTensor]) -> None:
     """This rank's file: {name: [part, of which part each cut is (dim, index, count, size), the outermost last]}."""
     held: dict[str, tuple[Tensor, list[tuple[int, ...]]]] = {}
     for name, value, mark in pieces:
         cuts = []
         while mark:
-            cuts.append(astuple(replace(mark, within=None))[:4])
-            mark = mark.within
+            cuts.append(astuple(replace(mark, parent=None))[:4])
+            mark = mark.parent
         held[name] = (value.detach().cpu().clone(), cuts)
     buffer = io.BytesIO()
     torch.save(held, buffer)
@@ -45,14 +45,14 @@ def read(folder: Path) -> Weights:
     Raises:
         ValueError: a file is missing, or the parts of a parameter do not make a whole.
     """
-    pieces: list[Piece] = []
+    pieces: list[LocalTensor] = []
     for path in sorted(folder.glob("rank*.pt")):
         for name, (value, cuts) in torch.load(path, weights_only=True).items():
             mark = None
             for cut in reversed(cuts):
-                mark = Shard(*cut, within=mark)
-            pieces.append(Piece(name, value, mark))
-    whole = dict(join(pieces))
+                mark = Shard(*cut, parent=mark)
+            pieces.append(LocalTensor(name, value, mark))
+    whole = dict(full_tensors(pieces))
     if missing := sorted({piece.name for piece in pieces} - set(whole)) or (["anything"] if not pieces else []):
         raise ValueError(f"{folder}: lacks a part of {missing[0]}; use the files of all ranks")
     return whole
@@ -60,7 +60,7 @@ def read(folder: Path) -> Weights:
 
 def cut(
     weights: Mapping[str, Tensor], config: GPTConfig, moe: MoEConfig, ranks: int, ep: int, etp: int
-) -> list[list[Piece]]:
+) -> list[list[LocalTensor]]:
     """What each of `ranks` ranks holds, where the experts are spread over ep x etp of them. Needs no process."""
     sizes = axis_sizes(ranks, dp=ranks, ep=ep, etp=etp)
     parts = []
@@ -69,7 +69,7 @@ def cut(
         axes = (Axis(n, (*line,), line.index(rank), None, Ledger(), timedelta(0)) for n, line in lines.items())
         model = parallelize(to_moe(GPT(config), moe), *axes, Spread())
         marks = {name: shard_of(p) for name, p in model.named_parameters()}
-        parts.append([Piece(n, m.part(weights[n]) if m else weights[n], m) for n, m in marks.items()])
+        parts.append([LocalTensor(n, m.local(weights[n]) if m else weights[n], m) for n, m in marks.items()])
     return parts
 
 
@@ -91,5 +91,5 @@ def load(model: GPT, weights: Mapping[str, Tensor]) -> GPT:
     """Give a real model, or this rank's part of one, these weights."""
     for name, p in model.named_parameters():
         mark = shard_of(p)
-        p.data.copy_(mark.part(weights[name]) if mark else weights[name])
+        p.data.copy_(mark.local(weights[name]) if mark else weights[name])
     return model

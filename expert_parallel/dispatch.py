@@ -16,14 +16,15 @@ from collections.abc import Sequence
 import torch
 from tabulate import tabulate
 
-from core.gpt import GPT, materialize
-from core.ledger import Ledger, live_bytes
-from core.lesson import Lesson, Run
+from core.ledger import Ledger
 from core.mesh import Mesh, axis_groups
-from core.oracle import TOLERANCE
-from core.plot import bars
-from core.text import Text
-from core.training import configuration
+from core.model.gpt import GPT, materialize
+from core.model.text import Text
+from core.proof.arguments import configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.memory import live_bytes
+from core.proof.oracle import TOLERANCE
+from core.proof.plot import bars
 from expert_parallel.gating import Choice, Spread
 from expert_parallel.layers import DISPATCHERS, expert_parameters, parallelize
 from expert_parallel.moe import MoE, MoEConfig, to_moe
@@ -142,7 +143,7 @@ def compare_dispatchers(run: Run, moe: MoEConfig, ep: int) -> None:
         model = parallelize(to_moe(GPT(config), moe), mesh["ep"], mesh["etp"], Spread((mesh["dp"],)), dispatch)
         materialize(model, args.seed, run.job.device, run.dtype)
         with torch.no_grad():
-            logits[dispatch] = model(mine)
+            logits[dispatch] = model.eval()(mine)
         traffic = mesh["ep"].ledger.traffic.items()
         sent[dispatch] = sum(each.elements for (_, name), each in traffic if name == "ep") / config.layers
     one, other = logits.values()

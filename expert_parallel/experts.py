@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.linear import Gradients, deferring
+from core.model.linear import Gradients, deferring
 
 
 def grouped(x: Tensor, weight: Tensor, counts: list[int], bias: Tensor | None = None) -> Tensor:

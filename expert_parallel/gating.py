@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core import comm
-from core.linear import linear
 from core.mesh import Axis
+from core.model.linear import linear
 
 SCORES = ("softmax-topk", "topk-softmax", "sigmoid")
 DROPS = ("position", "probability")
@@ -204,7 +204,7 @@ class Router(nn.Module):
         if not routing.capacity:
             return choose(scores + self.bias, routing), None
         if cut:  # who is dropped is decided over the whole sample
-            scores = comm.all_gather(scores, cut.within("router"), 1)
+            scores = comm.all_gather(scores, cut.labelled("router"), 1)
         experts = choose(scores + self.bias, routing)
         kept = keep(experts, scores, routing)
         return (experts.chunk(cut.size, 1)[cut.index], kept.chunk(cut.size, 1)[cut.index]) if cut else (experts, kept)
@@ -238,7 +238,7 @@ def _again() -> bool:
 
 def _over_ranks(counts: Tensor, spread: Spread) -> Tensor:
     for axis in spread.axes:
-        counts = comm.all_reduce(counts.clone(), axis.within("load"))
+        counts = comm.all_reduce(counts.clone(), axis.labelled("load"))
     return counts
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from core import comm
-from core.gpt import GPT
 from core.gradients import sum_gradients
 from core.mesh import Axis
+from core.model.gpt import GPT
 from core.shards import shard
 from expert_parallel.experts import Experts, GroupedLinear
 from expert_parallel.gating import Choice, Spread

@@ -19,10 +19,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.gpt import GPT, MLP, GPTConfig, materialize
-from core.lesson import Lesson, Run
-from core.text import Text
-from core.training import configuration
+from core.model.gpt import GPT, MLP, GPTConfig, materialize
+from core.model.text import Text
+from core.proof.arguments import configuration
+from core.proof.lesson import Lesson, Run
 from expert_parallel.experts import Experts
 from expert_parallel.gating import Choice, Router, Routing
 

@@ -22,8 +22,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from core.lesson import Lesson, Run
-from core.plot import picture
+from core.proof.lesson import Lesson, Run
+from core.proof.plot import picture
 from expert_parallel.gating import DROPS, Routing
 from expert_parallel.moe import MoEConfig
 from expert_parallel.training import ENOUGH, Trained, add_flags, balance, check, claim_equal, train_with

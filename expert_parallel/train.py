@@ -16,9 +16,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from core.ledger import live_bytes
-from core.lesson import Lesson, Run
-from core.plot import bars
+from core.proof.lesson import Lesson, Run
+from core.proof.memory import live_bytes
+from core.proof.plot import bars
 from expert_parallel.experts import Experts
 from expert_parallel.gating import Routing
 from expert_parallel.layers import expert_parameters

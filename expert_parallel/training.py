@@ -9,18 +9,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.gradients import clip_and_total, sum_gradients
 from core.ledger import Ledger
-from core.lesson import Lesson, Run
 from core.mesh import Mesh
-from core.oracle import TOLERANCE, Oracle, relative_difference
-from core.seeded import Draw
-from core.training import Comparison, Layout, add_model_flags, check_model, configuration, train
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
+from core.model.seeded import SampleMasks
+from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.oracle import TOLERANCE, Oracle, relative_difference
+from core.proof.training import Comparison, Replica, train
 from expert_parallel.gating import DROPS, SCORES, Choice, Routing, Spread, end_step, routers
 from expert_parallel.layers import (
     DISPATCHERS,
@@ -118,14 +120,15 @@ class Trained:
     of_routers: float = 0.0  # the largest relative difference of the routers' losses, on rank 0
 
 
-class _Watched(Layout):
+class _Watched(Replica):
     """An ordinary optimizer, and the end of a step for the routers."""
 
-    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, loads: list[Tensor]):
-        super().__init__(model, optimizer)
+    def __init__(self, loads: list[Tensor], model: GPT, *more: Any):
+        super().__init__(model, *more)
+        update = self.step
 
         def step() -> None:
-            optimizer.step()
+            update()
             loads.append(end_step(model).cpu())
 
         self.step = step
@@ -155,6 +158,7 @@ def train_with(
     dp, edp, forward = mesh["dp"], mesh["edp"], Ledger()
     model = parallelize(to_moe(GPT(config), moe), mesh["ep"], mesh["etp"], Spread((dp,)), dispatch)
     materialize(model, args.seed, job.device, run.dtype)
+    masks = use_masks(model, SampleMasks(args.seed))
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
     optimizer = optimizer_of(model.parameters())
     of_experts = set(expert_parameters(model))
@@ -172,12 +176,13 @@ def train_with(
     samples, tokens = args.batch // dp.size, args.batch * args.sequence
     ours: list[list[float]] = []  # the routers' losses by step and layer
 
-    def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
+    def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
         trained.choices.append([])
         first = dp.index * samples
         mine = slice(first, first + samples)
-        with dp.ledger.also(forward):
-            logits = model(inputs[mine], draw._replace(first_sample=draw.first_sample + first))
+        masks.seek(step, first)
+        with dp.ledger.recording_to(forward):
+            logits = model(inputs[mine])
         loss = token_loss(logits, targets[mine], tokens)
         loss.backward()
         sum_gradients(rest, dp)
@@ -191,13 +196,13 @@ def train_with(
                 one.follow(everyone)
         return loss.detach()
 
-    def clip(share: Tensor) -> tuple[float, float]:
+    def clip(largest: float, share: Tensor) -> tuple[float, float]:
         counted = counted_once(model, edp, mesh["etp"])
         counted += [p.grad for p in rest if p.grad is not None and dp.index == 0]
-        return clip_and_total(model.parameters(), counted, [dp], args.clip, share)
+        return clip_and_total(model.parameters(), counted, [dp], largest, share)
 
-    layout = _Watched(model, optimizer, trained.loads)
-    trained.worst = train(run, layout, one and one.oracle, forward_backward, clip)
+    replica = _Watched(trained.loads, model, optimizer, forward_backward, clip)
+    trained.worst = train(run, {"": replica}, one and one.oracle)[""]
     everyone = job.gather(ours)
     if one:
         one.compare(trained, torch.tensor(everyone, dtype=torch.float64).sum(0).tolist())

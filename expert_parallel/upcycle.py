@@ -23,14 +23,14 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from core.gpt import GPT, GPTConfig, initial_value, materialize, token_loss
 from core.ledger import Ledger
-from core.lesson import Lesson, Run
 from core.mesh import Mesh
-from core.oracle import TOLERANCE, relative_difference
-from core.shards import Piece, shard_of
-from core.text import Text
-from core.training import configuration
+from core.model.gpt import GPT, GPTConfig, initial_value, materialize, token_loss
+from core.model.text import Text
+from core.proof.arguments import configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.oracle import TOLERANCE, relative_difference
+from core.shards import LocalTensor, shard_of
 from expert_parallel.checkpoint import Weights, convert, load, read, write
 from expert_parallel.gating import Spread
 from expert_parallel.layers import parallelize
@@ -84,7 +84,11 @@ def lesson(run: Run) -> None:
             dense, dense_loss = train_dense(run, config)
             for name in ("mixture", "trained", "doubled"):
                 (folder / name).mkdir()
-            write(folder / "mixture", 0, [Piece(n, v, None) for n, v in upcycle(dense, config, moe, args.seed).items()])
+            write(
+                folder / "mixture",
+                0,
+                [LocalTensor(n, v, None) for n, v in upcycle(dense, config, moe, args.seed).items()],
+            )
             convert(folder / "mixture", folder / "spread", config, moe, job.world_size, ep)
         job.share(None)
         weights = read(folder / "spread")
@@ -95,7 +99,9 @@ def lesson(run: Run) -> None:
 
         trained = train_with(run, moe, ep, reference=go_on, watch=lambda model: load(model, weights))
         claim_equal(run, trained)
-        write(folder / "trained", job.rank, [Piece(n, p, shard_of(p)) for n, p in trained.model.named_parameters()])
+        write(
+            folder / "trained", job.rank, [LocalTensor(n, p, shard_of(p)) for n, p in trained.model.named_parameters()]
+        )
         job.gather(None)  # all files are there
         claim_layouts(run, config, moe, folder, ep)
         job.share(None)

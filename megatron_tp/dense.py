@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.lesson import Run
 from core.mesh import Axis
-from core.seeded import generator
-from core.shards import Piece, Shard, join
-from core.text import VOCABULARY
+from core.model.seeded import generator
+from core.model.text import VOCABULARY
+from core.proof.lesson import Run
+from core.shards import LocalTensor, Shard, full_tensors
 
 Weights = dict[str, Tensor]
 Cuts = dict[str, int | None]  # how each tensor is cut: the dimension, or None
@@ -67,5 +67,5 @@ def joined(run: Run, parts: Weights, cuts: Cuts, axis: Axis) -> list[tuple[str, 
     for name, value in parts.items():
         cut, t = cuts[name], axis.size
         mark = None if cut is WHOLE else Shard(cut % value.dim(), axis.index, t, t * value.shape[cut])
-        pieces.append(Piece(name, value.detach().cpu(), mark))
-    return list(join(piece for rank in run.job.gather(pieces) for piece in rank))
+        pieces.append(LocalTensor(name, value.detach().cpu(), mark))
+    return list(full_tensors(piece for rank in run.job.gather(pieces) for piece in rank))

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import comm
-from core.gpt import GPT, GPTConfig
-from core.linear import of_parameters
 from core.mesh import Axis
+from core.model.gpt import GPT, GPTConfig
+from core.model.linear import of_parameters
 from core.shards import shard, shard_of
 
 # ---- The two matrix products -----------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
         ValueError: heads or feed-forward cannot be cut equally.
     """
     check(model.config, axis.size)
-    inside = axis.within("layers")
+    inside = axis.labelled("layers")
     for block in model.blocks.values():
         block.attention.qkv = ColumnParallelLinear(block.attention.qkv, inside)  # its rows are ordered by head
         block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A, S, S)
@@ -140,9 +140,9 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
         block.mlp.up = ColumnParallelLinear(block.mlp.up, inside)
         block.mlp.down = RowParallelLinear(block.mlp.down, inside)
     if model.embed is not None:
-        model.embed.token = VocabParallelEmbedding(model.embed.token, axis.within("embedding"))
+        model.embed.token = VocabParallelEmbedding(model.embed.token, axis.labelled("embedding"))
     if model.head is not None:
-        model.head = ColumnParallelLinear(model.head, axis.within("head"))
+        model.head = ColumnParallelLinear(model.head, axis.labelled("head"))
         if model.config.tied and model.embed is not None:
             model.head.weight = model.embed.token.weight
     return model

@@ -22,15 +22,15 @@ from core.shards import Shard
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, part: Shard, smoothing: float) -> Tensor:
-        real = logits[:, : part.held]  # without the padding, which must not take part in the softmax
+        real = logits[:, : part.unpadded]  # without the padding, which must not take part in the softmax
         row = targets - part.start
-        here = (row >= 0) & (row < part.held)
+        here = (row >= 0) & (row < part.unpadded)
         row = row.masked_fill(~here, 0)
 
         lowest = logits.new_full((len(logits),), float("-inf"))
-        largest = comm.all_reduce(real.amax(-1) if part.held else lowest, axis, dist.ReduceOp.MAX)
+        largest = comm.all_reduce(real.amax(-1) if part.unpadded else lowest, axis, dist.ReduceOp.MAX)
         shifted = real - largest.unsqueeze(-1)
-        target = shifted.gather(-1, row.unsqueeze(-1)).squeeze(-1) if part.held else torch.zeros_like(largest)
+        target = shifted.gather(-1, row.unsqueeze(-1)).squeeze(-1) if part.unpadded else torch.zeros_like(largest)
         own = [shifted.exp().sum(-1), target.masked_fill(~here, 0.0)]
         if smoothing:
             own.append(shifted.sum(-1))
@@ -49,10 +49,10 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         softmax, row, here = ctx.saved_tensors
         part, smoothing = ctx.part, ctx.smoothing
-        of_logits = F.pad(softmax, (0, part.length - part.held))  # the padding has no gradient
+        of_logits = F.pad(softmax, (0, part.length - part.unpadded))  # the padding has no gradient
         if smoothing:
-            of_logits[:, : part.held] -= smoothing / part.size
-        if part.held:
+            of_logits[:, : part.unpadded] -= smoothing / part.size
+        if part.unpadded:
             of_logits.scatter_add_(-1, row.unsqueeze(-1), (smoothing - 1) * here.unsqueeze(-1).to(softmax.dtype))
         return of_logits.mul_(gradient.unsqueeze(-1)), None, None, None, None
 
@@ -82,5 +82,5 @@ def vocab_parallel_cross_entropy(
 
 
 def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
-    """The loss of `core.gpt.token_loss`, from logits that are cut; equal on all ranks."""
-    return vocab_parallel_cross_entropy(logits, targets, axis.within("loss"), vocabulary).sum() / tokens
+    """The loss of `core.model.gpt.token_loss`, from logits that are cut; equal on all ranks."""
+    return vocab_parallel_cross_entropy(logits, targets, axis.labelled("loss"), vocabulary).sum() / tokens

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from core import comm
 from core.ledger import Ledger
-from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
-from core.oracle import TOLERANCE, relative_difference, worst_difference
-from core.plot import bars
-from core.shards import Piece
-from core.text import Text
-from core.training import check_cuts, stop_unless_finite
+from core.model.text import Text
+from core.proof.arguments import check_cuts
+from core.proof.lesson import Lesson, Run
+from core.proof.oracle import TOLERANCE, relative_difference, worst_difference
+from core.proof.plot import bars
+from core.proof.training import stop_unless_finite
+from core.shards import LocalTensor
 from megatron_tp.dense import COLUMNS, ROWS, WHOLE, Cuts, Dense, Weights, joined, part, whole
 
 MLP: Cuts = {"A": COLUMNS, "A bias": COLUMNS, "B": ROWS, "B bias": WHOLE}
@@ -78,11 +79,11 @@ class Split:
 
 def experiment(run: Run, name: str, axis: Axis, d: int) -> tuple[str, ...]:
     """Forward, then backward from a given gradient of the result, cut and dense. Rank 0 gets its row of the table."""
-    (formula, cuts), axis = EXPERIMENTS[name], axis.within(name)
+    (formula, cuts), axis = EXPERIMENTS[name], axis.labelled(name)
     *given, result = cuts
     w = {n: part(run, n, cuts[n], axis).requires_grad_() for n in given}
     forward = Ledger()
-    with axis.ledger.also(forward):
+    with axis.ledger.recording_to(forward):
         y = getattr(Split(axis, d), name)(w["X"], w)
     gradients = torch.autograd.grad(y, [*w.values()], part(run, f"d {result}", cuts[result], axis))
     ahead, both = (ledger.traffic["all-reduce", axis.name] for ledger in (forward, axis.ledger))
@@ -160,8 +161,8 @@ def train(run: Run, axis: Axis, d: int) -> None:
         began = time.perf_counter()
         loss, gradients = sgd_step(Split(axis, d), w, args.lr, tokens, targets)
         # NaN or Inf on one rank makes this sum NaN or Inf on all, so that all stop together.
-        total = comm.all_reduce(sum(g.double().abs().sum() for g in gradients.values()), axis.within("check"))
-        stop_unless_finite(run, step, loss + total.item(), [Piece(n, g, None) for n, g in gradients.items()])
+        total = comm.all_reduce(sum(g.double().abs().sum() for g in gradients.values()), axis.labelled("check"))
+        stop_unless_finite(run, step, loss + total.item(), [LocalTensor(n, g, None) for n, g in gradients.items()])
         run.training_seconds += time.perf_counter() - began
         run.tokens += targets.numel()
         run.losses.append(loss)
@@ -195,8 +196,8 @@ def lesson(run: Run) -> None:
     if run.args.plot and run.job.rank == 0:
         counts = {way: [float(row[i]) for row in rows] for way, i in (("forward, g", -2), ("backward, f", -1))}
         bars(run.args.plot, f"All-reduces on {t} ranks", "all-reduces", [*EXPERIMENTS], counts)
-    show_columns_first(run, axis.within("rows first"))
-    train(run, axis.within("training"), h // run.args.heads)
+    show_columns_first(run, axis.labelled("rows first"))
+    train(run, axis.labelled("training"), h // run.args.heads)
     sent = run.job.gather(axis.ledger.traffic["all-reduce", "tp training"].elements / run.args.steps)
     others = run.job.gather(sum(n.messages for (kind, _), n in axis.ledger.traffic.items() if kind != "all-reduce"))
     if run.job.rank == 0:

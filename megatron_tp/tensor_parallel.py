@@ -22,17 +22,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from core import comm
-from core.gpt import GPT, GPTConfig, materialize
-from core.ledger import Ledger, Traffic, live_bytes
-from core.lesson import Lesson, Run
+from core.ledger import Ledger, Traffic
 from core.mesh import Axis, Mesh
-from core.oracle import TOLERANCE
-from core.plot import bars
-from core.seeded import generator
+from core.model.gpt import GPT, GPTConfig, materialize, use_masks
+from core.model.seeded import generator
+from core.model.streams import RandomTracker
+from core.model.text import Text
+from core.proof.arguments import add_model_flags, check_cuts, check_model, configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.memory import live_bytes
+from core.proof.oracle import TOLERANCE
+from core.proof.plot import bars
 from core.shards import Shard, shard_of
-from core.streams import RandomTracker
-from core.text import Text
-from core.training import add_model_flags, check_cuts, check_model, configuration
 from megatron_tp.layers import parallelize
 from megatron_tp.loss import vocab_parallel_cross_entropy
 from megatron_tp.training import Trained, parameters_on_a_rank, teach
@@ -151,7 +152,7 @@ def claim_smoothing(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -
     whole = comm.all_gather(logits, axis, -1)[..., :vocabulary].requires_grad_()
     ours = vocab_parallel_cross_entropy(logits.requires_grad_(), targets, axis, vocabulary, SMOOTHING)
     theirs = F.cross_entropy(whole.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=SMOOTHING)
-    mine = Shard(2, axis.index, axis.size, vocabulary).part(torch.autograd.grad(theirs.square().sum(), whole)[0])
+    mine = Shard(2, axis.index, axis.size, vocabulary).local(torch.autograd.grad(theirs.square().sum(), whole)[0])
     gradient = torch.autograd.grad(ours.square().sum(), logits)[0]
     apart = [((a - b).norm() / b.norm()).item() for a, b in ((ours.flatten(), theirs), (gradient, mine))]
     everyone, tolerance = run.job.gather(apart), TOLERANCE[run.dtype]
@@ -185,7 +186,8 @@ def claim_streams(run: Run, config: GPTConfig, axis: Axis) -> None:
         tracker = Recorded(run.args.seed, axis, run.job.device)
         tracker.masks = defaultdict(list)
         again = {"use_reentrant": False, "context_fn": tracker.contexts}
-        y = checkpoint(block, x, tracker, **again) if recomputed else block(x, tracker)
+        use_masks(block, tracker)
+        y = checkpoint(block, x, **again) if recomputed else block(x)
         tracker.keep_mask(x.shape, DROP, "later", None, x.device)  # what is drawn meanwhile must not disturb it
         gradients = torch.autograd.grad(y.square().sum(), [x, *block.parameters()])
         tracker.keep_mask(x.shape, DROP, "later", None, x.device)  # nor be disturbed by it

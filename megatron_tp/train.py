@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
-from core.gpt import GPTConfig
-from core.ledger import Ledger, SavedActivations, live_bytes
-from core.lesson import Lesson, Run
+from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.oracle import TOLERANCE
-from core.plot import bars
-from core.seeded import Draw
-from core.text import VOCABULARY, Text
-from core.training import add_model_flags, check_cuts, check_model, configuration
+from core.model.gpt import GPTConfig, use_masks
+from core.model.seeded import SampleMasks
+from core.model.text import VOCABULARY, Text
+from core.proof.arguments import add_model_flags, check_cuts, check_model, configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.memory import SavedActivations, live_bytes
+from core.proof.oracle import TOLERANCE
+from core.proof.plot import bars
 from megatron_tp.loss import token_loss
 from megatron_tp.training import build, parameters_on_a_rank, teach
 
@@ -54,10 +55,11 @@ def one_step(run: Run, config: GPTConfig, axis: Axis) -> Held:
     """One training step over the ranks of `axis`, and what this rank holds then."""
     args = run.args
     model, optimizer = build(run, config, axis)
+    use_masks(model, SampleMasks(args.seed))
     inputs, targets = (t.to(run.job.device) for t in Text(args.data, args.sequence).batch(args.seed, 0, args.batch))
     saved = SavedActivations([*model.parameters(), inputs, targets])
     with saved:
-        logits = model(inputs, Draw(args.seed, 0, 0))
+        logits = model(inputs)
         loss = token_loss(logits, targets, targets.numel(), axis, config.vocabulary)
     activations = saved.live
     loss.backward()

@@ -6,15 +6,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from core.gpt import GPT, GPTConfig, materialize
 from core.gradients import clip_and_total
 from core.ledger import Ledger
-from core.lesson import Run
 from core.mesh import Axis
-from core.oracle import Oracle
-from core.seeded import Draw
+from core.model.gpt import GPT, GPTConfig, materialize, use_masks
+from core.model.seeded import SampleMasks
+from core.proof.lesson import Run
+from core.proof.oracle import Oracle
+from core.proof.training import Replica, claim_replicated_parameters, train
 from core.shards import counted_once
-from core.training import Layout, claim_whole_parameters, train
 from megatron_tp.layers import parallelize
 from megatron_tp.loss import token_loss
 
@@ -43,23 +43,24 @@ def teach(run: Run, config: GPTConfig, axis: Axis) -> Trained:
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
     oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
     loss_of = partial(token_loss, tokens=args.batch * args.sequence, axis=axis, vocabulary=config.vocabulary)
-    forward = Ledger()
+    masks, forward = use_masks(model, SampleMasks(args.seed)), Ledger()
 
-    def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
-        with axis.ledger.also(forward):
-            loss = loss_of(model(inputs, draw), targets)
+    def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
+        masks.seek(step)
+        with axis.ledger.recording_to(forward):
+            loss = loss_of(model(inputs), targets)
         loss.backward()
         # Every rank has the same loss: one of them counts it.
         return loss.detach() if axis.index == 0 else torch.zeros_like(loss)
 
-    def clip(share: Tensor) -> tuple[float, float]:
-        return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], args.clip, share)
+    def clip(largest: float, share: Tensor) -> tuple[float, float]:
+        return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], largest, share)
 
-    worst = train(run, Layout(model, optimizer), oracle, forward_backward, clip)
+    worst = train(run, {"": Replica(model, optimizer, forward_backward, clip)}, oracle)[""]
     trained = Trained(model, optimizer, oracle, forward)
     if oracle:
         worst.claim(run)
-    claim_whole_parameters(run, model)
+    claim_replicated_parameters(run, model)
     return trained
 
 

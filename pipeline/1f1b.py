@@ -14,7 +14,7 @@ How a rank carries out such a list, and where its messages come from, is lecture
 
 import sys
 
-from core.lesson import Lesson, Run
+from core.proof.lesson import Lesson, Run
 from pipeline.evidence import claim_bubble, claim_in_flight, in_flight_before_backward
 from pipeline.schedules import Action, Schedule
 from pipeline.training import add_flags, check, teach

@@ -18,7 +18,7 @@ from collections import defaultdict
 
 from tabulate import tabulate
 
-from core.lesson import Lesson, Run
+from core.proof.lesson import Lesson, Run
 from pipeline.evidence import Measured, write_timeline
 from pipeline.schedules import build, part_of_rank, size
 from pipeline.search import Costs, Found, Problem, named, search

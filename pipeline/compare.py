@@ -23,9 +23,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from core.lesson import DTYPES, Lesson, Run
-from core.oracle import TOLERANCE
-from core.training import Comparison
+from core.proof.lesson import DTYPES, Lesson, Run
+from core.proof.oracle import TOLERANCE
+from core.proof.training import Comparison
 from pipeline.evidence import Measured, differing_actions, differing_copies, messages_by_rule
 from pipeline.schedules import SCHEDULES, Schedule, ScheduleError, build, from_csv, held, part_of_rank, size
 from pipeline.timeline import draw, legend, plot

@@ -21,10 +21,10 @@ the weights, F a forward, each of one stage
 import argparse
 import sys
 
-from core.gpt import GPT, materialize
-from core.ledger import live_bytes
-from core.lesson import Lesson, Run
-from core.training import configuration
+from core.model.gpt import GPT, materialize
+from core.proof.arguments import configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.memory import live_bytes
 from pipeline.evidence import claim_in_flight, claim_own_bubble
 from pipeline.schedules import Row, Schedule, ScheduleError, build
 from pipeline.training import add_flags, teach

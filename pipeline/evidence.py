@@ -11,8 +11,9 @@ from itertools import zip_longest
 from tabulate import tabulate
 from torch import Tensor
 
-from core.ledger import Event
-from core.lesson import DTYPES, Run, write_file
+from core.proof.clock import Event
+from core.proof.files import write_file
+from core.proof.lesson import DTYPES, Run
 from pipeline.schedules import Schedule, held, placement, size
 from pipeline.timeline import plot, to_trace
 from pipeline.validator import Verdict, bubble

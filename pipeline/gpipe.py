@@ -11,7 +11,7 @@ import sys
 
 from tabulate import tabulate
 
-from core.lesson import Lesson, Run
+from core.proof.lesson import Lesson, Run
 from pipeline.evidence import claim_bubble, claim_in_flight
 from pipeline.schedules import Action, Schedule
 from pipeline.training import add_flags, check, teach

@@ -19,7 +19,7 @@ p ranks, v chunks a rank, m microbatches
 import argparse
 import sys
 
-from core.lesson import Lesson, Run
+from core.proof.lesson import Lesson, Run
 from pipeline.evidence import claim_bubble, claim_in_flight, in_flight_before_backward
 from pipeline.schedules import Action, Schedule
 from pipeline.training import add_flags, teach

@@ -9,7 +9,7 @@ idle for (p-1)/p of it, however many microbatches there are. `gpipe.py` is the f
 
 import sys
 
-from core.lesson import Lesson, Run
+from core.proof.lesson import Lesson, Run
 from pipeline.evidence import claim_in_flight
 from pipeline.schedules import Action, Schedule
 from pipeline.training import add_flags, check, teach

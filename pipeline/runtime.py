@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from core.ledger import SavedActivations, VirtualClock
-from core.linear import Deferred, Later
 from core.mesh import Axis
-from core.p2p import Mail
-from core.seeded import Draw
+from core.model.linear import Deferred, Later
+from core.model.seeded import SampleMasks
+from core.p2p import PointToPoint
+from core.proof.clock import VirtualClock
+from core.proof.memory import SavedActivations
 from pipeline.schedules import (
     UNIT_COSTS,
     Action,
@@ -62,12 +63,13 @@ class Pipeline:
     """One rank of a pipeline.
 
     Args:
-        stages: those that this rank holds, by number; called as stage(x, draw). Each maps (B, S) tokens or (B, S, H)
+        stages: those that this rank holds, by number; called as stage(x). Each maps (B, S) tokens or (B, S, H)
             activations to the next stage's input, or to logits on the last stage.
         loss: maps (logits, targets) of one microbatch to its share of the global loss, a scalar: the shares add up.
         schedule: what every rank computes, in order; validated here.
         axis: the ranks of the pipeline.
         shape: (B, S, H) of the activation that travels.
+        masks: of the stages' dropouts; told which micro-batch is computed.
 
     Raises:
         ScheduleError: the schedule cannot run.
@@ -83,6 +85,7 @@ class Pipeline:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        masks: SampleMasks | None = None,
     ):
         validate(schedule)
         if len(schedule) != axis.size:
@@ -90,7 +93,7 @@ class Pipeline:
         if sorted(stages) != held(schedule)[axis.index]:
             raise ValueError(f"the schedule puts stages {held(schedule)[axis.index]} here, not {sorted(stages)}")
         self.stages, self.loss, self.axis = stages, loss, axis
-        self.shape, self.dtype, self.device = shape, dtype, device
+        self.shape, self.dtype, self.device, self.masks = shape, dtype, device, masks
         self.last = size(schedule)[0] - 1
         self.microbatches = size(schedule)[1]
         self.part = part_of_rank(schedule)
@@ -110,7 +113,7 @@ class Pipeline:
             for receive in (delivery(action) for action in row if action.kind in "FBI")
             if self._rank_of.get((receive.stage, receive.microbatch), rank) != rank
         }
-        self._mail = Mail(axis, sorted(routes), device)
+        self._messages = PointToPoint(axis, sorted(routes), device)
         self._trace: Trace | None = None
         self._saved: SavedActivations | None = None
 
@@ -118,7 +121,6 @@ class Pipeline:
         self,
         inputs: Tensor,
         targets: Tensor,
-        draw: Draw | None = None,
         trace: Trace | None = None,
         saved: SavedActivations | None = None,
     ) -> Tensor:
@@ -126,7 +128,6 @@ class Pipeline:
 
         Args:
             inputs, targets: (M, B, S); only the first stage reads inputs, only the last reads targets.
-            draw: the first sample of the batch, for dropout.
             trace: measure this step. Each message is then followed by a small one that carries the sender's clock.
             saved: count what is kept for backward, and nothing else; a trace has its own.
 
@@ -140,18 +141,18 @@ class Pipeline:
         self._trace, self._saved = trace, trace.saved if trace else saved
         if self._deferred:
             self._deferred.account = self._saved
-        total = self._carry_out(self.program, inputs, targets, draw)
+        total = self._carry_out(self.program, inputs, targets)
         assert {**self._kept, **self._owed} == {}, "a valid schedule leaves nothing behind"
         return total
 
     @torch.no_grad()
-    def forward(self, inputs: Tensor, targets: Tensor, draw: Draw | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss alone, as `step` gives it: the forwards of the schedule and their messages, without gradients."""
         self._trace = self._saved = None
         forwards = [action for action in self.program if action.kind in ("F", "RECV_F", "SEND_F")]
-        return self._carry_out(forwards, inputs, targets, draw)
+        return self._carry_out(forwards, inputs, targets)
 
-    def _carry_out(self, program: Sequence[Action], inputs: Tensor, targets: Tensor, draw: Draw | None) -> Tensor:
+    def _carry_out(self, program: Sequence[Action], inputs: Tensor, targets: Tensor) -> Tensor:
         if not len(inputs) == len(targets) == self.microbatches:
             raise ValueError(f"{len(inputs)} microbatches for a schedule of {self.microbatches}")
         total = torch.zeros((), dtype=torch.float64, device=self.device)  # not self.dtype: many small shares
@@ -162,8 +163,9 @@ class Pipeline:
                 case "RECV_F" | "RECV_B":
                     self._ask(action)
                 case "F":
-                    samples = draw and draw._replace(first_sample=draw.first_sample + m * inputs.shape[1])
-                    leaving = self._forward(action, inputs[m], targets[m], samples)
+                    if self.masks:
+                        self.masks.at(m * inputs.shape[1])
+                    leaving = self._forward(action, inputs[m], targets[m])
                     if action.stage == self.last:
                         total += leaving.detach()
                 case "B" | "I":
@@ -176,16 +178,16 @@ class Pipeline:
             if action.kind in "FBI" and self._rank_of.get((delivery(action)[0], m)) == self.axis.index:
                 self._arriving[delivery(action)] = partial(Tensor.detach, leaving.detach())
                 leaving = None
-        self._mail.flush()
+        self._messages.flush()
         return total
 
-    def _forward(self, action: Action, tokens: Tensor, targets: Tensor, draw: Draw | None) -> Tensor:
+    def _forward(self, action: Action, tokens: Tensor, targets: Tensor) -> Tensor:
         x = tokens if action.stage == 0 else self._arrived(action).requires_grad_()
         if self._deferred:
             self._deferred.expected = (action.stage, action.microbatch) in self._split
         before = self._trace.saved.live if self._trace else 0
         with self._measured(action), self._saved or nullcontext():
-            y = self.stages[action.stage](x, draw)
+            y = self.stages[action.stage](x)
             if action.stage == self.last:
                 y = self.loss(y, targets)
         if self._trace:
@@ -221,9 +223,9 @@ class Pipeline:
     def _ask(self, receive: Action) -> None:
         sender = self._rank_of[receive.stage + (-1 if receive.kind == "RECV_F" else 1), receive.microbatch]
         into = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        self._arriving[receive] = self._mail.receive(into, sender, receive.kind[-1], self._tag(receive))
+        self._arriving[receive] = self._messages.receive(into, sender, receive.kind[-1], self._tag(receive))
         if self._trace:
-            stamp = self._mail.receive(self._trace.clock.stamp(), sender, "clock", self._tag(receive) + 1)
+            stamp = self._messages.receive(self._trace.clock.stamp(), sender, "clock", self._tag(receive) + 1)
             self._arriving[receive] = self._with_stamp(self._arriving[receive], stamp)
 
     def _arrived(self, action: Action) -> Tensor:
@@ -233,9 +235,9 @@ class Pipeline:
         assert x.shape == self.shape, f"{send}: {tuple(x.shape)} is not the {self.shape} that the next stage expects"
         receive = delivery(send._replace(kind=send.kind[-1]))
         to = self._rank_of[receive.stage, receive.microbatch]
-        self._mail.send(x, to, send.kind[-1], self._tag(receive))
+        self._messages.send(x, to, send.kind[-1], self._tag(receive))
         if self._trace:
-            self._mail.send(self._trace.clock.stamp(), to, "clock", self._tag(receive) + 1)
+            self._messages.send(self._trace.clock.stamp(), to, "clock", self._tag(receive) + 1)
 
     def _tag(self, receive: Action) -> int:
         number = receive.stage * self.microbatches + receive.microbatch
@@ -251,11 +253,11 @@ class Pipeline:
     def _with_stamp(self, message: Callable[[], Tensor], stamp: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def arrive() -> Tensor:
             value = message()
-            self._trace.clock.hear(stamp())
+            self._trace.clock.receive(stamp())
             return value
 
         return arrive
 
     def close(self) -> None:
         """End the thread that sends."""
-        self._mail.close()
+        self._messages.close()

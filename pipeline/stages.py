@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from core import p2p
-from core.gpt import GPT
 from core.mesh import Axis
+from core.model.gpt import GPT
 
 TOO_FEW = "must be a multiple of the {stages} stages, or 2 x {stages} - 2 or more, so that each has a layer"
 
@@ -88,10 +88,10 @@ class Copies:
         self.part, self.axis = part, axis
         stages = 1 + max(max(those) for those in held)
         every = each_stage(GPT(part.config), range(stages), stages)  # on the meta device, for the names
-        names = [{part.whole_name(name) for s in those for name, _ in every[s].named_parameters()} for those in held]
+        names = [{part.full_name(name) for s in those for name, _ in every[s].named_parameters()} for those in held]
         self.shared: dict[tuple[int, ...], list[tuple[str, nn.Parameter]]] = defaultdict(list)  # by the ranks
         for name, p in part.named_parameters():
-            whole = part.whole_name(name)
+            whole = part.full_name(name)
             holders = tuple(rank for rank in range(axis.size) if whole in names[rank])
             if len(holders) > 1:
                 self.shared[holders].append((whole, p))

@@ -4,8 +4,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from core.ledger import Event, VirtualClock
-from core.plot import picture
+from core.proof.clock import Event, VirtualClock
+from core.proof.plot import picture
 from pipeline.schedules import Schedule, held, part_of_rank, size
 
 Timeline = Sequence[Sequence[Event]]  # one row a rank

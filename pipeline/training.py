@@ -12,15 +12,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from core.gpt import GPT, materialize, token_loss
 from core.gradients import clip_and_total
-from core.launch import Stop
-from core.ledger import Ledger, SavedActivations, VirtualClock, live_bytes
-from core.lesson import Lesson, Run
+from core.ledger import Ledger
 from core.mesh import Mesh
-from core.oracle import Oracle
-from core.seeded import Draw
-from core.training import Comparison, Layout, add_model_flags, check_model, configuration, train
+from core.model.gpt import GPT, materialize, token_loss, use_masks
+from core.model.seeded import SampleMasks
+from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.clock import VirtualClock
+from core.proof.launch import Stop
+from core.proof.lesson import Lesson, Run
+from core.proof.memory import SavedActivations, live_bytes
+from core.proof.oracle import Oracle
+from core.proof.training import Comparison, Replica, train
 from pipeline import evidence
 from pipeline.evidence import Measured
 from pipeline.runtime import Pipeline, Trace
@@ -81,28 +84,30 @@ def train_with(run: Run, schedule: Schedule) -> tuple[list[Measured], Comparison
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
     mine, stages = held(schedule)[axis.index], size(schedule)[0]
     part = materialize(cut(GPT(config), mine, stages), args.seed, job.device, run.dtype)
+    masks = use_masks(part, SampleMasks(args.seed))
     copies = Copies(part, axis, held(schedule))
     oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
     microbatches = size(schedule)[1]
     split = partial(rearrange, pattern="(m b) s -> m b s", m=microbatches)
     micro_shape = (args.batch // microbatches, args.sequence, args.hidden)
     loss = partial(token_loss, tokens=args.batch * args.sequence)
-    pipeline = Pipeline(each_stage(part, mine, stages), loss, schedule, axis, micro_shape, run.dtype, job.device)
+    pipeline = Pipeline(each_stage(part, mine, stages), loss, schedule, axis, micro_shape, run.dtype, job.device, masks)
     trace: Trace | None = None
 
-    def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
+    def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
         nonlocal trace
+        masks.seek(step)
         if step == args.steps - 1:
-            held_anyway = [*part.parameters(), inputs, targets]
-            trace = Trace(VirtualClock(job.device), SavedActivations(held_anyway))
-        share = pipeline.step(split(inputs), split(targets), draw, trace)
+            excluded = [*part.parameters(), inputs, targets]
+            trace = Trace(VirtualClock(job.device), SavedActivations(excluded))
+        share = pipeline.step(split(inputs), split(targets), trace)
         copies.sum_gradients()
         return share
 
-    def clip(share: Tensor) -> tuple[float, float]:
-        return clip_and_total(part.parameters(), copies.counted_once(), [axis], args.clip, share)
+    def clip(largest: float, share: Tensor) -> tuple[float, float]:
+        return clip_and_total(part.parameters(), copies.counted_once(), [axis], largest, share)
 
-    worst = train(run, Layout(part, optimizer_of(part.parameters())), oracle, forward_backward, clip)
+    worst = train(run, {"": Replica(part, optimizer_of(part.parameters()), forward_backward, clip)}, oracle)[""]
     pipeline.close()
 
     sent = {kind: ledger.traffic[f"send {kind}", "pp"] for kind in ("F", "B")}

@@ -7,7 +7,7 @@ devices that have nothing else to do.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from core.ledger import Event
+from core.proof.clock import Event
 from pipeline.schedules import UNIT_COSTS, Action, Schedule, ScheduleError, held, part_of_rank, placement, size
 
 

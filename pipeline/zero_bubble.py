@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 pipeline/zero_bubble.py --schedule zb-v
 
 A backward computes two things: the gradient of the stage's input (I), for which the rank before waits, and those of the
-weights (W), for which nobody does. Cut in two (`core/linear.py` does it layer by layer), the W fill the bubbles.
+weights (W), for which nobody does. Cut in two (`core/model/linear.py` does it layer by layer), the W fill the bubbles.
 
     zb-h1   1F1B's memory: bubble (p-1)(F+I-W)
     zb-h2   2p-1 microbatches in flight, nearly twice the memory: (p-1)(F+I-2W), none if all three cost the same
@@ -22,7 +22,7 @@ p ranks, m microbatches, F, I and W the times of a forward and the two halves of
 import argparse
 import sys
 
-from core.lesson import Lesson, Run
+from core.proof.lesson import Lesson, Run
 from pipeline.evidence import claim_in_flight, claim_own_bubble
 from pipeline.schedules import Action, Row, Schedule, build
 from pipeline.training import add_flags, teach

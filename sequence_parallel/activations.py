@@ -16,14 +16,15 @@ from dataclasses import replace
 import torch
 from tabulate import tabulate
 
-from core.gpt import GPT, Block, GPTConfig, materialize
-from core.ledger import Ledger, SavedActivations
-from core.lesson import Lesson, Run
+from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.plot import bars
-from core.seeded import Draw, generator
-from core.streams import RandomTracker
-from core.training import add_model_flags, check_model, configuration
+from core.model.gpt import GPT, Block, GPTConfig, materialize, use_masks
+from core.model.seeded import SampleMasks, generator
+from core.model.streams import RandomTracker
+from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.memory import SavedActivations
+from core.proof.plot import bars
 from sequence_parallel.layers import check, parallelize_block
 from sequence_parallel.recompute import KINDS, recompute_block
 from sequence_parallel.training import Trained, teach
@@ -66,8 +67,9 @@ def claim_bytes(run: Run, config: GPTConfig, axis: Axis) -> None:
         block = layer(run, config, where, sequence, kind, MEASURED)
         x = torch.ones(b, s // t if sequence else s, h, dtype=MEASURED, device=run.job.device, requires_grad=True)
         saved = SavedActivations(block.parameters())
+        use_masks(block, SampleMasks(run.args.seed))
         with saved:
-            y = block(x, Draw(run.args.seed, 0, 0))
+            y = block(x)
         found.append(saved.live / (s * b * h))
         del y
     everyone = run.job.gather(found)
@@ -115,8 +117,8 @@ def claim_same_gradients(run: Run, config: GPTConfig, axis: Axis) -> None:
         block.attention.dropout.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         x = torch.randn(shape, dtype=torch.float64, generator=generator(run.args.seed, "x", axis.index))
         x = x.to(run.job.device, run.dtype).requires_grad_()
-        tracker = RandomTracker(run.args.seed, axis, run.job.device)
-        y = block(x, tracker)
+        tracker = use_masks(block, RandomTracker(run.args.seed, axis, run.job.device))
+        y = block(x)
         tracker.keep_mask(x.shape, run.args.dropout, "later", None, x.device)
         gradients.append(torch.autograd.grad(y.square().sum(), [x, *block.parameters()]))
         counts.append(len(calls))

@@ -31,8 +31,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from core.gpt import GPT
-from core.ledger import VirtualClock
+from core.model.gpt import GPT
+from core.proof.clock import VirtualClock
 
 NO_MATRIX = (
     "--attention {}: cp computes attention in its own way, without the whole matrix of scores and without dropout; "
@@ -140,7 +140,7 @@ def parallelize(model: GPT, attention: SequenceAttention) -> GPT:
                 f"{heads} heads cannot be cut into {attention.heads_over} equal parts; use a multiple of "
                 f"{attention.heads_over}"
             )
-        inside.core = lambda q, k, v, draw: attention(q, k, v)
+        inside.core = attention
     if model.embed is not None:
         # Whatever looks a position up, whole or cut by Megatron's sequence parallelism, is asked for these.
         model.embed.position.register_forward_pre_hook(

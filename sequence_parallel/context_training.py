@@ -14,15 +14,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.gradients import clip_and_total, sum_gradients
-from core.ledger import Event, Ledger, SavedActivations, Traffic, VirtualClock
-from core.lesson import Run
+from core.ledger import Ledger, Traffic
 from core.mesh import Axis
-from core.oracle import Oracle
-from core.seeded import Draw, generator
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.seeded import generator
+from core.proof.clock import Event, VirtualClock
+from core.proof.lesson import Run
+from core.proof.memory import SavedActivations
+from core.proof.oracle import Oracle
+from core.proof.training import Comparison, Replica, claim_replicated_parameters, train
 from core.shards import counted_once
-from core.training import Comparison, Layout, claim_whole_parameters, train
 from sequence_parallel.context import SequenceAttention, parallelize, part
 
 Sent = dict[tuple[str, str], Traffic]
@@ -48,19 +50,20 @@ def train_with(run: Run, config: GPTConfig, attention: SequenceAttention, axis: 
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
     oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
 
-    def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
-        with both.also(forward):
-            logits = model(part(inputs, attention), draw)
+    def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
+        with both.recording_to(forward):
+            logits = model(part(inputs, attention))
         loss = token_loss(logits, part(targets, attention), targets.numel())  # of the tokens of all ranks
         loss.backward()
-        sum_gradients(model.parameters(), axis.within("gradients"))
+        sum_gradients(model.parameters(), axis.labelled("gradients"))
         return loss.detach()
 
-    def clip(share: Tensor) -> tuple[float, float]:
-        return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], args.clip, share)
+    def clip(largest: float, share: Tensor) -> tuple[float, float]:
+        return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], largest, share)
 
-    with axis.ledger.also(both):
-        worst = train(run, Layout(model, optimizer_of(model.parameters())), oracle, forward_backward, clip)
+    with axis.ledger.recording_to(both):
+        replica = Replica(model, optimizer_of(model.parameters()), forward_backward, clip)
+        worst = train(run, {"": replica}, oracle)[""]
     return Trained(model, worst, forward, both)
 
 
@@ -69,7 +72,7 @@ def teach(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis)
     trained = train_with(run, config, attention, axis)
     if run.job.rank == 0:
         trained.worst.claim(run)
-    claim_whole_parameters(run, trained.model)
+    claim_replicated_parameters(run, trained.model)
     everyone = run.job.gather(trained.total.traffic["all-reduce", f"{axis.name} gradients"].elements / run.args.steps)
     if everyone:
         size, c = sum(p.numel() for p in trained.model.parameters()), axis.size
@@ -171,8 +174,8 @@ def measure(run: Run, attention: SequenceAttention, axis: Axis, shape: Shape, dt
     innermost, clock = getattr(attention, "inner", attention), VirtualClock(run.job.device)
     innermost.clock = clock
     forward, both, saved, largest = Ledger(), Ledger(), SavedActivations([]), LargestTensor()
-    with axis.ledger.also(both), largest:
-        with both.also(forward), saved:
+    with axis.ledger.recording_to(both), largest:
+        with both.recording_to(forward), saved:
             out = attention(*mine)
         kept, ahead = saved.live, len(clock.events)
         out.backward(gradient[:, :, here])

@@ -18,10 +18,10 @@ import torch
 from tabulate import tabulate
 
 from core.ledger import Ledger
-from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
-from core.plot import bars
-from core.training import add_model_flags, check_model, configuration
+from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.plot import bars
 from sequence_parallel.context import check
 from sequence_parallel.context_training import Layer, Shape, claim_difference, claim_saved, measure, spans, teach
 from sequence_parallel.ring import GRADIENTS, KV, PLACEMENTS, RingAttention

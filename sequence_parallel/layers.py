@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import comm
-from core.gpt import GPT, Block
 from core.gradients import sum_gradients
-from core.linear import Gradients, deferring, linear
 from core.mesh import Axis
+from core.model.gpt import GPT, Block
+from core.model.linear import Gradients, deferring, linear
+from core.proof.arguments import check_cuts
 from core.shards import shard, shard_of
-from core.training import check_cuts
 
 SEQUENCE = 1  # the dimension of (B, S, ...) that is cut
 
@@ -165,13 +165,13 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
         ValueError: heads or feed-forward cannot be cut into equal parts.
     """
     for block in model.blocks.values():
-        parallelize_block(block, axis.within("layers"))
+        parallelize_block(block, axis.labelled("layers"))
     if model.embed is not None:
-        model.embed.token = VocabParallelEmbedding(model.embed.token, axis.within("embedding"))
+        model.embed.token = VocabParallelEmbedding(model.embed.token, axis.labelled("embedding"))
         model.embed.position = PositionPart(model.embed.position, axis)
         model.embed.dropout.split = (SEQUENCE, axis.index, axis.size)
     if model.head is not None:
-        model.head = ColumnParallelLinear(model.head, axis.within("head"))
+        model.head = ColumnParallelLinear(model.head, axis.labelled("head"))
         if model.config.tied and model.embed is not None:
             model.head.weight = model.embed.token.weight
     return model
@@ -182,4 +182,4 @@ def sum_whole_gradients(model: GPT, axis: Axis) -> None:
 
     Each rank has seen its own tokens only, so each has a part of the sum. One all-reduce for all of them.
     """
-    sum_gradients((p for p in model.parameters() if shard_of(p) is None), axis.within("whole gradients"))
+    sum_gradients((p for p in model.parameters() if shard_of(p) is None), axis.labelled("whole gradients"))

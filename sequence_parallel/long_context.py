@@ -19,13 +19,15 @@ from typing import NamedTuple
 import torch
 from tabulate import tabulate
 
-from core.gpt import GPT, GPTConfig, materialize
-from core.ledger import Ledger, SavedActivations
-from core.lesson import Lesson, Run
+from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.oracle import TOLERANCE
-from core.plot import bars
-from core.training import Comparison, add_model_flags, check_model, configuration
+from core.model.gpt import GPT, GPTConfig, materialize
+from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.memory import SavedActivations
+from core.proof.oracle import TOLERANCE
+from core.proof.plot import bars
+from core.proof.training import Comparison
 from sequence_parallel.context import check, parallelize
 from sequence_parallel.context_training import train_with
 from sequence_parallel.hybrid import context_parallel
@@ -60,9 +62,9 @@ def measure(run: Run, config: GPTConfig, axis: Axis, way: str, z: Sizes) -> Meas
     block = materialize(model, run.args.seed, run.job.device, run.dtype).blocks["0"]
     x = torch.ones(z.b, z.s // z.c, z.h, dtype=run.dtype, device=run.job.device, requires_grad=True)
     sent, saved = Ledger(), SavedActivations(block.parameters())
-    with axis.ledger.also(sent):
+    with axis.ledger.recording_to(sent):
         with saved:
-            y = block(x, None)
+            y = block(x)
         kept = saved.live
         y.sum().backward()
     if attention:

@@ -26,11 +26,11 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, part: Shard) -> Tensor:
-        real = logits[..., : part.held]  # without the padding, which must not take part in the softmax
+        real = logits[..., : part.unpadded]  # without the padding, which must not take part in the softmax
         row = targets - part.start
-        here = (row >= 0) & (row < part.held)
+        here = (row >= 0) & (row < part.unpadded)
         row = row.masked_fill(~here, 0).unsqueeze(-1)
-        target = real.gather(-1, row).squeeze(-1) if part.held else logits.new_zeros(targets.shape)
+        target = real.gather(-1, row).squeeze(-1) if part.unpadded else logits.new_zeros(targets.shape)
         own = torch.stack([real.logsumexp(-1), target.masked_fill(~here, 0.0)])
 
         to_ranks = rearrange(own, "two b (t s) -> t two b s", t=axis.size)  # to rank i its part of the sequence
@@ -46,11 +46,16 @@ class _CrossEntropy(torch.autograd.Function):
         logits, row, here, log_total = ctx.saved_tensors
         part = ctx.part
         log_total, gradient = comm.all_gather(torch.stack([log_total, gradient]), ctx.axis, 2).unsqueeze(-1)
-        softmax = (logits[..., : part.held] - log_total).exp_()
-        if part.held:
+        softmax = (logits[..., : part.unpadded] - log_total).exp_()
+        if part.unpadded:
             softmax.scatter_add_(-1, row, -here.unsqueeze(-1).to(softmax.dtype))
         softmax.mul_(gradient)
-        return F.pad(softmax, (0, part.length - part.held)) if part.held < part.length else softmax, None, None, None
+        return (
+            F.pad(softmax, (0, part.length - part.unpadded)) if part.unpadded < part.length else softmax,
+            None,
+            None,
+            None,
+        )
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int) -> Tensor:
@@ -74,5 +79,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int) 
 
 
 def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
-    """This rank's share of the loss of `core.gpt.token_loss`: the sum over its tokens, divided by all `tokens`."""
-    return cross_entropy(logits, targets, axis.within("loss"), vocabulary).sum() / tokens
+    """This rank's share of the loss of `core.model.gpt.token_loss`: summed over its tokens, divided by all `tokens`."""
+    return cross_entropy(logits, targets, axis.labelled("loss"), vocabulary).sum() / tokens

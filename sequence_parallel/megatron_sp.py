@@ -17,14 +17,14 @@ from dataclasses import replace
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from core.gpt import GPT, GPTConfig, materialize
 from core.ledger import Ledger, Traffic
-from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
-from core.plot import bars
-from core.seeded import Draw
-from core.text import Text
-from core.training import add_model_flags, check_model, configuration
+from core.model.gpt import GPT, GPTConfig, materialize, use_masks
+from core.model.seeded import SampleMasks
+from core.model.text import Text
+from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.plot import bars
 from sequence_parallel.layers import check, parallelize
 from sequence_parallel.training import Trained, teach
 
@@ -56,7 +56,8 @@ def show_shapes(run: Run, config: GPTConfig, axis: Axis) -> None:
     for name, module in parts.items():
         module.register_forward_hook(note(name))
     inputs, _ = Text(run.args.data, run.args.sequence).batch(run.args.seed, 0, 1)
-    model(inputs.to(run.job.device), Draw(run.args.seed, 0, 0))
+    use_masks(model, SampleMasks(run.args.seed))
+    model(inputs.to(run.job.device))
     order = [row for row in rows if row[0] not in ("blocks.0.attention", "blocks.0.mlp")]
     whole = run.args.sequence
     run.say(f"one sample on rank 0: {whole} tokens where the sequence is whole, {whole // axis.size} where it is cut")

@@ -2,7 +2,7 @@
 
 Selective: forget what attention makes between Q, K, V and its output, which is large (5as/h of 34+5as/h) and cheap to
 compute again. Full: forget all of a layer but its input. `torch.utils.checkpoint` computes again. It restores torch's
-own generators only, so the draw that is passed (`Draw`, or the tracker of lecture 05) restores its random numbers.
+own generators only, so `SampleMasks`, or the tracker of lecture 05, restores its own.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from core.gpt import GPT, Block
-from core.seeded import Draw
+from core.model.gpt import GPT, Block, Dropout
 
 KINDS = ("none", "selective", "full")
 
@@ -19,9 +18,9 @@ KINDS = ("none", "selective", "full")
 def recompute_block(block: Block, kind: str) -> Block:
     """Make one layer forget activations in forward and compute them again in backward."""
     if kind == "selective":
-        block.attention.core = _twice(block.attention.core)
+        block.attention.core = _twice(block.attention.core, block.attention.dropout)
     elif kind == "full":
-        block.forward = _twice(block.forward)
+        block.forward = _twice(block.forward, block.attention_dropout)
     else:
         assert kind == "none", kind
     return block
@@ -34,10 +33,9 @@ def recompute(model: GPT, kind: str) -> GPT:
     return model
 
 
-def _twice(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*activations_and_draw: Tensor | Draw | None) -> Tensor:
-        draw = activations_and_draw[-1]
-        restored = {"context_fn": draw.contexts} if draw else {}
-        return checkpoint(function, *activations_and_draw, use_reentrant=False, preserve_rng_state=False, **restored)
+def _twice(function: Callable[..., Tensor], dropout: Dropout) -> Callable[..., Tensor]:
+    def call(*activations: Tensor) -> Tensor:
+        restored = {"context_fn": dropout.masks.contexts} if dropout.masks else {}
+        return checkpoint(function, *activations, use_reentrant=False, preserve_rng_state=False, **restored)
 
     return call

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from core.mesh import Axis
-from core.p2p import Mail
+from core.p2p import PointToPoint
 from sequence_parallel.blocks import attend, attend_backward, join
 from sequence_parallel.context import SequenceAttention, check_length
 
@@ -53,7 +53,7 @@ class RingAttention(SequenceAttention):
         self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
         self.pieces = 2 * axis.size if self.zigzag else axis.size
         routes = [(rank, (rank + 1) % axis.size, kind) for rank in range(axis.size) for kind in (KV, GRADIENTS)]
-        self.mail = Mail(axis, routes, device) if axis.size > 1 else None
+        self.mail = PointToPoint(axis, routes, device) if axis.size > 1 else None
 
     def positions(self, sequence: int) -> Tensor:
         check_length(sequence, self.pieces)
@@ -102,7 +102,7 @@ class RingAttention(SequenceAttention):
 
         def wait() -> Tensor:
             self._note(f"wait for {what}")
-            self.clock.hear(stamp())
+            self.clock.receive(stamp())
             return arrive()
 
         return wait

@@ -15,11 +15,12 @@ import sys
 import torch
 from tabulate import tabulate
 
-from core.ledger import Event, Ledger
-from core.lesson import Lesson, Run
+from core.ledger import Ledger
 from core.mesh import Mesh
-from core.plot import bars
-from core.training import add_model_flags, check_model, configuration
+from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.clock import Event
+from core.proof.lesson import Lesson, Run
+from core.proof.plot import bars
 from sequence_parallel.context import check
 from sequence_parallel.context_training import (
     Layer,

@@ -7,15 +7,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from core.gpt import GPT, GPTConfig, materialize
 from core.gradients import clip_and_total
 from core.ledger import Ledger
-from core.lesson import Run
 from core.mesh import Axis
-from core.oracle import Oracle
-from core.seeded import Draw
+from core.model.gpt import GPT, GPTConfig, materialize, use_masks
+from core.model.seeded import SampleMasks
+from core.proof.lesson import Run
+from core.proof.oracle import Oracle
+from core.proof.training import Replica, claim_replicated_parameters, train
 from core.shards import counted_once
-from core.training import Layout, claim_whole_parameters, train
 from sequence_parallel.layers import parallelize, sum_whole_gradients
 from sequence_parallel.loss import token_loss
 from sequence_parallel.recompute import recompute
@@ -37,6 +37,7 @@ def teach(run: Run, config: GPTConfig, axis: Axis, kind: str = "none") -> Traine
     run.mesh = {"tp": axis.size}
     model = recompute(parallelize(GPT(config), axis), kind)
     materialize(model, args.seed, job.device, run.dtype)
+    masks = use_masks(model, SampleMasks(args.seed))
     computed: Counter[str] = Counter()
     for block in model.blocks.values():
         for part, module in (("attention core", block.attention.dropout), ("layer", block.mlp_dropout)):
@@ -45,18 +46,20 @@ def teach(run: Run, config: GPTConfig, axis: Axis, kind: str = "none") -> Traine
     oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
     loss_of = partial(token_loss, tokens=args.batch * args.sequence, axis=axis, vocabulary=config.vocabulary)
 
-    def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
-        with axis.ledger.also(forward):
-            loss = loss_of(model(inputs, draw), targets)
+    def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
+        masks.seek(step)
+        with axis.ledger.recording_to(forward):
+            loss = loss_of(model(inputs), targets)
         loss.backward()
         sum_whole_gradients(model, axis)
         return loss.detach()
 
-    def clip(share: Tensor) -> tuple[float, float]:
-        return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], args.clip, share)
+    def clip(largest: float, share: Tensor) -> tuple[float, float]:
+        return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], largest, share)
 
-    worst = train(run, Layout(model, optimizer_of(model.parameters())), oracle, forward_backward, clip)
+    trained = Replica(model, optimizer_of(model.parameters()), forward_backward, clip)
+    worst = train(run, {"": trained}, oracle)[""]
     if oracle:
         worst.claim(run)
-    claim_whole_parameters(run, model)
+    claim_replicated_parameters(run, model)
     return Trained(model, oracle, forward, computed)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from core import comm
 from core.ledger import Ledger
-from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
-from core.plot import bars
-from core.training import add_model_flags, check_model, configuration
+from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.plot import bars
 from sequence_parallel.context import SequenceAttention, check, check_length
 from sequence_parallel.context_training import Layer, Shape, claim_difference, claim_saved, count, measure, teach
 

@@ -14,14 +14,14 @@ import megatron_tp.loss
 import pipeline.stages
 import sequence_parallel.layers
 import sequence_parallel.loss
-from core.gpt import GPT, GPTConfig, materialize
 from core.gradients import clip_and_total, sum_gradients
 from core.ledger import Ledger
 from core.mesh import Mesh
-from core.oracle import Oracle, worst_difference
-from core.seeded import Draw
-from core.shards import Piece, counted_once, join, shard_of
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, materialize, use_masks
+from core.model.seeded import SampleMasks
+from core.model.text import Text
+from core.proof.oracle import Oracle, worst_difference
+from core.shards import LocalTensor, counted_once, full_tensors, shard_of
 from expert_parallel.gating import Spread, count_ahead, end_step, routers
 from expert_parallel.moe import MoEConfig, to_moe
 from pipeline.runtime import Pipeline
@@ -63,7 +63,7 @@ class Layout:
         return Text(None, self.length).batch(SEED, step, self.samples)
 
 
-def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], list[Piece], list[Piece]]:
+def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], list[LocalTensor], list[LocalTensor]]:
     """On one rank: losses, norms, the last step's gradients, and the parameters after it."""
     mesh = Mesh(
         "cpu", Ledger(), 30.0, tp=layout.tp, cp=layout.cp, dp=layout.dp, pp=layout.pp, ep=layout.ep, etp=layout.etp
@@ -85,7 +85,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
         stage = experts.parallelize(to_moe(stage, layout.moe), mesh["ep"], etp, spread, layout.dispatch)
     materialize(recompute(stage, layout.recompute), SEED, CPU, torch.float64)
     for name, p in stage.named_parameters():
-        if stage.whole_name(name).startswith(layout.freeze or ("none",)):
+        if stage.full_name(name).startswith(layout.freeze or ("none",)):
             p.requires_grad_(False)
     skew(stage, layout)
     tokens = layout.samples * layout.length
@@ -93,8 +93,9 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     here = layout.length // cp.size // (tp.size if layout.sequence else 1)  # tokens of an activation on this rank
     shape = (mine_of // m, here, config.hidden)
     loss = partial(loss_of, tokens=tokens, axis=tp, vocabulary=config.vocabulary)
+    masks = use_masks(stage, SampleMasks(SEED))
     mine = pipeline.stages.each_stage(stage, everyone[pp.index], stages)
-    runtime = Pipeline(mine, loss, schedule, pp, shape, torch.float64, CPU)
+    runtime = Pipeline(mine, loss, schedule, pp, shape, torch.float64, CPU, masks)
     copies = pipeline.stages.Copies(stage, pp, everyone)
     optimizer = optimizer_of(stage.parameters())
     losses, norms, gradients = [], [], []
@@ -102,11 +103,11 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
         optimizer.zero_grad()
         batch = (context.part(t.chunk(layout.dp)[dp.index], attention) for t in layout.batch(step))
         inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in batch)
-        draw = Draw(SEED, step, dp.index * mine_of)
+        masks.seek(step, dp.index * mine_of)
         if layout.moe and layout.moe.routing.aux and m > 1:
-            runtime.forward(inputs, targets, draw)
+            runtime.forward(inputs, targets)
             count_ahead(stage)
-        share = runtime.step(inputs, targets, draw)
+        share = runtime.step(inputs, targets)
         if layout.sequence:
             sequence_parallel.layers.sum_whole_gradients(stage, tp)
         elif tp.index:
@@ -136,8 +137,8 @@ def skew(model: GPT, layout: Layout) -> None:
         router.bias.data.copy_(torch.tensor(layout.bias))
 
 
-def pieces(stage: GPT, of: object) -> list[Piece]:
-    found = [Piece(stage.whole_name(n), of(p), shard_of(p)) for n, p in stage.named_parameters()]
+def pieces(stage: GPT, of: object) -> list[LocalTensor]:
+    found = [LocalTensor(stage.full_name(n), of(p), shard_of(p)) for n, p in stage.named_parameters()]
     return [piece for piece in found if piece.value is not None]
 
 
@@ -151,7 +152,7 @@ def equals_one_process(pool: Pool, config: GPTConfig, layout: Layout) -> None:
             p.requires_grad_(False)
     losses, norms = [], []
     for step in range(layout.steps):
-        losses.append(oracle.step(*layout.batch(step), Draw(SEED, step, 0)))
+        losses.append(oracle.step(*layout.batch(step), step))
         norms.append(oracle.norm)
         if layout.moe:
             end_step(oracle.model)
@@ -159,8 +160,8 @@ def equals_one_process(pool: Pool, config: GPTConfig, layout: Layout) -> None:
     for rank_losses, rank_norms, _, _ in results:
         assert rank_losses == pytest.approx(losses, rel=1e-10)
         assert rank_norms == pytest.approx(norms, rel=1e-10)
-    assert worst_difference(join(g for r in results for g in r[2]), oracle.gradients) < 1e-10
-    assert worst_difference(join(p for r in results for p in r[3]), oracle.parameters()) < 1e-10
+    assert worst_difference(full_tensors(g for r in results for g in r[2]), oracle.gradients) < 1e-10
+    assert worst_difference(full_tensors(p for r in results for p in r[3]), oracle.parameters()) < 1e-10
     whole: dict[object, Tensor] = {}
     for piece in (p for r in results for p in r[3] if p.shard is None):
         assert torch.equal(whole.setdefault(piece.name, piece.value), piece.value), f"{piece.name} differs over ranks"

@@ -84,7 +84,8 @@ class Pool:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # not that an address has no name, see _ask_nobody
         self._context = multiprocessing.get_context("forkserver")
         # torch.optim imports torch._dynamo when the first optimizer is made, which takes a second.
-        ours = [f"{path.parent.name}.{path.stem}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+        files = (path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+        ours = [".".join(path.with_suffix("").parts) for path in files if path.stem.isidentifier()]
         self._context.set_forkserver_preload(["torch", "torch._dynamo", "einops", "tabulate", "tests.pool", *ours])
         self._folder = tempfile.TemporaryDirectory()
         self._workers: list[tuple[Any, Connection]] = []
@@ -96,7 +97,7 @@ class Pool:
         """function(*args) on each of `ranks` ranks of a fresh process group; the results in rank order.
 
         Raises:
-            WorkerError: a rank raised, or none answered for `timeout` seconds.
+            WorkerError: a rank raised, or none peer_errors for `timeout` seconds.
         """
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

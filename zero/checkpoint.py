@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from core.launch import Job
-from core.shards import join, shard_of
+from core.proof.launch import Job
+from core.shards import full_tensors, shard_of
 from zero.stage import Stage
 
 
@@ -37,7 +37,7 @@ def save(folder: str, stage: Stage, job: Job) -> None:
         temporary, older = (target.with_name(f".{target.name}.{what}") for what in ("part", "old"))
         for path in (temporary, older):
             shutil.rmtree(path, ignore_errors=True)
-        whole = dict(join(piece for rank in everyone for piece in rank))
+        whole = dict(full_tensors(piece for rank in everyone for piece in rank))
         dcp.save(whole, storage_writer=dcp.FileSystemWriter(temporary), no_dist=True)
         if target.exists():
             target.rename(older)

@@ -14,7 +14,7 @@ import sys
 from torch import Tensor
 
 from core import comm
-from core.lesson import Lesson, Run
+from core.proof.lesson import Lesson, Run
 from zero.stage import Stage
 from zero.training import add_flags, check, teach
 

@@ -15,13 +15,14 @@ from functools import partial
 import torch
 from tabulate import tabulate
 
-from core.gpt import GPT, GPTConfig, materialize, token_loss
-from core.ledger import Ledger, SavedActivations
-from core.lesson import Lesson, Run
+from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.plot import bars
-from core.text import Text
-from core.training import configuration
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.text import Text
+from core.proof.arguments import configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.memory import SavedActivations
+from core.proof.plot import bars
 from zero.ddp import DataParallel
 from zero.stage import Stage
 from zero.training import add_flags, check, teach

@@ -16,7 +16,7 @@ import sys
 import torch
 from torch import Tensor
 
-from core.lesson import Lesson, Run
+from core.proof.lesson import Lesson, Run
 from zero.training import add_flags, check, teach
 from zero.zero2 import Zero2
 

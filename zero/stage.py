@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from core import comm
 from core.gradients import clip_by, norm_and_totals
-from core.ledger import live_bytes
 from core.mesh import Axis
-from core.shards import Piece, Segment, shard_of
+from core.proof.memory import live_bytes
+from core.shards import FlatShard, LocalTensor, shard_of
 from zero.flat import BUCKET_ELEMENTS, Bucket, InOrder, buckets_of
 from zero.optimizer import MakeOptimizer, Owned, PartOptimizer
 
@@ -202,33 +202,33 @@ class Stage(ABC):
             "optimizer": live_bytes(t for optimizer in self.optimizers for t in optimizer.tensors()),
         }
 
-    # What `core.training.train` compares.
+    # What `core.proof.training.train` compares.
 
     compares_states = True
 
-    def gradients(self) -> list[Piece]:
+    def gradients(self) -> list[LocalTensor]:
         """This rank's part, summed over the ranks."""
         return self._segments(self.buckets, self.own_gradients)
 
-    def _segments(self, buckets: Iterable[Bucket], parts: Iterable[Tensor]) -> list[Piece]:
+    def _segments(self, buckets: Iterable[Bucket], parts: Iterable[Tensor]) -> list[LocalTensor]:
         """Copies of this rank's parts of `buckets`, by parameter."""
         name = self._names()
         return [
-            Piece(name[m.parameter], part[at : at + end - first].clone(), _segment(m.parameter, first, end))
+            LocalTensor(name[m.parameter], part[at : at + end - first].clone(), _segment(m.parameter, first, end))
             for bucket, part in zip(buckets, parts, strict=True)
             for m, first, end, at in bucket.in_part(self.index)
         ]
 
-    def weights(self) -> list[Piece]:
+    def weights(self) -> list[LocalTensor]:
         """What this rank has of the weights: all, but in stage 3."""
         name = self._names()
-        return [Piece(name[p], p.detach(), shard_of(p)) for _, p in self.named()]
+        return [LocalTensor(name[p], p.detach(), shard_of(p)) for _, p in self.named()]
 
-    def master_weights(self) -> list[Piece]:
+    def master_weights(self) -> list[LocalTensor]:
         """The weights in the precision of the update: this rank's part of those that are trained, and the others."""
         name = self._names()
         trained = [
-            Piece(name[e.member.parameter], e.piece.detach(), _segment(e.member.parameter, e.first, e.end))
+            LocalTensor(name[e.member.parameter], e.piece.detach(), _segment(e.member.parameter, e.first, e.end))
             for e in self.owned
         ]
         inside = {member.name for bucket in self.buckets for member in bucket.members}
@@ -241,22 +241,22 @@ class Stage(ABC):
             if p not in inside and p.numel():
                 p.data.copy_(read(name, p.shape))
 
-    def states(self) -> list[Piece]:
+    def states(self) -> list[LocalTensor]:
         """This rank's part of the optimizer's state, named (parameter, key)."""
         name, found = self._names(), []
         for optimizer in self.optimizers:
             for each in optimizer.owned:
                 mark = _segment(each.member.parameter, each.first, each.end)
                 for key, value in optimizer.optimizer.state[each.piece].items():
-                    found.append(Piece((name[each.member.parameter], key), value, mark if value.dim() else None))
+                    found.append(LocalTensor((name[each.member.parameter], key), value, mark if value.dim() else None))
         return found
 
     def _names(self) -> dict[nn.Parameter, str]:
         return {p: name for name, p in self.model.named_parameters()}
 
 
-def _segment(parameter: nn.Parameter, first: int, end: int) -> Segment:
-    return Segment(first, end, parameter.shape, shard_of(parameter))
+def _segment(parameter: nn.Parameter, first: int, end: int) -> FlatShard:
+    return FlatShard(first, end, parameter.shape, shard_of(parameter))
 
 
 def _listed(parameters: Any) -> list[nn.Parameter]:

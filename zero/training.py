@@ -10,14 +10,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from core.gpt import GPT, materialize, token_loss
 from core.ledger import Ledger
-from core.lesson import Lesson, Run
 from core.mesh import Mesh
-from core.oracle import Oracle
-from core.plot import bars
-from core.seeded import Draw
-from core.training import add_model_flags, check_model, configuration, train
+from core.model.gpt import GPT, materialize, token_loss, use_masks
+from core.model.seeded import SampleMasks
+from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.lesson import Lesson, Run
+from core.proof.oracle import Oracle
+from core.proof.plot import bars
+from core.proof.training import train
 from zero.stage import Stage
 
 
@@ -43,7 +44,7 @@ def check(args: argparse.Namespace, ranks: int) -> None:
         )
 
 
-ForwardBackward = Callable[[int, Tensor, Tensor, Draw], Tensor]
+ForwardBackward = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def build(run: Run, stage_of: Callable[..., Stage]) -> tuple[Stage, Oracle | None, ForwardBackward]:
@@ -54,23 +55,25 @@ def build(run: Run, stage_of: Callable[..., Stage]) -> tuple[Stage, Oracle | Non
     run.mesh = {"dp": axis.size}
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
     model = materialize(GPT(config), args.seed, job.device, run.dtype)
+    masks = use_masks(model, SampleMasks(args.seed))
     master = torch.float32 if run.dtype == torch.bfloat16 else run.dtype
     stage = stage_of(model, axis, optimizer_of, master=master, elements=args.bucket)
     oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
     tokens = args.batch * args.sequence
     samples = args.batch // (axis.size * m)  # of a microbatch
 
-    def forward_backward(step: int, inputs: Tensor, targets: Tensor, draw: Draw) -> Tensor:
+    def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
         share = torch.zeros((), dtype=run.dtype, device=job.device)
         for microbatch in range(m):
             first = (axis.index * m + microbatch) * samples
             part = slice(first, first + samples)
-            logits = model(inputs[part], draw._replace(first_sample=draw.first_sample + first))
-            loss = token_loss(logits, targets[part], tokens)
+            masks.seek(step, first)
+            loss = token_loss(model(inputs[part]), targets[part], tokens)
             stage.backward(loss, last=microbatch == m - 1)
             share += loss.detach()
         return share
 
+    stage.forward_backward, stage.clip = forward_backward, stage.clip_and_total
     return stage, oracle, forward_backward
 
 
@@ -80,8 +83,8 @@ def teach(run: Run, stage_of: Callable[..., Stage], elements: Callable[[int, int
     Args:
         elements: what the paper says that a rank sends in a step, in units of Ψ(N-1)/N, for (m, N); None: no claim.
     """
-    stage, oracle, forward_backward = build(run, stage_of)
-    worst = train(run, stage, oracle, forward_backward, partial(stage.clip_and_total, run.args.clip))
+    stage, oracle, _ = build(run, stage_of)
+    worst = train(run, {"": stage}, oracle)[""]
     if elements:
         claim_messages(run, stage, elements(run.args.microbatches, stage.axis.size))
     if oracle:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from core import comm
-from core.lesson import Lesson, Run
 from core.mesh import Axis
-from core.shards import Piece
+from core.proof.lesson import Lesson, Run
+from core.shards import LocalTensor
 from zero.flat import Bucket
 from zero.stage import Stage
 from zero.training import add_flags, check, teach
@@ -169,7 +169,7 @@ class Zero3(Zero2):
                     for m, first, end, at in bucket.in_part(self.index):
                         own[at : at + end - first] = read(m.name, m.parameter.shape).flatten()[first:end]
 
-    def weights(self) -> list[Piece]:
+    def weights(self) -> list[LocalTensor]:
         """This rank's part."""
         units = (*self._units, self._rest)
         return self._segments([b for unit in units for b in unit.buckets], [own for unit in units for own in unit.own])

@@ -26,12 +26,11 @@ from torch import Tensor, nn
 
 from core import comm
 from core.ledger import Ledger
-from core.lesson import Lesson, Run
 from core.mesh import Axis, Mesh
-from core.plot import bars
-from core.seeded import Draw
-from core.text import Text
-from core.training import train
+from core.model.text import Text
+from core.proof.lesson import Lesson, Run
+from core.proof.plot import bars
+from core.proof.training import train
 from zero.stage import Stage
 from zero.training import add_flags, build, check, teach
 from zero.zero3 import Unit, Zero3
@@ -145,8 +144,8 @@ def lesson(run: Run) -> None:
     teach(run, partial(plus, weight_bits=0, gradient_bits=0), None)  # hpZ alone: as exact as ZeRO-3
     ledger.traffic.clear()
     quantised = Run(run.args, run.job, run.dtype)
-    stage, oracle, forward_backward = build(quantised, partial(plus, weight_bits=8, gradient_bits=4))
-    train(quantised, stage, oracle, forward_backward, partial(stage.clip_and_total, run.args.clip))
+    stage, oracle, _ = build(quantised, partial(plus, weight_bits=8, gradient_bits=4))
+    train(quantised, {"": stage}, oracle)
     claim_bytes(run, stage, node, across)
     claim_errors(run, stage, plus, quantised)
 
@@ -212,7 +211,7 @@ def claim_errors(run: Run, stage: Stage, plus: Callable[..., Stage], quantised: 
             Run(run.args, run.job, run.dtype), partial(plus, weight_bits=0, gradient_bits=bits)
         )
         data = Text(run.args.data, run.args.sequence).batch(run.args.seed, 0, run.args.batch)
-        forward_backward(0, *(t.to(run.job.device) for t in data), Draw(run.args.seed, 0, 0))
+        forward_backward(0, *(t.to(run.job.device) for t in data))
         gradients.append(torch.cat(stage.own_gradients).double())
     apart = ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()
     everyone = run.job.gather((max(steps_off), max(norms), apart))

@@ -22,11 +22,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from core.gpt import GPT, GPTConfig, materialize
 from core.gradients import sum_gradients
-from core.launch import Job, choose_device, launch, place
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
+from core.model.gpt import GPT, GPTConfig, materialize
+from core.proof.launch import Job, choose_device, launch, process_info
 from expert_parallel.gating import Router, Routing, Spread
 from expert_parallel.layers import parallelize
 from expert_parallel.moe import MoE, MoEConfig, to_moe
@@ -178,5 +178,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(1)
     sizes = GPTConfig(layers=1, hidden=args.hidden, heads=4, sequence=args.sequence, feed_forward=args.feed_forward)
-    with launch(choose_device(args.device, place())[0], 120) as the_job:
+    with launch(choose_device(args.device, process_info())[0], 120) as the_job:
         bench(the_job, sizes, MoEConfig(Routing(args.experts, args.top_k)), args.batch, args.rounds)

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from tabulate import tabulate
 from torch import Tensor
 
-from core.launch import Job, choose_device, launch, place
 from core.ledger import Ledger
-from core.lesson import DTYPES
 from core.mesh import Mesh
-from core.oracle import worst_difference
-from core.seeded import generator
+from core.model.seeded import generator
+from core.proof.launch import Job, choose_device, launch, process_info
+from core.proof.lesson import DTYPES
+from core.proof.oracle import worst_difference
 from sequence_parallel.context import SequenceAttention
 from sequence_parallel.hybrid import context_parallel
 from sequence_parallel.ulysses import Whole
@@ -138,5 +138,5 @@ if __name__ == "__main__":
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     args = parser.parse_args()
-    with launch(choose_device("cpu", place())[0], 120) as the_job:
+    with launch(choose_device("cpu", process_info())[0], 120) as the_job:
         bench(the_job, (args.batch, args.heads, args.sequence, args.head_size), DTYPES[args.dtype], args.rounds)

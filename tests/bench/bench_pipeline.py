@@ -20,11 +20,11 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from core.gpt import GPT, GPTConfig, materialize, token_loss
-from core.launch import Job, choose_device, launch, place
 from core.ledger import Ledger
 from core.mesh import Mesh
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.text import Text
+from core.proof.launch import Job, choose_device, launch, process_info
 from pipeline.runtime import Pipeline
 from pipeline.schedules import Schedule, build, held, size
 from pipeline.stages import cut, each_stage
@@ -131,5 +131,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with launch(choose_device(arguments.device, place())[0], 120) as the_job:
+    with launch(choose_device(arguments.device, process_info())[0], 120) as the_job:
         bench(the_job, arguments.rounds)

@@ -32,11 +32,11 @@ import megatron_tp.layers
 import megatron_tp.loss
 import sequence_parallel.layers
 import sequence_parallel.loss
-from core.gpt import GPT, GPTConfig, materialize
-from core.launch import Job, choose_device, launch, place
 from core.ledger import Ledger
 from core.mesh import Mesh
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, materialize
+from core.model.text import Text
+from core.proof.launch import Job, choose_device, launch, process_info
 
 DTYPE = torch.float32
 
@@ -157,5 +157,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(1)
     sizes = GPTConfig(layers=args.layers, hidden=args.hidden, heads=4, sequence=args.sequence, tied=False)
-    with launch(choose_device(args.device, place())[0], 120) as the_job:
+    with launch(choose_device(args.device, process_info())[0], 120) as the_job:
         bench(the_job, sizes, args.batch, args.rounds)

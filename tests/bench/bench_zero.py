@@ -23,12 +23,12 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from core.gpt import GPT, GPTConfig, materialize, token_loss
-from core.launch import Job, choose_device, launch, place
 from core.ledger import Ledger
 from core.mesh import Mesh
-from core.shards import join
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.text import Text
+from core.proof.launch import Job, choose_device, launch, process_info
+from core.shards import full_tensors
 from zero.ddp import DataParallel
 from zero.stage import Stage
 from zero.zero1 import Zero1
@@ -55,7 +55,7 @@ def bench(job: Job, config: GPTConfig, batch: int, rounds: int) -> None:
             stage.backward(token_loss(model(inputs), targets, tokens))
             stage.step()
 
-        return lambda: dict(join(piece for rank in gathered(job, stage.weights()) for piece in rank)), step
+        return lambda: dict(full_tensors(piece for rank in gathered(job, stage.weights()) for piece in rank)), step
 
     def torchs(kind: str) -> tuple[Callable[[], dict], Callable[[], None]]:
         model: nn.Module = materialize(GPT(config), 0, job.device, DTYPE)
@@ -132,5 +132,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(1)
     sizes = GPTConfig(layers=8, hidden=256, heads=4, sequence=64)
-    with launch(choose_device(args.device, place())[0], 120) as the_job:
+    with launch(choose_device(args.device, process_info())[0], 120) as the_job:
         bench(the_job, sizes, args.batch, args.rounds)

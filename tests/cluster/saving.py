@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from cluster.checkpoint import Checkpoints
-from cluster.layout import Layout
-from cluster.worker import Worker, make_mesh
-from core.gpt import GPTConfig
-from core.launch import Job, launch
+from cluster.planner.layout import Layout
+from cluster.run.checkpoint import Checkpoints
+from cluster.run.worker import Worker, make_mesh
 from core.ledger import Ledger
-from core.seeded import Draw
-from core.text import Text
+from core.model.gpt import GPTConfig
+from core.model.text import Text
+from core.proof.launch import Job, launch
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(vocabulary=257, sequence=8, hidden=8, layers=2, heads=2)
@@ -118,7 +117,7 @@ def main(job: Job, folder: str, steps: int, moment: str) -> None:
             elif moment in MOMENTS:
                 at_file_operation(job.rank, halt, moment)
         worker.zero_grad()
-        worker.clip(1.0, worker.forward_backward(*Text(None, 8).batch(0, step, 4), Draw(0, step, 0)))
+        worker.clip(1.0, worker.forward_backward(step, *Text(None, 8).batch(0, step, 4)))
         worker.step()
         say("left", step + 1, digest(worker))
         checkpoints.save(step + 1, {"step": step + 1})

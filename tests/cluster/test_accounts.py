@@ -9,17 +9,17 @@ from itertools import product
 import pytest
 import torch
 
-from cluster import memory, traffic
 from cluster.dry_run import Account, account, compared, one_step
-from cluster.layout import Layout
-from cluster.memory import held, in_flight, parameters
-from cluster.models import of_gpt
-from cluster.traffic import messages, sent
-from cluster.worker import Worker, make_mesh
-from core.gpt import GPT, GPTConfig
-from core.ledger import Ledger, SavedActivations
-from core.seeded import Draw
-from core.text import Text
+from cluster.planner import memory, traffic
+from cluster.planner.layout import Layout
+from cluster.planner.memory import held, in_flight, parameters
+from cluster.planner.models import of_gpt
+from cluster.planner.traffic import messages, sent
+from cluster.run.worker import Worker, make_mesh
+from core.ledger import Ledger
+from core.model.gpt import GPT, GPTConfig
+from core.model.text import Text
+from core.proof.memory import SavedActivations
 from expert_parallel.gating import Routing
 from expert_parallel.moe import MoEConfig
 from pipeline.evidence import messages_by_rule
@@ -88,7 +88,7 @@ def accounts_of_experts(config: GPTConfig) -> list[Counter[str]]:
         moe = MoEConfig(Routing(experts=EXPERTS, top_k=top_k, aux=0.0, z=0.0))
         worker = Worker(config, moe, layout, mesh, 0, FLOAT64, CPU, PLAIN)
         saved = SavedActivations(worker.model.parameters())
-        worker.forward_backward(*Text(None, config.sequence).batch(0, 0, layout.batch), Draw(0, 0, 0), saved)
+        worker.forward_backward(0, *Text(None, config.sequence).batch(0, 0, layout.batch), saved)
         worker.close()
         experts = sum(p.numel() for p in worker.experts)
         others = sum(p.numel() for p in worker.model.parameters() if p.requires_grad) - experts

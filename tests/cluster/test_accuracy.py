@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster import accuracy, steptime
+from cluster import accuracy
 from cluster.accuracy import LARGEST, MEAN, fit, leave_one_out, of_row, of_second_table, relative_errors
-from cluster.hardware import Software
-from cluster.ptdp import TABLE, TABLE_2
+from cluster.planner import steptime
+from cluster.planner.hardware import Software
+from cluster.planner.ptdp import TABLE, TABLE_2
 from tests.pool import Pool
 
 

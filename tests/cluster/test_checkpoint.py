@@ -20,18 +20,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 
-from cluster import boxes, checkpoint, content, models, rules
-from cluster.checkpoint import Checkpoints
-from cluster.export import export, load_export
-from cluster.layout import Layout
-from cluster.worker import Worker, make_mesh
-from core.gpt import GPT, GPTConfig
-from core.launch import Job
+from cluster import rules
+from cluster.planner import models
+from cluster.planner.layout import Layout
+from cluster.run import boxes, checkpoint, content
+from cluster.run.checkpoint import Checkpoints
+from cluster.run.export import export, load_export
+from cluster.run.worker import Worker, make_mesh
 from core.ledger import Ledger
-from core.oracle import Oracle, worst_difference
-from core.seeded import Draw
-from core.shards import Piece, join
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig
+from core.model.text import Text
+from core.proof.launch import Job
+from core.proof.oracle import Oracle, worst_difference
+from core.shards import LocalTensor, full_tensors
 from expert_parallel.gating import end_step
 from expert_parallel.moe import MoEConfig, to_moe
 from tests.cluster.test_worker import CLIP, CONFIG, CPU, MOE, SEED, L, optimizer_of, samples_of
@@ -39,7 +40,7 @@ from tests.pool import Pool, Running
 from zero import stage
 
 ELSEWHERE = SEED + 1  # the seed of a worker that is to load: what it does not load must show
-Result = tuple[list[float], list[Piece]]
+Result = tuple[list[float], list[LocalTensor]]
 
 DENSE = [
     L(dp=8, zero=3),
@@ -77,20 +78,20 @@ def train(worker: Worker, steps: Sequence[int]) -> list[float]:
     losses = []
     for step in steps:
         worker.zero_grad()
-        share = worker.forward_backward(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0))
+        share = worker.forward_backward(step, *Text(None, 16).batch(SEED, step, 16))
         _, loss = worker.clip(CLIP, share)
         worker.step()
         losses.append(loss)
     return losses
 
 
-def held(worker: Worker) -> list[Piece]:
+def held(worker: Worker) -> list[LocalTensor]:
     """Copies of all that a checkpoint must bring back, in the order of the names."""
     pieces = worker.master_weights() + worker.states() + worker.weights()
     return sorted((each._replace(value=each.value.clone()) for each in pieces), key=lambda each: str(each.name))
 
 
-def differing(before: list[Piece], after: list[Piece]) -> list[str]:
+def differing(before: list[LocalTensor], after: list[LocalTensor]) -> list[str]:
     """The names of what is not equal to the last bit."""
     pairs = zip(before, after, strict=True)
     return [
@@ -141,7 +142,7 @@ def one_process() -> dict[bool, tuple[list[float], Oracle]]:
         oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP, make)
         losses = []
         for step in range(2):
-            losses.append(oracle.step(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0)))
+            losses.append(oracle.step(*Text(None, 16).batch(SEED, step, 16), step))
             end_step(oracle.model)
         found[moe] = losses, oracle
     return found
@@ -178,7 +179,9 @@ def test_goes_on_in_another_layout(pool: Pool, one_process: dict, saved: dict[st
     for source, *results in zip(sources, *ranks, strict=True):
         for rank_losses, _ in results:
             assert rank_losses == pytest.approx(losses[1:], rel=1e-10), source
-        assert worst_difference(join(piece for _, pieces in results for piece in pieces), reference) < 1e-10, source
+        assert worst_difference(full_tensors(piece for _, pieces in results for piece in pieces), reference) < 1e-10, (
+            source
+        )
 
 
 def test_goes_on_bitwise_in_bfloat16(pool: Pool, tmp_path: Path) -> None:
@@ -391,8 +394,8 @@ def there_and_back(path: str, layouts: list[tuple[Layout, bool]]) -> list[dict[s
     train(workers[0], [0])
     export(workers[0], job_here(), path)
     load_export(workers[1], path)
-    found = [dict(join(p for rank in job_here().gather(w.master_weights()) for p in rank)) for w in workers]
-    published = [dict(join(p for rank in job_here().gather(w.weights()) for p in rank)) for w in workers]
+    found = [dict(full_tensors(p for rank in job_here().gather(w.master_weights()) for p in rank)) for w in workers]
+    published = [dict(full_tensors(p for rank in job_here().gather(w.weights()) for p in rank)) for w in workers]
     data = Path(path).read_bytes()
     for name, damaged in (("truncated", data[:-1]), ("text", b"no weights, but more than eight bytes"), ("empty", b"")):
         if dist.get_rank() == 0:
@@ -488,7 +491,7 @@ def with_each_bug(folder: str) -> dict[str, float | str]:
     second = worker_of(samples_of(second), None, ELSEWHERE)
     oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP)
     for step in (0, 1):
-        oracle.step(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0))
+        oracle.step(*Text(None, 16).batch(SEED, step, 16), step)
     for worker in firsts:
         train(worker, [0])
     found: dict[str, float | str] = {}
@@ -522,7 +525,9 @@ def with_each_bug(folder: str) -> dict[str, float | str]:
             continue
         train(second, [1])
         pieces = [p for rank in job.gather(second.weights() + second.states()) for p in rank]
-        found[name] = worst_difference(join(pieces), oracle.parameters() | oracle.states()) if job.rank == 0 else 0.0
+        found[name] = (
+            worst_difference(full_tensors(pieces), oracle.parameters() | oracle.states()) if job.rank == 0 else 0.0
+        )
     return found
 
 

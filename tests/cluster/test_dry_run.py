@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cluster import models, rules, worker
+from cluster import rules
 from cluster.dry_run import NEAR, SHOWN, Account, account, compared, config_of, place_of, refuse
-from cluster.layout import Layout
-from cluster.models import of_gpt
+from cluster.planner import models
+from cluster.planner.layout import Layout
+from cluster.planner.models import of_gpt
+from cluster.run import worker
 from core import comm
-from core.gpt import GPTConfig
-from core.ledger import SavedActivations
-from core.linear import Deferred
+from core.model.gpt import GPTConfig
+from core.model.linear import Deferred
+from core.proof.memory import SavedActivations
 from pipeline.stages import Copies
 from tests.pool import Pool
 from zero.ddp import DataParallel
@@ -101,7 +103,7 @@ def test_lesson(pool: Pool) -> None:
 REFUSED = {
     "leave out the flags of experts": ("--experts", "4", "--top-k", "2"),
     "use --rank 1023": ("--rank", "1024"),
-    "core.gpt, which is what is trained, has no grouped key and value heads": ("--model", "llama3-8b"),
+    "core.model.gpt, which is what is trained, has no grouped key and value heads": ("--model", "llama3-8b"),
     "heads 96": ("--tp", "64"),
     "must be a multiple of 128 ranks": ("--tp", "8", "--batch", "7"),
 }

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cluster import topology
-from cluster.links import APART, Lines, domains, fit, in_one, measure
+from cluster.links.links import APART, Lines, domains, fit, in_one, measure
 from core import p2p
-from core.launch import Job
 from core.ledger import Ledger
-from core.lesson import Run
 from core.mesh import Axis, Mesh
+from core.proof.launch import Job
+from core.proof.lesson import Run
 from tests.pool import Pool
 
 SIZES = [8, 4096, 65536, 2**20]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.machine import Processors, Topology, numbers, parse, processors
+from cluster.links.machine import Processors, Topology, numbers, parse, processors
 
 LAYOUTS = Path(__file__).parent / "topologies"
 # GPUs, adapters, kinds of link between GPUs, fast domains, CPUs and NUMA node of the last GPU

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 
 from cluster import plan
-from cluster.arguments import add_all_flags, layout_of
-from cluster.hardware import PRESETS as MACHINES
-from cluster.hardware import Link, Machine, Software, measured
-from cluster.layout import Layout
-from cluster.memory import held, parameters
-from cluster.messages import all_to_all, link, ring
-from cluster.models import PRESETS, Model, from_config
-from cluster.planner import USABLE, fits, plans
-from cluster.rulebook import Case, broken
-from cluster.steptime import bubble, step
-from cluster.steptime import product as matrix_product
-from core.lesson import Lesson
+from cluster.links.messages import all_to_all, link, ring
+from cluster.planner.hardware import PRESETS as MACHINES
+from cluster.planner.hardware import Link, Machine, Software, measured
+from cluster.planner.layout import Layout
+from cluster.planner.memory import held, parameters
+from cluster.planner.models import PRESETS, Model, from_config
+from cluster.planner.plans import USABLE, fits, plans
+from cluster.planner.rulebook import Case, broken
+from cluster.planner.steptime import bubble, step
+from cluster.planner.steptime import product as matrix_product
+from cluster.run.arguments import add_all_flags, layout_of
+from core.proof.lesson import Lesson
 from pipeline.schedules import build
 from pipeline.validator import validate
 from zero.memory import formula

@@ -20,9 +20,9 @@ import core.mesh
 from cluster import ranks
 from cluster.ranks import KINDS, by_definition, groups_of, places, ranks_in
 from core import comm
-from core.launch import Job
-from core.lesson import Lesson, Run
 from core.mesh import ORDER, axis_groups, axis_names, axis_sizes, check_pipelines, is_expert
+from core.proof.launch import Job
+from core.proof.lesson import Lesson, Run
 from tests.pool import Pool
 
 SCRIPT = "cluster/ranks.py"

@@ -7,28 +7,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from importlib import import_module
 from itertools import product
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import core.training
+import core.proof.arguments
 import pipeline.stages
 import pipeline.training
 import sequence_parallel.layers
 import zero.training
 from cluster import rules
-from cluster.hardware import PRESETS as MACHINES
-from cluster.layout import FOLDED, Layout, add_flags
-from cluster.layout import given as decided
-from cluster.models import PRESETS, of_gpt
-from cluster.options import asked, parser
-from cluster.rulebook import RULES, Case, Rule, broken, keeps_all
+from cluster.planner.hardware import PRESETS as MACHINES
+from cluster.planner.layout import FOLDED, Layout, add_flags
+from cluster.planner.layout import given as decided
+from cluster.planner.models import PRESETS, of_gpt
+from cluster.planner.options import asked, parser
+from cluster.planner.rulebook import RULES, Case, Rule, broken, keeps_all
 from cluster.rules import check, explain, nearest
-from core.gpt import GPTConfig
-from core.lesson import Lesson
 from core.mesh import axis_sizes
+from core.model.gpt import GPTConfig
+from core.proof.lesson import Lesson
 from pipeline.schedules import SCHEDULES
 
 BY_NAME = {rule.name: rule for rule in RULES}
@@ -38,7 +37,7 @@ GPT = of_gpt(GPTConfig())
 def lesson_args(**sizes: object) -> Namespace:
     """The arguments of a lesson that trains the GPT, with these."""
     lesson = Lesson("pipeline/x.py", "07", "", "", "")
-    core.training.add_model_flags(lesson)
+    core.proof.arguments.add_model_flags(lesson)
     usual = vars(lesson.parser.parse_args([])) | {"microbatches": 1, "bucket": 64, "chunks": 2, "schedule": "dualpipe"}
     return Namespace(**(usual | sizes))
 
@@ -61,7 +60,7 @@ Pair = tuple[Case, Callable[[], object]]
 def cut_by_heads() -> Iterator[Pair]:
     for heads, f, t in product((2, 4, 8), (64, 96, 100), (2, 3, 4)):
         args = lesson_args(heads=heads, feed_forward=f)
-        yield case(Layout(tp=t), args), lambda a=args, t=t: core.training.check_cuts(a, t)
+        yield case(Layout(tp=t), args), lambda a=args, t=t: core.proof.arguments.check_cuts(a, t)
 
 
 def cut_by_sequence() -> Iterator[Pair]:
@@ -118,7 +117,7 @@ def dualpipes() -> Iterator[Pair]:
 def models() -> Iterator[Pair]:
     for heads, dropout, attention in product((3, 4), (0.0, 0.1), ("sdpa", "softmax")):
         args = lesson_args(heads=heads, dropout=dropout, attention=attention)
-        yield case(Layout(), args), lambda a=args: core.training.configuration(a)
+        yield case(Layout(), args), lambda a=args: core.proof.arguments.configuration(a)
 
 
 def stages_of_a_rank() -> Iterator[Pair]:
@@ -164,11 +163,9 @@ LESSONS = {
     "dualpipe": (dualpipes, {"dualpipe: ranks", "dualpipe: microbatches", "dualpipev: microbatches"}),
     "model": (models, {"heads", "dropout"}),
     "interleaved": (stages_of_a_rank, {"stages a rank"}),
+    "context parallelism": (cp_lessons, {"cp: attention", "cp: ulysses", "cp: heads", "cp: sequence"}),
+    "experts": (moe_lessons, {"experts: ep", "experts: etp", "experts: top k"}),
 }
-if Path(sequence_parallel.layers.__file__).with_name("hybrid.py").exists():
-    LESSONS["context parallelism"] = (cp_lessons, {"cp: attention", "cp: ulysses", "cp: heads", "cp: sequence"})
-if Path(core.training.__file__).parents[1].joinpath("expert_parallel", "training.py").exists():
-    LESSONS["experts"] = (moe_lessons, {"experts: ep", "experts: etp", "experts: top k"})
 
 
 @pytest.mark.parametrize("name", LESSONS)

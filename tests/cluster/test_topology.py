@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from cluster import topology
-from cluster.machine import ask_nvidia_smi, processors
-from core.launch import Job
-from core.lesson import Lesson, Run
+from cluster.links.machine import ask_nvidia_smi, processors
+from core.proof.launch import Job
+from core.proof.lesson import Lesson, Run
 from tests.pool import Pool
 
 SCRIPT = "cluster/topology.py"

@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from cluster import hardware, models
-from cluster.arguments import HELD_OUT, add_all_flags, layout_of, learning_rate
-from cluster.layout import Layout
 from cluster.plan import commands
-from cluster.planner import plans
-from core.gpt import GPTConfig
-from core.lesson import Lesson
-from core.oracle import Oracle
-from core.text import Text
+from cluster.planner import hardware, models
+from cluster.planner.layout import Layout
+from cluster.planner.plans import plans
+from cluster.run.arguments import HELD_OUT, add_all_flags, layout_of, learning_rate
+from core.model.gpt import GPTConfig
+from core.model.text import Text
+from core.proof.lesson import Lesson
+from core.proof.oracle import Oracle
 from tests.pool import ROOT, Pool
 
 QUICK = ("--steps", "2", "--batch", "8", "--sequence", "16", "--hidden", "16", "--sample", "20")

@@ -6,15 +6,15 @@ from functools import partial
 import pytest
 import torch
 
-from cluster import models, rules
-from cluster.layout import Layout
-from cluster.worker import Worker, make_mesh
-from core.gpt import GPT, GPTConfig
+from cluster import rules
+from cluster.planner import models
+from cluster.planner.layout import Layout
+from cluster.run.worker import Worker, make_mesh
 from core.ledger import Ledger
-from core.oracle import Oracle, worst_difference
-from core.seeded import Draw
-from core.shards import Piece, join
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig
+from core.model.text import Text
+from core.proof.oracle import Oracle, worst_difference
+from core.shards import LocalTensor, full_tensors
 from expert_parallel.gating import Routing, end_step
 from expert_parallel.moe import MoEConfig, to_moe
 from tests.pool import Pool
@@ -23,7 +23,7 @@ CPU, SEED, CLIP = torch.device("cpu"), 7, 0.5
 CONFIG = GPTConfig(sequence=16, hidden=16, layers=4, heads=4, vocabulary=257)
 MOE = MoEConfig(Routing(4, 2, aux=0.01, z=0.001, bias_rate=0.01), shared=8)
 optimizer_of = partial(torch.optim.AdamW, lr=1e-3)
-Result = tuple[list[float], list[float], list[Piece], list[Piece], list[Piece], float]
+Result = tuple[list[float], list[float], list[LocalTensor], list[LocalTensor], list[LocalTensor], float]
 
 
 def L(*, moe: bool = False, **sizes: object) -> tuple[Layout, bool]:
@@ -72,7 +72,7 @@ def train(layout: Layout, moe: bool) -> Result:
     losses, norms, gradients = [], [], []
     for step in range(2):
         worker.zero_grad()
-        share = worker.forward_backward(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0))
+        share = worker.forward_backward(step, *Text(None, 16).batch(SEED, step, 16))
         gradients = worker.gradients()
         norm, loss = worker.clip(CLIP, share)
         worker.step()
@@ -92,7 +92,7 @@ def one_process() -> dict[bool, tuple[list[float], list[float], Oracle, float]]:
         oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP, make)
         losses, norms = [], []
         for step in range(2):
-            losses.append(oracle.step(*Text(None, 16).batch(SEED, step, 16), Draw(SEED, step, 0)))
+            losses.append(oracle.step(*Text(None, 16).batch(SEED, step, 16), step))
             norms.append(oracle.norm)
             end_step(oracle.model)
         inputs, targets = Text(None, 16).batch(SEED, 2, 16)
@@ -114,4 +114,4 @@ def test_equals_one_process(pool: Pool, one_process: dict, layout: Layout, moe: 
         assert rank[1] == pytest.approx(norms, rel=1e-10)
         assert rank[5] == pytest.approx(after, rel=1e-10)
     for i, reference in ((2, oracle.gradients), (3, oracle.parameters()), (4, oracle.states())):
-        assert worst_difference(join(piece for rank in results for piece in rank[i]), reference) < 1e-10
+        assert worst_difference(full_tensors(piece for rank in results for piece in rank[i]), reference) < 1e-10

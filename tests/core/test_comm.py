@@ -211,7 +211,7 @@ def a_peer_is_silent() -> str:
     said = ""
     if axis.index == 0:
         began = time.monotonic()
-        arrive = p2p.Mail(axis, [], torch.device("cpu")).receive(torch.empty(1), 1, "F", 0)
+        arrive = p2p.PointToPoint(axis, [], torch.device("cpu")).receive(torch.empty(1), 1, "F", 0)
         with pytest.raises(comm.PeerError) as error:
             arrive()
         said = f"{error.value} after {time.monotonic() - began:.0f} s"
@@ -233,7 +233,7 @@ class Broken:
 
 
 def a_send_that_breaks() -> None:
-    mail = p2p.Mail(world(), [], torch.device("cpu"))
+    mail = p2p.PointToPoint(world(), [], torch.device("cpu"))
     with patch.object(p2p.dist, "isend", lambda *_: Broken()):
         mail.send(torch.ones(1), 1, "F", 0)
     with pytest.raises(KeyError, match="unexpected"):

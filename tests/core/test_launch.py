@@ -12,7 +12,7 @@ def script(folder: Path, body: str, name: str = "script") -> str:
         import sys, time
         import torch, torch.distributed as dist
         from core import comm
-        from core.launch import Stop, launch
+        from core.proof.launch import Stop, launch
         from core.ledger import Ledger
         from core.mesh import Mesh
 

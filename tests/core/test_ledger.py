@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.ledger import SavedActivations, VirtualClock, live_bytes
+from core.proof.clock import VirtualClock
+from core.proof.memory import SavedActivations, live_bytes
 
 
 def test_live_bytes_count_each_storage_once() -> None:
@@ -59,11 +60,11 @@ def test_clocks_follow_messages() -> None:
         pass
     with b.action("1F9", 0.5):
         pass
-    b.hear(a.stamp())
+    b.receive(a.stamp())
     with b.action("1F0", 2.0):
         pass
     assert [(e.label, e.start[0], e.end[0]) for e in b.events] == [("1F9", 0.0, 0.5), ("1F0", 2.0, 4.0)]
-    a.hear(torch.zeros(2, dtype=torch.float64))
+    a.receive(torch.zeros(2, dtype=torch.float64))
     assert a.now[0] == 2.0, "an old message does not turn a clock back"
     assert 0 < a.events[0].end[1] < 1, "seconds of this thread"
     assert b.events[1].start[1] >= a.events[1].end[1]

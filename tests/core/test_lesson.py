@@ -9,10 +9,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from core.launch import Place, choose_device
-from core.lesson import Claim, Evidence, Lesson, Run, check_writable, write_file
+from core.proof.files import check_writable, write_file
+from core.proof.launch import ProcessInfo, choose_device
+from core.proof.lesson import Claim, Evidence, Lesson, Run
 
-HERE = Place(0, 4, 0, 4, 0, True)
+HERE = ProcessInfo(0, 4, 0, 4, 0, True)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_one_failing_case_fails_the_row() -> None:
     evidence.claim("good", "1", 1, 1)
     evidence.each("per rank", "r", [("rank 0", 0, 0), ("rank 1", 1, 2)])
     assert [c.holds for c in evidence.claims] == [True, True, False]
-    good, bad = evidence.table().splitlines()[2:]
+    good, bad = evidence.tables().splitlines()[2:]
     assert good.split()[-1] == "yes"
     assert bad.split()[-3:] == ["0", "2", "NO"]
 
@@ -40,7 +41,7 @@ def test_one_failing_case_fails_the_row() -> None:
 def test_any_number_can_be_shown(measured: float) -> None:
     evidence = Evidence()
     evidence.claim("a claim", "0", 0, measured)
-    assert evidence.table().splitlines()[-1].endswith("NO")
+    assert evidence.tables().splitlines()[-1].endswith("NO")
 
 
 def lesson_with(*claims: tuple[float, float]) -> int:
@@ -76,7 +77,7 @@ def test_exit_code_and_report(
 
 def test_plot_needs_matplotlib(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["script.py", "--plot", "x.svg"])
-    with patch("core.lesson.find_spec", lambda name: None):
+    with patch("core.proof.lesson.find_spec", lambda name: None):
         assert lesson_with((1, 1)) == 2
     assert "pip install -e '.[plot]'" in capsys.readouterr().err
 

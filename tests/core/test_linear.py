@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.gpt import GPT, GPTConfig, materialize, token_loss
-from core.ledger import SavedActivations
-from core.linear import Deferred, Linear
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.linear import Deferred, Linear
+from core.model.text import Text
+from core.proof.memory import SavedActivations
 
 double = partial(torch.randn, dtype=torch.float64)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.gpt import GPT, GPTConfig, initial_value, materialize, token_loss
-from core.oracle import Oracle, worst_difference
-from core.seeded import Draw, generator
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, initial_value, materialize, token_loss, use_masks
+from core.model.seeded import SampleMasks, generator
+from core.model.text import Text
+from core.proof.oracle import Oracle, worst_difference
 
 CPU = torch.device("cpu")
 SMALL = {"sequence": 8, "hidden": 16, "layers": 2, "heads": 4}
@@ -103,7 +103,7 @@ def test_both_attentions_are_torchs_definition(heads: int) -> None:
         q, k, v = F.linear(x, attention.qkv.weight[rows], attention.qkv.bias[rows]).split(size, -1)
         scores = (q @ k.mT / math.sqrt(size)).masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf)
         contexts.append(scores.softmax(-1) @ v)
-    assert torch.allclose(attention(x, None), attention.out(torch.cat(contexts, -1)), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(attention(x), attention.out(torch.cat(contexts, -1)), rtol=1e-12, atol=1e-12)
 
 
 def test_the_future_does_not_leak() -> None:
@@ -124,27 +124,31 @@ def test_the_loss_of_parts_adds_up() -> None:
     assert whole.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel=1e-14)
 
 
-def keep_mask(shape: tuple[int, ...], draw: Draw, split: tuple[int, int, int] | None = None) -> torch.Tensor:
-    return draw.keep_mask(torch.Size(shape), 0.3, "x", split, CPU)
+def keep_mask(shape: tuple[int, ...], masks: SampleMasks, split: tuple[int, int, int] | None = None) -> torch.Tensor:
+    return masks.keep_mask(torch.Size(shape), 0.3, "x", split, CPU)
 
 
 def test_dropout_does_not_depend_on_the_layout() -> None:
     shape = (6, 3, 4)
-    whole = keep_mask(shape, Draw(0, 1, 0))
-    parts = [keep_mask((2, 3, 4), Draw(0, 1, first)) for first in (0, 2, 4)]
+    whole = keep_mask(shape, SampleMasks(0, 1, 0))
+    parts = [keep_mask((2, 3, 4), SampleMasks(0, 1, first)) for first in (0, 2, 4)]
     assert (torch.cat(parts) == whole).all()
     for dim, count in ((1, 3), (2, 2), (2, 4)):
         part = [size // (count if i == dim else 1) for i, size in enumerate(shape)]
-        parts = [keep_mask(tuple(part), Draw(0, 1, 0), (dim, index, count)) for index in range(count)]
+        parts = [keep_mask(tuple(part), SampleMasks(0, 1, 0), (dim, index, count)) for index in range(count)]
         assert (torch.cat(parts, dim) == whole).all()
     assert (whole[0] != whole[1]).any()
-    for other in (Draw(1, 1, 0), Draw(0, 2, 0)):
+    for other in (SampleMasks(1, 1, 0), SampleMasks(0, 2, 0)):
         assert (keep_mask(shape, other) != whole).any()
-    assert keep_mask((1, 10000), Draw(0, 0, 0)).float().mean() == pytest.approx(0.7, abs=0.02)
+    assert keep_mask((1, 10000), SampleMasks(0, 0, 0)).float().mean() == pytest.approx(0.7, abs=0.02)
     gpt, (inputs, _) = model(dropout=0.3, attention="softmax"), batch()
-    halves = [gpt(half, Draw(0, 0, first)) for half, first in zip(inputs.split(3), (0, 3), strict=True)]
-    assert torch.allclose(gpt(inputs, Draw(0, 0, 0)), torch.cat(halves), rtol=1e-12, atol=1e-12)
-    assert (gpt.eval()(inputs, Draw(0, 0, 0)) == model(attention="softmax")(inputs)).all()
+    masks = use_masks(gpt, SampleMasks(0))
+    full, halves = gpt(inputs), []
+    for half, first in zip(inputs.split(3), (0, 3), strict=True):
+        masks.seek(0, first)
+        halves.append(gpt(half))
+    assert torch.allclose(full, torch.cat(halves), rtol=1e-12, atol=1e-12)
+    assert (gpt.eval()(inputs) == model(attention="softmax")(inputs)).all()
 
 
 def test_generators_differ_by_purpose() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from core.gpt import GPT, GPTConfig, materialize
+from core.model.gpt import GPT, GPTConfig, materialize
 from expert_parallel.gating import Router, Routing, Spread, choose, count_ahead, end_step, keep
 from expert_parallel.moe import MoEConfig, to_moe
 from expert_parallel.training import balance

@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from core import comm
-from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.oracle import Oracle, worst_difference
-from core.seeded import Draw
-from core.shards import Piece, join, shard_of
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.text import Text
+from core.proof.oracle import Oracle, worst_difference
+from core.shards import LocalTensor, full_tensors, shard_of
 from expert_parallel.gating import Routing, Spread, end_step
 from expert_parallel.layers import expert_parameters, gather_rows, parallelize, scatter_rows
 from expert_parallel.moe import MoEConfig, to_moe
@@ -121,7 +120,7 @@ def test_uneven_rows(pool: Pool) -> None:
     pool.run(3, uneven)
 
 
-def with_zero(kind: str) -> tuple[list[float], list[float], list[Piece], list[Piece], list[Piece]]:
+def with_zero(kind: str) -> tuple[list[float], list[float], list[LocalTensor], list[LocalTensor], list[LocalTensor]]:
     """What is no expert over dp, experts over edp: each a stage of its own, clipped by one norm."""
     mesh = Mesh("cpu", Ledger(), 30.0, dp=4, ep=2)
     dp, ep, edp = (mesh[name] for name in ("dp", "ep", "edp"))
@@ -137,7 +136,7 @@ def with_zero(kind: str) -> tuple[list[float], list[float], list[Piece], list[Pi
         for stage in stages:
             stage.zero_grad()
         inputs, targets = (t.chunk(4)[dp.index] for t in Text(None, 8).batch(SEED, step, SAMPLES))
-        loss = token_loss(model(inputs, Draw(SEED, step, 2 * dp.index)), targets, SAMPLES * 8)
+        loss = token_loss(model(inputs), targets, SAMPLES * 8)
         for stage in stages:
             stage.before_backward()
         loss.backward()
@@ -162,7 +161,7 @@ def test_zero_over_the_expert_data_parallel_ranks(pool: Pool, kind: str) -> None
     oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP, lambda config: to_moe(GPT(config), MOE))
     losses, norms = [], []
     for step in range(2):
-        losses.append(oracle.step(*Text(None, 8).batch(SEED, step, SAMPLES), Draw(SEED, step, 0)))
+        losses.append(oracle.step(*Text(None, 8).batch(SEED, step, SAMPLES), step))
         norms.append(oracle.norm)
         end_step(oracle.model)
     results = pool.run(4, with_zero, kind)
@@ -170,7 +169,7 @@ def test_zero_over_the_expert_data_parallel_ranks(pool: Pool, kind: str) -> None
         assert rank[0] == pytest.approx(losses, rel=1e-10)
         assert rank[1] == pytest.approx(norms, rel=1e-10)
     for i, reference in ((2, oracle.gradients), (3, oracle.parameters()), (4, oracle.states())):
-        assert worst_difference(join(piece for rank in results for piece in rank[i]), reference) < 1e-10
+        assert worst_difference(full_tensors(piece for rank in results for piece in rank[i]), reference) < 1e-10
 
 
 def lone(name: str, size: int) -> Axis:
@@ -193,4 +192,4 @@ def test_experts_are_marked(pool: Pool) -> None:
     assert {name: tuple(p.shape) for name, p in experts.named_parameters()} == {
         "up.weight": (2, 12, 16), "up.bias": (2, 12), "down.weight": (2, 16, 12), "down.bias": (2, 16)
     }  # fmt: skip
-    assert shard_of(experts.up.weight).whole_shape(experts.up.weight.shape) == (8, 24, 16)
+    assert shard_of(experts.up.weight).full_shape(experts.up.weight.shape) == (8, 24, 16)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.gpt import GPT, GPTConfig, materialize
-from core.lesson import Lesson
-from core.shards import Piece, Shard
+from core.model.gpt import GPT, GPTConfig, materialize
+from core.proof.lesson import Lesson
+from core.shards import LocalTensor, Shard
 from expert_parallel import router, train, upcycle
 from expert_parallel.checkpoint import convert, read, write
 from expert_parallel.moe import MoEConfig, to_moe
@@ -110,10 +110,10 @@ def test_refusals(pool: Pool, lesson: str, flags: tuple[str, ...]) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks a part of anything"):
         read(tmp_path)
-    write(tmp_path, 0, [Piece("a", torch.zeros(2), None), Piece("b", torch.zeros(2), Shard(0, 0, 2, 4))])
+    write(tmp_path, 0, [LocalTensor("a", torch.zeros(2), None), LocalTensor("b", torch.zeros(2), Shard(0, 0, 2, 4))])
     with pytest.raises(ValueError, match="lacks a part of b"):
         read(tmp_path)
-    write(tmp_path, 1, [Piece("b", torch.ones(2), Shard(0, 1, 2, 4))])
+    write(tmp_path, 1, [LocalTensor("b", torch.ones(2), Shard(0, 1, 2, 4))])
     assert read(tmp_path)["b"].tolist() == [0, 0, 1, 1]
 
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_is_not_converted_into_another(tmp_path: Path) -> None:
     for seed in (1, 2):
         (tmp_path / f"{seed}").mkdir()
         model = materialize(to_moe(GPT(config), moe), seed, torch.device("cpu"), torch.float64)
-        write(tmp_path / f"{seed}", 0, [Piece(name, p, None) for name, p in model.named_parameters()])
+        write(tmp_path / f"{seed}", 0, [LocalTensor(name, p, None) for name, p in model.named_parameters()])
     convert(tmp_path / "1", tmp_path / "to", config, moe, 8, 8)
     with pytest.raises(ValueError, match="use a new folder"):
         convert(tmp_path / "2", tmp_path / "to", config, moe, 4, 4)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from core.gpt import GPT, GPTConfig, materialize
-from core.linear import Deferred
+from core.model.gpt import GPT, GPTConfig, materialize
+from core.model.linear import Deferred
 from expert_parallel.experts import Experts, grouped
 from expert_parallel.gating import Choice, Routing
 from expert_parallel.layers import by_expert, by_source

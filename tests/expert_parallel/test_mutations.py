@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import tests.layouts
 from core import comm
-from core.gpt import GPT, GPTConfig
-from core.launch import Job
-from core.lesson import Lesson, Run
 from core.mesh import Axis
+from core.model.gpt import GPT, GPTConfig
+from core.proof.launch import Job
+from core.proof.lesson import Lesson, Run
 from core.shards import Shard
 from expert_parallel import dispatch, experts, gating, layers, moe, router, train, training
 from expert_parallel.gating import Router, Routing, Spread
@@ -153,8 +153,8 @@ def bias_moves_with_the_load() -> AbstractContextManager:
 
 
 def every_rank_has_the_first_experts() -> AbstractContextManager:
-    right = Shard.part
-    return patch.object(Shard, "part", lambda self, whole: right(replace(self, index=0), whole))
+    right = Shard.local
+    return patch.object(Shard, "local", lambda self, whole: right(replace(self, index=0), whole))
 
 
 def rows_in_the_order_they_came() -> AbstractContextManager:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from core.gpt import GPTConfig
+from core.model.gpt import GPTConfig
 from expert_parallel.gating import Routing
 from expert_parallel.moe import MoEConfig
 from tests.layouts import Layout, equals_one_process

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import core.gradients
-import core.training
-from core import comm, gpt
-from core import streams as rng
-from core.launch import Job, Stop
-from core.lesson import Lesson, Run
+import core.proof.arguments
+from core import comm
 from core.mesh import Axis
-from core.seeded import Draw
+from core.model import gpt
+from core.model import streams as rng
+from core.model.seeded import SampleMasks
+from core.proof.launch import Job, Stop
+from core.proof.lesson import Lesson, Run
 from core.shards import Shard
 from megatron_tp import layers, loss, tensor_parallel, training
 from tests.pool import Pool
@@ -31,8 +32,8 @@ FLAGS = ["--attention=softmax", "--dropout=0.2", *(f"--{name}={value}" for name,
 
 
 def every_rank_has_the_first_shard() -> AbstractContextManager:
-    right = Shard.part
-    return patch.object(Shard, "part", lambda self, whole: right(replace(self, index=0), whole))
+    right = Shard.local
+    return patch.object(Shard, "local", lambda self, whole: right(replace(self, index=0), whole))
 
 
 def heads_are_cut_across() -> AbstractContextManager:
@@ -132,21 +133,22 @@ def clipped_by_the_local_norm() -> AbstractContextManager:
 
 
 def scores_dropped_alike_on_all_ranks() -> AbstractContextManager:
-    right = Draw.keep_mask
+    right = SampleMasks.keep_mask
 
-    def wrong(self: Draw, shape: torch.Size, drop: float, name: str, split: object, device: object) -> Tensor:
+    def wrong(self: SampleMasks, shape: torch.Size, drop: float, name: str, split: object, device: object) -> Tensor:
         return right(self, shape, drop, name, split and (split[0], 0, split[2]), device)
 
-    return patch.object(Draw, "keep_mask", wrong)
+    return patch.object(SampleMasks, "keep_mask", wrong)
 
 
 def dropped_differently_outside() -> AbstractContextManager:
-    right = Draw.keep_mask
+    right = SampleMasks.keep_mask
 
-    def wrong(self: Draw, shape: torch.Size, drop: float, name: str, split: object, device: object) -> Tensor:
-        return right(self._replace(seed=self.seed + dist.get_rank()), shape, drop, name, split, device)
+    def wrong(self: SampleMasks, shape: torch.Size, drop: float, name: str, split: object, device: object) -> Tensor:
+        other = SampleMasks(self.seed + dist.get_rank(), self.step, self.first_sample + self.offset)
+        return right(other, shape, drop, name, split, device)
 
-    return patch.object(Draw, "keep_mask", wrong)
+    return patch.object(SampleMasks, "keep_mask", wrong)
 
 
 def one_inside_stream_for_all_ranks() -> AbstractContextManager:
@@ -254,7 +256,7 @@ def the_sum_is_gathered() -> AbstractContextManager:
 
 
 LOSS, GRADIENT, NORM = "losses equal", "every gradient equals", "the global gradient norm"
-PARAMETER, WHOLE = "every parameter after every step", "parameters that every rank holds whole"
+PARAMETER, WHOLE = "every parameter after every step", "replicated parameters stay equal on all ranks"
 INSIDE, OUTSIDE = "dropout of the scores", "dropout outside"
 MUST_FAIL = {
     every_rank_has_the_first_shard: {LOSS, GRADIENT, PARAMETER},
@@ -292,7 +294,7 @@ MUST_FAIL = {
 def failing_claims(bug: Callable[[], AbstractContextManager] | None) -> list[str]:
     """Run the lesson inside a worker; the claims that failed, on rank 0."""
     frame = Lesson("megatron_tp/tensor_parallel.py", "05", "", "", "")
-    core.training.add_model_flags(frame)
+    core.proof.arguments.add_model_flags(frame)
     args = frame.parser.parse_args(FLAGS)
     run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), torch.float64)
     with bug() if bug else nullcontext():

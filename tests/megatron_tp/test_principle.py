@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core import comm
-from core.launch import Job
-from core.lesson import Lesson, Run
 from core.mesh import Axis
+from core.proof.launch import Job
+from core.proof.lesson import Lesson, Run
 from megatron_tp import principle
 from tests.pool import Pool
 

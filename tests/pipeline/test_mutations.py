@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import core.training
-from core import comm, gpt, ledger, linear, p2p
-from core.launch import Job, Stop
-from core.lesson import Lesson, Run
+from core import comm, p2p
 from core.mesh import Axis
-from core.seeded import Draw
+from core.model import gpt, linear
+from core.model.seeded import SampleMasks
+from core.proof import clock
+from core.proof.launch import Job, Stop
+from core.proof.lesson import Lesson, Run
 from pipeline import runtime, stages, training
 from pipeline.runtime import Pipeline
 from tests.pool import Pool
@@ -103,7 +104,7 @@ def clipped_by_the_local_norm() -> AbstractContextManager:
 
 
 def copies_start_different() -> AbstractContextManager:
-    return patch.object(gpt.GPT, "whole_name", lambda self, name: name)
+    return patch.object(gpt.GPT, "full_name", lambda self, name: name)
 
 
 def weights_seeded_by_rank() -> AbstractContextManager:
@@ -116,17 +117,17 @@ def weights_seeded_by_rank() -> AbstractContextManager:
 
 
 def dropout_equal_in_all_microbatches() -> AbstractContextManager:
-    class Stuck(Draw):
-        def _replace(self, **_: int) -> Draw:
-            return self
+    class Stuck(SampleMasks):
+        def at(self, offset: int) -> None:
+            pass
 
-    return patch.object(core.training, "Draw", Stuck)
+    return patch.object(training, "SampleMasks", Stuck)
 
 
 def a_buffer_is_read_too_early() -> AbstractContextManager:
-    right = p2p.Mail.receive
+    right = p2p.PointToPoint.receive
 
-    def wrong(self: p2p.Mail, into: Tensor, *where: object) -> Callable[[], Tensor]:
+    def wrong(self: p2p.PointToPoint, into: Tensor, *where: object) -> Callable[[], Tensor]:
         arrive = right(self, into.zero_(), *where)
 
         def early() -> Tensor:
@@ -136,7 +137,7 @@ def a_buffer_is_read_too_early() -> AbstractContextManager:
 
         return early
 
-    return patch.object(p2p.Mail, "receive", wrong)
+    return patch.object(p2p.PointToPoint, "receive", wrong)
 
 
 def one_rank_skips_its_optimizer() -> AbstractContextManager:
@@ -179,7 +180,7 @@ def activations_are_kept_after_backward() -> AbstractContextManager:
 
 
 def the_clock_ignores_messages() -> AbstractContextManager:
-    return patch.object(ledger.VirtualClock, "hear", lambda self, stamp: None)
+    return patch.object(clock.VirtualClock, "receive", lambda self, stamp: None)
 
 
 def the_runtime_swaps_two_backwards() -> AbstractContextManager:
@@ -195,14 +196,14 @@ def the_runtime_swaps_two_backwards() -> AbstractContextManager:
 
 
 def every_activation_is_counted_twice() -> AbstractContextManager:
-    right = p2p.Mail.send
+    right = p2p.PointToPoint.send
 
-    def wrong(self: p2p.Mail, x: Tensor, to: int, kind: str, tag: int) -> None:
+    def wrong(self: p2p.PointToPoint, x: Tensor, to: int, kind: str, tag: int) -> None:
         right(self, x, to, kind, tag)
         if kind == "F":
             self.axis.ledger.record("send F", self.axis.name, x.numel(), x.element_size())
 
-    return patch.object(p2p.Mail, "send", wrong)
+    return patch.object(p2p.PointToPoint, "send", wrong)
 
 
 def messages_have_no_tags() -> AbstractContextManager:

@@ -11,15 +11,17 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
-from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.gradients import clip_and_total
-from core.ledger import Event, Ledger, SavedActivations, VirtualClock
-from core.linear import Linear
+from core.ledger import Ledger
 from core.mesh import Mesh
-from core.oracle import Oracle, worst_difference
-from core.p2p import Mail
-from core.seeded import Draw
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
+from core.model.linear import Linear
+from core.model.seeded import SampleMasks
+from core.model.text import Text
+from core.p2p import PointToPoint
+from core.proof.clock import Event, VirtualClock
+from core.proof.memory import SavedActivations
+from core.proof.oracle import Oracle, worst_difference
 from pipeline.gpipe import COURSE_GRID
 from pipeline.runtime import Pipeline, Trace
 from pipeline.schedules import SCHEDULES, Schedule, build, from_csv, held, size
@@ -45,24 +47,26 @@ def train(config: GPTConfig, schedule: Schedule, freeze: tuple[str, ...], steps:
     (stages, m), mine = size(schedule), held(schedule)[axis.index]
     part = materialize(cut(GPT(config), mine, stages), 7, CPU, torch.float64)
     for name, p in part.named_parameters():
-        p.requires_grad_(not frozen(part.whole_name(name), freeze))
+        p.requires_grad_(not frozen(part.full_name(name), freeze))
+    masks = use_masks(part, SampleMasks(7))
     copies = Copies(part, axis, held(schedule))
     loss, shape = partial(token_loss, tokens=m * SEQUENCE), (1, SEQUENCE, config.hidden)
-    pipeline = Pipeline(each_stage(part, mine, stages), loss, schedule, axis, shape, torch.float64, CPU)
+    pipeline = Pipeline(each_stage(part, mine, stages), loss, schedule, axis, shape, torch.float64, CPU, masks)
     optimizer = optimizer_of(part.parameters())
     losses, norms, gradients = [], [], []
     for step in range(steps):
         optimizer.zero_grad()
         inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in batch(step, m))
-        share = pipeline.step(inputs, targets, Draw(7, step, 0))
+        masks.seek(step)
+        share = pipeline.step(inputs, targets)
         copies.sum_gradients()
-        gradients = [(part.whole_name(n), p.grad.clone()) for n, p in part.named_parameters() if p.grad is not None]
+        gradients = [(part.full_name(n), p.grad.clone()) for n, p in part.named_parameters() if p.grad is not None]
         norm, total = clip_and_total(part.parameters(), copies.counted_once(), [axis], CLIP, share)
         losses.append(total)
         norms.append(norm)
         optimizer.step()
     pipeline.close()
-    return losses, norms, gradients, [(part.whole_name(n), p.detach()) for n, p in part.named_parameters()]
+    return losses, norms, gradients, [(part.full_name(n), p.detach()) for n, p in part.named_parameters()]
 
 
 def check_against_one_process(
@@ -73,7 +77,7 @@ def check_against_one_process(
         p.requires_grad_(not frozen(name, freeze))
     losses, norms = [], []
     for step in range(steps):
-        losses.append(oracle.step(*batch(step, size(schedule)[1]), Draw(7, step, 0)))
+        losses.append(oracle.step(*batch(step, size(schedule)[1]), step))
         norms.append(oracle.norm)
     results = pool.run(ranks, train, config, schedule, freeze, steps)
     for rank_losses, rank_norms, _, _ in results:
@@ -149,7 +153,7 @@ class Watched(nn.Module):
         self.linear = nn.Linear(4, 4, dtype=torch.float64)
         self.outputs: list[weakref.ref] = []
 
-    def forward(self, x: Tensor, draw: Draw | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y = x + self.linear(x)
         self.outputs.append(weakref.ref(y.untyped_storage()))
         return y
@@ -165,7 +169,7 @@ def outputs_alive_in_first_backward() -> tuple[int, int] | None:
 
     def spy(action: object) -> Tensor | None:
         if not seen:
-            pipeline._mail.flush()
+            pipeline._messages.flush()
             gc.collect()
             seen.append((sum(o() is not None for o in stage.outputs), len(pipeline._kept)))
         return backward(action)
@@ -183,7 +187,7 @@ def test_a_sent_output_is_let_go(pool: Pool) -> None:
 def a_send_does_not_wait() -> str:
     """Rank 0 sends much more than any buffer holds before rank 1 asks for it, then rank 1 takes it backwards."""
     axis = Mesh("cpu", Ledger(), 30.0, pp=2)["pp"]
-    mail = Mail(axis, [(0, 1, "F")], CPU)
+    mail = PointToPoint(axis, [(0, 1, "F")], CPU)
     if axis.index == 0:
         for tag in range(4):
             mail.send(torch.full((1 << 20,), float(tag)), 1, "F", tag)
@@ -272,11 +276,11 @@ def left_after_a_step() -> list[bool]:
             super().__init__()
             self.inner = inner
 
-        def forward(self, x: Tensor, draw: Draw | None) -> Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             return self.inner(x)
 
     class Noting(Plain):
-        def forward(self, x: Tensor, draw: Draw | None) -> Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             inputs.append(weakref.ref(x))
             return self.inner(x)
 

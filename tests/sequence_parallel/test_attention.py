@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core import comm
-from core.gpt import GPT, GPTConfig
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.oracle import worst_difference
+from core.model.gpt import GPT, GPTConfig
+from core.proof.oracle import worst_difference
 from sequence_parallel.blocks import attend, attend_backward, join, plain_attend, plain_backward
 from sequence_parallel.context import SequenceAttention, check, parallelize, part
 from sequence_parallel.hybrid import context_parallel, pieces_of

@@ -8,13 +8,12 @@ from torch import Tensor
 
 import megatron_tp.layers
 import megatron_tp.loss
-from core.gpt import GPT, GPTConfig, materialize
 from core.ledger import Ledger
 from core.mesh import Mesh
-from core.oracle import Oracle, worst_difference
-from core.seeded import Draw
-from core.shards import Piece, join
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, materialize
+from core.model.text import Text
+from core.proof.oracle import Oracle, worst_difference
+from core.shards import full_tensors
 from sequence_parallel import context
 from sequence_parallel.hybrid import context_parallel
 from tests.layouts import Layout, equals_one_process
@@ -81,7 +80,7 @@ SAMPLES, STEPS, CLIP = 4, 2, 0.5
 optimizer_of = partial(torch.optim.AdamW, lr=1e-3)
 
 
-def zero(kind: str, tp_size: int, cp_size: int, dp_size: int) -> tuple[list, list, list[Piece], list[Piece]]:
+def zero(kind: str, tp_size: int, cp_size: int, dp_size: int) -> tuple[list, ...]:
     mesh = Mesh("cpu", Ledger(), 30.0, tp=tp_size, cp=cp_size, dp=dp_size)
     tp, cp, dp, every = mesh["tp"], mesh["cp"], mesh["dp"], mesh.joined("dp", "cp")
     attention = context_parallel(cp, CPU)
@@ -116,11 +115,11 @@ def test_zero(pool: Pool, kind: str, tp: int, cp: int, dp: int) -> None:
     oracle = Oracle(SIZES, SEED, CPU, torch.float64, optimizer_of, CLIP)
     losses, norms = [], []
     for step in range(STEPS):
-        losses.append(oracle.step(*Text(None, 24).batch(SEED, step, SAMPLES), Draw(SEED, step, 0)))
+        losses.append(oracle.step(*Text(None, 24).batch(SEED, step, SAMPLES), step))
         norms.append(oracle.norm)
     results = pool.run(tp * cp * dp, zero, kind, tp, cp, dp)
     for rank in results:
         assert rank[0] == pytest.approx(losses, rel=1e-10)
         assert rank[1] == pytest.approx(norms, rel=1e-10)
     for i, reference in ((2, oracle.gradients), (3, oracle.states())):
-        assert worst_difference(join(piece for rank in results for piece in rank[i]), reference) < 1e-10
+        assert worst_difference(full_tensors(piece for rank in results for piece in rank[i]), reference) < 1e-10

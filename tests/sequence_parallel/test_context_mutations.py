@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import core.training
+import core.proof.arguments
 from core import comm
-from core.gpt import GPT
-from core.launch import Job, Stop
-from core.lesson import Lesson, Run
 from core.mesh import Axis
-from core.p2p import Mail
+from core.model.gpt import GPT
+from core.p2p import PointToPoint
+from core.proof.launch import Job, Stop
+from core.proof.lesson import Lesson, Run
 from sequence_parallel import context_training, hybrid, long_context, ring, ring_attention, ulysses
 from sequence_parallel.ring import GRADIENTS, RingAttention, Tile
 from sequence_parallel.ulysses import Ulysses
@@ -151,14 +151,14 @@ def gradients_are_not_passed_on() -> AbstractContextManager:
 
 
 def a_message_is_read_before_it_has_arrived() -> AbstractContextManager:
-    right = Mail.receive
+    right = PointToPoint.receive
 
-    def wrong(self: Mail, into: Tensor, *rest: Any) -> Callable[[], Tensor]:
+    def wrong(self: PointToPoint, into: Tensor, *rest: Any) -> Callable[[], Tensor]:
         arrive = right(self, into, *rest)
         early = torch.zeros_like(into)
         return lambda: arrive() if into.dim() == 1 else (arrive(), early)[1]  # the clock's may arrive
 
-    return patch.object(Mail, "receive", wrong)
+    return patch.object(PointToPoint, "receive", wrong)
 
 
 def messages_are_waited_for_at_once() -> AbstractContextManager:
@@ -226,7 +226,7 @@ def every_rank_has_its_groups_first_tokens() -> AbstractContextManager:
 
 
 LOSS, GRADIENT, NORM = "losses equal", "every gradient equals", "the global gradient norm"
-PARAMETER, WHOLE = "every parameter after every step", "parameters that every rank holds whole"
+PARAMETER, WHOLE = "every parameter after every step", "replicated parameters stay equal on all ranks"
 SUMMED, SMALL, ALONE = "elements sent to sum all gradients", "bfloat16", "one head of keys and values"
 AROUND: dict[Callable, set[str]] = {
     gradients_are_not_summed_because_dp_is_1: {GRADIENT, NORM, PARAMETER, WHOLE, SUMMED},
@@ -297,7 +297,7 @@ def failing_claims(name: str, bugs: list[Callable[[], AbstractContextManager] | 
 
 def failing(script: ModuleType, flags: list[str], bug: Callable[[], AbstractContextManager] | None) -> list[str]:
     frame = Lesson("sequence_parallel/lesson.py", "06", "", "", "")
-    core.training.add_model_flags(frame)
+    core.proof.arguments.add_model_flags(frame)
     frame.parser.add_argument("--placement")
     frame.parser.add_argument("--ulysses", type=int)
     args = frame.parser.parse_args(FLAGS + flags)

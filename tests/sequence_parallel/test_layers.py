@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import comm
-from core.gpt import GPT, GPTConfig, materialize
-from core.ledger import Ledger, SavedActivations
+from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.seeded import Draw
+from core.model.gpt import GPT, Dropout, GPTConfig, materialize, use_masks
+from core.model.seeded import SampleMasks
+from core.model.streams import RandomTracker
+from core.proof.memory import SavedActivations
 from core.shards import shard_of
-from core.streams import RandomTracker
 from sequence_parallel import recompute
 from sequence_parallel.layers import ColumnParallelLinear, RowParallelLinear, check, parallelize, parallelize_block
 from sequence_parallel.loss import cross_entropy
@@ -123,11 +124,14 @@ def test_the_loss_of_masked_logits(pool: Pool) -> None:
 def test_the_trackers_numbers_are_restored() -> None:
     tracker = RandomTracker(3, Axis("tp", (0,), 0, None, Ledger(), None), CPU)
 
-    def dropped(x: Tensor, draw: RandomTracker) -> Tensor:
-        return x.exp() * draw.keep_mask(x.shape, 0.5, "", None, CPU)
+    dropout = Dropout(0.5, "")
+    dropout.masks = tracker
+
+    def dropped(x: Tensor) -> Tensor:
+        return x.exp() * tracker.keep_mask(x.shape, 0.5, "", None, CPU)
 
     x = torch.zeros(1000, requires_grad=True)
-    y = recompute._twice(dropped)(x, tracker)
+    y = recompute._twice(dropped, dropout)(x)
     tracker.keep_mask(x.shape, 0.5, "", None, CPU)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
@@ -179,8 +183,9 @@ def a_block(sequence: bool) -> None:
     x, gradient = random(2, 8, 16).requires_grad_(), random(2, 8, 16, seed=1)
     part = x.detach().chunk(t, 1)[i] if sequence else x.detach()
     mine = part.clone().requires_grad_()
-    draw = Draw(0, 0, 0)
-    expected, found = dense(x, draw), ours(mine, draw)
+    use_masks(dense, SampleMasks(0))
+    use_masks(ours, SampleMasks(0))
+    expected, found = dense(x), ours(mine)
     expected.backward(gradient)
     found.backward(gradient.chunk(t, 1)[i].contiguous() if sequence else gradient)
     cut = (lambda y: y.chunk(t, 1)[i]) if sequence else (lambda y: y)
@@ -191,7 +196,7 @@ def a_block(sequence: bool) -> None:
         mark = shard_of(p)
         if mark is None and sequence:
             comm.all_reduce(p.grad, axis)
-        right = mark.part(whole[name].grad) if mark else whole[name].grad
+        right = mark.local(whole[name].grad) if mark else whole[name].grad
         assert torch.allclose(p.grad, right, rtol=1e-12, atol=1e-13), name
 
 

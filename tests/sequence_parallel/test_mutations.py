@@ -13,15 +13,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import core.training
+import core.proof.arguments
 from core import comm
-from core.gpt import GPT, Dropout
-from core.launch import Job, Stop
-from core.lesson import Lesson, Run
 from core.mesh import Axis
-from core.seeded import Draw
+from core.model.gpt import GPT, Dropout
+from core.model.seeded import SampleMasks
+from core.model.streams import RandomTracker
+from core.proof.launch import Job, Stop
+from core.proof.lesson import Lesson, Run
 from core.shards import Shard, shard_of
-from core.streams import RandomTracker
 from sequence_parallel import activations, layers, loss, megatron_sp, recompute, training
 from tests.pool import Pool
 
@@ -39,7 +39,7 @@ def sum_only(chosen: Callable[[str], bool], factor: float = 1.0) -> AbstractCont
     def wrong(model: GPT, axis: Axis) -> None:
         for name, p in model.named_parameters():
             if shard_of(p) is None and chosen(name):
-                comm.all_reduce(p.grad, axis.within("whole gradients"))
+                comm.all_reduce(p.grad, axis.labelled("whole gradients"))
                 p.grad *= factor
 
     return patch.object(training, "sum_whole_gradients", wrong)
@@ -76,8 +76,8 @@ def cut_gradients_are_summed_too() -> AbstractContextManager:
 
 
 def every_rank_has_the_first_shard() -> AbstractContextManager:
-    right = Shard.part
-    return patch.object(Shard, "part", lambda self, whole: right(replace(self, index=0), whole))
+    right = Shard.local
+    return patch.object(Shard, "local", lambda self, whole: right(replace(self, index=0), whole))
 
 
 def every_rank_has_the_first_positions() -> AbstractContextManager:
@@ -93,14 +93,14 @@ def row_bias_once_a_rank() -> AbstractContextManager:
 
 
 def dropped_alike(dim: int) -> AbstractContextManager:
-    right = Draw.keep_mask
+    right = SampleMasks.keep_mask
 
-    def wrong(self: Draw, shape: torch.Size, drop: float, name: str, split: Any, device: torch.device) -> Tensor:
+    def wrong(self: SampleMasks, shape: torch.Size, drop: float, name: str, split: Any, device: torch.device) -> Tensor:
         if split and len(shape) == dim:
             split = (split[0], 0, split[2])
         return right(self, shape, drop, name, split, device)
 
-    return patch.object(Draw, "keep_mask", wrong)
+    return patch.object(SampleMasks, "keep_mask", wrong)
 
 
 def residual_stream_dropped_alike_on_all_ranks() -> AbstractContextManager:
@@ -205,8 +205,8 @@ def nothing_is_forgotten() -> AbstractContextManager:
 
 
 def masks_of_two_bytes() -> AbstractContextManager:
-    right = Draw.keep_mask
-    return patch.object(Draw, "keep_mask", lambda self, *a: right(self, *a).to(torch.bfloat16))
+    right = SampleMasks.keep_mask
+    return patch.object(SampleMasks, "keep_mask", lambda self, *a: right(self, *a).to(torch.bfloat16))
 
 
 def random_numbers_are_not_restored() -> AbstractContextManager:
@@ -219,11 +219,11 @@ def the_training_does_not_recompute() -> AbstractContextManager:
 
 def a_mask_less() -> AbstractContextManager:
     right = Dropout.forward
-    return patch.object(Dropout, "forward", lambda self, x, draw: x if "mlp" in self.name else right(self, x, draw))
+    return patch.object(Dropout, "forward", lambda self, x: x if "mlp" in self.name else right(self, x))
 
 
 LOSS, GRADIENT, NORM = "losses equal", "every gradient equals", "the global gradient norm"
-PARAMETER, WHOLE = "every parameter after every step", "parameters that every rank holds whole"
+PARAMETER, WHOLE = "every parameter after every step", "replicated parameters stay equal on all ranks"
 SP: dict[Callable, set[str]] = {
     nothing_is_summed: {GRADIENT, PARAMETER, WHOLE, "elements of whole"},
     layernorms_are_not_summed: {GRADIENT, PARAMETER, WHOLE},
@@ -272,7 +272,7 @@ def failing_claims(lesson: str, bug: Callable[[], AbstractContextManager] | None
     """Run a lesson inside a worker; the claims that failed, on rank 0."""
     script: ModuleType = {"megatron_sp": megatron_sp, "activations": activations}[lesson]
     frame = Lesson(f"sequence_parallel/{lesson}.py", "06", "", "", "")
-    core.training.add_model_flags(frame)
+    core.proof.arguments.add_model_flags(frame)
     frame.parser.set_defaults(recompute="full")
     args = frame.parser.parse_args(FLAGS)
     run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), torch.float64)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from core.gpt import GPTConfig
+from core.model.gpt import GPTConfig
 from tests.layouts import Layout, equals_one_process
 from tests.pool import Pool
 

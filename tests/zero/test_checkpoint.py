@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from core.gpt import token_loss
-from core.launch import Job
 from core.ledger import Ledger
 from core.mesh import Mesh
-from core.text import Text
+from core.model.gpt import token_loss
+from core.model.text import Text
+from core.proof.launch import Job
 from tests.pool import Pool
 from tests.zero.test_stages import CLIP, CPU, SEED, STAGES, Case, Result, equal, one_process, wide
 from zero import checkpoint

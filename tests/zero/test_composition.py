@@ -13,13 +13,12 @@ import megatron_tp.loss
 import pipeline.stages
 import sequence_parallel.layers
 import sequence_parallel.loss
-from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.ledger import Ledger
 from core.mesh import Mesh
-from core.oracle import Oracle, worst_difference
-from core.seeded import Draw
-from core.shards import Piece, join, shard_of
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.text import Text
+from core.proof.oracle import Oracle, worst_difference
+from core.shards import LocalTensor, full_tensors, shard_of
 from pipeline.runtime import Pipeline
 from pipeline.schedules import build, held, size
 from tests.pool import Pool
@@ -34,7 +33,9 @@ def is_whole(p: nn.Parameter) -> bool:
     return shard_of(p) is None
 
 
-def tp_and_dp(kind: str, sequence: bool) -> tuple[list[float], list[float], list[Piece], list[Piece], list[Piece]]:
+def tp_and_dp(
+    kind: str, sequence: bool
+) -> tuple[list[float], list[float], list[LocalTensor], list[LocalTensor], list[LocalTensor]]:
     mesh = Mesh("cpu", Ledger(), 30.0, tp=2, dp=4)
     tp, dp = mesh["tp"], mesh["dp"]
     topic, loss_of = megatron_tp.layers, megatron_tp.loss.token_loss
@@ -46,7 +47,7 @@ def tp_and_dp(kind: str, sequence: bool) -> tuple[list[float], list[float], list
     for step in range(STEPS):
         stage.zero_grad()
         inputs, targets = (t.chunk(4)[dp.index] for t in Text(None, 8).batch(SEED, step, SAMPLES))
-        logits = model(inputs, Draw(SEED, step, dp.index * SAMPLES // 4))
+        logits = model(inputs)
         loss = loss_of(logits, targets, SAMPLES * 8, tp, CONFIG.vocabulary)
         stage.backward(loss)
         if sequence:
@@ -60,7 +61,7 @@ def tp_and_dp(kind: str, sequence: bool) -> tuple[list[float], list[float], list
     return losses, norms, gradients, stage.weights(), stage.states()
 
 
-def pp_and_dp(name: str) -> tuple[list[float], list[float], list[Piece], list[Piece], list[Piece]]:
+def pp_and_dp(name: str) -> tuple[list[float], list[float], list[LocalTensor], list[LocalTensor], list[LocalTensor]]:
     """ZeRO-1 over a pipeline: the runtime accumulates the microbatches, and the stage reduces once at the end."""
     mesh = Mesh("cpu", Ledger(), 30.0, dp=2, pp=4)
     dp, pp = mesh["dp"], mesh["pp"]
@@ -79,7 +80,7 @@ def pp_and_dp(name: str) -> tuple[list[float], list[float], list[Piece], list[Pi
         stage.zero_grad()
         batch = (t.chunk(2)[dp.index] for t in Text(None, 8).batch(SEED, step, SAMPLES))
         inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in batch)
-        share = runtime.step(inputs, targets, Draw(SEED, step, dp.index * SAMPLES // 2))
+        share = runtime.step(inputs, targets)
         copies.sum_gradients()
         stage.reduce()
         gradients = stage.gradients()
@@ -89,9 +90,10 @@ def pp_and_dp(name: str) -> tuple[list[float], list[float], list[Piece], list[Pi
         stage.step()
     runtime.close()
     found = [
-        [Piece(model.whole_name(piece.name), *piece[1:]) for piece in pieces] for pieces in (gradients, stage.weights())
+        [LocalTensor(model.full_name(piece.name), *piece[1:]) for piece in pieces]
+        for pieces in (gradients, stage.weights())
     ]
-    states = [Piece((model.whole_name(n), key), *rest) for (n, key), *rest in stage.states()]
+    states = [LocalTensor((model.full_name(n), key), *rest) for (n, key), *rest in stage.states()]
     return losses, norms, *found, states
 
 
@@ -99,7 +101,7 @@ def one_process(layers: int = 4) -> tuple[list[float], list[float], Oracle]:
     oracle = Oracle(replace(CONFIG, layers=layers), SEED, CPU, torch.float64, optimizer_of, CLIP)
     losses, norms = [], []
     for step in range(STEPS):
-        losses.append(oracle.step(*Text(None, 8).batch(SEED, step, SAMPLES), Draw(SEED, step, 0)))
+        losses.append(oracle.step(*Text(None, 8).batch(SEED, step, SAMPLES), step))
         norms.append(oracle.norm)
     return losses, norms, oracle
 
@@ -113,7 +115,7 @@ def test_with_tensor_parallelism(pool: Pool, kind: str, sequence: bool) -> None:
         assert rank[0] == pytest.approx(losses, rel=1e-10)
         assert rank[1] == pytest.approx(norms, rel=1e-10)
     for i, reference in ((2, oracle.gradients), (3, oracle.parameters()), (4, oracle.states())):
-        assert worst_difference(join(piece for rank in results for piece in rank[i]), reference) < 1e-10
+        assert worst_difference(full_tensors(piece for rank in results for piece in rank[i]), reference) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h2", "zb-v", "dualpipe"])
@@ -124,4 +126,4 @@ def test_zero1_with_a_pipeline(pool: Pool, name: str) -> None:
         assert rank[0] == pytest.approx(losses, rel=1e-10)
         assert rank[1] == pytest.approx(norms, rel=1e-10)
     for i, reference in ((2, oracle.gradients), (3, oracle.parameters()), (4, oracle.states())):
-        assert worst_difference(join(p for rank in results for p in rank[i]), reference) < 1e-10
+        assert worst_difference(full_tensors(p for rank in results for p in rank[i]), reference) < 1e-10

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core import comm
-from core.launch import Job, Stop
-from core.lesson import Lesson, Run
 from core.mesh import Axis
+from core.proof.launch import Job, Stop
+from core.proof.lesson import Lesson, Run
 from tests.pool import Pool
 from zero import ddp, flat, memory, offload, optimizer, stage, training, zero1, zero2, zero3, zeropp
 

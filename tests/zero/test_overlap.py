@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core import comm
-from core.gpt import token_loss
 from core.ledger import Ledger
 from core.mesh import Mesh
-from core.text import Text
+from core.model.gpt import token_loss
+from core.model.text import Text
 from tests.pool import Pool
 from tests.zero.test_stages import STAGES, Case, wide
 from zero.offload import Offload

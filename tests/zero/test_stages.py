@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from core.gpt import GPT, GPTConfig, materialize, token_loss
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.oracle import worst_difference
-from core.seeded import Draw
-from core.shards import Piece, join
-from core.text import Text
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.text import Text
+from core.proof.oracle import worst_difference
+from core.shards import LocalTensor, full_tensors
 from tests.pool import Pool
 from zero.ddp import DataParallel
 from zero.offload import Offload
@@ -61,7 +60,7 @@ class Case:
         return [{"params": [p for p in trained if p.dim() == 2]}, {"params": small, "weight_decay": 0.0, "lr": 2e-3}]
 
 
-Result = tuple[list[float], list[float], list[Piece], list[Piece], list[Piece]]
+Result = tuple[list[float], list[float], list[LocalTensor], list[LocalTensor], list[LocalTensor]]
 
 
 def train(kind: str, case: Case) -> Result:
@@ -79,7 +78,7 @@ def train(kind: str, case: Case) -> Result:
         for m in range(case.microbatches):
             first = (axis.index * case.microbatches + m) * each
             part = slice(first, first + each)
-            loss = token_loss(model(inputs[part], Draw(SEED, step, first)), targets[part], targets.numel())
+            loss = token_loss(model(inputs[part]), targets[part], targets.numel())
             stage.backward(loss, last=m == case.microbatches - 1)
             share += loss.detach()
         gradients = stage.gradients()
@@ -98,7 +97,7 @@ def kept_alive() -> list[str]:
         model = case.model()
         stage = make(model, axis, case.optimizer, None, case.dtype, case.elements)
         inputs, targets = Text(None, case.config.sequence).batch(SEED, 0, 2)
-        stage.backward(token_loss(model(inputs, Draw(SEED, 0, 0)), targets, targets.numel()), last=True)
+        stage.backward(token_loss(model(inputs), targets, targets.numel()), last=True)
         stage.clip_and_total(CLIP, torch.zeros(()))
         stage.step()
         models.append(weakref.ref(model))
@@ -116,7 +115,7 @@ def one_process(case: Case, ranks: int) -> tuple[list[float], list[float], dict,
         optimizer.zero_grad()
         batch = (case.samples or 2) * ranks * case.microbatches
         inputs, targets = Text(None, case.config.sequence).batch(SEED, step, batch)
-        loss = token_loss(model(inputs, Draw(SEED, step, 0)), targets, targets.numel())
+        loss = token_loss(model(inputs), targets, targets.numel())
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         norms.append(nn.utils.clip_grad_norm_(trained, CLIP).item())
@@ -132,7 +131,7 @@ def equal(results: list[Result], expected: tuple) -> None:
         assert rank[0] == pytest.approx(losses, rel=1e-10)
         assert rank[1] == pytest.approx(norms, rel=1e-10)
     for i, reference in enumerate(tensors, 2):
-        assert worst_difference(join(piece for rank in results for piece in rank[i]), reference) < 1e-10
+        assert worst_difference(full_tensors(piece for rank in results for piece in rank[i]), reference) < 1e-10
 
 
 def wide(**options: Any) -> GPTConfig:
@@ -184,7 +183,7 @@ def test_the_stages_are_equal_to_the_last_bit(pool: Pool) -> None:
     """From ZeRO-1 on each rank sums its part in the order of the ranks, so the gradients of a step are the same."""
     case = Case(steps=1)
     results = [pool.run(4, train, kind, case) for kind in ("zero1", "zero2", "zero3")]
-    wholes = [dict(join(piece for rank in result for piece in rank[2])) for result in results]
+    wholes = [dict(full_tensors(piece for rank in result for piece in rank[2])) for result in results]
     for name, value in wholes[0].items():
         assert all(torch.equal(value, other[name]) for other in wholes[1:]), name
 
@@ -229,7 +228,7 @@ USES = {0: (0, 1, 2), 1: (1,), 2: (), 3: (0, 2)}  # by rank
 NOTHING = dict.fromkeys(range(4), ()) | {1: None, 3: (2,)}  # rank 1 has no loss at all
 
 
-def train_odd(kind: str, uses: dict[int, tuple[int, ...]]) -> tuple[list[Piece], list[Piece]]:
+def train_odd(kind: str, uses: dict[int, tuple[int, ...]]) -> tuple[list[LocalTensor], list[LocalTensor]]:
     axis = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"]
     model = Odd()
     stage = STAGES[kind](model, axis, partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5), None, torch.float64, 4)
@@ -263,8 +262,8 @@ def test_unused_parameters_and_tiny_ones(pool: Pool, kind: str, uses: dict, rank
     results = pool.run(ranks, train_odd, kind, uses)
     weights = {n: p.detach() for n, p in model.named_parameters() if p.numel() or kind != "zero3"}
     states = {(n, k): v for n, p in model.named_parameters() for k, v in optimizer.state[p].items() if p.numel()}
-    assert worst_difference(join(p for r in results for p in r[0]), weights) < 1e-10
-    assert worst_difference(join(p for r in results for p in r[1]), states) < 1e-10
+    assert worst_difference(full_tensors(p for r in results for p in r[0]), weights) < 1e-10
+    assert worst_difference(full_tensors(p for r in results for p in r[1]), states) < 1e-10
 
 
 class Tiny(nn.Module):
@@ -280,7 +279,7 @@ class Tiny(nn.Module):
         return self.blocks["0"](x)
 
 
-def train_tiny(kind: str) -> tuple[list[Piece], list[Piece]]:
+def train_tiny(kind: str) -> tuple[list[LocalTensor], list[LocalTensor]]:
     axis = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"]
     model = Tiny()
     stage = STAGES[kind](model, axis, partial(torch.optim.AdamW, lr=1e-2), None, torch.float64)
@@ -306,8 +305,8 @@ def test_more_ranks_than_elements(pool: Pool, kind: str) -> None:
     results = pool.run(8, train_tiny, kind)
     states = {(n, k): v for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
     weights = {n: p.detach() for n, p in model.named_parameters()}
-    assert worst_difference(join(p for r in results for p in r[0]), weights) < 1e-10
-    assert worst_difference(join(p for r in results for p in r[1]), states) < 1e-10
+    assert worst_difference(full_tensors(p for r in results for p in r[0]), weights) < 1e-10
+    assert worst_difference(full_tensors(p for r in results for p in r[1]), states) < 1e-10
 
 
 def shared_by_two_blocks() -> None:

@@ -1,0 +1,99 @@
+"""All layouts that can be run, and the one next to a layout that cannot. Lecture 03."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from math import isqrt, log2
+
+from cluster.planner.hardware import Machine
+from cluster.planner.layout import FOLDED, Layout
+from cluster.planner.models import Model
+from cluster.planner.rulebook import Case, broken, keeps_all
+
+Choices = Mapping[str, Sequence]
+
+
+def divisors(n: int) -> list[int]:
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def legal(model: Model, machine: Machine | None, world: int, batch: int, choices: Choices) -> Iterator[Layout]:
+    """Every layout of `world` ranks and `batch` samples a step that breaks no rule; with a machine, not even advice.
+
+    Args:
+        choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
+            usual one of sp, ulysses, placement, schedule, zero and recompute.
+    """
+    usual = Layout()
+
+    def of(name: str, every: Sequence | None = None) -> Sequence:
+        return choices.get(name) or every or (getattr(usual, name),)
+
+    (placement,) = of("placement")
+    for tp, cp, pp in product(of("tp", divisors(world)), of("cp", divisors(world)), of("pp", divisors(world))):
+        dp = world // (tp * cp * pp)
+        if tp * cp * pp * dp != world or model.heads % tp or batch % dp or dp not in of("dp", [dp]):
+            continue
+        # First what the ranks do, then, of what can be, how a pipeline of them works.
+        folds = product(of("ep", divisors(world // pp) if model.experts else [1]), of("etp"), of("sp"), of("ulysses"))
+        folds = [
+            fold for fold in folds
+            if keeps_all(Case(Layout(tp, cp, *fold[:2], pp, dp, 1, *fold[2:], microbatches=pp), model, machine))
+        ]  # fmt: skip
+        samples = batch // dp  # of a pipeline
+        sizes = [(b, samples // b) for b in of("microbatch", divisors(samples)) if samples % b == 0]
+        sizes = [(b, m) for b, m in sizes if m in of("microbatches", [m])]
+        pipelines = [(s, v) for s in of("schedule") for v in _stages(s, pp, model, choices.get("v"))]
+        for fold, (schedule, v), zero, (b, m), recompute in product(
+            folds, pipelines, of("zero"), sizes, of("recompute")
+        ):
+            layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute)
+            if keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
+                yield layout
+
+
+def _stages(schedule: str, pp: int, model: Model, wanted: Sequence | None) -> Sequence[int]:
+    if schedule == "interleaved":
+        every = wanted or range(2, model.layers // pp + 2)
+        equal = model.layers % pp == 0  # where stages can be equal, others are not better
+        return [v for v in every if v > 1 and not (equal and model.layers % (v * pp))]
+    return (2 if schedule in FOLDED else 1,)
+
+
+def nearest(case: Case) -> Layout | None:
+    """The layout that breaks no rule and differs least from the case's: in the factors between sizes, and in choices.
+
+    On as many ranks, with as many samples if that can be, and following advice if that can be.
+    """
+    asked, world = case.layout, case.world or max(1, case.layout.ranks)
+    if not broken(case, advice=True):
+        return asked
+    batch = case.batch or max(1, asked.dp) * max(1, asked.microbatch) * max(1, asked.microbatches)
+    choices = {
+        "placement": [asked.placement],
+        "ulysses": [max(1, asked.ulysses), 1],
+        "recompute": [asked.recompute],
+        "sp": [False, True],
+        "zero": [asked.zero, min(asked.zero, 1)],
+        "schedule": list(dict.fromkeys((asked.schedule, "1f1b", "interleaved"))),
+        "v": [max(2, asked.v), 2],
+        "etp": [max(1, asked.etp), 1],
+    }
+    more = [batch] if case.batch else []
+    more += [batch * k for k in (1, 2, 4)] + [world * k for k in (1, 2, 4, max(1, round(batch / world)))]
+    for machine in dict.fromkeys((case.machine, None)):
+        for samples in dict.fromkeys(more):
+            found = legal(case.model, machine, world, samples, choices)
+            if best := min(found, key=lambda layout: _distance(asked, layout), default=None):
+                return best
+    return None
+
+
+# How much a factor of two between sizes counts.
+WEIGHTS = {"tp": 1.0, "cp": 1.0, "ep": 1.0, "etp": 1.0, "pp": 1.0, "dp": 0.5, "ulysses": 0.5, "v": 0.5,
+           "microbatch": 0.3, "microbatches": 0.2}  # fmt: skip
+
+
+def _distance(a: Layout, b: Layout) -> float:
+    apart = sum(weight * abs(log2(max(1, getattr(a, n)) / getattr(b, n))) for n, weight in WEIGHTS.items())
+    return apart + sum(getattr(a, n) != getattr(b, n) for n in ("sp", "schedule", "zero", "recompute"))

@@ -1,0 +1,179 @@
+"""What a combined run is told: the model, the layout, and how to train. Lecture 02: Megatron-LM's arguments.py."""
+
+import argparse
+import errno
+import math
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+
+from cluster import dry_run, rules
+from cluster.planner import hardware, models
+from cluster.planner.layout import FOLDED, Layout, add_flags, given
+from cluster.planner.models import Model
+from cluster.planner.plans import plans
+from core.model.gpt import GPTConfig
+from core.model.text import Text
+from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.lesson import Lesson
+from expert_parallel.gating import Routing
+from expert_parallel.moe import MoEConfig
+
+HELD_OUT = 0.1  # of the text, for validation
+
+
+def add_all_flags(lesson: Lesson) -> None:
+    add_model_flags(lesson, layers=4, heads=4)
+    flag = lesson.parser.add_argument_group("experts").add_argument
+    flag("--experts", type=int, default=0, help="of each layer; 0: dense (default %(default)s)")
+    flag("--top-k", type=int, default=2, help="experts for each token (default %(default)s)")
+    flag("--aux", type=float, default=0.01, help="of the load-balancing loss (default %(default)s)")
+    flag("--z", type=float, default=0.0, help="of the router z-loss (default %(default)s)")
+    flag("--bias-rate", type=float, default=0.0, help="of balancing by a bias (default %(default)s)")
+    flag("--capacity", type=float, default=0.0, help="capacity factor; 0: drop nothing (default %(default)s)")
+    flag("--shared", type=int, default=0, help="feed-forward of a shared expert; 0: none (default %(default)s)")
+    add_flags(lesson.parser)
+    flag = lesson.parser.add_argument_group("training").add_argument
+    flag("--auto", action="store_true", help="the layout that the planner finds fastest on --machine")
+    flag("--machine", metavar="NAME|FILE.json", help="for --auto; of cluster/topology.py, or known (default: this one)")
+    flag("--verify", action=argparse.BooleanOptionalAction, default=True, help="beside one process (default)")
+    flag("--warmup", type=int, default=2, help="steps in which the learning rate rises (default %(default)s)")
+    flag("--evaluate", type=int, default=0, metavar="STEPS", help="between validations; 0: at the ends only")
+    flag("--sample", type=int, default=120, help="bytes of text to write at the end (default %(default)s)")
+    flag("--bucket", type=int, default=2**18, help="elements that ZeRO sends at once, about (default %(default)s)")
+    flag("--save", metavar="FOLDER", help="write checkpoints there, and go on from the last one that is there")
+    flag("--export", metavar="FILE.safetensors", help="write the weights there at the end")
+    flag("--init", metavar="FILE.safetensors", help="start with the weights of such a file")
+    flag("--save-every", type=int, default=10, metavar="STEPS", help="default %(default)s")
+    flag("--keep", type=int, default=2, help="checkpoints to keep (default %(default)s)")
+    flag("--dry-run", action="store_true", help="one rank of --world, without the others: what it sends and holds")
+    flag("--world", type=int, default=0, metavar="RANKS", help="for --dry-run, whose ranks are not running")
+    flag("--rank", type=int, default=0, help="for --dry-run: which of them (default %(default)s)")
+
+
+def moe_of(args: argparse.Namespace) -> MoEConfig | None:
+    """Raises ValueError where the flags do not fit each other."""
+    for name in ("experts", "shared"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: must not be negative; use --{name} 0")
+    if not args.experts:
+        return None
+    score = "topk-softmax" if args.top_k != 1 else "softmax-topk"
+    routing = Routing(
+        args.experts, args.top_k, score, capacity=args.capacity, aux=args.aux, z=args.z, bias_rate=args.bias_rate
+    )
+    return MoEConfig(routing, shared=args.shared)
+
+
+def model_of(config: GPTConfig, moe: MoEConfig | None) -> Model:
+    """The model as the planner knows it."""
+    model = models.of_gpt(config)
+    if moe is None:
+        return model
+    return replace(model, experts=moe.routing.experts, top_k=moe.routing.top_k, shared_feed_forward=moe.shared)
+
+
+def layout_of(args: argparse.Namespace, world: int) -> Layout:
+    """The layout that the flags describe on so many ranks; what they leave open is chosen, or planned with `--auto`.
+
+    Raises:
+        ValueError: it breaks a rule, or the planner finds none.
+    """
+    config, moe = configuration(args), moe_of(args)
+    decided = given(args)
+    if args.auto:
+        return planned(args, world, model_of(config, moe), decided)
+    if (
+        not {"tp", "cp", "pp", "dp", "ep"} & set(decided)
+        and world % 4 == 0
+        and not (config.layers % 2 or config.heads % 2)
+    ):
+        decided |= {"tp": 2, "pp": 2}  # nothing asked: a little of each
+    layout = Layout(**decided)
+    if moe and layout.tp > 1 and "sp" not in decided:
+        layout = replace(layout, sp=True)
+    if "v" not in decided and layout.pp > 1 and layout.schedule in (*FOLDED, "interleaved"):
+        layout = replace(layout, v=2)
+    inner = layout.tp * layout.cp * layout.pp
+    if "dp" not in decided and inner > 0:
+        layout = replace(layout, dp=max(1, world // inner))
+    here = args.batch // max(1, layout.dp)  # samples of a pipeline
+    if "microbatches" not in decided:
+        wanted = here // layout.microbatch if "microbatch" in decided and layout.microbatch > 0 else 2 * layout.pp
+        fitting = [m for m in range(1, max(1, min(wanted, here)) + 1) if here % m == 0]
+        layout = replace(layout, microbatches=fitting[-1] if layout.pp > 1 or "microbatch" in decided else 1)
+    if "microbatch" not in decided and layout.microbatches > 0:
+        layout = replace(layout, microbatch=max(1, here // layout.microbatches))
+    rules.check(layout, model_of(config, moe), world=world, batch=args.batch)
+    return layout
+
+
+def planned(args: argparse.Namespace, world: int, model: Model, decided: dict[str, Any]) -> Layout:
+    """The planner's first choice."""
+    if args.machine:
+        machine = hardware.PRESETS.get(args.machine) or hardware.measured(args.machine)
+    else:
+        machine = hardware.here(world)
+    fixed = {name: [value] for name, value in decided.items()}
+    found, _ = plans(model, machine, world, args.batch, hardware.Software(), fixed)
+    if not found:
+        layout_of(argparse.Namespace(**vars(args) | {"auto": False, "tp": args.tp or 1}), world)  # says which rule
+        size = f"{machine.memory / 1e9:.3g} GB each"
+        raise ValueError(f"--auto: no layout of {world} ranks fits {size}; use --hidden {args.hidden // 2}")
+    return found[0].layout
+
+
+def check(args: argparse.Namespace, world: int) -> None:
+    """Raises ValueError when the arguments cannot make a run."""
+    check_model(args)
+    Text(args.data, args.sequence).split(HELD_OUT)
+    for name, least, usual in (("warmup", 0, 2), ("evaluate", 0, 0), ("sample", 0, 120), ("bucket", 1, 2**18),
+                               ("save_every", 1, 10), ("keep", 1, 2)):  # fmt: skip
+        if getattr(args, name) < least:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}; use --{flag} {usual}")
+    if args.world and not args.dry_run:
+        raise ValueError(
+            f"--world {args.world}: is for --dry-run; {world} ranks are running, leave it out or use --dry-run"
+        )
+    if args.init is not None and not Path(args.init).is_file():
+        raise ValueError(f"--init {args.init}: there is no such file; use one that --export wrote")
+    if args.save is not None:
+        check_folder(args.save)
+    layout = layout_of(args, args.world or world)
+    if args.dry_run:
+        dry_run.refuse(args.experts > 0, layout, args.rank)
+    if args.capacity and layout.cp > 1:
+        raise ValueError(
+            f"--capacity {args.capacity} --cp {layout.cp}: who is dropped is decided over the whole sample, which cp "
+            "cuts; use --capacity 0"
+        )
+
+
+def check_folder(folder: str) -> None:
+    """Make the folder of the checkpoints. Raises ValueError where that or a file in it cannot be."""
+    try:
+        if not folder:
+            raise FileNotFoundError(errno.ENOENT, "it has no name")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--save {folder}: nothing can be written there: {error.strerror}; use --save run") from None
+
+
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """Rises over `--warmup` steps to `--lr`, then falls like a cosine to a tenth of it at the last step."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def peak_of(device: torch.device) -> float | None:
+    """FLOP/s of this device in 16-bit matrix products, where it is known."""
+    known = hardware.of_gpu(device) if device.type == "cuda" else None
+    return known.peak if known else None

@@ -1,0 +1,1 @@
+"""The reference model, its data and its random numbers."""

@@ -1,0 +1,226 @@
+"""The reference model: a GPT in one process. Every topic parallelises this model from outside; there is no second one.
+
+B batch, S sequence, H hidden, A heads, D head size = H/A, F feed-forward, V vocabulary
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from core.model.linear import Linear
+from core.model.seeded import SampleMasks, generator
+from core.model.streams import RandomTracker
+from core.shards import shard_of
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of the model.
+
+    Raises:
+        ValueError: a size is not positive, hidden is not divisible by heads, or dropout does not fit the attention.
+    """
+
+    vocabulary: int = 256
+    sequence: int = 64
+    hidden: int = 64
+    layers: int = 8
+    heads: int = 4
+    feed_forward: int = 0  # 0: four times hidden
+    dropout: float = 0.0
+    attention: str = "sdpa"  # or "softmax": every intermediate in sight, as the activation formula counts them
+    tied: bool = True
+    head_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "sequence", "hidden", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1; use --{name} 8")
+        if self.hidden % self.heads:
+            usable = max(a for a in range(1, min(self.heads, self.hidden) + 1) if self.hidden % a == 0)
+            raise ValueError(
+                f"--heads {self.heads}: must divide --hidden {self.hidden}, so that heads are equal; "
+                f"use --heads {usable}"
+            )
+        if self.attention not in ("sdpa", "softmax"):
+            raise ValueError(f"--attention {self.attention}: must be sdpa or softmax; use --attention sdpa")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"--dropout {self.dropout}: must be in [0, 1); use --dropout 0.1")
+        if self.dropout and self.attention == "sdpa":
+            raise ValueError(
+                f"--dropout {self.dropout}: the masks drawn inside sdpa depend on the layout; use --attention softmax"
+            )
+        if self.feed_forward < 0:
+            raise ValueError(f"--feed-forward {self.feed_forward}: must not be negative; use --feed-forward 0")
+        if not self.feed_forward:
+            object.__setattr__(self, "feed_forward", 4 * self.hidden)
+
+
+class Dropout(nn.Module):
+    """Dropout whose masks come from where `use_masks` says: it is lecture 05's and 06's subject which that is."""
+
+    def __init__(self, drop: float, name: str):
+        super().__init__()
+        self.drop, self.name = drop, name
+        self.split: tuple[int, int, int] | None = None  # (dimension, index, count) where ranks hold shards of x
+        self.masks: SampleMasks | RandomTracker | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.drop):
+            return x
+        assert self.masks is not None, "use_masks first"
+        return x * self.masks.keep_mask(x.shape, self.drop, self.name, self.split, x.device) / (1.0 - self.drop)
+
+
+class Embedding(nn.Module):
+    """Token and learned position embedding: (B, S) int64 to (B, S, H)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.token = nn.Embedding(config.vocabulary, config.hidden)
+        self.position = nn.Embedding(config.sequence, config.hidden)
+        self.dropout = Dropout(config.dropout, "embed")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.dropout(self.token(tokens) + self.position(positions))
+
+
+class Attention(nn.Module):
+    """Causal self-attention, (B, S, H) to (B, S, H).
+
+    The rows of the fused weight are ordered (head, q|k|v, D): a contiguous block of rows is a set of whole heads,
+    so tensor parallelism can cut it anywhere between heads.
+    """
+
+    def __init__(self, config: GPTConfig, name: str):
+        super().__init__()
+        self.head_size = config.hidden // config.heads
+        self.explicit = config.attention == "softmax"
+        self.qkv = Linear(config.hidden, 3 * config.hidden)
+        self.out = Linear(config.hidden, config.hidden)
+        self.dropout = Dropout(config.dropout, f"{name}.scores")
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b s (a three d) -> three b a s d", three=3, d=self.head_size)
+        return self.out(rearrange(self.core(q, k, v), "b a s d -> b s (a d)"))
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(QK^T / sqrt(D)) V, each (B, A, S, D): the part that selective recomputation repeats."""
+        if not self.explicit:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_size)
+        future = torch.full(scores.shape[-2:], float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+        return self.dropout((scores + future).softmax(-1)) @ v  # an addition saves nothing for backward
+
+
+class MLP(nn.Module):
+    """(B, S, H) to (B, S, F), GELU, and back."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = Linear(config.hidden, config.feed_forward)
+        self.down = Linear(config.feed_forward, config.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """One transformer layer, LayerNorm before attention and before the MLP (pre-LN)."""
+
+    def __init__(self, config: GPTConfig, name: str):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden)
+        self.attention = Attention(config, f"{name}.attention")
+        self.attention_dropout = Dropout(config.dropout, f"{name}.attention")
+        self.mlp_norm = nn.LayerNorm(config.hidden)
+        self.mlp = MLP(config)
+        self.mlp_dropout = Dropout(config.dropout, f"{name}.mlp")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x)))
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    """(B, S) int64 tokens to (B, S, V) logits.
+
+    Built on the meta device, without memory; `materialize` gives it its numbers. A pipeline stage is this same class
+    with the parts that other ranks hold set to None or left out of `blocks`; the rest keep their full names.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.embed: Embedding | None = Embedding(config)
+            self.blocks = nn.ModuleDict({str(i): Block(config, f"blocks.{i}") for i in range(config.layers)})
+            self.norm: nn.LayerNorm | None = nn.LayerNorm(config.hidden)
+            self.head: Linear | None = Linear(config.hidden, config.vocabulary, config.head_bias)
+        if config.tied:
+            self.head.weight = self.embed.token.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.embed is not None:
+            x = self.embed(x)
+        for block in self.blocks.values():
+            x = block(x)
+        return x if self.head is None else self.head(self.norm(x))
+
+    def full_name(self, name: str) -> str:
+        """The name that a parameter has in the one-process model, where the tied head is the token embedding."""
+        return "embed.token.weight" if self.config.tied and name == "head.weight" else name
+
+
+def use_masks(model: nn.Module, masks: SampleMasks | RandomTracker) -> SampleMasks | RandomTracker:
+    """Let all dropouts of a model, or of what is sharded of it, take their masks from `masks`; returns it."""
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.masks = masks
+    return masks
+
+
+def token_loss(logits: Tensor, targets: Tensor, tokens: int) -> Tensor:
+    """Cross entropy summed over these targets and divided by `tokens`, the number of targets in the *global* batch.
+
+    So the losses, and the gradients, of the parts of a batch add up to those of the whole in every layout.
+    """
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / tokens
+
+
+def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) -> Tensor:
+    """The float64 start value of the whole parameter `name`: GPT-2's scheme, from a generator of its own.
+
+    Biases and LayerNorms are drawn too, not 0 and 1: a bias added twice must show in the first loss.
+    """
+    std = 0.02
+    if name.endswith(("attention.out.weight", "down.weight")):
+        std /= math.sqrt(2 * config.layers)
+    value = torch.empty(shape, dtype=torch.float64).normal_(0.0, std, generator=generator(seed, name))
+    return value + 1.0 if name.endswith("norm.weight") else value
+
+
+def materialize(model: GPT, seed: int, device: torch.device, dtype: torch.dtype) -> GPT:
+    """Replace the meta parameters of `model`, or of what was cut from it, by their start values. Ties stay ties.
+
+    A parameter that has its numbers already keeps them, and its data type.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for leaf, meta in list(module.named_parameters(recurse=False)):
+            if not meta.is_meta:
+                meta.data = meta.data.to(device)
+                continue
+            if meta not in made:
+                name = model.full_name(f"{prefix}.{leaf}")
+                mark = shard_of(meta)  # the whole is drawn, then cut: every layout starts from the same numbers
+                value = initial_value(name, mark.full_shape(meta.shape) if mark else meta.shape, model.config, seed)
+                made[meta] = nn.Parameter((mark.local(value) if mark else value).to(device, dtype), meta.requires_grad)
+                made[meta].shard = mark
+            setattr(module, leaf, made[meta])
+    return model

@@ -1,0 +1,123 @@
+"""y = x W^T + b, whose weight's gradient can be computed later than its input's. Zero bubble (2401.10241), section 2.
+
+A pipeline that waits for the gradient of a stage's input need not wait for those of its weights, which nobody else
+reads. So that any layer can leave its weights' gradients for later, it asks `deferring` in its backward.
+
+I and O in and out features
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.proof.memory import SavedActivations
+
+Gradients = tuple[Tensor | None, Tensor | None]  # of weight and bias; None where not trained
+
+
+class Later(NamedTuple):
+    """The gradients of one layer's weight and bias, still to be computed."""
+
+    parameters: tuple[Tensor, Tensor | None]
+    compute: Callable[[], Gradients]
+    account: list[Any]  # keeps what `compute` reads in the count of saved activations, where it is counted
+
+    def add(self) -> None:
+        """Compute, and add to `.grad` as autograd does, with its hooks."""
+        with torch.no_grad():  # as in a backward
+            gradients = self.compute()
+        trained = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        torch.autograd.backward([p for p, _ in trained], [g for _, g in trained])
+
+
+class Deferred:
+    """Within `with deferred:` a backward leaves the gradients of these parameters' layers for later: `take` them.
+
+    The other parameters, LayerNorms and embeddings, get theirs at once: they cost next to nothing.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.on = False
+        self.expected = True  # whether the backward of what is computed now will be within `with deferred:`
+        self.account: SavedActivations | None = None
+        self._later: list[Later] = []
+        for p in parameters:
+            p.deferred = self
+
+    def __enter__(self) -> None:
+        self.on = True
+
+    def __exit__(self, *error: object) -> None:
+        self.on = False
+
+    def put(
+        self, weight: Tensor, bias: Tensor | None, compute: Callable[[], Gradients], reads: Sequence[Tensor]
+    ) -> Gradients:
+        """Leave `compute`, which reads these tensors, for later; nothing to return from backward now."""
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            account = self.account.keep(reads) if self.account else []
+            self._later.append(Later((weight, bias), compute, account))
+        return None, None
+
+    def take(self) -> list[Later]:
+        """What has been left since the last call."""
+        taken, self._later = self._later, []
+        return taken
+
+
+def deferring(weight: Tensor) -> Deferred | None:
+    """Where a backward that runs now is to put the gradients of this weight's layer; None: compute them."""
+    deferred = getattr(weight, "deferred", None)
+    return deferred if deferred is not None and deferred.on else None
+
+
+def of_parameters(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+    """The gradients of weight (O, I) and bias (O) for the gradient (..., O) of y, where they are trained, or deferred.
+
+    Args:
+        x: (..., I).
+    """
+
+    def compute() -> Gradients:
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_weight = rows.T @ x.reshape(-1, x.shape[-1]) if weight.requires_grad else None
+        return of_weight, rows.sum(0) if bias is not None and bias.requires_grad else None
+
+    deferred = deferring(weight)
+    return deferred.put(weight, bias, compute, (gradient, x)) if deferred else compute()
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias = weight, bias  # as they are, with their marks
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        of_x = gradient @ ctx.weight if ctx.needs_input_grad[0] else None
+        return of_x, *of_parameters(gradient, x, ctx.weight, ctx.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., I) to (..., O); torch's own, which is quicker, but where the weight's gradient may be deferred."""
+    deferred = getattr(weight, "deferred", None)
+    if deferred is not None and deferred.expected:
+        return _Split.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """torch's layer, computed by `linear`."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # nothing to draw there, which takes torch as long as the rest of a model
+            super().reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

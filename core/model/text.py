@@ -1,0 +1,82 @@
+"""Batches of real text, byte by byte: vocabulary 256, nothing to download.
+
+The default text is the English help text of CPython itself (`pydoc_data.topics`, about 465 kB).
+"""
+
+from copy import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.model.seeded import generator
+
+VOCABULARY = 256
+
+
+class Text:
+    """A text as bytes, cut into random batches.
+
+    Args:
+        path: a file of the reader's own, or None for CPython's help text.
+        sequence: tokens in one sample.
+
+    Raises:
+        ValueError: the file is missing, empty, or shorter than one sample and its shifted target.
+    """
+
+    def __init__(self, path: str | None, sequence: int):
+        self.sequence = sequence
+        content = _help_text() if path is None else _file(path)
+        if len(content) < sequence + 1:
+            raise ValueError(
+                f"--data {path or '(help text)'}: {len(content)} bytes is too short: a sample of --sequence {sequence} "
+                f"and its target need {sequence + 1}; use a longer file or --sequence {max(1, len(content) - 1)}"
+            )
+        self.tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+    def split(self, share: float) -> tuple["Text", "Text"]:
+        """All but the last `share` of the text, to train on, and the rest.
+
+        Raises:
+            ValueError: one of them is shorter than a sample and its target.
+        """
+        place = len(self.tokens) - int(share * len(self.tokens))
+        parts = copy(self), copy(self)
+        parts[0].tokens, parts[1].tokens = self.tokens[:place], self.tokens[place:]
+        if min(len(each.tokens) for each in parts) < self.sequence + 1:
+            raise ValueError(
+                f"--sequence {self.sequence}: {share:.0%} of the text, {len(parts[1].tokens)} bytes, are kept for "
+                f"validation, too few for a sample; use a longer file or --sequence {max(1, len(parts[1].tokens) - 1)}"
+            )
+        return parts
+
+    def batch(self, seed: int, step: int, samples: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the global batch of `step`, int64 of shape (samples, sequence).
+
+        Depends on (seed, step) alone: every rank of every layout computes the same batch and takes its part.
+        The target of a position is the byte that follows it.
+        """
+        last_start = len(self.tokens) - self.sequence
+        starts = torch.randint(last_start, (samples, 1), generator=generator(seed, "batch", step))
+        window = self.tokens[starts + torch.arange(self.sequence + 1)].long()
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+
+def _help_text() -> bytes:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise ValueError("--data: this Python ships without pydoc_data; use --data FILE with a text file") from None
+    return "\n\n".join(topics[name] for name in sorted(topics)).encode()
+
+
+def _file(path: str) -> bytes:
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", error)
+        raise ValueError(f"--data {path!r}: {reason}; use the path of a readable text file") from None
+    if not content:
+        raise ValueError(f"--data {path}: the file is empty; use a text of more than --sequence bytes")
+    return content

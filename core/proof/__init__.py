@@ -1,0 +1,1 @@
+"""The harness of the evidence: never a student's reading."""

@@ -1,0 +1,90 @@
+"""The flags of every lesson that trains, the model that they describe, and what of it can be sharded."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from core.model.gpt import GPTConfig
+from core.model.text import VOCABULARY, Text
+from core.proof.lesson import Lesson
+
+
+def add_model_flags(lesson: Lesson, **defaults: Any) -> None:
+    """The flags of every lesson that trains the GPT. `defaults` replace the usual ones, by name."""
+    flag = partial(_flag, lesson, defaults)
+    flag("batch", 16, "samples in a step")
+    flag("layers", 8, "layers of the whole model")
+    flag("hidden", 64)
+    flag("heads", 4)
+    flag("feed-forward", 0, "0: four times hidden")
+    flag("sequence", 64, "tokens in a sample")
+    flag("attention", "sdpa", choices=("sdpa", "softmax"))
+    flag("dropout", 0.0, "needs --attention softmax")
+    lesson.parser.add_argument("--untied", action="store_true", help="give the head a weight of its own")
+    flag("lr", 1e-3, "learning rate of AdamW")
+    flag("clip", 1.0, "largest global gradient norm")
+
+
+def _flag(
+    lesson: Lesson, defaults: dict[str, object], name: str, usual: object, what: str = "", **more: object
+) -> None:
+    default = defaults.get(name.replace("-", "_"), usual)
+    lesson.parser.add_argument(
+        f"--{name}", type=type(usual), default=default, help=f"{what} (default %(default)s)".strip(), **more
+    )
+
+
+def configuration(args: argparse.Namespace) -> GPTConfig:
+    return GPTConfig(
+        vocabulary=VOCABULARY,
+        sequence=args.sequence,
+        hidden=args.hidden,
+        layers=args.layers,
+        heads=args.heads,
+        feed_forward=args.feed_forward,
+        dropout=args.dropout,
+        attention=args.attention,
+        tied=not args.untied,
+    )
+
+
+def check_model(args: argparse.Namespace) -> GPTConfig:
+    """The model's sizes; raises ValueError when the arguments of `add_model_flags` cannot make a training run."""
+    config = configuration(args)
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: must be at least 1; use --batch 8")
+    for name, usual in (("lr", 1e-3), ("clip", 1.0)):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise ValueError(f"--{name} {getattr(args, name)}: must be positive and finite; use --{name} {usual}")
+    Text(args.data, args.sequence)
+    return config
+
+
+def check_cuts(args: argparse.Namespace, ranks: int, sequence: bool = False) -> None:
+    """Raises ValueError unless heads, feed-forward and (with `sequence`) a sample can be cut into `ranks` equal parts.
+
+    Says what would do for all of them together. Sizes below 1 are left to `GPTConfig`.
+    """
+    heads, hidden, feed_forward = args.heads, args.hidden, args.feed_forward
+    if min(heads, hidden) < 1 or feed_forward < 0:
+        return
+    fitting = [a for a in range(ranks, hidden + 1, ranks) if hidden % a == 0]
+    use: dict[str, int] = {}
+    if heads % ranks or hidden % heads:
+        use["heads"] = min(fitting, key=lambda a: abs(a - heads), default=max(1, round(heads / ranks)) * ranks)
+        if hidden % use["heads"]:
+            use["hidden"] = max(1, round(hidden / use["heads"])) * use["heads"]
+    if feed_forward % ranks:  # 0, four times hidden, always fits
+        use["feed-forward"] = max(1, round(feed_forward / ranks)) * ranks
+    if sequence and args.sequence % ranks:
+        use["sequence"] = max(1, round(args.sequence / ranks)) * ranks
+    if not use:
+        return
+    sizes = [heads, feed_forward or heads, args.sequence if sequence else heads]
+    usable = [] if hidden % heads else [t for t in range(2, heads + 1) if not any(size % t for size in sizes)][-8:]
+    now = " ".join(f"--{name} {getattr(args, name.replace('-', '_'))}" for name in use)
+    raise ValueError(
+        f"{now}: heads must divide --hidden, and what is cut must be a multiple of the {ranks} ranks, so that each "
+        f"gets as much; use {' '.join(f'--{name} {value}' for name, value in use.items())}"
+        + (f", or --nproc_per_node one of {', '.join(map(str, usable))}" if usable else "")
+    )

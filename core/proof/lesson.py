@@ -1,0 +1,268 @@
+"""The frame of a lesson: arguments, title, progress bar, evidence table, report and exit code.
+
+Exit codes: 0 every claim held; 1 a claim failed, or the run stopped; 2 the configuration or the input was refused.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import fill
+from typing import Any, NoReturn
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from core.proof.files import check_writable, write_file
+from core.proof.launch import (
+    SHORTEST_TIMEOUT,
+    Job,
+    ProcessInfo,
+    choose_device,
+    launch,
+    process_info,
+    speaks_for_machine,
+)
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the slide says and what this run measured."""
+
+    claim: str
+    formula: str
+    expected: float
+    measured: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return abs(self.measured - self.expected) <= self.tolerance  # never true of NaN or infinity
+
+
+@dataclass
+class Evidence:
+    """The claims of a run, in two tables: what the slide says, and that it is right. Rank 0 fills and prints."""
+
+    claims: list[Claim] = field(default_factory=list)
+    slide: list[tuple[str, str, str, str]] = field(default_factory=list)
+    correctness: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    def claim(
+        self, claim: str, formula: str, expected: float, measured: float, tolerance: float = 0.0, *,
+        correctness: bool = False,
+    ) -> None:  # fmt: skip
+        """One claim. `formula` is what the paper or slide says, with this run's numbers."""
+        self.each(claim, formula, [(claim, expected, measured)], tolerance, correctness=correctness)
+
+    def each(
+        self, claim: str, formula: str, cases: Iterable[tuple[str, float, float]], tolerance: float = 0.0, *,
+        correctness: bool = False,
+    ) -> None:  # fmt: skip
+        """The same claim of several ranks or sizes, in one row: (name of the case, expected, measured).
+
+        Args:
+            correctness: whether it says that the result is right, and not what the slide says.
+        """
+        made = [Claim(name, formula, float(expected), float(measured), tolerance) for name, expected, measured in cases]
+        self.claims += made
+        measured = " ".join(_number(c.measured) for c in made)
+        rows = self.correctness if correctness else self.slide
+        rows.append((claim, formula, measured, "yes" if all(c.holds for c in made) else "NO"))
+
+    def on_ranks(
+        self, claim: str, formula: str, expected: float, measured: Iterable[float], tolerance: float = 0.0, *,
+        correctness: bool = False,
+    ) -> None:  # fmt: skip
+        """The same claim of every rank; `measured` in rank order."""
+        cases = [(f"{claim}, rank {rank}", expected, value) for rank, value in enumerate(measured)]
+        self.each(claim, formula, cases, tolerance, correctness=correctness)
+
+    def tables(self) -> str:
+        made = []
+        for title, rows in (("the slide", self.slide), ("correctness", self.correctness)):
+            header = (title, "slide or paper", "measured", "holds")
+            # Not tabulate's own maxcolwidths: it takes a cell such as "16,384" for a number and fails to read it.
+            cells = [[fill(cell, width) for cell, width in zip(row, (44, 46, 40, 5), strict=True)] for row in rows]
+            made += [tabulate(cells, header, disable_numparse=True)] * bool(rows)
+        return "\n\n".join(made)
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+
+
+@dataclass
+class Run:
+    """What a lesson works with while it runs."""
+
+    args: argparse.Namespace
+    job: Job
+    dtype: torch.dtype
+    evidence: Evidence = field(default_factory=Evidence)
+    mesh: dict[str, int] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    reference_losses: list[float] = field(default_factory=list)
+    training_seconds: float = 0.0
+    tokens: int = 0
+
+    def say(self, text: str = "") -> None:
+        """Print on rank 0."""
+        if self.job.rank == 0:
+            print(text, flush=True)
+
+    def steps(self, what: str = "training") -> tqdm:
+        """The steps as a progress bar, on rank 0."""
+        return tqdm(range(self.args.steps), desc=what, unit="step", disable=self.job.rank != 0, file=sys.stderr)
+
+
+class Lesson:
+    """One script beside one slide.
+
+    Args:
+        path: the script's `__file__`.
+        lecture: number of the lecture, as in "08", or of the practice, as in "CODE 02".
+        title: English title.
+        title_zh: Chinese title, as the course gives it.
+        summary: one or two sentences for `--help`.
+        smallest: fewest ranks that make sense.
+        example: ranks in the command that a hint shows.
+    """
+
+    def __init__(
+        self, path: str, lecture: str, title: str, title_zh: str, summary: str, smallest: int = 1, example: int = 8
+    ):
+        self.script = "/".join(Path(path).parts[-2:])
+        self.lecture, self.title, self.title_zh = lecture, title, title_zh
+        self.smallest, self.example = smallest, example
+        self.heading = lecture if lecture.startswith("CODE") else f"Lecture {lecture}"
+        self.parser = _Parser(prog=self.script, description=f"{self.heading}: {title} ({title_zh}). {summary}")
+        flag = self.parser.add_argument
+        flag("--steps", type=int, default=20, help="training steps (default %(default)s)")
+        flag("--seed", type=int, default=0, help="seed of weights, batches and dropout (default %(default)s)")
+        flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where there are enough")
+        flag("--dtype", choices=tuple(DTYPES), default="float64", help="default %(default)s, which proves most")
+        flag("--data", metavar="FILE", help="text to train on (default: CPython's help text)")
+        flag("--report", metavar="FILE.json", help="write the evidence as JSON")
+        flag("--plot", metavar="FILE.svg", help="draw the lesson's diagram; needs the extra 'plot'")
+        flag("--timeout", type=float, default=60.0, help="seconds any wait may take (default %(default)s)")
+
+    def main(self, check: Callable[[argparse.Namespace, int], None], teach: Callable[[Run], None]) -> int:
+        """Run the lesson; the exit code.
+
+        Args:
+            check: refuses arguments that do not fit each other or the number of ranks, by ValueError, before any
+                process group exists.
+            teach: the lesson itself, on every rank.
+        """
+        here = process_info()
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Chinese must not end the lesson
+        sys.stderr.reconfigure(errors="replace")
+        try:
+            args = self.parser.parse_args()
+            self._check_common(args, here)
+            check(args, here.world_size)
+            device, why = choose_device(args.device, here)
+        except ValueError as error:
+            return self._refuse(str(error), here)
+        except SystemExit:  # --help, which rank 0 has printed
+            return 0
+        began = time.perf_counter()
+        with launch(device, args.timeout) as job:
+            run = Run(args, job, DTYPES[args.dtype])
+            run.say(f"{self.heading}: {self.title} · {self.title_zh}")
+            ranks = f"{here.world_size} rank" + "s" * (here.world_size > 1)
+            run.say(f"{self.script} on {ranks}, {job.backend} on {device.type} ({why}), {args.dtype}\n")
+            teach(run)
+            held = job.share(
+                all(claim.holds for claim in run.evidence.claims) and bool(run.evidence.claims)
+                if job.rank == 0
+                else None
+            )
+            if job.rank == 0:
+                self._conclude(run, time.perf_counter() - began)
+        return 0 if held else 1
+
+    def _check_common(self, args: argparse.Namespace, here: ProcessInfo) -> None:
+        if here.world_size < self.smallest:
+            command = f"torchrun --nproc_per_node={self.example} {self.script}"
+            if not here.by_torchrun:
+                raise ValueError(f"this lesson needs several ranks, start it with: {command}")
+            raise ValueError(f"--nproc_per_node {here.world_size}: at least {self.smallest} ranks; use {command}")
+        if args.steps < 1:
+            raise ValueError(f"--steps {args.steps}: at least one step; use --steps 20")
+        if not 0 <= args.seed < 2**63:
+            raise ValueError(f"--seed {args.seed}: must be in [0, 2^63); use --seed 0")
+        if not SHORTEST_TIMEOUT <= args.timeout <= 86400:  # also refuses NaN
+            raise ValueError(f"--timeout {args.timeout}: must be in [{SHORTEST_TIMEOUT:.0f}, 86400]; use --timeout 60")
+        if args.plot and find_spec("matplotlib") is None:
+            raise ValueError(f"--plot {args.plot}: needs matplotlib; pip install -e '.[plot]', or leave --plot out")
+        if here.node == 0:  # where rank 0 is, which writes
+            taken: dict[str, str] = {}
+            for name in ("report", "plot", "trace", "export"):
+                if (path := getattr(args, name, None)) is not None:
+                    check_writable(f"--{name}", path)
+                    if (first := taken.setdefault(os.path.realpath(path), name)) != name:
+                        raise ValueError(f"--{name} {path}: --{first} writes that file; use another name")
+
+    def _refuse(self, message: str, here: ProcessInfo) -> int:
+        # torchrun ends all ranks as soon as one exits: the one that speaks must not be ended before it has.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if speaks_for_machine(here):
+            print(f"{self.script}: {message}", file=sys.stderr, flush=True)
+        return 2
+
+    def _conclude(self, run: Run, seconds: float) -> None:
+        claims = run.evidence.claims
+        held = sum(claim.holds for claim in claims)
+        run.say(f"\n{run.evidence.tables()}\n")
+        run.say(f"{held} of {len(claims)} claims held · {seconds:.1f} s")
+        if run.args.report:
+            report = {
+                "script": self.script,
+                "lecture": self.lecture,
+                "world_size": run.job.world_size,
+                "backend": run.job.backend,
+                "device": run.job.device.type,
+                "dtype": run.args.dtype,
+                "mesh": run.mesh,
+                "config": vars(run.args),
+                "losses": run.losses,
+                "reference_losses": run.reference_losses,
+                "claims": [asdict(claim) | {"holds": claim.holds} for claim in claims],
+                "seconds": seconds,
+                "tokens_per_second": run.tokens / run.training_seconds if run.training_seconds else 0.0,
+            }
+            write_file(run.args.report, json.dumps(_finite(report), indent=1, allow_nan=False))
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is a ValueError, so that rank 0 alone prints it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')}; --help shows what works")
+
+    def print_help(self, file: Any = None) -> None:
+        if process_info().rank == 0:
+            super().print_help(file)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null says that there is no number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return value
