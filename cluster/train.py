@@ -160,7 +160,7 @@ def resume(run: Run, worker: Worker, oracle: Oracle | None, checkpoints: Checkpo
 def follow(run: Run, worker: Worker, oracle: Oracle | None) -> None:
     """The one process goes on from where the ranks are."""
     if run.args.verify:
-        weights, states = gathered(run, worker.weights()), gathered(run, worker.states())
+        weights, states = gathered(run, worker.weights(), worker.states())
         if oracle:
             oracle.adopt(weights, states)
 
@@ -220,7 +220,7 @@ def write_text(run: Run, worker: Worker, config: GPTConfig, moe: MoEConfig | Non
     model = whole_model(config, moe)
     if not run.args.sample or sum(p.numel() for p in model.parameters()) > LARGEST_SAMPLE:
         return
-    weights = dict(gathered(run, worker.weights()))
+    weights = dict(*gathered(run, worker.weights()))
     if run.job.rank:
         return
     model = materialize(model, run.args.seed, run.job.device, run.dtype).eval()
