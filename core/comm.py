@@ -1,6 +1,6 @@
 """Collectives over one axis of the mesh, plain and under autograd. Every call enters the ledger of that axis.
 
-Counting follows the standard ring algorithms, per rank, for N ranks and a whole tensor of S elements: all-reduce
+Counting follows the standard ring algorithms, per rank, for N ranks and a full tensor of S elements: all-reduce
 2(N-1)/N S, all-gather and reduce-scatter (N-1)/N S, all-to-all its off-rank part; a message (`core.p2p`) S.
 """
 
@@ -18,7 +18,7 @@ from core.mesh import Axis
 
 
 class PeerError(RuntimeError):
-    """A wait on another rank ended without its answer: it died, or was silent for the whole timeout."""
+    """A wait on another rank ended without its answer: it died, or was silent for all of the timeout."""
 
     def __init__(self, what: str, cause: Exception):
         # gloo says: [/its/source/file.cc:123] What happened [address]. Advice.
@@ -67,7 +67,7 @@ class Pending:
         """The result.
 
         Raises:
-            PeerError: the other ranks did not do their part within the timeout of the axis.
+            PeerError: the other ranks did not join within the timeout of the axis.
         """
         if self.work is not None:
             wait(self.work, self.axis, self.buffer, f"{self.what} over {self.axis.name}")
@@ -93,7 +93,7 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
 
 
 def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
-    """Fill `x`, of which this rank has its own equal part of the rows, with the other ranks' parts."""
+    """Fill `x`, of which this rank has its own equal shard of the rows, with the other ranks' shards."""
     if axis.size == 1:
         return Pending(None, axis, x, "")
     _record("all-gather", axis, x, (axis.size - 1) / axis.size)
@@ -102,7 +102,7 @@ def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
 
 
 def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
-    """Sum `x` over the axis and keep this rank's equal part along `dim`.
+    """Sum `x` over the axis and keep this rank's equal shard along `dim`.
 
     On gloo an all-to-all and a local sum in the order of the axis: faster there than gloo's own reduce-scatter, which
     is an all-reduce underneath, and with one fixed order of summation.
@@ -111,16 +111,16 @@ def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
         return Pending(None, axis, x, "")
     assert x.shape[dim] % axis.size == 0, f"{tuple(x.shape)} does not divide into {axis.size} along {dim}"
     if dim == 0 and x.is_contiguous():
-        parts = x.view(axis.size, -1, *x.shape[1:])
+        shards = x.view(axis.size, -1, *x.shape[1:])
     else:
-        parts = torch.stack(x.chunk(axis.size, dim))
-    _record("reduce-scatter", axis, parts, (axis.size - 1) / axis.size)
+        shards = torch.stack(x.chunk(axis.size, dim))
+    _record("reduce-scatter", axis, shards, (axis.size - 1) / axis.size)
     if x.device.type == "cpu":
-        received = torch.empty_like(parts)
-        work = dist.all_to_all_single(received, parts, group=axis.group, async_op=True)
+        received = torch.empty_like(shards)
+        work = dist.all_to_all_single(received, shards, group=axis.group, async_op=True)
         return Pending(work, axis, received, "reduce-scatter", lambda r: r.sum(0))
-    mine = torch.empty_like(parts[0])
-    work = dist.reduce_scatter_single(mine, parts.flatten(0, 1), group=axis.group, async_op=True)
+    mine = torch.empty_like(shards[0])
+    work = dist.reduce_scatter_single(mine, shards.flatten(0, 1), group=axis.group, async_op=True)
     return Pending(work, axis, mine, "reduce-scatter")
 
 
@@ -157,8 +157,8 @@ def all_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int
     return all_to_all_async(x, axis, send, receive).wait()
 
 
-def _record(operation: str, axis: Axis, whole: Tensor, share: float) -> None:
-    axis.ledger.record(operation, axis.name, share * whole.numel(), whole.element_size())
+def _record(operation: str, axis: Axis, full: Tensor, share: float) -> None:
+    axis.ledger.record(operation, axis.name, share * full.numel(), full.element_size())
 
 
 # ---- Collectives under autograd: each pair is the other's backward ---------------------------------------------------
@@ -180,7 +180,7 @@ def _summed(x: Tensor, axis: Axis) -> Tensor:
 
 
 def _own_shard(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    return x.chunk(axis.size, dim)[axis.index].clone(memory_format=torch.contiguous_format)  # not a view of the whole
+    return x.chunk(axis.size, dim)[axis.index].clone(memory_format=torch.contiguous_format)  # no view of x
 
 
 def conjugate(x: Tensor, ahead: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
@@ -199,12 +199,12 @@ def reduce_from(x: Tensor, axis: Axis) -> Tensor:
 
 
 def split_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """This rank's part along `dim` forward, all-gather backward: for a tensor that every rank of the axis holds."""
+    """This rank's shard along `dim` forward, all-gather backward: for a tensor that is replicated on the axis."""
     return conjugate(x, lambda t: _own_shard(t, axis, dim), lambda g: all_gather(g, axis, dim))
 
 
 def gather_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """All-gather along `dim` forward, this rank's part backward: for a result that every rank uses alike."""
+    """All-gather along `dim` forward, this rank's shard backward: for a result that every rank uses alike."""
     return conjugate(x, lambda t: all_gather(t, axis, dim), lambda g: _own_shard(g, axis, dim))
 
 

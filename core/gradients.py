@@ -1,4 +1,4 @@
-"""Gradients over the ranks: summed, and clipped by the norm of the whole model's."""
+"""Gradients over the ranks: summed, and clipped by the norm of the full model's."""
 
 from collections.abc import Iterable, Sequence
 
@@ -24,7 +24,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
 
 
 def norm_and_totals(counted: Iterable[Tensor], axes: Sequence[Axis], more: Tensor) -> tuple[float, list[float]]:
-    """The norm of the whole model's gradient, and what else is to be summed over the ranks, in one message an axis.
+    """The norm of the full model's gradient, and what else is to be summed over the ranks, in one message an axis.
 
     Args:
         counted: the gradients that this rank adds to the norm: over the ranks of `axes`, each number once.
@@ -47,7 +47,7 @@ def clip_by(parameters: Iterable[nn.Parameter], clip: float, norm: float) -> Non
 def clip_and_total(
     parameters: Iterable[nn.Parameter], counted: Iterable[Tensor], axes: Sequence[Axis], clip: float, loss: Tensor
 ) -> tuple[float, float]:
-    """Clip by the norm of the *whole* model's gradient; returns (norm, loss).
+    """Clip by the norm of the *full* model's gradient; returns (norm, loss).
 
     Args:
         counted: see `norm_and_totals`.

@@ -16,16 +16,16 @@ from core.ledger import Ledger
 
 ORDER = "tp-cp-ep-dp-pp"
 DENSE = ("tp", "cp", "dp", "pp")
-EXPERT = {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}  # place in the order string: axis of the expert world
+EXPERT = {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}  # name in the order string: axis of the expert world
 
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's line of ranks along one axis. `group` is None where the axis has one rank and nothing is sent."""
+    """This rank's group of ranks along one axis. `group` is None where the axis has one rank and nothing is sent."""
 
     name: str
     ranks: tuple[int, ...]  # global ranks along the axis
-    index: int  # this rank's place among them
+    index: int  # this rank's index among them
     group: dist.ProcessGroup | None
     ledger: Ledger
     timeout: timedelta  # of every wait
@@ -34,23 +34,23 @@ class Axis:
     def size(self) -> int:
         return len(self.ranks)
 
-    def labelled(self, part: str) -> "Axis":
-        """The same ranks, whose traffic the ledger keeps apart as that of one part of the model."""
-        return replace(self, name=f"{self.name} {part}")
+    def labelled(self, label: str) -> "Axis":
+        """The same ranks, whose traffic the ledger keeps apart as that of one module of the model."""
+        return replace(self, name=f"{self.name} {label}")
 
     def split(self, inner: int) -> tuple["Axis", "Axis"]:
-        """This axis as lines of `inner` neighbouring ranks: (this rank's line, the ranks at its place in every line).
+        """Groups of `inner` neighbouring ranks: (this rank's group, the ranks of its index in every group).
 
         All ranks of the axis must call it at the same time.
 
         Raises:
-            ValueError: the lines would not be equal.
+            ValueError: the groups would not be equal.
         """
         if inner < 1 or self.size % inner:
-            raise ValueError(f"{self.size} ranks cannot be cut into lines of {inner}; use a divisor of {self.size}")
-        line, place = divmod(self.index, inner)
-        lines = self.ranks[line * inner : (line + 1) * inner], self.ranks[place::inner]
-        return _along(f"{self.name} inner", lines[0], [self]), _along(f"{self.name} outer", lines[1], [self])
+            raise ValueError(f"{self.size} ranks cannot be split into groups of {inner}; use a divisor of {self.size}")
+        group, index = divmod(self.index, inner)
+        ranks = self.ranks[group * inner : (group + 1) * inner], self.ranks[index::inner]
+        return _along(f"{self.name} inner", ranks[0], [self]), _along(f"{self.name} outer", ranks[1], [self])
 
 
 def _along(name: str, ranks: Sequence[int], known: Sequence[Axis]) -> Axis:
@@ -90,10 +90,10 @@ def axis_names(order: str, *, expert: bool) -> list[str]:
     Raises:
         ValueError: the order string does not name each axis once.
     """
-    places = order.split("-")
-    if sorted(places) != sorted(ORDER.split("-")):
+    axes = order.split("-")
+    if sorted(axes) != sorted(ORDER.split("-")):
         raise ValueError(f"--order {order}: must name each of tp, cp, ep, dp and pp once; use --order {ORDER}")
-    names = [EXPERT.get(p) for p in places] if expert else [p if p in DENSE else None for p in places]
+    names = [EXPERT.get(p) for p in axes] if expert else [p if p in DENSE else None for p in axes]
     return [name for name in names if name]
 
 
@@ -115,11 +115,11 @@ def axis_groups(sizes: dict[str, int], kind: str, order: str = ORDER, expert: bo
     for name in names:
         steps = range(0, sizes[name] * stride, stride)
         if name in masked:
-            inside = [step + place for step in steps for place in inside]
+            inside = [step + offset for step in steps for offset in inside]
         else:
             groups = [step + first for step in steps for first in groups]
         stride *= sizes[name]
-    return [[first + place for place in inside] for first in groups]
+    return [[first + offset for offset in inside] for first in groups]
 
 
 def check_pipelines(sizes: dict[str, int], order: str) -> None:
@@ -152,11 +152,13 @@ class Mesh:
             device_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=(*wide,)) if wide else None
             for name in names:
                 if name not in self._axes:  # pp is in both worlds, with the same groups
-                    line = next(g for g in axis_groups(self.sizes, name, order) if dist.get_rank() in g)
+                    ranks_here = next(g for g in axis_groups(self.sizes, name, order) if dist.get_rank() in g)
                     group = device_mesh.get_group(name) if name in wide else None
                     if group is not None:  # DeviceMesh takes no timeout; NCCL's watchdog reads this one
                         dist.distributed_c10d._set_pg_timeout(limit, group)
-                    self._axes[name] = Axis(name, (*line,), line.index(dist.get_rank()), group, ledger, limit)
+                    self._axes[name] = Axis(
+                        name, (*ranks_here,), ranks_here.index(dist.get_rank()), group, ledger, limit
+                    )
 
     def __getitem__(self, name: str) -> Axis:
         return self._axes[name]
@@ -166,6 +168,6 @@ class Mesh:
 
         All ranks of the job must call it at the same time.
         """
-        lines = axis_groups(self.sizes, "-".join(names), self.order)
-        line = next(line for line in lines if dist.get_rank() in line)
-        return _along(" x ".join(names), line, [self[name] for name in names])
+        groups = axis_groups(self.sizes, "-".join(names), self.order)
+        ranks = next(group for group in groups if dist.get_rank() in group)
+        return _along(" x ".join(names), ranks, [self[name] for name in names])

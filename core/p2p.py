@@ -27,13 +27,13 @@ def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
 
 
 def send(x: Tensor, axis: Axis, peer: int) -> None:
-    """Give contiguous `x` to place `peer` of the axis, which must call `receive`, and wait until it has left."""
+    """Send contiguous `x` to rank `peer` of the axis, which must call `receive`, and wait until it has left."""
     axis.ledger.record("send", axis.name, x.numel(), x.element_size())
     _message(dist.isend, x, axis, peer, "send to")
 
 
 def receive(into: Tensor, axis: Axis, peer: int) -> Tensor:
-    """Wait for what place `peer` of the axis sends. Returns `into`, filled."""
+    """Wait for what rank `peer` of the axis sends. Returns `into`, filled."""
     _message(dist.irecv, into, axis, peer, "receive from")
     return into
 
@@ -51,7 +51,7 @@ class PointToPoint:
     thread does.
 
     Args:
-        routes: every (sender, receiver, kind) that will be used, as places on the axis; the same on all its ranks.
+        routes: every (sender, receiver, kind) that will be used, as indices on the axis; the same on all its ranks.
             On NCCL, which has no tags, the messages of a route arrive in the order they are sent.
     """
 
@@ -66,7 +66,7 @@ class PointToPoint:
             self._open_communicators(routes, device)
 
     def send(self, x: Tensor, to: int, kind: str, tag: int) -> None:
-        """Send contiguous `x` to place `to`; returns at once. The caller may drop `x` but not write to it.
+        """Send contiguous `x` to rank `to` of the axis; returns at once. The caller may drop `x` but not write to it.
 
         Raises:
             PeerError: an earlier send failed.
@@ -80,14 +80,14 @@ class PointToPoint:
         what = f"send ({kind}) to rank {self.axis.ranks[to]}"
         with peer_errors(what):
             work = dist.isend(x, self.axis.ranks[to], self._communicator(self.axis.index, to, kind, x), tag)
-        # Where it is, is asked here: a fake tensor says so on the thread that computes with it only.
+        # The device is read here: a fake tensor tells it on the thread that computes with it only.
         self._queue.put((work, x, x.device.type == "cpu", what))
 
     def receive(self, into: Tensor, sender: int, kind: str, tag: int) -> Callable[[], Tensor]:
         """Post a receive into `into`; returns at once. Call the result to wait for the message and get it.
 
         Raises (from that call):
-            PeerError: the sender died or was silent for the whole timeout.
+            PeerError: the sender died or was silent for all of the timeout.
         """
         what = f"receive ({kind}) from rank {self.axis.ranks[sender]}"
         with peer_errors(what):

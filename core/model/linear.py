@@ -1,7 +1,7 @@
 """y = x W^T + b, whose weight's gradient can be computed later than its input's. Zero bubble (2401.10241), section 2.
 
 A pipeline that waits for the gradient of a stage's input need not wait for those of its weights, which nobody else
-reads. So that any layer can leave its weights' gradients for later, it asks `deferring` in its backward.
+reads. So that any layer can leave its weights' gradients for later, it looks up `deferring` in its backward.
 
 I and O in and out features
 """

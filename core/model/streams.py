@@ -1,7 +1,7 @@
 """Random numbers in a tensor-parallel region: the tracker of lecture 05. Shoeybi et al. 2019 (1909.08053), section 3.
 
-Dropout outside the region acts on a tensor that every rank holds, so every rank must drop the same; inside it acts on
-each rank's own part, so every rank must drop something else. Hence two streams of numbers, as in Megatron-LM's
+Dropout outside the region acts on a replicated tensor, so every rank must drop the same; inside it acts on
+each rank's own shard, so every rank must drop something else. Hence two streams of numbers, as in Megatron-LM's
 `CudaRNGStatesTracker`. Recomputation runs a forward twice, and must meet the same numbers again.
 
 A lesson that compares with one process cannot train with it: there a rank's masks must be shards of the

@@ -15,7 +15,7 @@ VOCABULARY = 256
 
 
 class Text:
-    """A text as bytes, cut into random batches.
+    """A text as bytes, of which random samples make a batch.
 
     Args:
         path: a file of the reader's own, or None for CPython's help text.
@@ -41,20 +41,20 @@ class Text:
         Raises:
             ValueError: one of them is shorter than a sample and its target.
         """
-        place = len(self.tokens) - int(share * len(self.tokens))
-        parts = copy(self), copy(self)
-        parts[0].tokens, parts[1].tokens = self.tokens[:place], self.tokens[place:]
-        if min(len(each.tokens) for each in parts) < self.sequence + 1:
+        end = len(self.tokens) - int(share * len(self.tokens))
+        splits = copy(self), copy(self)
+        splits[0].tokens, splits[1].tokens = self.tokens[:end], self.tokens[end:]
+        if min(len(each.tokens) for each in splits) < self.sequence + 1:
             raise ValueError(
-                f"--sequence {self.sequence}: {share:.0%} of the text, {len(parts[1].tokens)} bytes, are kept for "
-                f"validation, too few for a sample; use a longer file or --sequence {max(1, len(parts[1].tokens) - 1)}"
+                f"--sequence {self.sequence}: {share:.0%} of the text, {len(splits[1].tokens)} bytes, are kept for "
+                f"validation, too few for a sample; use a longer file or --sequence {max(1, len(splits[1].tokens) - 1)}"
             )
-        return parts
+        return splits
 
     def batch(self, seed: int, step: int, samples: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the global batch of `step`, int64 of shape (samples, sequence).
 
-        Depends on (seed, step) alone: every rank of every layout computes the same batch and takes its part.
+        Depends on (seed, step) alone: every rank of every layout computes the same batch and takes its samples.
         The target of a position is the byte that follows it.
         """
         last_start = len(self.tokens) - self.sequence

@@ -1,4 +1,4 @@
-"""Files that a lesson writes: refused before anything runs, and renamed into place."""
+"""Files that a lesson writes: refused before anything runs, and renamed to their names when complete."""
 
 import os
 from pathlib import Path

@@ -73,7 +73,7 @@ def choose_device(requested: str, here: ProcessInfo) -> tuple[torch.device, str]
     gpus = torch.accelerator.device_count() if accelerator and accelerator.type == "cuda" else 0
     ranks = here.local_world_size
     if requested == "cpu":
-        return torch.device("cpu"), "asked for"
+        return torch.device("cpu"), "requested"
     if gpus >= ranks:
         return torch.device("cuda", here.local_rank), f"{gpus} GPUs for {ranks} ranks on this machine"
     if requested == "cuda":

@@ -28,10 +28,10 @@ class SavedActivations:
 
     def __init__(self, excluded: Iterable[Tensor]):
         self.live = self.peak = 0
-        self._holders: dict[int, int] = defaultdict(int)
+        self._references: dict[int, int] = defaultdict(int)
         self._ignored: set[int] = set()
         self.ignore(excluded)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Held(t, self), lambda held: held.tensor)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, self), lambda saved: saved.tensor)
 
     def __enter__(self) -> "SavedActivations":
         self._hooks.__enter__()
@@ -44,22 +44,22 @@ class SavedActivations:
         """Nor do these count, from now on."""
         self._ignored |= {_key(t) for t in excluded}
 
-    def keep(self, tensors: Iterable[Tensor]) -> list["_Held"]:
+    def keep(self, tensors: Iterable[Tensor]) -> list["_Saved"]:
         """Count these too, as long as what is returned lives."""
-        return [_Held(t, self) for t in tensors]
+        return [_Saved(t, self) for t in tensors]
 
     def _change(self, tensor: Tensor, step: int) -> None:
         key = _key(tensor)
         if key in self._ignored:
             return
-        before = self._holders[key]
-        self._holders[key] += step
+        before = self._references[key]
+        self._references[key] += step
         if before == 0 or before + step == 0:
             self.live += step * tensor.untyped_storage().nbytes()
             self.peak = max(self.peak, self.live)
 
 
-class _Held:
+class _Saved:
     """A saved tensor; autograd drops this object when it frees the graph node that saved it."""
 
     def __init__(self, tensor: Tensor, account: SavedActivations):

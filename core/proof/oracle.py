@@ -1,4 +1,4 @@
-"""The oracle: the same training in one process, with the whole batch at once. What every layout is compared with."""
+"""The oracle: the same training in one process, with the global batch at once. What every layout is compared with."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -95,14 +95,14 @@ def relative_difference(value: float, expected: float) -> float:
     return difference if difference == difference else float("inf")
 
 
-def worst_difference(pieces: Iterable[tuple[str, Tensor]], reference: dict[str, Tensor]) -> float:
-    """The largest |a - b| / |b| (Euclidean norms) over the tensors, comparing each of `pieces` with its namesake.
+def worst_difference(tensors: Iterable[tuple[str, Tensor]], reference: dict[str, Tensor]) -> float:
+    """The largest |a - b| / |b| (Euclidean norms) over the tensors, comparing each of `tensors` with its namesake.
 
     Infinite when a tensor of the reference has no counterpart, when one has no namesake, and when anything is NaN:
     a layout that lost a parameter must not pass for equal.
     """
     worst, seen = 0.0, set()
-    for name, value in pieces:
+    for name, value in tensors:
         if name not in reference or reference[name].shape != value.shape:
             return float("inf")
         expected = reference[name].double().cpu()

@@ -112,7 +112,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("requested", "gpus", "device", "why"),
     [("auto", 0, "cpu", "0 GPUs for 4 ranks"), ("auto", 2, "cpu", "2 GPUs for 4 ranks"),
-     ("auto", 4, "cuda:0", "4 GPUs"), ("cpu", 8, "cpu", "asked for"), ("cuda", 8, "cuda:0", "8 GPUs for 4 ranks")],
+     ("auto", 4, "cuda:0", "4 GPUs"), ("cpu", 8, "cpu", "requested"), ("cuda", 8, "cuda:0", "8 GPUs for 4 ranks")],
 )  # fmt: skip
 def test_gpus_where_there_are_enough(requested: str, gpus: int, device: str, why: str) -> None:
     with _gpus(gpus):

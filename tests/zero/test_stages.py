@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
+from core.model.seeded import SampleMasks
 from core.model.text import Text
 from core.proof.oracle import worst_difference
 from core.shards import LocalTensor, full_tensors
@@ -67,6 +68,7 @@ def train(kind: str, case: Case) -> Result:
     """On one rank: losses, norms, the last gradients, the weights and the optimizer's state after."""
     axis = Mesh("cpu", Ledger(), 30.0, dp=dist.get_world_size())["dp"]
     model = case.model()
+    masks = use_masks(model, SampleMasks(SEED))
     stage = STAGES[kind](model, axis, case.optimizer, case.groups(model), case.dtype, case.elements)
     losses, norms, gradients = [], [], []
     each = case.samples or 2
@@ -78,6 +80,7 @@ def train(kind: str, case: Case) -> Result:
         for m in range(case.microbatches):
             first = (axis.index * case.microbatches + m) * each
             part = slice(first, first + each)
+            masks.seek(step, first)
             loss = token_loss(model(inputs[part]), targets[part], targets.numel())
             stage.backward(loss, last=m == case.microbatches - 1)
             share += loss.detach()
@@ -108,6 +111,7 @@ def kept_alive() -> list[str]:
 
 def one_process(case: Case, ranks: int) -> tuple[list[float], list[float], dict, dict, dict]:
     model = case.model()
+    masks = use_masks(model, SampleMasks(SEED))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = case.optimizer(case.groups(model) or trained)
     losses, norms, gradients = [], [], {}
@@ -115,6 +119,7 @@ def one_process(case: Case, ranks: int) -> tuple[list[float], list[float], dict,
         optimizer.zero_grad()
         batch = (case.samples or 2) * ranks * case.microbatches
         inputs, targets = Text(None, case.config.sequence).batch(SEED, step, batch)
+        masks.seek(step)
         loss = token_loss(model(inputs), targets, targets.numel())
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
