@@ -3,11 +3,14 @@
     python cluster/dry_run.py
     python cluster/dry_run.py --tp 8 --sp --pp 16 --zero 1 --schedule interleaved --chunks 6 --batch 1536
 
+read: dry_run.py:65-136; then run/worker.py
+
 A rank knows of the others only what it sends them and what they send back. So one process can be rank k of any job: the
-same code trains (`worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers (torch's
-fake tensors), in a group of ranks that take what is sent and answer at once (torch's fake process group). Nothing is
-allocated or computed, and still every message enters the ledger, and every tensor that autograd keeps is counted. What
-comes out is held against the planner's formulas (`memory.py`, `traffic.py`), which know nothing of that code.
+same code trains (`run/worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers
+(torch's fake tensors), in a group of ranks that take what is sent and answer at once (torch's fake process group).
+Nothing is allocated or computed, and still every message enters the ledger, and every tensor that autograd keeps is
+counted. What comes out is compared with the planner's formulas (`planner/memory.py`, `planner/traffic.py`), which know
+nothing of that code.
 
 What depends on numbers has no dry run: clipping, whose messages are some numbers a parameter, and experts.
 """
@@ -32,21 +35,23 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster import rules
 from cluster.plan import lacking
-from cluster.planner.layout import Layout, given
-from cluster.planner.memory import held, parameters, state_sizes
-from cluster.planner.models import Model
-from cluster.planner.options import add_case_flags, layout_of, model_of
+from cluster.planner.counting import model_parameters
+from cluster.planner.layout import Layout, given, layout_from
+from cluster.planner.memory import parameters, rank_memory, state_sizes
+from cluster.planner.options import add_case_flags, model_of
 from cluster.planner.traffic import sent_bytes
-from cluster.run.worker import Worker, make_mesh
+from cluster.run.build import TrainSpec, make_mesh
+from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.mesh import ORDER, Mesh, axis_groups, axis_sizes
+from core.model.config import ModelConfig
 from core.model.gpt import GPTConfig
 from core.model.text import VOCABULARY
 from core.proof.lesson import DTYPES, Lesson, Run
 from core.proof.memory import SavedActivations
-from expert_parallel.moe import MoEConfig
-from zero.flat import BUCKET_ELEMENTS
-from zero.optimizer import MakeOptimizer
+from expert_parallel.engine.routing import MoEConfig
+from zero.engine.buckets import BUCKET_ELEMENTS
+from zero.engine.optimizer import MakeOptimizer
 
 CPU = torch.device("cpu")
 # Fused, because the plain one reads its count of steps as a number. The state is the same.
@@ -69,18 +74,18 @@ def one_step(
     config: GPTConfig, layout: Layout, mesh: Mesh, dtype: torch.dtype, make_optimizer: MakeOptimizer = ADAMW
 ) -> Account:
     """One step, but for clipping, of a rank of the process group that there is, real or not."""
-    worker, ledger = Worker(config, None, layout, mesh, 0, dtype, CPU, make_optimizer), mesh["tp"].ledger
+    worker = Worker(TrainSpec(config, None, layout, 0, dtype, CPU, make_optimizer), mesh)
     saved = SavedActivations(worker.model.parameters())
     tokens = torch.zeros(layout.batch, config.sequence, dtype=torch.int64)
     worker.zero_grad()
     worker.forward_backward(0, tokens, tokens, saved)
-    count = worker.rest.held()
+    count = worker.dense_engine.memory_bytes()
     worker.step()
-    count["optimizer"] = worker.rest.held()["optimizer"]  # Adam makes its moments in the first step
+    count["optimizer"] = worker.dense_engine.memory_bytes()["optimizer"]  # Adam makes its moments in the first step
     worker.close()
     elements: Counter[str] = Counter()
     size: Counter[str] = Counter()
-    for (_, name), entry in ledger.traffic.items():
+    for (_, name), entry in mesh["tp"].ledger.traffic.items():
         axis = "dp" if " x " in name else name.split()[0]  # "tp layers", "cp inner", and "cp x dp", who sum gradients
         elements[axis] += entry.elements
         size[axis] += entry.bytes
@@ -117,17 +122,17 @@ def dry_run(config: GPTConfig, moe: MoEConfig | None, layout: Layout, rank: int,
         ValueError: there are experts, or no such rank.
     """
     refuse(moe is not None, layout, rank)
-    asked = json.dumps([asdict(config), asdict(layout), rank, str(dtype).removeprefix("torch.")])
-    command = [sys.executable, "-c", "import sys; from cluster import dry_run; dry_run.alone(sys.argv[1])", asked]
+    case = json.dumps([asdict(config), asdict(layout), rank, str(dtype).removeprefix("torch.")])
+    command = [sys.executable, "-c", "import sys; from cluster import dry_run; dry_run.alone(sys.argv[1])", case]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
     if outcome.returncode:
         raise RuntimeError(f"the dry run failed:\n{outcome.stderr}")
     return Account(*json.loads(outcome.stdout))
 
 
-def alone(asked: str) -> None:
+def alone(case: str) -> None:
     """The other end of `dry_run`."""
-    config, layout, rank, dtype = json.loads(asked)
+    config, layout, rank, dtype = json.loads(case)
     print(json.dumps(account(GPTConfig(**config), Layout(**layout), rank, DTYPES[dtype])))
 
 
@@ -143,10 +148,10 @@ def refuse(experts: bool, layout: Layout, rank: int) -> None:
 
 
 def compared(
-    found: Account, model: Model, layout: Layout, place: int, itemsize: int
+    found: Account, model: ModelConfig, layout: Layout, pp_rank: int, itemsize: int
 ) -> list[tuple[str, str, float, float]]:
-    """(what, of which kind, by the planner, by this run), in bytes, of a rank at this place in the pipeline."""
-    sent, kept = sent_bytes(model, layout, place, itemsize), held(model, layout, place, itemsize)
+    """(what, of which kind, by the planner, by this run), in bytes, of a rank with this index in the pipeline."""
+    sent, kept = sent_bytes(model, layout, pp_rank, itemsize), rank_memory(model, layout, pp_rank, itemsize)
     moved = [("sent in a step", axis, sent.get(axis, 0.0), found.bytes.get(axis, 0.0)) for axis in sent | found.bytes]
     return moved + [("held", kind, getattr(kept, kind), measured) for kind, measured in found.held.items()]
 
@@ -154,22 +159,19 @@ def compared(
 # ---- The lesson ------------------------------------------------------------------------------------------------------
 
 
-def case(args: argparse.Namespace) -> tuple[Model, Layout]:
+def case(args: argparse.Namespace) -> tuple[ModelConfig, Layout]:
     """What the flags ask for."""
     if not given(args) and args.world == WORLD and args.batch is None:
         return model_of(args), SHOWN
-    return model_of(args), layout_of(args)
+    return model_of(args), layout_from(args, args.world, args.batch, microbatch=1)
 
 
-def config_of(model: Model) -> GPTConfig:
+def config_of(model: ModelConfig) -> GPTConfig:
     """Raises ValueError unless the model is of the kind of `core.model.gpt`."""
     if missing := lacking(replace(model, vocabulary=VOCABULARY)):
         raise ValueError(f"--model {model.name}: core.model.gpt, which is what is trained, has no {missing}; "
                          "use --model gpt3-175b")  # fmt: skip
-    return GPTConfig(
-        vocabulary=model.vocabulary, sequence=model.sequence, hidden=model.hidden, layers=model.layers,
-        heads=model.heads, feed_forward=model.feed_forward, tied=model.tied,
-    )  # fmt: skip
+    return model
 
 
 def check(args: argparse.Namespace, ranks: int) -> None:
@@ -180,12 +182,11 @@ def check(args: argparse.Namespace, ranks: int) -> None:
     rules.check(layout, model, world=args.world, batch=args.batch)
 
 
-def place_of(layout: Layout, rank: int) -> dict[str, int]:
-    """The rank's place on each axis."""
+def index_on_axes(layout: Layout, rank: int) -> dict[str, int]:
+    """The rank's index on each axis."""
     sizes = axis_sizes(layout.ranks, tp=layout.tp, cp=layout.cp, dp=layout.dp, pp=layout.pp)
-    lines = {name: next(line for line in axis_groups(sizes, name, ORDER) if rank in line) for name in
-             ("tp", "cp", "dp", "pp")}  # fmt: skip
-    return {name: line.index(rank) for name, line in lines.items()}
+    groups = {name: next(g for g in axis_groups(sizes, name, ORDER) if rank in g) for name in ("tp", "cp", "dp", "pp")}
+    return {name: group.index(rank) for name, group in groups.items()}
 
 
 def lesson(run: Run) -> None:
@@ -193,32 +194,36 @@ def lesson(run: Run) -> None:
     show(run, config_of(model), model, layout, run.args.rank)
 
 
-def show(run: Run, config: GPTConfig, model: Model, layout: Layout, rank: int) -> None:
+def show(run: Run, config: GPTConfig, model: ModelConfig, layout: Layout, rank: int) -> None:
     """The dry run of a rank beside the planner's figures, which are claimed."""
-    place, itemsize = place_of(layout, rank), run.dtype.itemsize
-    run.mesh = {name: getattr(layout, name) for name in place}
-    where = ", ".join(f"{name} {index} of {run.mesh[name]}" for name, index in place.items())
-    run.say(f"{model.name}, {model.parameters():,} parameters, on {layout.ranks} ranks: {layout}")
-    run.say(f"rank {rank}: {where}; stages {' '.join(map(str, layout.held(place['pp'])))} of {layout.stages}\n")
+    index, itemsize = index_on_axes(layout, rank), run.dtype.itemsize
+    run.mesh = {name: getattr(layout, name) for name in index}
+    where = ", ".join(f"{name} {i} of {run.mesh[name]}" for name, i in index.items())
+    run.say(f"{model.name}, {model_parameters(model):,} parameters, on {layout.ranks} ranks: {layout}")
+    run.say(f"rank {rank}: {where}; stages {' '.join(map(str, layout.stages_of(index['pp'])))} of {layout.stages}\n")
     if run.job.rank:
         return
-    found = dry_run(config, None, layout, rank, run.dtype)
-    # ZeRO's buckets are cut into equal parts, and the last ranks have what is left.
-    buckets = (
-        model.layers + 2 if layout.zero == 3 else sum(parameters(model, layout, place["pp"])) // BUCKET_ELEMENTS + 1
-    )
-    kinds = zip(("weights", "gradients", "optimizer"), state_sizes(itemsize), strict=True)
-    padding = {kind: (layout.data - 1) * buckets * size for kind, size in kinds}
-    rows = []
-    for what, kind, expected, measured in compared(found, model, layout, place["pp"], itemsize):
+    found, rows = dry_run(config, None, layout, rank, run.dtype), []
+    padding = bucket_padding(model, layout, index["pp"], itemsize)
+    for what, kind, expected, measured in compared(found, model, layout, index["pp"], itemsize):
         elements = f"{found.sent.get(kind, 0.0):,.0f}" if what != "held" else ""
         apart = f"{measured / expected - 1:+.3%}" if expected else "not planned"
         rows.append((what, kind, elements, measured / 1e9, expected / 1e9, apart))
         formula = f"{expected:,.0f} by the planner, within {NEAR:.0%}"
-        near = NEAR * expected + (padding.get(kind, 0) if what == "held" and layout.zero else 0)
+        near = NEAR * expected + (padding.get(kind, 0) if what == "held" else 0)
         run.evidence.claim(f"bytes {what}: {kind}", formula, expected, measured, near)
     header = ("", "", "elements", "GB, this run", "GB, planner", "difference")
     run.say(tabulate(rows, header, floatfmt=",.4f"))
+
+
+def bucket_padding(model: ModelConfig, layout: Layout, pp_rank: int, itemsize: int) -> dict[str, int]:
+    """Bytes that ZeRO's equal shards of a bucket may differ by from the planner's; the last ranks have what is left."""
+    if not layout.zero:
+        return {}
+    by_layer = model.layers + 2
+    buckets = by_layer if layout.zero == 3 else sum(parameters(model, layout, pp_rank)) // BUCKET_ELEMENTS + 1
+    kinds = zip(("weights", "gradients", "optimizer"), state_sizes(itemsize), strict=True)
+    return {kind: (layout.data - 1) * buckets * size for kind, size in kinds}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 
 `rulebook.py` has the rules. `check` is what a training calls before any process group exists; `explain` says which
 rules hold, and what would do instead of a layout that breaks one.
+
+read: planner/rulebook.py:75-203; then planner/search.py
 """
 
 import sys
@@ -12,19 +14,24 @@ from tabulate import tabulate
 
 from cluster.planner.hardware import Machine
 from cluster.planner.layout import Layout
-from cluster.planner.models import Model
-from cluster.planner.options import asked, parser
-from cluster.planner.rulebook import FIRST, RULES, Case, Rule, broken
+from cluster.planner.options import case_of, parser
+from cluster.planner.rulebook import POSITIVE, RULES, Case, broken
 from cluster.planner.search import nearest
+from core.model.config import ModelConfig
+from core.proof.rules import Rule
 
 
 def check(
-    layout: Layout, model: Model, machine: Machine | None = None, world: int | None = None, batch: int | None = None
+    layout: Layout,
+    model: ModelConfig,
+    machine: Machine | None = None,
+    world: int | None = None,
+    batch: int | None = None,
 ) -> None:
     """Raises ValueError, with the flags, the reason and a layout that works, unless every rule but advice holds."""
     case = Case(layout, model, machine, world, batch)
     if failing := broken(case):
-        raise ValueError(f"{failing[0].message(case)}; {instead(case)}")
+        raise ValueError(f"{failing[0].message(case.sizes)}; {instead(case)}")
 
 
 def instead(case: Case) -> str:
@@ -37,25 +44,29 @@ def instead(case: Case) -> str:
 
 def explain(case: Case) -> str:
     """A table of all rules, what is wrong, and what to use instead."""
-    failing, sizes = broken(case, advice=True), case.sizes()
-
-    nonsense = any(rule in failing for rule in RULES[:FIRST])  # then the others have not been asked
+    failing = broken(case, advice=True)
+    unchecked = any(rule in POSITIVE for rule in failing)  # then the other rules mean nothing
 
     def verdict(rule: Rule) -> str:
         if rule in failing:
             return "advice" if rule.advice else "NO"
-        return "?" if nonsense else "yes"
+        return "?" if unchecked and rule not in POSITIVE else "yes"
 
-    rows = [(rule.name, verdict(rule), rule.condition, rule.reason.format_map(sizes), rule.source) for rule in RULES]
-    header, widths = ("rule", "holds", "condition", "reason", "source"), (None, None, 36, 44, 26)
-    said = [f"{'slow' if rule.advice else 'refused'}: {rule.message(case)}" for rule in failing] or ["every rule holds"]
-    said += [instead(case)] * bool(failing)
-    return "\n".join([str(case.layout), tabulate(rows, header, maxcolwidths=widths, disable_numparse=True), *said])
+    sizes = vars(case.sizes)
+    rows = [
+        (rule.name, verdict(rule), rule.flags.format_map(sizes), rule.reason.format_map(sizes), rule.source)
+        for rule in RULES
+    ]
+    header, widths = ("rule", "holds", "flags", "reason", "source"), (None, None, 30, 50, 26)
+    lines = [str(case.layout), tabulate(rows, header, maxcolwidths=widths, disable_numparse=True)]
+    lines += [f"{'slow' if rule.advice else 'refused'}: {rule.message(case.sizes)}" for rule in failing]
+    lines.append(instead(case) if failing else "every rule holds")
+    return "\n".join(lines)
 
 
 def main() -> int:
     try:
-        case = asked(parser("rules", "Which rules a layout keeps, which it breaks, and what would do.").parse_args())
+        case = case_of(parser("rules", "Which rules a layout keeps, which it breaks, and what would do.").parse_args())
         print(explain(case))
     except ValueError as error:
         print(f"cluster/rules.py: {error}", file=sys.stderr)

@@ -4,10 +4,12 @@
     python cluster/topology.py --file topo.txt
     torchrun --nproc_per_node=8 cluster/topology.py --json machine.json
 
-What the machine says of itself (`machine.py`): CPU cores, caches and NUMA nodes by /sys, GPUs and links by
-`nvidia-smi topo -m`, or by a file that holds what another machine printed. And with torchrun, on one machine or
-several, what is measured (`links.py`): the time of a message between every pair of ranks, by ping-pong, as a line
-alpha + beta x bytes; and the fast domains, which that shows. Tensor parallelism belongs inside one.
+read: topology.py:57-143; then links/links.py, links/machine.py
+
+With torchrun, on one machine or several, the time of a message is measured between every pair of ranks, by ping-pong,
+as a line alpha + beta x bytes: latency, and one over the bandwidth. It shows the fast domains (`links.py`); tensor
+parallelism belongs inside one. And the machine describes itself (`machine.py`): CPU cores, caches and NUMA nodes by
+/sys, GPUs and links by `nvidia-smi topo -m`, or by a file with what that printed on another machine.
 
 `--json` writes, for a planner; indices are ranks, times are of one way, and 0 from a rank to itself:
 
@@ -23,138 +25,125 @@ Without torchrun nothing is measured: a rank is a GPU then, the domains are thos
 
 import argparse
 import json
-import os
 import sys
+import time
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
+import torch
 
-from cluster.links.links import APART, Lines, domains, fit, in_one, measure
-from cluster.links.machine import LINKS, Processors, Topology, ask_nvidia_smi, parse, processors, slowness
+from cluster.evidence import topology as evidence
+from cluster.links.links import Links, domains
+from cluster.links.machine import nvidia_smi_topology, parse, processors
 from cluster.planner.hardware import figures
+from core import comm, p2p
 from core.ledger import Ledger
-from core.mesh import Mesh
+from core.mesh import Axis, Mesh
 from core.proof.files import check_writable, write_file
 from core.proof.launch import process_info
 from core.proof.lesson import Lesson, Run
-from core.proof.plot import picture
+from core.proof.rules import check as check_rules
 
-MOST_RANKS = 256  # which are 32,640 pairs, measured one after another
 LARGEST = {"cpu": 2**20, "cuda": 2**26}  # bytes of the largest message, by device
-WITHIN = 0.5  # how far the line may be from a time that it was not fitted to: it is for planning
+BUDGET = 0.14  # seconds for the round trips of one size in a round, shared by the pairs
+SHORTEST = 0.005  # seconds of that for a pair
+FIRST, MOST = 3, 200  # round trips that show how many more the budget allows, and the most of them
 
 
-# ---- What the machine says -------------------------------------------------------------------------------------------
+# ---- What is measured, and how. n ranks; a time is of one way, in seconds; a matrix is (n, n) and symmetric ----------
 
 
-def show_gpus(run: Run, topology: Topology) -> None:
-    gpus = topology.gpus
-    rows = [(a, *(topology.links.get((a, b), "X") for b in gpus)) for a in gpus]
-    run.say(tabulate(rows, ("", *gpus)) + "\n")
-    found = sorted(topology.between(gpus), key=slowness)
-    for link in found:
-        groups = topology.connected(slowness(link))
-        run.say(f"{link}, {LINKS['NV' if link.startswith('NV') else link]}, or faster: {_text(groups)}")
-    rows = []
-    for gpu in gpus:
-        nics, link = topology.nearest_nics(gpu) if topology.nics else ([], "")
-        rows.append((gpu, topology.numa.get(gpu, "?"), topology.cpus.get(gpu, "?"), " ".join(nics), link))
-    run.say("\n" + tabulate(rows, ("", "NUMA node", "CPUs", "nearest network adapters", "link")))
-    run.say(f"\nfast domains by the links, in GPUs: {_text(topology.domains())}\n")
-    run.evidence.claim("pairs of devices whose two entries differ", "0: a link has two ends", 0, topology.differing())
+def ping_pong(axis: Axis, pair: tuple[int, int], size: int, budget: float, device: torch.device) -> float:
+    """Half the fastest round trip of a message of `size` bytes; both ranks of the pair call it, the first gets it."""
+    first, second = pair
+    message = torch.zeros(size, dtype=torch.uint8, device=device)
+    repeats = torch.zeros(1, dtype=torch.int64, device=device)
 
+    def round_trips(count: int) -> float:
+        fastest = np.inf
+        for _ in range(count):
+            began = now(device)
+            if axis.index == first:
+                p2p.send(message, axis, second)
+                p2p.receive(message, axis, second)
+            else:
+                p2p.receive(message, axis, first)
+                p2p.send(message, axis, first)
+            fastest = min(fastest, now(device) - began)
+        return fastest
 
-def show_processors(run: Run, found: Processors) -> None:
-    run.say(f"{len(found.cpus)} CPUs, {len(found.cores)} cores, sockets {_text(found.sockets)}")
-    rows = [(c.name, c.size, len(c.shared), max(map(len, c.shared))) for c in found.caches]
-    if rows:
-        run.say("\n" + tabulate(rows, ("cache", "each", "of them", "CPUs share one")))
-    rows = [(n, _text([cpus]), f"{found.memory.get(n, 0) / 2**30:.1f}", *found.distances.get(n, ()))
-            for n, cpus in found.nodes.items()]  # fmt: skip
-    if rows:
-        run.say("\n" + tabulate(rows, ("NUMA node", "CPUs", "GiB", *(f"to {n}" for n in found.nodes))))
-    run.say()
-    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    run.evidence.claim(
-        "CPUs of this process that /sys does not have", f"0 of {len(mine)}", 0, len(mine - set(found.cpus))
-    )
-    if found.nodes:
-        once = [cpu for cpus in found.nodes.values() for cpu in cpus]
-        missed = len(set(found.cpus) ^ set(once)) + len(once) - len(set(once))
-        run.evidence.claim("CPUs that are not in just one NUMA node", "0", 0, missed)
-
-
-def describe(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Show this machine, or that of `--file`. As JSON: its domains, and all else."""
-    machine: dict[str, Any] = {}
-    if run.args.file:
-        topology = parse(Path(run.args.file).read_text())
+    fastest = round_trips(FIRST)
+    if axis.index == first:
+        p2p.send(repeats.fill_(min(MOST, int(budget / fastest))), axis, second)
     else:
-        found, topology = processors(), ask_nvidia_smi(run.args.timeout)
-        show_processors(run, found)
-        machine["cpu"] = found.as_json()
-    if topology is None:
-        return {"ranks": 1, "device": "cpu", "domains": [[0]]}, machine
-    show_gpus(run, topology)
-    machine["gpu"] = topology.as_json()
-    return {"ranks": len(topology.gpus), "device": "cuda", "domains": topology.domains()}, machine
+        p2p.receive(repeats, axis, first)
+    fastest = min(fastest, round_trips(int(repeats)))
+    return fastest / 2 if axis.index == first else np.inf
 
 
-# ---- What is measured ------------------------------------------------------------------------------------------------
+def now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
-def show_links(run: Run, lines: Lines, found: list[list[int]]) -> None:
-    n = len(lines.alpha)
-    if n <= 16:
-        for what, matrix in (
-            ("latency in us", lines.alpha * 1e6),
-            ("GB/s", 1e-9 / np.where(lines.beta > 0, lines.beta, np.inf)),
-        ):
-            rows = [(a, *("." if a == b else f"{matrix[a, b]:.3g}" for b in range(n))) for a in range(n)]
-            run.say(f"\n{what}, from rank to rank\n{tabulate(rows, ('', *range(n)), disable_numparse=True)}")
-    same, off = in_one(found), ~np.eye(n, dtype=bool)
-    rows = []
-    for what, pairs in (("inside a domain", same & off), ("between domains", ~same)):
-        if pairs.any():
-            alpha, beta = (np.median(x[pairs]) for x in lines)
-            rows.append((what, f"{alpha * 1e6:.3g}", f"{1e-9 / beta:.3g}" if beta else "?"))
-    run.say("\n" + tabulate(rows, ("median", "latency in us", "GB/s"), disable_numparse=True))
-    run.say(f"\nfast domains as measured, in ranks: {_text(found)}\n")
+def measure(run: Run, axis: Axis, sizes: Sequence[int]) -> dict[int, np.ndarray]:
+    """The fastest time of a message between every pair of ranks, by its bytes; on rank 0, elsewhere nothing.
+
+    One pair at a time, because pairs that send at once share links and cores. Noise only ever adds time, so the fastest
+    of many is the best estimate; the rounds are apart, so that one busy moment does not spoil all trials of a pair.
+    """
+    pairs = list(combinations(range(axis.size), 2))
+    budget = max(SHORTEST, BUDGET / len(pairs))
+    fastest = {size: np.full((axis.size, axis.size), np.inf) for size in sizes}
+    turn = torch.zeros(1, device=run.job.device)
+    for _ in run.steps("ping-pong"):
+        for pair in pairs:
+            comm.all_reduce(turn, axis.labelled("turns"))  # nobody begins before the pair before has ended
+            if axis.index in pair:
+                for size in sizes:
+                    took = ping_pong(axis, pair, size, budget, run.job.device)
+                    fastest[size][pair] = min(fastest[size][pair], took)
+    every_rank = run.job.gather(fastest)
+    if not every_rank:
+        return {}
+    times = {}
+    for size in sizes:
+        upper = np.minimum.reduce([rank[size] for rank in every_rank])
+        upper[np.isinf(upper)] = 0.0  # only pairs of first < second were measured
+        times[size] = upper + upper.T
+    return times
 
 
-def claim_links(run: Run, lines: Lines, found: list[list[int]], size: int, seconds: np.ndarray) -> None:
-    """Both claims by times of a size that neither the lines nor the domains have seen."""
-    pairs = np.triu_indices(len(seconds), 1)
-    seconds, predicted, same = seconds[pairs], lines.predict(size)[pairs], in_one(found)[pairs]
-    run.evidence.claim(
-        "error of the line at a size not fitted, median",
-        f"alpha + beta x {size:,}, within {WITHIN:.0%}",
-        0,
-        float(np.median(np.abs(predicted / seconds - 1))),
-        WITHIN,
-    )
-    inside = np.exp(np.log(predicted[same]).mean())
-    between = inside * APART**2 if same.all() else np.exp(np.log(predicted[~same]).mean())
-    border = np.sqrt(inside * between)
-    noisy = max(1, len(seconds) // 5) if len(seconds) > 1 else 0  # a domain that is not seen puts more pairs wrong
-    run.evidence.claim(
-        "pairs that the domains do not explain",
-        f"of {len(seconds)}, {noisy} at most: inside below {border * 1e6:.3g} us, between above",
-        0,
-        int(((seconds > border) == same).sum()),
-        noisy,
-    )
+def fit(times: Mapping[int, np.ndarray]) -> Links:
+    """Of every pair the latency alpha and beta = 1 / bandwidth, by its times for messages of several sizes."""
+    sizes = sorted(times)
+    alpha, beta = np.zeros_like(times[sizes[0]]), np.zeros_like(times[sizes[0]])
+    for a, b in combinations(range(len(alpha)), 2):
+        seconds = np.array([times[size][a, b] for size in sizes])
+        alpha[a, b], beta[a, b] = alpha[b, a], beta[b, a] = fit_line(np.array(sizes), seconds)
+    return Links(alpha, beta)
 
 
-def draw(path: str, lines: Lines, size: int) -> None:
-    with picture(path, 5, 4) as axes:
-        seconds = lines.predict(size)
-        np.fill_diagonal(seconds, np.nan)
-        shown = axes.imshow(seconds * 1e6)
-        axes.figure.colorbar(shown, ax=axes, label="us")
-        axes.set(title=f"A message of {size:,} bytes", xlabel="rank", ylabel="rank")
+def fit_line(sizes: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """Least squares of the relative errors: a line through times of 50 us and 50 ms must be right for both.
+
+    Neither alpha nor beta is negative; where the best line has a negative one, the best with a 0 there is taken.
+    """
+    one, n = 1 / seconds, sizes / seconds  # the sum of (alpha / t + beta n / t - 1)^2 is least
+    alpha, beta = np.linalg.lstsq(np.stack([one, n], axis=1), np.ones(len(seconds)), rcond=None)[0]
+    if beta < 0:
+        return one.sum() / (one @ one), 0.0
+    if alpha < 0:
+        return 0.0, n.sum() / (n @ n)
+    return alpha, beta
+
+
+# ---- The lesson ------------------------------------------------------------------------------------------------------
 
 
 def lesson(run: Run) -> None:
@@ -165,77 +154,67 @@ def lesson(run: Run) -> None:
         write_file(run.args.json, json.dumps(result | figures(run.job.device) | {"machine": machine}))
 
 
+def describe(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Show this machine, or that of `--file`. As JSON: its domains, and all else."""
+    machine: dict[str, Any] = {}
+    if run.args.file:
+        topology = parse(Path(run.args.file).read_text())
+    else:
+        found, topology = processors(), nvidia_smi_topology(run.args.timeout)
+        evidence.show_processors(run, found)
+        machine["cpu"] = found.as_json()
+    if topology is None:
+        return {"ranks": 1, "device": "cpu", "domains": [[0]]}, machine
+    evidence.show_gpus(run, topology)
+    machine["gpu"] = topology.as_json()
+    return {"ranks": len(topology.gpus), "device": "cuda", "domains": topology.domains()}, machine
+
+
 def measured(run: Run) -> dict[str, Any]:
     """Measure, show and claim; on rank 0 the JSON of it."""
     run.mesh = {"dp": run.job.world_size}
     axis = Mesh(run.job.device.type, Ledger(), run.job.timeout, dp=run.job.world_size)["dp"]
     largest = run.args.largest or LARGEST[run.job.device.type]
-    sizes, apart = [8, largest // 16, largest // 4, largest], largest // 2
-    times = measure(run, axis, [*sizes, apart])
+    sizes, unseen = [8, largest // 16, largest // 4, largest], largest // 2
+    times = measure(run, axis, [*sizes, unseen])
     node_of = run.job.gather(process_info().node)
     if not times:
         return {}
-    unseen = times.pop(apart)
-    lines = fit(times)
-    found = domains(lines.predict(largest))
-    show_links(run, lines, found)
-    claim_links(run, lines, found, apart, unseen)
+    links = fit({size: times[size] for size in sizes})
+    found = domains(links.predict(largest))
+    evidence.show_links(run, links, found)
+    evidence.claim_links(run, links, found, unseen, times[unseen])
     if run.args.plot:
-        draw(run.args.plot, lines, largest)
+        evidence.draw(run.args.plot, links, largest)
     nodes = [[rank for rank, node in enumerate(node_of) if node == this] for this in dict.fromkeys(node_of)]
     return {
         "ranks": axis.size,
         "device": run.job.device.type,
         "domains": found,
         "nodes": nodes,
-        "alpha": lines.alpha.tolist(),
-        "beta": lines.beta.tolist(),
+        "alpha": links.alpha.tolist(),
+        "beta": links.beta.tolist(),
         "sizes": sizes,
         "seconds": [times[size].tolist() for size in sizes],
     }
 
 
-def _text(groups: list[list[int]]) -> str:
-    return " ".join(f"[{','.join(map(str, group))}]" for group in groups)
+def add_flags(frame: Lesson) -> None:
+    flag = frame.parser.add_argument
+    flag("--file", metavar="topo.txt", help="what nvidia-smi topo -m printed elsewhere (default: run it here)")
+    default = f"default {LARGEST['cpu']}, on GPUs {LARGEST['cuda']}"
+    flag("--largest", type=int, help=f"bytes of the largest message ({default})")
+    flag("--json", metavar="FILE.json", help="write what a planner needs")
+    frame.parser.set_defaults(steps=5)  # rounds
 
 
 def check(args: argparse.Namespace, ranks: int) -> None:
     """Raises ValueError unless the file holds a matrix, the sizes are different, and the pairs are not too many."""
     if args.file:
-        try:
-            parse(Path(args.file).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "is not text"
-            raise ValueError(f"--file {args.file}: {reason}; use what nvidia-smi topo -m printed") from None
-        except ValueError as error:
-            raise ValueError(f"--file {args.file}: {error}") from None
-    if args.largest is not None and not 2**10 <= args.largest <= 2**31:
-        raise ValueError(f"--largest {args.largest}: must be in [1024, 2147483648]; use --largest 1048576")
-    if ranks > MOST_RANKS:
-        raise ValueError(
-            f"--nproc_per_node: {ranks} ranks are {ranks * (ranks - 1) // 2:,} pairs, measured one after another; "
-            f"use at most {MOST_RANKS} ranks, a few nodes show the links"
-        )
+        evidence.check_file(args.file)
+    check_rules(SimpleNamespace(**vars(args), ranks=ranks, pairs=ranks * (ranks - 1) // 2), evidence.RULES)
     if args.json:
         check_writable("--json", args.json)
-    if args.plot and ranks == 1:
-        raise ValueError(
-            f"--plot {args.plot}: draws what is measured, so needs 2 ranks; use torchrun --nproc_per_node=2"
-        )
-
-
-def add_flags(frame: Lesson) -> None:
-    flag = frame.parser.add_argument
-    flag(
-        "--file", metavar="topo.txt", help="what nvidia-smi topo -m printed on another machine (default: ask this one)"
-    )
-    flag(
-        "--largest",
-        type=int,
-        help=f"bytes of the largest message (default {LARGEST['cpu']}, on GPUs {LARGEST['cuda']})",
-    )
-    flag("--json", metavar="FILE.json", help="write what a planner needs")
-    frame.parser.set_defaults(steps=5)  # rounds
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ layers fold the same ranks differently: the dense world is tp x cp x dp x pp, th
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from core.ledger import Ledger
+from core.proof.rulebook import AXES, EXPERT_RANKS, RANKS
+from core.proof.rules import check
 
 ORDER = "tp-cp-ep-dp-pp"
 DENSE = ("tp", "cp", "dp", "pp")
@@ -71,17 +74,9 @@ def axis_sizes(
         ValueError: the dense axes do not multiply to the number of ranks, or ep x etp does not divide tp x cp x dp.
     """
     sizes = {"tp": tp, "cp": cp, "dp": dp, "pp": pp, "ep": ep, "etp": etp}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"--{name} {size}: an axis has at least one rank; use --{name} 1")
-    if tp * cp * dp * pp != world_size:
-        raise ValueError(
-            f"tp {tp} x cp {cp} x dp {dp} x pp {pp} = {tp * cp * dp * pp} ranks, but {world_size} are running; "
-            f"use torchrun --nproc_per_node={tp * cp * dp * pp}"
-        )
-    if tp * cp * dp % (ep * etp):
-        raise ValueError(f"--ep {ep} x --etp {etp} must divide tp x cp x dp = {tp * cp * dp}; use --ep 1 --etp 1")
-    return sizes | {"edp": tp * cp * dp // (ep * etp)}
+    inside = tp * cp * dp  # ranks of one pipeline stage
+    check(SimpleNamespace(**sizes, inside=inside, ranks=inside * pp, world=world_size), (*AXES, RANKS, EXPERT_RANKS))
+    return sizes | {"edp": inside // (ep * etp)}
 
 
 def axis_names(order: str, *, expert: bool) -> list[str]:

@@ -1,166 +1,113 @@
-"""CODE 04: the router (专家并行大规模训练): who goes where, and what keeps the load even.
+"""CODE 04: the router (专家并行大规模训练): which experts a token goes to, and what keeps their load even.
 
     torchrun --nproc_per_node=8 expert_parallel/router.py
 
+    read: router.py:33-87; then engine/router.py
+
+Top-k gating: Shazeer et al. 2017 (1701.06538). Auxiliary loss and capacity: Switch (2101.03961), section 2.2. z-loss:
+ST-MoE (2202.08906), section 3. Balancing by a bias: 2408.15664. Groups of experts: DeepSeek-V3 (2412.19437), 2.1.2.
+
 A router that is left alone soon sends all tokens to the same few experts: those learn fastest. Here the same model is
-trained from the same start with each way against that. `gating.py` has them; this lesson shows the load.
+trained from the same start with each way against that, by the router below and by the engine's beside it.
 
-The load is the whole batch's: each rank here has a part of the tokens, and the auxiliary loss needs what all of them
-chose, so the ranks add up their counts, E numbers a layer.
-
-b samples in a step, s tokens of a sample, L layers, E experts, K for each token
+B samples, S tokens of a sample, T = B S tokens of this rank, H hidden, E experts, k of them for each token, L layers
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from fractions import Fraction
 
 import torch
-from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 
+from core import comm
+from core.mesh import Axis, Mesh
+from core.model.gpt import GPT
 from core.proof.lesson import Lesson, Run
-from core.proof.plot import picture
-from expert_parallel.gating import DROPS, Routing
-from expert_parallel.moe import MoEConfig
-from expert_parallel.training import ENOUGH, Trained, add_flags, balance, check, claim_equal, train_with
+from core.proof.rules import Rule
+from expert_parallel.engine.router import Choice
+from expert_parallel.engine.routing import DROPS, MoEConfig, Routing
+from expert_parallel.evidence.flags import add_flags, check
+from expert_parallel.evidence.router import compare_ways, ways
 
-ALONE = "left alone"
+
+class Router(nn.Module):
+    """(B, S, H) to the k experts of each of T tokens, their weights, and whether they are within capacity."""
+
+    def __init__(self, hidden: int, routing: Routing, dp: Axis):
+        super().__init__()
+        self.routing, self.dp = routing, dp
+        self.weight = nn.Parameter(torch.empty(routing.experts, hidden, device="meta"))  # (E, H)
+        self.bias = nn.Parameter(torch.zeros(routing.experts), requires_grad=False)  # (E), of selection
+
+    def forward(self, x: Tensor) -> Choice:
+        r, E = self.routing, self.routing.experts
+        logits = (x @ self.weight.T).to(torch.promote_types(x.dtype, torch.float32))  # (B, S, E)
+        scores = logits.sigmoid() if r.score == "sigmoid" else logits.softmax(-1)
+
+        # Selection: the best k by score + bias, within the best groups. The bias is in no weight, and has no gradient.
+        selection = scores.detach() + self.bias
+        if r.top_groups < r.groups:
+            of_group = selection.unflatten(-1, (r.groups, -1)).topk(max(1, r.top_k // r.top_groups)).values.sum(-1)
+            best = of_group.topk(r.top_groups).indices  # (B, S, top_groups)
+            group = torch.arange(E, device=x.device) // (E // r.groups)  # (E)
+            selection = selection.masked_fill((group != best.unsqueeze(-1)).all(-2), -torch.inf)
+        experts = selection.topk(r.top_k).indices  # (B, S, k)
+
+        # Weights: a softmax over the chosen, or the scores of the chosen, sigmoids divided by their sum.
+        weights = scores.gather(-1, experts)
+        if r.score == "topk-softmax":
+            weights = logits.gather(-1, experts).softmax(-1)
+        elif r.score == "sigmoid" and r.top_k > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
+
+        # Capacity: of each sample an expert takes its first C tokens, or the C with the highest score.
+        kept = torch.ones_like(experts, dtype=torch.bool)
+        if r.capacity:
+            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, True)  # (B, S, E)
+            first = chosen if r.drop == "position" else torch.where(chosen, scores.detach(), -torch.inf)
+            turn = first.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, S, E): 0 for the first taken
+            kept = (turn < r.expert_capacity(x.shape[1])).gather(-1, experts)  # (B, S, k)
+            weights = weights * kept
+
+        # Auxiliary loss alpha E sum_i f_i P_i: f the share of the choices, P the mean probability, of the global batch.
+        tokens = x.shape[0] * x.shape[1] * self.dp.size
+        load = experts.flatten().bincount(minlength=E)  # (E): tokens of each expert on this rank
+        self.load = comm.all_reduce(load, self.dp.labelled("load"))
+        f = self.load / (r.top_k * tokens)
+        P = (scores / scores.sum(-1, keepdim=True)).sum((0, 1)) / tokens
+        self.loss = r.aux * E * (f.to(P) * P).sum()
+
+        # z-loss: keeps the logits small.
+        self.loss = self.loss + r.z * logits.logsumexp(-1).square().sum() / tokens
+        return Choice(experts.flatten(0, 1), weights.flatten(0, 1).to(x.dtype), kept.flatten(0, 1))  # (T, k) each
+
+    def end_step(self) -> None:
+        """The bias moves against the load: up where an expert had fewer tokens than the mean, down where more."""
+        error = self.load.double().mean() - self.load
+        self.bias.data += self.routing.bias_rate * error.sign().to(self.bias.dtype)
 
 
-def ways(args: argparse.Namespace) -> dict[str, Routing]:
-    """The same top-k, balanced in each way."""
-    alone = Routing(args.experts, args.top_k, "topk-softmax" if args.top_k > 1 else "softmax-topk")
-    found = {
-        ALONE: alone,
-        "auxiliary loss": replace(alone, aux=args.aux, z=args.z),
-        "bias, no loss": replace(alone, score="sigmoid", bias_rate=args.bias_rate),
-        "capacity": replace(alone, score="softmax-topk", capacity=args.capacity, drop=args.drop),
-    }
-    half = args.experts // 2  # groups of two
-    if args.experts % 2 == 0 and args.top_k <= 2 * (half - 1):  # and one of them closed at least
-        groups = max(-(-args.top_k // 2), half // 2)
-        found["groups"] = replace(alone, score="sigmoid", groups=half, top_groups=groups, aux=args.aux)
-    return found
+def route_plainly(model: GPT, moe: MoEConfig, mesh: Mesh) -> GPT:
+    """Give all mixtures of the model the router above."""
+    for block in model.blocks.values():
+        block.mlp.router = Router(model.config.hidden, moe.routing, mesh["dp"])
+    return model
 
 
 def lesson(run: Run) -> None:
-    trained: dict[str, Trained] = {}
-    for name, routing in ways(run.args).items():
-        run.say(f"{name}: {described(routing)}")
-        trained[name] = train_with(run, MoEConfig(routing), ep=1)
-    loads = {name: torch.stack(each.loads) for name, each in trained.items()}  # (steps, L, E)
-    for name, load in loads.items():
-        show(run, name, load)
-    claim_equal(run, *trained.values())
-    claim_router(run, trained)
-    if run.job.rank:
-        return
-    claim_balance(run, loads)
-    if run.args.plot:
-        with picture(run.args.plot, 8, 4) as axes:
-            for name, load in loads.items():
-                axes.plot([balance(step)[1] for step in load], label=name)
-            axes.set(title="Unevenness of the experts' load", xlabel="step", ylabel="MaxVio, mean over the layers")
-            axes.legend()
+    compare_ways(run, route_plainly)
 
 
-def described(routing: Routing) -> str:
-    told = [f"top {routing.top_k} of {routing.experts}", routing.score]
-    told += [f"{n} {getattr(routing, n):g}" for n in ("aux", "z", "bias_rate", "capacity") if getattr(routing, n)]
-    told += [f"drop by {routing.drop}"] if routing.capacity else []
-    told += [f"in {routing.top_groups} of {routing.groups} groups"] if routing.groups > 1 else []
-    return ", ".join(told)
-
-
-def show(run: Run, name: str, load: Tensor) -> None:
-    """The first layer's load over the steps: an expert's tokens as a bar, the mean one of four blocks."""
-    rows = []
-    for step in sorted({*range(0, len(load), max(1, len(load) // 5)), len(load) - 1}):
-        entropy, violation = balance(load[step, 0])
-        rows.append((step, *bars(load[step, 0]), f"{entropy:.3f}", f"{violation:.2f}"))
-    experts = [f"expert {i}" for i in range(load.shape[2])]
-    most = f"entropy at most ln {len(experts)} = {math.log(len(experts)):.3f}"
-    run.say(f"\n{name}, first layer: tokens of each expert, four blocks the mean ({most})")
-    run.say(tabulate(rows, ("step", *experts, "entropy", "MaxVio"), disable_numparse=True))
-
-
-def bars(load: Tensor) -> Sequence[str]:
-    return ["█" * round(4 * n / load.double().mean().item()) + f" {n}" for n in load.tolist()]
-
-
-def claim_router(run: Run, trained: dict[str, Trained]) -> None:
-    """What a router must hold to in every layer and step."""
-    args, made = run.args, ways(run.args)
-    claim = run.evidence.claim
-    for name, each in trained.items():
-        routing = made[name]
-        different = sum(len(set(row)) for step in each.choices for c in step for row in c.experts.tolist())
-        weights = torch.cat([c.weights for step in each.choices for c in step])
-        most, dropped = fullest(each, routing.experts, args.sequence)
-        everyone = run.job.gather((different, (weights.sum(1) - 1).abs().max().item(), most, dropped))
-        if not everyone:
-            continue
-        different, error, most, dropped = zip(*everyone, strict=True)
-        chosen = args.top_k * args.batch * args.sequence * args.layers * args.steps
-        claim(f"different experts for each token, {name}", f"KbsL in each step: {chosen:,}", chosen, sum(different))
-        if routing.sums_to_one:
-            claim(f"the weights of a token, {name}", "sum to 1: error 0", 0, max(error), 4 * torch.finfo(run.dtype).eps)
-        if routing.groups > 1:
-            size, most_groups = routing.experts // routing.groups, 0
-            for row in (row for step in each.choices for c in step for row in c.experts.tolist()):
-                most_groups = max(most_groups, len({expert // size for expert in row}))
-            excess = max(0, most_groups - routing.top_groups)
-            claim(f"groups of a token, of {routing.groups}", f"at most {routing.top_groups}: excess 0", 0, excess)
-        if routing.capacity:
-            places = math.ceil(Fraction(str(routing.capacity)) * args.top_k * args.sequence / args.experts)
-            excess = max(0, max(most) - places)
-            claim("tokens that an expert took of a sample", f"at most ceil(cKs/E) = {places}: excess 0", 0, excess)
-            share = f"{sum(dropped) / chosen:.1%} of the choices were dropped"
-            run.say(f"\ncapacity {routing.capacity:g}: {share}")
-
-
-def fullest(trained: Trained, experts: int, sequence: int) -> tuple[int, int]:
-    """(the most tokens of a sample that an expert took, choices that were dropped), in all layers and steps."""
-    most = dropped = 0
-    for choice in (c for step in trained.choices for c in step):
-        kept = torch.ones_like(choice.experts, dtype=torch.bool) if choice.kept is None else choice.kept
-        for sample, here in zip(choice.experts.split(sequence), kept.split(sequence), strict=True):
-            most = max(most, int(torch.bincount(sample[here], minlength=experts).max()))
-        dropped += int((~kept).sum())
-    return most, dropped
-
-
-def claim_balance(run: Run, loads: dict[str, Tensor]) -> None:
-    """What balances does, against the router left alone: means over the layers and the last half of the steps."""
-    if run.args.steps < ENOUGH:
-        run.say(f"\nwhat balancing has done is claimed from --steps {ENOUGH} on: it needs some steps to do it")
-        return
-    found = {name: torch.tensor([balance(step) for step in load]) for name, load in loads.items()}  # (steps, 2)
-    half, claim = run.args.steps // 2, run.evidence.claim
-    entropy, violation = found.pop(ALONE)[half:].mean(0).tolist()
-    for name in ("auxiliary loss", "bias, no loss"):
-        mine = found[name][half:].mean(0).tolist()
-        excess = max(0.0, mine[1] - violation)
-        claim(f"MaxVio, {name}: {mine[1]:.3f}", f"below {violation:.3f}, left alone: excess 0", 0, excess)
-        lack = max(0.0, entropy - mine[0])
-        claim(f"entropy of the load, {name}: {mine[0]:.3f}", f"above {entropy:.3f}, left alone: lack 0", 0, lack)
-    # A bias goes by steps of one size, and with few of them may still be on its way: only the loss must have done it.
-    *before, last = (quarter[:, 1].mean().item() for quarter in found["auxiliary loss"].tensor_split(4))
-    what = f"MaxVio falls, auxiliary loss: {last:.3f} in the last quarter of the steps"
-    claim(what, f"below {max(before):.3f} in the worst before: excess 0", 0, max(0.0, last - max(before)))
+BALANCED = (
+    Rule("aux", "--aux {aux}", lambda c: c.aux != 0, "one of the ways would not balance the load",
+         lambda c: "--aux 0.05"),
+    Rule("bias rate", "--bias-rate {bias_rate}", lambda c: c.bias_rate != 0,
+         "one of the ways would not balance the load", lambda c: "--bias-rate 0.01"),
+)  # fmt: skip
 
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
-    check(args, ranks)
-    ways(args)
-    for flag, usual in (("aux", 0.05), ("bias_rate", 0.01)):
-        if not getattr(args, flag):
-            name = f"--{flag.replace('_', '-')}"
-            raise ValueError(f"{name} 0: one of the ways would not balance the load; use {name} {usual}")
+    check(args, ranks, ways=ways, more=BALANCED)
 
 
 if __name__ == "__main__":
@@ -171,12 +118,12 @@ if __name__ == "__main__":
         "专家并行大规模训练",
         "Top-k gating left alone, and balanced by a loss, by a bias and by a capacity: the load of the experts.",
     )
-    add_flags(frame, routing=False, layers=2, feed_forward=64)
+    add_flags(frame, routing=False, layers=2, hidden=32, heads=2, feed_forward=64)
     flag = frame.parser.add_argument
     flag("--aux", type=float, help="of the load-balancing loss (default %(default)s)")
     flag("--z", type=float, default=0.001, help="of the router z-loss (default %(default)s)")
     flag("--bias-rate", type=float, help="of balancing by a bias (default %(default)s)")
     flag("--capacity", type=float, help="capacity factor (default %(default)s)")
     flag("--drop", choices=DROPS, default="probability", help="what is dropped (default %(default)s)")
-    frame.parser.set_defaults(steps=40, aux=0.05, bias_rate=0.01, capacity=1.25)
+    frame.parser.set_defaults(steps=30, aux=0.05, bias_rate=0.01, capacity=1.25)
     sys.exit(frame.main(refuse, lesson))

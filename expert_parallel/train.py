@@ -2,179 +2,100 @@
 
     torchrun --nproc_per_node=8 expert_parallel/train.py
 
-Balance is not only a matter of learning. All ranks wait for the one whose experts have the most tokens, and a rank must
-have the memory for what arrives there. So the two trainings are shown by rank: rows computed, rows that travel, bytes.
+    read: train.py:34-65; dispatch.py:33-97; then evidence/training.py
 
-E experts, K for each token, N ranks
+Balance is not only a matter of learning. All ranks wait for the one whose experts have the most tokens, and a rank must
+have the memory for what arrives there. So the two trainings are shown by rank: rows computed, rows exchanged, bytes.
+Folding of the ranks: 2504.14960, section 3.2. Balancing by a bias: 2408.15664.
+
+b samples in a step, N ranks, B = b/N samples of a rank, S tokens of a sample, E experts, k of them for each token
 """
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
-from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 
+from core.gradients import clip_and_total, sum_gradients
+from core.model.gpt import GPT, token_loss
+from core.proof.arguments import configuration
 from core.proof.lesson import Lesson, Run
-from core.proof.memory import live_bytes
-from core.proof.plot import bars
-from expert_parallel.experts import Experts
-from expert_parallel.gating import Routing
-from expert_parallel.layers import expert_parameters
-from expert_parallel.moe import MoEConfig
-from expert_parallel.training import (
-    ENOUGH,
-    Trained,
-    add_flags,
-    add_parallel_flags,
-    balance,
-    check,
-    claim_equal,
-    ep_of,
-    moe_of,
-    train_with,
-)
+from core.proof.rules import Rule
+from expert_parallel.dispatch import parallelize
+from expert_parallel.engine.routing import MoEConfig
+from expert_parallel.evidence.flags import add_flags, add_parallel_flags, check, ep_of, moe_of
+from expert_parallel.evidence.train import claim_work, count_rows, described, show_balance, show_work, work_of
+from expert_parallel.evidence.training import Trained, Version, claim_equal, engine, mesh_of, routers, train_versions
 
 UNBALANCED, BALANCED = "unbalanced", "balanced"
 
 
-@dataclass
-class Work:
-    """What a rank had to do, over all layers and steps, and what it holds."""
+class PlainTraining(Version):
+    """One step with experts over the ranks: each method is called once a step, in this order."""
 
-    rows: list[list[int]]  # computed by its experts, by step and layer
-    sent: float  # elements of tokens, to and from the experts
-    experts: int  # bytes of weights and Adam moments
-    rest: int
+    def forward_backward(self, step: int, inputs: Tensor, targets: Tensor) -> Tensor:
+        dp, edp = self.mesh["dp"], self.mesh["edp"]
+        # Forward: this rank's samples (B, S) of (b, S). A loss is the rank's share of the global batch's mean, so that
+        # losses and gradients add up over the ranks.
+        inputs, targets = (t.chunk(dp.size)[dp.index] for t in (inputs, targets))
+        self.masks.seek(step, dp.index * len(inputs))  # for dropout
+        loss = token_loss(self.model(inputs), targets, targets.numel() * dp.size)
+
+        # Backward: through the loss and the routers' losses. The gradients of rows go back to their tokens' ranks.
+        (loss + sum(router.loss for router in routers(self.model))).backward()
+
+        # What is no expert is replicated over dp, and each rank has seen other tokens: all-reduce over dp.
+        sum_gradients(self.rest, dp)
+        # An expert has seen the tokens of all ep ranks. Only its replicas have seen others: all-reduce over edp.
+        # Divided by nothing: both are sums over the tokens of the global batch.
+        sum_gradients(self.experts, edp)
+        return loss.detach()
+
+    def clip(self, largest: float, share: Tensor) -> tuple[float, float]:
+        dp, edp = self.mesh["dp"], self.mesh["edp"]
+        # The norm of the full model's gradient: the ranks' squares added up, replicas counted on the first of them.
+        counted = [p.grad for p in self.rest if p.grad is not None and dp.index == 0]
+        counted += [p.grad for p in self.experts if p.grad is not None and edp.index == 0]
+        return clip_and_total(self.model.parameters(), counted, [dp], largest, share)
+
+    def step(self) -> None:
+        self.optimizer.step()  # AdamW, each rank on its own experts and on its replica of the rest
+        for router in routers(self.model):
+            router.end_step()  # balancing by a bias: no gradient, a rule
 
 
 def lesson(run: Run) -> None:
     moe = moe_of(run.args)
-    ways = {
-        UNBALANCED: replace(moe, routing=replace(moe.routing, aux=0.0, z=0.0, bias_rate=0.0)),
-        BALANCED: moe,
-    }
+    nothing = replace(moe.routing, aux=0.0, z=0.0, bias_rate=0.0)
     trained: dict[str, Trained] = {}
-    work: dict[str, list[Work]] = {}
-    losses: dict[str, list[float]] = {}
-    for name, each in ways.items():
-        run.say(f"{name}: {told(each.routing)}")
-        trained[name], mine = train_watched(run, each)
-        losses[name], work[name] = list(run.losses), run.job.gather(mine)
+    work = {}
+    for name, each in ((UNBALANCED, replace(moe, routing=nothing)), (BALANCED, moe)):
+        run.say(f"{name}: {described(each.routing)}")
+        versions = versions_of(run, each)
+        rows = count_rows(versions["engine"].model)
+        trained[name] = train_versions(run, each, versions)
+        work[name] = run.job.gather(work_of(versions["engine"], rows))
     claim_equal(run, *trained.values())
     if run.job.rank == 0:
-        show_balance(run, trained, losses)
+        show_balance(run, trained)
         show_work(run, work)
         claim_work(run, trained, work)
 
 
-def told(routing: Routing) -> str:
-    ways = {"aux": "auxiliary loss", "z": "z-loss", "bias_rate": "bias, rate"}
-    used = [f"{what} {getattr(routing, name):g}" for name, what in ways.items() if getattr(routing, name)]
-    return f"top {routing.top_k} of {routing.experts}, {routing.score}, " + (
-        ", ".join(used) or "nothing against imbalance"
-    )
+def versions_of(run: Run, moe: MoEConfig) -> dict[str, Version]:
+    args, ep = run.args, ep_of(run.args, run.job.world_size)
+    mesh = mesh_of(run, ep)
+    plain = PlainTraining(run, parallelize(GPT(configuration(args)), moe, mesh), mesh)
+    return {"plain": plain, "engine": engine(run, moe, mesh_of(run, ep, args.etp), args.dispatch)}
 
 
-def train_watched(run: Run, moe: MoEConfig) -> tuple[Trained, Work]:
-    """Train, and note how many rows the experts here compute."""
-    rows: list[list[int]] = []
-
-    def watch(model: nn.Module) -> None:
-        layers = [module for module in model.modules() if isinstance(module, Experts)]
-
-        def note(experts: Experts, arguments: tuple[Tensor, list[int]]) -> None:
-            if experts is layers[0]:
-                rows.append([])
-            rows[-1].append(sum(arguments[1]))
-
-        for layer in layers:
-            layer.register_forward_pre_hook(note)
-
-    trained = train_with(run, moe, ep_of(run.args, run.job.world_size), run.args.etp, run.args.dispatch, watch=watch)
-    experts = set(expert_parameters(trained.model))
-
-    def held(parameters: list[nn.Parameter]) -> int:
-        state = trained.optimizer.state
-        return live_bytes([*parameters, *(s for p in parameters for s in state.get(p, {}).values() if s.dim())])
-
-    traffic = trained.mesh["ep"].ledger.traffic.items()
-    ways = {"ep": ("all-to-all", "all-gather", "reduce-scatter"), "etp": ("all-to-all",)}
-    return trained, Work(
-        rows,
-        sum(each.elements for (operation, axis), each in traffic if operation in ways.get(axis, ())),
-        held([p for p in trained.model.parameters() if p in experts]),
-        held([p for p in trained.model.parameters() if p not in experts]),
-    )
-
-
-def show_balance(run: Run, trained: dict[str, Trained], losses: dict[str, list[float]]) -> None:
-    steps = run.args.steps
-    rows = []
-    for step in sorted({*range(0, steps, max(1, steps // 8)), steps - 1}):
-        row: list[float] = [step]
-        for name, each in trained.items():
-            row += [losses[name][step], *balance(each.loads[step])]
-        rows.append(row)
-    header = ["step", *(f"{name}\n{what}" for name in trained for what in ("loss", "entropy", "MaxVio"))]
-    run.say(f"\nloss, and the load of the {run.args.experts} experts, mean over the layers")
-    run.say(tabulate(rows, header, floatfmt=".3f"))
-
-
-def show_work(run: Run, work: dict[str, list[Work]]) -> None:
-    """Where the time and the memory go, by rank."""
-    rows = [
-        (rank, *(f(ranks[rank]) for ranks in work.values() for f in (
-            lambda w: sum(map(sum, w.rows)), lambda w: max(map(max, w.rows)), lambda w: w.sent / run.args.steps
-        ))) for rank in range(run.job.world_size)
-    ]  # fmt: skip
-    what = ("rows of its experts,\nall steps", "most in a layer\nat a time", "elements sent\na step")
-    run.say(
-        "\n"
-        + tabulate(rows, ["rank", *(f"{name}:\n{each}" for name in work for each in what)], intfmt=",", floatfmt=",.0f")
-    )
-    for name, ranks in work.items():
-        run.say(f"{name}: the experts take {slowest(ranks):.2f} times as long as with as many rows on each rank")
-    one = work[BALANCED][0]
-    sizes = f"{one.experts / 1e6:.2f} MB of experts and their Adam moments, {one.rest / 1e6:.2f} MB of the rest"
-    run.say(f"a rank holds {sizes}\n")
-    if run.args.plot:
-        ranks = [f"rank {rank}" for rank in range(run.job.world_size)]
-        bars(run.args.plot, "Rows that the experts of a rank computed", "rows", ranks,
-             {name: [sum(map(sum, w.rows)) for w in each] for name, each in work.items()})  # fmt: skip
-
-
-def slowest(ranks: list[Work]) -> float:
-    """The rows that all wait for, the most of any rank in each layer and step, over the mean."""
-    by_layer = torch.tensor([w.rows for w in ranks], dtype=torch.float64)  # (N, steps, L)
-    return (by_layer.amax(0).sum() / by_layer.mean(0).sum()).item()
-
-
-def claim_work(run: Run, trained: dict[str, Trained], work: dict[str, list[Work]]) -> None:
-    args = run.args
-    if args.dispatch == "all-to-all" and args.etp == 1 and not args.capacity:
-        for name, each in trained.items():
-            ep = each.mesh["ep"].size
-            chosen = torch.stack(each.loads).sum((0, 1)).view(ep, -1).sum(1).tolist()
-            computed = [sum(sum(map(sum, w.rows)) for w in work[name][i::ep]) for i in range(ep)]
-            what = f"rows computed, {name}"
-            cases = [(f"{what}, ep {i}", *pair) for i, pair in enumerate(zip(chosen, computed, strict=True))]
-            formula = "the choices of the experts there: " + " ".join(f"{n:,}" for n in chosen)
-            run.evidence.each(what, formula, cases)
-    if args.steps >= ENOUGH and args.top_k < args.experts:
-        half = args.steps // 2
-        uneven, even = (
-            balance(torch.stack(trained[name].loads[half:]).flatten(0, 1))[1] for name in (UNBALANCED, BALANCED)
-        )
-        what, excess = f"MaxVio in the second half, balanced: {even:.3f}", max(0.0, even - uneven)
-        run.evidence.claim(what, f"at most {uneven:.3f}, unbalanced: excess 0", 0, excess)
+BALANCING = Rule("balance", "--aux {aux} --bias-rate {bias_rate}", lambda c: bool(c.aux or c.bias_rate),
+                 "nothing would balance the load", lambda c: "--aux 0.05")  # fmt: skip
 
 
 def refuse(args: argparse.Namespace, ranks: int) -> None:
-    check(args, ranks)
-    if not (args.aux or args.bias_rate):
-        raise ValueError("--aux 0 --bias-rate 0: nothing would balance the load; use --aux 0.05")
+    check(args, ranks, more=[BALANCING])
 
 
 if __name__ == "__main__":
@@ -185,7 +106,7 @@ if __name__ == "__main__":
         "专家并行大规模训练",
         "A GPT with mixtures of experts, balanced and unbalanced: loss, load, and what each rank has to do.",
     )
-    add_flags(frame, layers=2, feed_forward=128)
+    add_flags(frame, layers=1, feed_forward=128, sequence=32)
     add_parallel_flags(frame)
-    frame.parser.set_defaults(steps=40, aux=0.05)
+    frame.parser.set_defaults(steps=30, aux=0.05)
     sys.exit(frame.main(refuse, lesson))

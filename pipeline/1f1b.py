@@ -2,22 +2,24 @@
 
     torchrun --nproc_per_node=8 pipeline/1f1b.py
 
-GPipe's bubble, at a fraction of its memory: a rank starts backwards as soon as it can, so it never holds more than
-p-r microbatches, whatever m is. Three phases on rank r of p:
+GPipe's bubble, at a fraction of its memory: a rank starts backwards as soon as it can, so it never has more than
+p-r micro-batches in flight, whatever m is. Three phases on rank r of p:
 
     warm-up       p-r-1 forwards, as many as there are stages after this one
-    steady state  one forward, one backward, in turn: one more held, one less
+    steady state  one forward, one backward, in turn: one more in flight, one less
     cool-down     the backwards of what the warm-up left
 
 How a rank carries out such a list, and where its messages come from, is lecture 09: `runtime.py`.
+
+read: 1f1b.py:25-52; runtime.py:66-134; then engine/runtime.py
 """
 
 import sys
 
 from core.proof.lesson import Lesson, Run
-from pipeline.evidence import claim_bubble, claim_in_flight, in_flight_before_backward
-from pipeline.schedules import Action, Schedule
-from pipeline.training import add_flags, check, teach
+from pipeline.engine.actions import Action, Schedule
+from pipeline.evidence.claims import claim_bubble, claim_in_flight, forwards_before_backward
+from pipeline.evidence.training import add_flags, check, teach
 
 
 def schedule(stages: int, microbatches: int) -> Schedule:
@@ -27,7 +29,7 @@ def schedule(stages: int, microbatches: int) -> Schedule:
 
 def one_rank(rank: int, stages: int, microbatches: int) -> list[Action]:
     actions = []
-    forward = backward = 0  # the next microbatch of each kind
+    forward = backward = 0  # the next micro-batch of each kind
 
     # Warm-up: the last rank has none.
     warm_up = min(stages - rank - 1, microbatches)
@@ -55,14 +57,9 @@ def lesson(run: Run) -> None:
     measured = teach(run, schedule(p, m))
     if not measured:
         return
-    run.evidence.each(
-        "warm-up forwards, before the first F-B pair",
-        "p-r-1 on rank r, at most m-1",
-        [
-            (f"warm-up forwards on rank {r}", min(p - r, m) - 1, in_flight_before_backward(measured[r]) - 1)
-            for r in range(p)
-        ],
-    )
+    warm_up = [forwards_before_backward(each) - 1 for each in measured]  # the last one is of the first F-B pair
+    cases = [(f"warm-up forwards on rank {r}", min(p - r, m) - 1, warm_up[r]) for r in range(p)]
+    run.evidence.each("warm-up forwards, before the first F-B pair", "p-r-1 on rank r, at most m-1", cases)
     claim_in_flight(run, measured, "min(m, p-r) on rank r", [min(m, p - r) for r in range(p)])
     claim_bubble(run, measured, (p - 1) / m, f"(p-1)/m = {p - 1}/{m}", f"(p-1)/(m+p-1) = {p - 1}/{m + p - 1}")
 

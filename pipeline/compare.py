@@ -2,15 +2,22 @@
 
     torchrun --nproc_per_node=8 pipeline/compare.py --costs 1 1 1 --message 0.1 --memory 8
 
-One table: what a step takes, how much of it is bubble, the activations and parameters that a rank holds, the messages
+One table: what a step takes, how much of it is bubble, the activations and parameters that a rank has, the messages
 it sends. Calculated on virtual devices with your times for F, I and W, of one p-th of the model each, and for a
 message; and every schedule is also carried out by real processes, must equal one process, and must do each action
 when the virtual devices do. Then a case too large for a laptop, on virtual devices alone.
 
+    bubble        idle time of all ranks, from the first action of the step to the last
+    activations   of the rank with most: micro-batches in flight x the size of a stage
+    parameters    stages of a rank x the size of a stage
+    messages      a stage and its neighbour on another rank: an activation there, a gradient back
+
 `--csv FILE` adds a schedule of your own, in the notation of torch.distributed.pipelining, one row a rank. Print one to
 start from with `python -m pipeline.schedules zb-v --stages 8 --microbatches 16 --csv`.
 
-p ranks, m microbatches
+read: compare.py:58-124; then engine/validator.py
+
+p ranks, m micro-batches
 """
 
 import argparse
@@ -24,20 +31,21 @@ from pathlib import Path
 from tabulate import tabulate
 
 from core.proof.lesson import DTYPES, Lesson, Run
-from core.proof.oracle import TOLERANCE
-from core.proof.training import Comparison
-from pipeline.evidence import Measured, differing_actions, differing_copies, messages_by_rule
-from pipeline.schedules import SCHEDULES, Schedule, ScheduleError, build, from_csv, held, part_of_rank, size
-from pipeline.timeline import draw, legend, plot
-from pipeline.training import add_flags, train_with
-from pipeline.training import check as check_stages
-from pipeline.validator import Verdict, validate
+from core.proof.rules import check as check_rules
+from core.proof.training import claim_equal
+from pipeline.engine.actions import Schedule, ScheduleError, size, stage_share, stages_of_ranks
+from pipeline.engine.validator import Verdict, validate
+from pipeline.evidence.claims import Measured, differing_actions, differing_copies, messages_by_rule
+from pipeline.evidence.rules import CHUNKS, COMPARE, EVERY_SCHEDULE
+from pipeline.evidence.timeline import plot, show_schedule
+from pipeline.evidence.training import Engine, add_flags, measure, pipeline_axis, train_beside_one_process
+from pipeline.evidence.training import check as check_stages
+from pipeline.schedules import SCHEDULES, build, from_csv
 
-LARGEST = 100_000  # ranks x microbatches of a calculation that ends while the other ranks wait
 WHY = {
     "naive": "nothing runs at once",
-    "gpipe": "the pipeline fills and empties once a step, and every microbatch is held",
-    "1f1b": "GPipe's bubble, but a rank holds at most p microbatches",
+    "gpipe": "the pipeline fills and empties once a step, and every microbatch is in flight",
+    "1f1b": "GPipe's bubble, but a rank has at most p microbatches in flight",
     "interleaved": "small stages fill the pipeline v times faster",
     "zb-h1": "weight gradients fill 1F1B's bubble, within its memory",
     "zb-h2": "a longer warm-up leaves no gap to fill, for nearly twice the memory",
@@ -57,13 +65,13 @@ class Row:
 
     @property
     def activations(self) -> float:
-        """At the peak of the rank that holds most, in microbatches of 1/p of the model."""
-        return max(self.verdict.in_flight) * part_of_rank(self.schedule)
+        """At the peak of the rank that has most, in micro-batches of 1/p of the model."""
+        return max(self.verdict.in_flight) * stage_share(self.schedule)
 
     @property
     def parameters(self) -> float:
-        """That a rank holds, in p-th parts of the model."""
-        return max(map(len, held(self.schedule))) * part_of_rank(self.schedule)
+        """Of a rank, where 1/p of the model is 1."""
+        return max(map(len, stages_of_ranks(self.schedule))) * stage_share(self.schedule)
 
     @property
     def messages(self) -> int:
@@ -89,7 +97,7 @@ def rows_for(ranks: int, microbatches: int, args: argparse.Namespace, own: Sched
 
 
 def show(run: Run, rows: list[Row], message_bytes: int | None) -> None:
-    header = ["schedule", "a step", "bubble of wall", "within the step", "activations", "parameters", "messages"]
+    header = ["schedule", "a step", "bubble\nof wall", "within\nthe step", "activations", "parameters", "messages"]
     table = []
     for row in sorted(rows, key=lambda row: -row.verdict.makespan):
         v = row.verdict
@@ -101,7 +109,7 @@ def show(run: Run, rows: list[Row], message_bytes: int | None) -> None:
 
 
 def which(rows: list[Row], memory: float | None) -> str:
-    """One line: the shortest step within the memory; of equals the one that holds less, and sends less."""
+    """One line: the shortest step within the memory; of equals the one that needs less memory, and sends less."""
     fit = [row for row in rows if memory is None or row.activations <= memory]
     if not fit:
         return f"none of them fits --memory {memory:g}: the least is {min(row.activations for row in rows):g}"
@@ -141,77 +149,60 @@ def own_schedule(args: argparse.Namespace, ranks: int) -> Schedule | None:
 
 def check(args: argparse.Namespace, ranks: int) -> None:
     """Raises ValueError when a flag does not fit the others."""
-    if args.chunks < 1:
-        raise ValueError(f"--chunks {args.chunks}: a rank holds at least one stage; use --chunks 2")
+    check_rules(args, (CHUNKS,))
     own = own_schedule(args, ranks)
-    all_counts = lcm(ranks * args.chunks, 2 * ranks, size(own)[0] if own else 1)
-    if args.layers % all_counts or args.layers < all_counts:
-        raise ValueError(
-            f"--layers {args.layers}: must be a multiple of {all_counts}, the stages of every schedule; "
-            f"use --layers {max(1, round(args.layers / all_counts)) * all_counts}"
-        )
-    check_stages(args, ranks)
-    if not all(0 < cost < float("inf") for cost in args.costs) or not 0 <= args.message < float("inf"):  # NaN neither
-        raise ValueError("--costs and --message: times, F, I and W more than 0; use --costs 1 1 1 --message 0")
-    if args.memory is not None and not 0 < args.memory < float("inf"):
-        raise ValueError(f"--memory {args.memory}: must be positive; use --memory {ranks}")
-    if min(args.large) < 1 or args.large[0] * args.large[1] > LARGEST:
-        raise ValueError(
-            f"--large {args.large[0]} {args.large[1]}: ranks and microbatches, at least 1 and at most {LARGEST:,} "
-            "together; use --large 64 512"
-        )
+    stages = lcm(ranks * args.chunks, 2 * ranks, size(own)[0] if own else 1)
+    check_rules(argparse.Namespace(layers=args.layers, stages=stages), (EVERY_SCHEDULE,))
+    check_stages(args, ranks, 1, COMPARE)
 
 
 def lesson(run: Run) -> None:
     args, p, m = run.args, run.job.world_size, run.args.microbatches
-    own = own_schedule(args, p)
-    rows, missing = rows_for(p, m, args, own)
+    rows, missing = rows_for(p, m, args, own_schedule(args, p))
     plans = {row.name: validate(row.schedule) for row in rows}  # with unit costs, as the ranks' clocks count
     for row in rows:
-        run.say(f"{row.name}: {WHY.get(row.name, 'from --csv')}\n{legend(row.schedule)}")
-        run.say(draw(row.schedule, plans[row.name].events, sys.stdout.isatty()) + "\n")
-    done: list[tuple[Row, list[Measured], Comparison]] = []
-    for row in rows:
-        done.append((row, *train_with(run, row.schedule)))
+        run.say(f"{row.name}: {WHY.get(row.name, 'from --csv')}")
+        run.say(show_schedule(row.schedule, plans[row.name].events) + "\n")
+    axis = pipeline_axis(run)
+    engines = {row.name: Engine(run, row.schedule, axis.labelled(row.name)) for row in rows}
+    compared = train_beside_one_process(run, engines)
+    trained = [(row, measure(run, engines[row.name])) for row in rows]
     if run.job.rank:
         return
     if args.plot:
         plot(args.plot, {name: plan.events for name, plan in plans.items()})
     message = args.batch // m * args.sequence * args.hidden * DTYPES[args.dtype].itemsize
     times = f"F {args.costs[0]:g}, I {args.costs[1]:g}, W {args.costs[2]:g}, a message {args.message:g}"
-    run.say(f"\n{p} ranks, {m} microbatches, {times}; activations and parameters in p-th parts of the model\n{missing}")
+    run.say(f"\n{p} ranks, {m} microbatches, {times}; activations and parameters: 1/p of the model = 1\n{missing}")
     show(run, rows, message)
     run.say(which(rows, args.memory) + "\n")
-    claim(run, done, plans)
+    claim_equal(run, compared)
+    claim(run, trained, plans)
 
     large, microbatches = args.large
     began = time.perf_counter()
     rows, missing = rows_for(large, microbatches, args, None)
-    run.say(f"{large} ranks, {microbatches} microbatches, on virtual devices, calculated in "
-            f"{time.perf_counter() - began:.1f} s\n{missing}")  # fmt: skip
+    seconds = time.perf_counter() - began
+    run.say(f"{large} ranks, {microbatches} microbatches, on virtual devices, calculated in {seconds:.1f} s\n{missing}")
     show(run, rows, None)
     run.say(which(rows, args.memory))
 
 
-def claim(run: Run, done: list[tuple[Row, list[Measured], Comparison]], plans: dict[str, Verdict]) -> None:
+def claim(run: Run, trained: list[tuple[Row, list[Measured]]], plans: dict[str, Verdict]) -> None:
     """Of each schedule what every lesson claims of its own."""
-    tolerance, each = TOLERANCE[run.dtype], run.evidence.each
-    for what, field, limit in (("losses", "loss", tolerance.loss), ("gradients", "gradient", tolerance.gradient),
-                               ("the norm", "norm", tolerance.loss),
-                               ("parameters", "parameter", tolerance.parameter)):  # fmt: skip
-        cases = [(f"{row.name}: {what}", 0, getattr(worst, field)) for row, _, worst in done]
-        each(f"{what} equal one process", "largest relative difference 0, each schedule", cases, limit)
-    cases = [(f"{row.name}: copies", 0, differing_copies(measured)[0]) for row, measured, _ in done]
-    each("copies on several ranks", "differ in 0 elements", cases)
-    cases = [(f"{row.name}: actions", 0, differing_actions(measured, plans[row.name])) for row, measured, _ in done]
-    each("actions executed other than drawn above", "0, by the ranks' virtual clocks", cases)
-    cases = [(f"{row.name}: in flight", max(plans[row.name].in_flight), max(m.in_flight for m in measured))
-             for row, measured, _ in done]  # fmt: skip
-    each("most in flight on a rank", "as in the table, in stages", cases)
-    cases = [(f"{row.name}: messages of rank {r}", n, measured[r].sent()[0])
-             for row, measured, _ in done for r, n in enumerate(messages_by_rule(row.schedule))]  # fmt: skip
-    most = " ".join(f"{row.messages}" for row, _, _ in done)
-    each("messages of each rank", f"at most {most}", cases)
+    copies, actions, in_flight, messages = [], [], [], []
+    for row, measured in trained:
+        name, plan = row.name, plans[row.name]
+        copies.append((f"{name}: copies", 0, differing_copies(measured)[0]))
+        actions.append((f"{name}: actions", 0, differing_actions(measured, plan)))
+        in_flight.append((f"{name}: in flight", max(plan.in_flight), max(m.in_flight for m in measured)))
+        for r, n in enumerate(messages_by_rule(row.schedule)):
+            messages.append((f"{name}: messages of rank {r}", n, measured[r].sent["engine"][0]))
+    claim_each = run.evidence.each
+    claim_each("copies on several ranks", "differ in 0 elements", copies, correctness=True)
+    claim_each("actions executed other than drawn above", "0, by the ranks' virtual clocks", actions)
+    claim_each("most in flight on a rank", "as in the table, in stages", in_flight)
+    claim_each("messages of each rank", f"at most {' '.join(str(row.messages) for row, _ in trained)}", messages)
 
 
 if __name__ == "__main__":
@@ -225,11 +216,11 @@ if __name__ == "__main__":
     )
     add_flags(frame, microbatches=16, trace=False)
     flag = frame.parser.add_argument
-    flag("--chunks", type=int, default=2, help="stages a rank holds, of interleaved (default %(default)s)")
+    flag("--chunks", type=int, default=2, help="stages a rank, of interleaved (default %(default)s)")
     flag("--costs", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("F", "I", "W"), help="default 1 1 1")
     flag("--message", type=float, default=0.0, help="time of a message (default %(default)s)")
     flag("--memory", type=float, help="microbatches of 1/p of the model that a rank can hold (default: any number)")
-    flag("--large", type=int, nargs=2, default=[64, 512], metavar=("P", "M"), help="default 64 512")
+    flag("--large", type=int, nargs=2, default=[64, 128], metavar=("P", "M"), help="default 64 128")
     flag("--csv", metavar="FILE", help="a schedule of your own, to be compared too")
     frame.parser.set_defaults(layers=16, steps=2)
     sys.exit(frame.main(check, lesson))

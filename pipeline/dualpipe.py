@@ -2,20 +2,22 @@
 
     torchrun --nproc_per_node=8 pipeline/dualpipe.py --schedule dualpipe
 
-Half of the microbatches enter at the first rank and go down, half enter at the last and go up. So each rank holds two
+Half of the micro-batches enter at the first rank and go down, half enter at the last and go up. So each rank has two
 stages, r and p-1-r, every stage is on two ranks, and the gradients of its two copies are summed. Where the streams
 meet, a rank has a forward of one and a backward of the other to do at the same time: F&B, of which on GPUs the one
 computes while the other communicates. Here a rank computes one thing at a time, F&B = F+B.
 
-DualPipeV cuts the picture in the middle and folds it: half of the ranks, the same two stages on each, one copy. To
-hold the same model they hold twice as much each.
+DualPipeV folds the picture in the middle: half of the ranks, the same two stages on each, one copy. For the same model
+each has twice as much.
 
-            bubble                  parameters a rank    microbatches in flight
+            bubble                  parameters a rank    micro-batches in flight
     1F1B    (P-1)(F+B)              1                    P
     both    (P/2-1)(F&B+B-3W)       2                    P+1
 
-P stages as the paper counts: p ranks of DualPipe, 2p stages on p ranks of DualPipeV; B a whole backward, W the part of
-the weights, F a forward, each of one stage
+read: dualpipe.py:39-112; engine/actions.py:34-81; then runtime.py, zero_bubble.py
+
+P stages as the paper counts: p ranks of DualPipe, 2p stages on p ranks of DualPipeV; B a full backward, as in the paper
+(I and W in `zero_bubble.py`), W the part of the weights, F a forward, each of one stage
 """
 
 import argparse
@@ -25,31 +27,33 @@ from core.model.gpt import GPT, materialize
 from core.proof.arguments import configuration
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import live_bytes
-from pipeline.evidence import claim_in_flight, claim_own_bubble
-from pipeline.schedules import Row, Schedule, ScheduleError, build
-from pipeline.training import add_flags, teach
-from pipeline.training import check as check_stages
-from pipeline.validator import validate
+from pipeline.engine.actions import Row, Schedule, ScheduleError
+from pipeline.engine.validator import validate
+from pipeline.evidence.claims import claim_in_flight, claim_own_bubble
+from pipeline.evidence.rules import DUALPIPE, DUALPIPE_MICROBATCHES, DUALPIPE_RANKS, DUALPIPEV_MICROBATCHES
+from pipeline.evidence.training import add_flags, teach
+from pipeline.evidence.training import check as check_stages
+from pipeline.zero_bubble import defer_wgrads
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:
-    """Raises ScheduleError unless there are as many ranks and microbatches for each direction, and 2p or more."""
+    """Raises ScheduleError unless there are as many ranks and micro-batches for each direction, and 2p or more."""
     if ranks % 2:
-        raise ScheduleError(f"{ranks} ranks: dualpipe pairs rank r with rank p-1-r, and needs an even number")
+        raise ScheduleError(f"{ranks} ranks: {DUALPIPE_RANKS}")
     if microbatches % 2 or microbatches < 2 * ranks:
-        raise ScheduleError(f"{microbatches} microbatches: dualpipe needs an even number, 2p = {2 * ranks} or more")
+        raise ScheduleError(f"{microbatches} microbatches: {DUALPIPE_MICROBATCHES.format(twice=2 * ranks)}")
     half, rows = microbatches // 2, []
     for rank in range(ranks):
-        down, up = (rank, 0), (ranks - 1 - rank, half)  # stage and first microbatch
+        down, up = (rank, 0), (ranks - 1 - rank, half)  # stage and first micro-batch
         near, far = (down, up) if rank < ranks // 2 else (up, down)  # near: of the stream that enters on this side
         rows.append(one_rank(Row(near, far), min(rank, ranks - 1 - rank), ranks // 2, half))
     return rows
 
 
 def dualpipev(ranks: int, microbatches: int) -> Schedule:
-    """Raises ScheduleError where there are less than 2p microbatches."""
+    """Raises ScheduleError where there are less than 2p micro-batches."""
     if microbatches < 2 * ranks:
-        raise ScheduleError(f"{microbatches} microbatches: dualpipev needs 2p = {2 * ranks} or more")
+        raise ScheduleError(f"{microbatches} microbatches: {DUALPIPEV_MICROBATCHES.format(twice=2 * ranks)}")
     stages = [((rank, 0), (2 * ranks - 1 - rank, 0)) for rank in range(ranks)]
     return [one_rank(Row(*stages[rank]), rank, ranks, microbatches) for rank in range(ranks)]
 
@@ -58,9 +62,9 @@ def one_rank(row: Row, rank: int, ranks: int, microbatches: int) -> Row:
     """The order of one rank that is number `rank` of the `ranks` between the end where a stream enters and the middle.
 
     Args:
-        microbatches: of a stream.
+        microbatches: of each stream.
     """
-    near, far = 0, 1  # of its two stages, the one nearer to the entry of its microbatches, and the one far from it
+    near, far = 0, 1  # of its two stages, the one nearer to the entry of its micro-batches, and the one far from it
     to_middle = ranks - rank - 1
 
     # 1. Forwards of the near stream only.
@@ -108,24 +112,18 @@ def one_rank(row: Row, rank: int, ranks: int, microbatches: int) -> Row:
     return row
 
 
+SCHEDULES = {"dualpipe": dualpipe, "dualpipev": dualpipev}
+
+
 def check(args: argparse.Namespace, ranks: int) -> None:
-    """Raises ValueError when the model cannot be cut into the schedule's stages, or another flag does not fit."""
-    try:
-        build(args.schedule, ranks, args.microbatches)
-    except ScheduleError as error:
-        if ranks % 2 and args.schedule == "dualpipe":
-            raise ValueError(f"--nproc_per_node {error}; use --nproc_per_node 4") from None
-        m = max(2 * ranks, args.microbatches + args.microbatches % 2)
-        batch = -(-args.batch // m) * m
-        raise ValueError(f"--microbatches {error}; use --microbatches {m} --batch {batch}") from None
-    chunks = 2 if args.schedule == "dualpipev" else 1
-    check_stages(args, ranks * chunks, chunks)
+    """Raises ValueError when the model cannot be split into the schedule's stages, or another flag does not fit."""
+    check_stages(args, ranks, 2 if args.schedule == "dualpipev" else 1, DUALPIPE)
 
 
 def lesson(run: Run) -> None:
     name, p, m = run.args.schedule, run.job.world_size, run.args.microbatches
-    schedule = build(name, p, m)
-    measured = teach(run, schedule)
+    schedule = SCHEDULES[name](p, m)
+    measured = teach(run, schedule, defer_wgrads)
     if not measured:
         return
     stages, cost = (p, 1) if name == "dualpipe" else (2 * p, 1 / 2)  # of a forward on one of them
@@ -136,8 +134,8 @@ def lesson(run: Run) -> None:
     paper = f"(P/2-1)(F&B+B-3W) = {2 * idle:g}, F&B = F+B"
     run.evidence.claim("the same on virtual devices, F&B one block", paper, 2 * idle, wall - 3 * m, 1e-9)
     claim_in_flight(run, measured, f"P+1 = {stages + 1}, P = {stages} stages", [stages + 1] * p)
-    whole = materialize(GPT(configuration(run.args)), 0, run.job.device, run.dtype)
-    all_ranks = sum(each.parameter_bytes for each in measured) / live_bytes(whole.parameters())
+    model = materialize(GPT(configuration(run.args)), 0, run.job.device, run.dtype)
+    all_ranks = sum(each.parameter_bytes for each in measured) / live_bytes(model.parameters())
     copies = 2 if name == "dualpipe" else 1
     run.evidence.claim("parameters on all ranks, in models", f"{copies}", copies, all_ranks, 1e-9)
 
@@ -148,12 +146,10 @@ if __name__ == "__main__":
         "08",
         "Pipeline parallelism: DualPipe and DualPipeV",
         "流水并行 1F1B/1F1B Interleaved 原理",
-        "Microbatches from both ends at once, so that a forward and a backward can overlap.",
+        "Micro-batches from both ends at once, so that a forward and a backward can overlap.",
         smallest=2,
     )
     add_flags(frame, microbatches=16)
-    frame.parser.add_argument(
-        "--schedule", choices=("dualpipe", "dualpipev"), default="dualpipe", help="default %(default)s"
-    )
+    frame.parser.add_argument("--schedule", choices=tuple(SCHEDULES), default="dualpipe", help="default %(default)s")
     frame.parser.set_defaults(layers=16)
     sys.exit(frame.main(check, lesson))

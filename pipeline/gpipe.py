@@ -2,9 +2,11 @@
 
     torchrun --nproc_per_node=8 pipeline/gpipe.py
 
-The batch is cut into m microbatches, and a stage starts the next forward while the following stage works on the last:
-all forwards, then all backwards. The bubble shrinks to (p-1)/(m+p-1) of the wall time, but every rank holds the
-activations of all m microbatches when the first backward starts. `1f1b.py` has the same bubble and holds fewer.
+The batch is split into m micro-batches, and a stage starts the next forward while the following stage works on the
+last: all forwards, then all backwards. The bubble shrinks to (p-1)/(m+p-1) of the wall time, but every rank has the
+activations of all m micro-batches when the first backward starts. `1f1b.py` has the same bubble, and fewer in flight.
+
+read: gpipe.py:29-31; runtime.py:66-134; then engine/runtime.py
 """
 
 import sys
@@ -12,12 +14,12 @@ import sys
 from tabulate import tabulate
 
 from core.proof.lesson import Lesson, Run
-from pipeline.evidence import claim_bubble, claim_in_flight
-from pipeline.schedules import Action, Schedule
-from pipeline.training import add_flags, check, teach
-from pipeline.validator import validate
+from pipeline.engine.actions import Action, Schedule
+from pipeline.engine.validator import validate
+from pipeline.evidence.claims import claim_bubble, claim_in_flight
+from pipeline.evidence.training import add_flags, check, teach
 
-# The course's table: stages, microbatches, bubble over wall time to three decimals.
+# The course's table: stages, micro-batches, bubble over wall time to three decimals.
 COURSE_GRID = [
     (4, 4, 0.429), (4, 8, 0.273), (4, 16, 0.158), (4, 32, 0.086), (4, 64, 0.045), (4, 100, 0.029),
     (8, 16, 0.304), (16, 32, 0.319), (32, 64, 0.326), (8, 32, 0.179), (16, 64, 0.190),
@@ -25,7 +27,7 @@ COURSE_GRID = [
 
 
 def schedule(stages: int, microbatches: int) -> Schedule:
-    """Each rank: all forwards, then all backwards, in the order of the microbatches."""
+    """Each rank: all forwards, then all backwards, in the order of the micro-batches."""
     return [[Action(r, kind, i) for kind in "FB" for i in range(microbatches)] for r in range(stages)]
 
 

@@ -2,42 +2,52 @@
 
     torchrun --nproc_per_node=8 pipeline/interleaved.py --chunks 2
 
-A rank holds v small stages instead of one large one: chunk k of rank r is stage kp+r, so a microbatch goes round the
+A rank has v small stages instead of one large one: chunk k of rank r is stage kp+r, so a micro-batch goes round the
 ranks v times. The pipeline fills after (p-1) small forwards, which makes the bubble v times smaller. The price is
 (pv-1)/(p-1) times the messages, a little more than v, and a little memory: 1 + (p-1)/(pv) of 1F1B's.
 
-Microbatches go in groups of p: a rank runs a group through its first chunk, the same group through its second, and so
+Micro-batches go in groups of p: a rank runs a group through its first chunk, the same group through its second, and so
 on, which is just when they come round again. As in 1F1B there are three phases on rank r:
 
     warm-up       2(p-r-1) + (v-1)p forwards of a chunk
     steady state  one forward, one backward, in turn
     cool-down     the backwards of what the warm-up left
 
-p ranks, v chunks a rank, m microbatches
+read: interleaved.py:32-61; runtime.py:66-134; then engine/runtime.py
+
+p ranks, v chunks a rank, m micro-batches
 """
 
 import argparse
 import sys
 
 from core.proof.lesson import Lesson, Run
-from pipeline.evidence import claim_bubble, claim_in_flight, in_flight_before_backward
-from pipeline.schedules import Action, Schedule
-from pipeline.training import add_flags, teach
-from pipeline.training import check as check_stages
+from pipeline.engine.actions import Action, Schedule
+from pipeline.evidence.claims import claim_bubble, claim_in_flight, forwards_before_backward
+from pipeline.evidence.rules import CHUNKS
+from pipeline.evidence.training import add_flags, teach
+from pipeline.evidence.training import check as check_stages
 
 
 def schedule(ranks: int, microbatches: int, chunks: int) -> Schedule:
     """The order of every rank's forwards (F) and backwards (B).
 
-    Any number of microbatches: where p does not divide it, groups are larger than p, and by one at most unequal.
+    Any number of micro-batches: where p does not divide it, groups are larger than p, and by one at most unequal.
     """
-    groups = max(1, microbatches // ranks)
-    sizes = [microbatches // groups + (g < microbatches % groups) for g in range(groups)]
-    first = [sum(sizes[:g]) for g in range(groups)]
-    order = [  # (chunk, microbatch), the same on all ranks
-        (chunk, first[g] + i) for g in range(groups) for chunk in range(chunks) for i in range(sizes[g])
-    ]
-    return [one_rank(rank, ranks, chunks, order, sizes[0]) for rank in range(ranks)]
+    groups = groups_of(ranks, microbatches)
+    order = []  # (chunk, micro-batch), the same on all ranks
+    for group in groups:
+        for chunk in range(chunks):
+            order += [(chunk, i) for i in group]
+    return [one_rank(rank, ranks, chunks, order, len(groups[0])) for rank in range(ranks)]
+
+
+def groups_of(ranks: int, microbatches: int) -> list[range]:
+    """The micro-batches of each group, the larger groups first."""
+    count = max(1, microbatches // ranks)
+    size, larger = divmod(microbatches, count)
+    ends = [(g + 1) * size + min(g + 1, larger) for g in range(count)]
+    return [range(first, end) for first, end in zip([0, *ends], ends, strict=False)]
 
 
 def one_rank(rank: int, ranks: int, chunks: int, order: list[tuple[int, int]], group: int) -> list[Action]:
@@ -52,10 +62,8 @@ def one_rank(rank: int, ranks: int, chunks: int, order: list[tuple[int, int]], g
 
 
 def check(args: argparse.Namespace, ranks: int) -> None:
-    """Raises ValueError when the model cannot be cut into v stages a rank, or another flag does not fit."""
-    if args.chunks < 1:
-        raise ValueError(f"--chunks {args.chunks}: a rank holds at least one stage; use --chunks 2")
-    check_stages(args, ranks * args.chunks, args.chunks)
+    """Raises ValueError when the model cannot be split into v stages a rank, or another flag does not fit."""
+    check_stages(args, ranks, args.chunks, (CHUNKS,))
 
 
 def lesson(run: Run) -> None:
@@ -63,14 +71,13 @@ def lesson(run: Run) -> None:
     measured = teach(run, schedule(p, m, v))
     if not measured:
         return
-    group = m // max(1, m // p) + (m % max(1, m // p) > 0)
+    group = len(groups_of(p, m)[0])
     warm_up = [min(2 * (p - r - 1) + (v - 1) * group, m * v) for r in range(p)]
-    run.evidence.each(
-        "warm-up forwards, before the first F-B pair",
-        f"2(p-r-1)+(v-1)p on rank r{'' if group == p else f', groups of {group} for p'}; at most mv, one in the pair",
-        [(f"warm-up forwards on rank {r}", min(w, m * v - 1), in_flight_before_backward(measured[r]) - 1)
-         for r, w in enumerate(warm_up)],
-    )  # fmt: skip
+    rule = f"2(p-r-1)+(v-1)p on rank r{'' if group == p else f', groups of {group} for p'}; at most mv, one in the pair"
+    cases = []
+    for r, w in enumerate(warm_up):
+        cases.append((f"warm-up forwards on rank {r}", min(w, m * v - 1), forwards_before_backward(measured[r]) - 1))
+    run.evidence.each("warm-up forwards, before the first F-B pair", rule, cases)
     claim_in_flight(run, measured, "a chunk more than the warm-up, at most mv", [min(w + 1, m * v) for w in warm_up])
     if m % p == 0:
         of_ideal, of_wall = f"(p-1)/(vm) = {p - 1}/{v * m}", f"(p-1)/(vm+p-1) = {p - 1}/{v * m + p - 1}"
@@ -91,6 +98,6 @@ if __name__ == "__main__":
         smallest=2,
     )
     add_flags(frame)
-    frame.parser.add_argument("--chunks", type=int, default=2, help="stages a rank holds (default %(default)s)")
+    frame.parser.add_argument("--chunks", type=int, default=2, help="stages a rank (default %(default)s)")
     frame.parser.set_defaults(layers=16)
     sys.exit(frame.main(check, lesson))

@@ -2,11 +2,12 @@
 
     torchrun --nproc_per_node=8 pipeline/zero_bubble.py --schedule zb-v
 
-A backward computes two things: the gradient of the stage's input (I), for which the rank before waits, and those of the
-weights (W), for which nobody does. Cut in two (`core/model/linear.py` does it layer by layer), the W fill the bubbles.
+A backward computes two things: the gradient of the stage's input (I, dgrad), for which the rank before waits, and those
+of the weights (W, wgrad), for which nobody does. Split in two, layer by layer, the W fill the bubbles. (The paper calls
+them B and W; here B is both.)
 
     zb-h1   1F1B's memory: bubble (p-1)(F+I-W)
-    zb-h2   2p-1 microbatches in flight, nearly twice the memory: (p-1)(F+I-2W), none if all three cost the same
+    zb-h2   2p-1 micro-batches in flight, nearly twice the memory: (p-1)(F+I-2W), none if all three cost the same
     zb-v    two stages a rank, down the ranks and up again, so that the last stage is on the first rank: none at equal
             costs either, with 1F1B's memory
 
@@ -16,21 +17,29 @@ The global gradient norm does. The paper's optimizer updates first and takes the
 to be clipped; ours, as one process would, waits for the norm, and then the first rank's early end is lost. Both
 numbers are shown: within the step, and with that wait.
 
-p ranks, m microbatches, F, I and W the times of a forward and the two halves of a backward
+read: zero_bubble.py:41-110; runtime.py:66-134; then core/model/linear.py
+
+p ranks, m micro-batches, F, I and W the times of a forward and the two halves of a backward
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from core.proof.lesson import Lesson, Run
-from pipeline.evidence import claim_in_flight, claim_own_bubble
-from pipeline.schedules import Action, Row, Schedule, build
-from pipeline.training import add_flags, teach
-from pipeline.training import check as check_stages
+from pipeline.engine.actions import Action, Row, Schedule
+from pipeline.evidence.claims import claim_in_flight, claim_own_bubble
+from pipeline.evidence.training import add_flags, teach
+from pipeline.evidence.training import check as check_stages
 
 
 def zb_h1(ranks: int, microbatches: int) -> Schedule:
-    """1F1B's warm-up; on rank r the W wait r microbatches, so that every rank holds p."""
+    """1F1B's warm-up and one forward more; on rank r the W wait r micro-batches, so that every rank has p in flight."""
     return [one_rank(r, ranks - r, r, microbatches) for r in range(ranks)]
 
 
@@ -40,19 +49,69 @@ def zb_h2(ranks: int, microbatches: int) -> Schedule:
 
 
 def one_rank(rank: int, warm_up: int, delay: int, microbatches: int) -> list[Action]:
-    """The order of one rank's F, I and W, of which it holds warm_up + delay microbatches."""
-    actions = [Action(rank, "F", i) for i in range(min(warm_up, microbatches))]
+    """The order of one rank's F, I and W, with warm_up + delay micro-batches in flight."""
+    actions = []
+
+    # Warm-up: forwards only.
+    for i in range(min(warm_up, microbatches)):
+        actions.append(Action(rank, "F", i))
+
+    # Steady state: I as soon as its gradient is there, then the W of a micro-batch before, then the next F.
     for i in range(microbatches):
         actions.append(Action(rank, "I", i))
         if i >= delay:
             actions.append(Action(rank, "W", i - delay))
         if i + warm_up < microbatches:
             actions.append(Action(rank, "F", i + warm_up))
-    return actions + [Action(rank, "W", i) for i in range(max(0, microbatches - delay), microbatches)]
+
+    # What is left: nobody waits for it.
+    for i in range(max(0, microbatches - delay), microbatches):
+        actions.append(Action(rank, "W", i))
+    return actions
+
+
+class SplitLinear(torch.autograd.Function):
+    """y = x W^T + b, x (B, S, in), W (out, in), whose backward is I alone and leaves W on the list `wgrads`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear, wgrads: list[Callable], weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.wgrads = layer, wgrads
+        return x @ weight.T if bias is None else x @ weight.T + bias
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.wgrads.append(partial(add_wgrad, ctx.layer, *ctx.saved_tensors, dy))
+        return dy @ ctx.layer.weight, None, None, None, None  # I: dx = dy W
+
+
+@torch.no_grad()
+def add_wgrad(layer: nn.Linear, x: Tensor, dy: Tensor) -> None:
+    """W: dW = dy^T x and db = sum dy, over all tokens."""
+    x, dy = x.flatten(0, -2), dy.flatten(0, -2)
+    add(layer.weight, dy.T @ x)
+    if layer.bias is not None:
+        add(layer.bias, dy.sum(0))
+
+
+def add(parameter: nn.Parameter, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
+
+
+def defer_wgrads(model: nn.Module) -> list[Callable]:
+    """Make every linear layer leave its W on the list that is returned, which `runtime.py` empties at the W's turn."""
+    wgrads: list[Callable] = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.forward = lambda x, layer=layer: SplitLinear.apply(x, layer, wgrads, layer.weight, layer.bias)
+    return wgrads
 
 
 def zb_v(ranks: int, microbatches: int) -> Schedule:
-    """Rank r holds stage r and stage 2p-1-r; the order is that of at least 2p-1 microbatches, less those too many."""
+    """Rank r has stage r and stage 2p-1-r; the order is that of at least 2p-1 micro-batches, less those too many."""
     rows = [one_rank_v(r, ranks, max(microbatches, 2 * ranks - 1)) for r in range(ranks)]
     return [[action for action in row if action.microbatch < microbatches] for row in rows]
 
@@ -73,8 +132,8 @@ def one_rank_v(rank: int, ranks: int, microbatches: int) -> Row:
         row.weights(up)
 
     # Steady state: F I W on the one, F I W on the other.
-    while row.started(up) < microbatches:
-        if row.started(down) < microbatches:
+    while row.next_forward(up) < microbatches:
+        if row.next_forward(down) < microbatches:
             row.forward(down)
         row.backward(down, split=True)
         row.weights(down)
@@ -94,15 +153,17 @@ def one_rank_v(rank: int, ranks: int, microbatches: int) -> Row:
     return row
 
 
+SCHEDULES = {"zb-h1": zb_h1, "zb-h2": zb_h2, "zb-v": zb_v}
+
+
 def check(args: argparse.Namespace, ranks: int) -> None:
-    """Raises ValueError when the model cannot be cut into the schedule's stages, or another flag does not fit."""
-    chunks = 2 if args.schedule == "zb-v" else 1
-    check_stages(args, ranks * chunks, chunks)
+    """Raises ValueError when the model cannot be split into the schedule's stages, or another flag does not fit."""
+    check_stages(args, ranks, per_rank=2 if args.schedule == "zb-v" else 1)
 
 
 def lesson(run: Run) -> None:
     name, p, m = run.args.schedule, run.job.world_size, run.args.microbatches
-    measured = teach(run, build(name, p, m))
+    measured = teach(run, SCHEDULES[name](p, m), defer_wgrads)
     if not measured:
         return
     formula, bubble, in_flight, most = {
@@ -128,8 +189,6 @@ if __name__ == "__main__":
         smallest=2,
     )
     add_flags(frame, microbatches=16)
-    frame.parser.add_argument(
-        "--schedule", choices=("zb-h1", "zb-h2", "zb-v"), default="zb-v", help="default %(default)s"
-    )
+    frame.parser.add_argument("--schedule", choices=tuple(SCHEDULES), default="zb-v", help="default %(default)s")
     frame.parser.set_defaults(layers=16)
     sys.exit(frame.main(check, lesson))

@@ -1,1 +1,1 @@
-"""Lecture 06: Megatron sequence parallelism and activation recomputation; sequences cut with attention included."""
+"""Lecture 06: Megatron sequence parallelism and activation recomputation; context parallelism for long sequences."""

@@ -2,191 +2,132 @@
 
     torchrun --nproc_per_node=8 sequence_parallel/long_context.py
 
-One layer cut over c ranks in every way that this folder has, for several c and s: messages and bytes that a rank sends,
-activations that it keeps, weights that it holds, all measured; and each way trains as one process does. Then cases too
-large for a laptop, by the formulas that were measured to hold.
+One layer over c ranks in every way of this folder, for several c and s: messages and elements that a rank sends,
+activations that it keeps, weights that it has. The formulas stand here, and are measured to hold; each way trains as
+one process does. Then cases too large for a laptop, calculated by the same formulas.
+
+read: long_context.py:27-105; then megatron_sp.py, ulysses.py, ring_attention.py, hybrid.py
 
 b samples, s tokens in a sample, h hidden, a heads, k heads of keys and values, c = c1 c2 ranks
 """
 
-import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
-
-import torch
-from tabulate import tabulate
+from math import lcm
 
 from core.ledger import Ledger
-from core.mesh import Axis, Mesh
-from core.model.gpt import GPT, GPTConfig, materialize
-from core.proof.arguments import add_model_flags, check_model, configuration
+from core.mesh import Mesh
+from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
-from core.proof.memory import SavedActivations
-from core.proof.oracle import TOLERANCE
-from core.proof.plot import bars
-from core.proof.training import Comparison
-from sequence_parallel.context import check, parallelize
-from sequence_parallel.context_training import train_with
-from sequence_parallel.hybrid import context_parallel
-from sequence_parallel.layers import parallelize_block
-from sequence_parallel.ways import ADVICE, WAYS, Sizes, calculated
-
-TIMES = (1, 4)  # the sequences measured, in units of --sequence
+from sequence_parallel.engine.ulysses import context_parallel
+from sequence_parallel.evidence import long_context, rules
+from sequence_parallel.evidence.long_context import Sizes, Way
+from sequence_parallel.evidence.training import compare, context_version
 
 
-# ---- Measured --------------------------------------------------------------------------------------------------------
+def megatron_elements(z: Sizes) -> float:
+    """4 times g or its backward, 4 times g-bar, and the input gathered again for 2 weights' gradients."""
+    return 10 * z.b * z.s * z.h * (z.c - 1) / z.c
 
 
-class Measured(NamedTuple):
-    """Of one layer on one rank, forward and backward."""
-
-    messages: int
-    elements: float
-    sent: float  # bytes
-    kept: int  # bytes for backward
-    parameters: int
+def ulysses_elements(z: Sizes) -> float:
+    """An all-to-all each of Q, K, V and the output among c1 ranks, and one of each gradient."""
+    of_a_head = z.b * z.s * (z.h / z.a) / z.c  # on a rank
+    heads_of_k = lcm(z.k, z.c1)  # where there are fewer than ranks, several need the same
+    return 2 * of_a_head * (2 * z.a + 2 * heads_of_k) * (z.c1 - 1) / z.c1
 
 
-def measure(run: Run, config: GPTConfig, axis: Axis, way: str, z: Sizes) -> Measured:
-    """The first layer of the model, cut in one of WAYS, or in "one process"."""
-    model = GPT(replace(config, layers=1))
-    attention = None
-    if way == "Megatron SP":
-        parallelize_block(model.blocks["0"], axis)
-    elif way != "one process":
-        attention = context_parallel(axis, run.job.device, z.c1)
-        parallelize(model, attention)
-    block = materialize(model, run.args.seed, run.job.device, run.dtype).blocks["0"]
-    x = torch.ones(z.b, z.s // z.c, z.h, dtype=run.dtype, device=run.job.device, requires_grad=True)
-    sent, saved = Ledger(), SavedActivations(block.parameters())
-    with axis.ledger.recording_to(sent):
-        with saved:
-            y = block(x)
-        kept = saved.live
-        y.sum().backward()
-    if attention:
-        attention.close()
-    totals = (sum(getattr(t, what) for t in sent.traffic.values()) for what in ("messages", "elements", "bytes"))
-    return Measured(*totals, kept, sum(p.numel() for p in block.parameters()))
+def ring_elements(z: Sizes) -> float:
+    """K and V pass c2 - 1 times in forward and in backward, and their gradients as often."""
+    of_a_head = z.b * z.s * (z.h / z.a) / z.c
+    return 3 * 2 * of_a_head * lcm(z.k, z.c1) * (z.c2 - 1)
 
 
-Found = dict[str, list[tuple[Sizes, list[Measured]]]]  # by way; of every rank, on rank 0
+def every_rank_a_head(c: int, a: int) -> int | None:
+    return c if a % c == 0 else None
+
+
+def most_inside(c: int, a: int) -> int | None:
+    """c1 of the hybrid: the most that leaves a ring."""
+    return max((u for u in range(2, c) if c % u == 0 and a % u == 0), default=None)
+
+
+WAYS = {
+    "Megatron SP": Way(
+        degree=every_rank_a_head,
+        limit="c divides a",
+        messages=lambda z: 10,
+        counted="10 collectives",
+        elements=megatron_elements,
+        formula="10bsh(c-1)/c",
+    ),
+    "Ulysses": Way(
+        degree=every_rank_a_head,
+        limit="c divides a",
+        messages=lambda z: 8,
+        counted="8 all-to-alls",
+        elements=ulysses_elements,
+        formula="8bsh/c (c-1)/c",
+        keeps_output_twice=True,
+    ),
+    "ring": Way(
+        degree=lambda c, a: 1,
+        limit="2c divides s",
+        messages=lambda z: 3 * (z.c - 1),
+        counted="3(c-1)",
+        elements=ring_elements,
+        formula="6bsh/c (c-1)",
+    ),
+    "hybrid": Way(
+        degree=most_inside,
+        limit="c1 divides a; c and 2c2 divide s",
+        messages=lambda z: 8 + 3 * (z.c2 - 1),
+        counted="8 + 3(c2-1)",
+        elements=lambda z: ulysses_elements(z) + ring_elements(z),
+        formula="8bsh/c (c1-1)/c1 + 6bsh/c (c2-1)",
+        keeps_output_twice=True,
+    ),
+}
+
+
+NODE, INSIDE, ACROSS, PEAK = 8, 450e9, 50e9, 989e12  # H100: NVLink 4 and NDR, bytes/s in one direction; bf16 FLOP/s
+
+
+def waiting(name: str, z: Sizes) -> float:
+    """Seconds that a layer's forward waits for messages, in bf16 at the peak of device and links, in no other way."""
+    link = INSIDE if z.c <= NODE else ACROSS
+    if name == "Megatron SP":
+        return 4 * z.b * z.s * z.h * (z.c - 1) / z.c * 2 / link  # the forward's, 2 bytes each
+    switched = ulysses_elements(z) / 2 * 2 / (INSIDE if z.c1 <= NODE else ACROSS)  # half of it forward, 2 bytes each
+    if z.c2 == 1:
+        return switched
+    step = ring_elements(z) / 3 / (z.c2 - 1) * 2 / link
+    computing = 2 * z.b * z.h / z.c1 * (z.s / z.c2) ** 2 / PEAK  # zigzag: half of a block's 4bnnh
+    return switched + (z.c2 - 1) * max(0.0, step - computing)
+
+
+ADVICE = """
+Megatron SP shards the weights too: take it inside a node where they do not fit. Ulysses sends least, for up to as many
+ranks as there are heads; where few heads of keys and values meet few ranks, a ring sends less. A ring has no limit of
+heads, and hides what it sends once each rank has enough tokens. The hybrid keeps Ulysses' messages inside a node, and
+makes fewer and larger blocks of its ring.
+""".strip()
+
+
+# ---- The lesson ------------------------------------------------------------------------------------------------------
 
 
 def lesson(run: Run) -> None:
-    config, args, n = configuration(run.args), run.args, run.job.world_size
-    axes = {c: Mesh(run.job.device.type, Ledger(), run.job.timeout, cp=c, dp=n // c)["cp"] for c in degrees(n)}
-    sizes = partial(Sizes, b=args.batch, h=config.hidden, a=config.heads, k=config.heads)
-    found: Found = {name: [] for name in WAYS}
-    dense: dict[int, Measured] = {}
-    for s in (times * args.sequence for times in TIMES):
-        dense[s] = measure(run, config, axes[n], "one process", sizes(s=s, c=1, c1=1))
-        for c, axis in axes.items():
-            for name, way in WAYS.items():
-                if (c1 := way.degree(c, config.heads)) is not None:
-                    z = sizes(s=s, c=c, c1=c1)
-                    found[name].append((z, run.job.gather(measure(run, config, axis, name, z))))
-    if run.job.rank == 0:
-        show(run, found, dense)
-        claim_formulas(run, found, dense)
-    claim_training(run, config, axes[n])
-    run.say(f"\n{calculated()}\n\n{ADVICE}")
-
-
-def degrees(ranks: int) -> list[int]:
-    return [c for c in range(2, ranks + 1) if ranks % c == 0]
-
-
-def show(run: Run, found: Found, dense: dict[int, Measured]) -> None:
-    rows = []
-    for s, one in dense.items():
-        rows.append((s, 1, "one process", "", 0, 0, one.kept / 1e3, one.parameters))
-        at = sorted((z.c, name, z, ranks[0]) for name, cases in found.items() for z, ranks in cases if z.s == s)
-        for c, name, z, m in at:
-            split = f"{z.c1} x {z.c2}" if name == "hybrid" else ""
-            rows.append((s, c, name, split, m.messages, m.sent / 1e3, m.kept / 1e3, m.parameters))
-    head = ("s", "c", "way", "c1 x c2", "messages", "kB sent", "kB kept", "parameters")
-    limits = [(name, way.counted, way.formula, way.limit) for name, way in WAYS.items()]
-    run.say(tabulate(limits, ("way", "messages", "elements", "limit")))
-    run.say("\nmeasured: one layer on one rank, forward and backward")
-    run.say(tabulate(rows, head, floatfmt=",.1f", intfmt=","))
-    for name, cases in found.items():
-        if missing := sorted(set(degrees(run.job.world_size)) - {z.c for z, _ in cases}):
-            c = " and ".join(map(str, missing))
-            run.say(f"no {name} of {c} ranks: {WAYS[name].limit}, and there are {run.args.heads} heads")
-    if run.args.plot:
-        s, c = max(dense), run.job.world_size
-        sent = {name: [m[0].sent / 1e3 for z, m in cases if (z.s, z.c) == (s, c)]
-                for name, cases in found.items()}  # fmt: skip
-        names = [name for name, values in sent.items() if values]
-        bars(run.args.plot, f"Sent by each of {c} ranks for a layer, {s} tokens", "kB", names,
-             {"forward and backward": [sent[name][0] for name in names]})  # fmt: skip
-
-
-def claim_formulas(run: Run, found: Found, dense: dict[int, Measured]) -> None:
-    """Every case of every way, by its worst rank."""
-    for name, cases in found.items():
-        way = WAYS[name]
-
-        def claim(
-            what: str,
-            formula: str,
-            expected: Callable[[Sizes], float],
-            value: Callable[[Measured], float],
-            tolerance: float = 0.0,
-            name: str = name,
-            cases: list = cases,
-        ) -> None:
-            rows = []
-            for z, ranks in cases:
-                right = expected(z)
-                worst = max(map(value, ranks), key=lambda v: abs(v - right))
-                rows.append((f"{name}: {what}, s {z.s}, c {z.c}", right, worst))
-            if rows:
-                run.evidence.each(f"{name}: {what}", formula, rows, tolerance)
-
-        claim("messages of a layer", way.counted, way.messages, lambda m: m.messages)
-        claim("elements sent", way.formula, way.elements, lambda m: m.elements, 1e-3)
-        if run.job.device.type == "cpu":  # other devices' kernels keep other things
-            more = " and bsh/c: the output before the all-to-all, too" if way.again else ""
-
-            def kept(z: Sizes, again: int = way.again) -> float:
-                return (dense[z.s].kept + again * z.b * z.s * z.h * run.dtype.itemsize) / z.c
-
-            claim("bytes kept for backward", f"1/c of one process{more}", kept, lambda m: m.kept)
-
-
-def claim_training(run: Run, config: GPTConfig, axis: Axis) -> None:
-    """Each way over all ranks."""
-    worst: dict[str, Comparison] = {}
-    for name in ("Ulysses", "ring", "hybrid"):
-        if (c1 := WAYS[name].degree(axis.size, config.heads)) is None:
-            continue
-        run.losses.clear()  # of the way before: the report has the last one's
-        run.reference_losses.clear()
-        run.training_seconds, run.tokens = 0.0, 0
-        attention = context_parallel(axis, run.job.device, c1)
-        worst[name] = train_with(run, config, attention, axis).worst
+    config, device, n = configuration(run.args), run.job.device, run.job.world_size
+    axes = {c: Mesh(device.type, Ledger(), run.job.timeout, cp=c, dp=n // c)["cp"] for c in long_context.divisors(n)}
+    long_context.measure_ways(run, config, axes, WAYS)
+    axis = axes[n]
+    degrees = {name: WAYS[name].degree(n, config.heads) for name in ("Ulysses", "ring", "hybrid")}
+    attentions = {name: context_parallel(axis, device, c1) for name, c1 in degrees.items() if c1}
+    versions = {name: context_version(run, config, attention, axis) for name, attention in attentions.items()}
+    compare(run, config, axis, versions)
+    for attention in attentions.values():
         attention.close()
-    if run.job.rank == 0:
-        tolerance, each = TOLERANCE[run.dtype], run.evidence.each
-        for what in ("loss", "gradient", "parameter"):
-            cases = [(f"{name}: {what}", 0, getattr(values, what)) for name, values in worst.items()]
-            each(f"every {what} equals one process: {', '.join(worst)}", "largest relative difference 0", cases,
-                 getattr(tolerance, what))  # fmt: skip
-
-
-def refuse(args: argparse.Namespace, ranks: int) -> None:
-    check(args, 1, 2 * ranks)  # the most that any way needs
-    check_model(args)
-    for c in degrees(ranks):
-        if WAYS["Megatron SP"].degree(c, args.heads) and args.feed_forward % c:
-            raise ValueError(
-                f"--feed-forward {args.feed_forward}: Megatron SP cuts it over {c} ranks; use --feed-forward 0"
-            )
+    run.say(f"\n{long_context.calculated(WAYS, waiting, ring_elements, NODE)}\n\n{ADVICE}")
 
 
 if __name__ == "__main__":
@@ -198,6 +139,6 @@ if __name__ == "__main__":
         "Megatron SP, Ulysses, a ring and the hybrid side by side: messages, bytes, memory and limits, measured.",
         smallest=2,
     )
-    add_model_flags(frame, heads=8, layers=2, batch=4)
-    frame.parser.set_defaults(steps=5)
-    sys.exit(frame.main(refuse, lesson))
+    add_model_flags(frame, heads=8, layers=2, batch=2)
+    frame.parser.set_defaults(steps=3)
+    sys.exit(frame.main(rules.long_context, lesson))

@@ -2,124 +2,163 @@
 
     torchrun --nproc_per_node=8 sequence_parallel/megatron_sp.py
 
-Tensor parallelism with the rest of the layer cut as well, along the sequence: `layers.py`, and `loss.py` for the end of
-the model. What it saves in memory is measured by `activations.py`; this lesson proves that it is right, and that it
-sends the same bytes as tensor parallelism.
+Tensor parallelism shards what is inside attention and MLP, and replicates what is between them: LayerNorm, dropout, the
+residual stream. Here that is sharded too, along the sequence. The all-reduce at each border becomes its two halves,
+and moves the same bytes. The paper's names, forward / backward:
 
-b samples, s tokens in a sample, h hidden, t ranks
+    tensor parallelism     f  identity / all-reduce         f̄  all-reduce / identity
+    with sequence          g  all-gather / reduce-scatter   ḡ  reduce-scatter / all-gather
+
+What it saves in memory is measured by `activations.py`.
+
+read: megatron_sp.py:36-148; then engine/layers.py, engine/loss.py
+
+B batch (paper: b), S sequence (s), H hidden (h), I and O in and out features, V vocabulary, t ranks of the axis
 """
 
-import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
-from tabulate import tabulate
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.ledger import Ledger, Traffic
+from core import comm
+from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.model.gpt import GPT, GPTConfig, materialize, use_masks
-from core.model.seeded import SampleMasks
-from core.model.text import Text
-from core.proof.arguments import add_model_flags, check_model, configuration
+from core.model.gpt import GPT
+from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
-from core.proof.plot import bars
-from sequence_parallel.layers import check, parallelize
-from sequence_parallel.training import Trained, teach
+from core.shards import shard, shard_of
+from sequence_parallel.evidence import megatron, rules
+from sequence_parallel.evidence.training import compare, tensor_engine, tensor_version
 
-Sent = dict[tuple[str, str], Traffic]
+S = 1  # the dimension of (B, S, ...) that is sharded
+
+
+def g(x: Tensor, axis: Axis) -> Tensor:
+    """(B, S/t, H) to (B, S, H): all-gather forward, reduce-scatter backward."""
+    return comm.gather_for(x, axis, S)
+
+
+def g_bar(x: Tensor, axis: Axis) -> Tensor:
+    """(B, S, H), one term of a sum over the ranks, to (B, S/t, H): reduce-scatter forward, all-gather backward."""
+    return comm.scatter_from(x, axis, S)
+
+
+class ColumnParallelLinear(nn.Module):
+    """(B, S/t, I) to (B, S, O/t): from a shard of the sequence to a shard of the features."""
+
+    def __init__(self, linear: nn.Linear, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        self.weight = shard(linear.weight, 0, axis)  # (O/t, I)
+        self.bias = None if linear.bias is None else shard(linear.bias, 0, axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(g(x, self.axis), self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """(B, S, I/t) to (B, S/t, O): from a shard of the features to a shard of the sequence."""
+
+    def __init__(self, linear: nn.Linear, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        self.weight = shard(linear.weight, 1, axis)  # (O, I/t)
+        self.bias = linear.bias  # replicated: added after the sum, to each token once
+
+    def forward(self, x: Tensor) -> Tensor:
+        return g_bar(F.linear(x, self.weight), self.axis) + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """(B, S) tokens, the same on all ranks, to (B, S/t, H). A rank has V/t rows of the table."""
+
+    def __init__(self, embedding: nn.Embedding, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        self.weight = shard(embedding.weight, 0, axis)  # (V/t, H)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        row = tokens - self.axis.index * len(self.weight)
+        elsewhere = (row < 0) | (row >= len(self.weight))
+        found = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
+        return g_bar(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.axis)
+
+
+class PositionShard(nn.Module):
+    """Positions (S) to the embeddings (S/t, H) of this rank's shard of the sequence. The table is replicated."""
+
+    def __init__(self, embedding: nn.Embedding, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        self.weight = embedding.weight
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.embedding(positions.chunk(self.axis.size)[self.axis.index], self.weight)
+
+
+def parallelize(model: GPT, axis: Axis) -> GPT:
+    """Shard the GPT over the ranks of `axis`: (B, S) tokens to (B, S, V/t) logits, and (B, S/t, H) in between."""
+    on_sequence = (S, axis.index, axis.size)  # what a dropout mask of (B, S/t, H) is a shard of
+    layers = axis.labelled("layers")  # so that the ledger counts what the layers send
+    model.embed.token = VocabParallelEmbedding(model.embed.token, axis.labelled("embedding"))
+    model.embed.position = PositionShard(model.embed.position, axis)
+    model.embed.dropout.split = on_sequence
+    for block in model.blocks.values():  # its LayerNorms stay as they are, and see S/t tokens
+        attention, mlp = block.attention, block.mlp
+        attention.qkv = ColumnParallelLinear(attention.qkv, layers)  # its rows are ordered by head: A/t heads
+        attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A/t, S, S)
+        attention.out = RowParallelLinear(attention.out, layers)
+        block.attention_dropout.split = on_sequence
+        mlp.up = ColumnParallelLinear(mlp.up, layers)
+        mlp.down = RowParallelLinear(mlp.down, layers)
+        block.mlp_dropout.split = on_sequence
+    model.head = ColumnParallelLinear(model.head, axis.labelled("head"))
+    if model.config.tied:
+        model.head.weight = model.embed.token.weight
+    return model
+
+
+def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
+    """This rank's share of the loss: of its own S/t tokens, divided by the `tokens` of the global batch.
+
+    Args:
+        logits: (B, S, V/t), all tokens for this rank's shard of the vocabulary.
+        targets: (B, S), the same on all ranks.
+    """
+    axis = axis.labelled("loss")
+    first, rows = axis.index * logits.shape[-1], logits.shape[-1]
+    padding = torch.arange(first, first + rows, device=logits.device) >= vocabulary
+    logits = logits.masked_fill(padding, -torch.inf)  # V rounded up to a multiple of t
+    elsewhere = (targets < first) | (targets >= first + rows)
+    row = (targets - first).masked_fill(elsewhere, 0)
+    target = logits.gather(-1, row.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)  # (B, S)
+    target = g_bar(target, axis)  # (B, S/t): the one rank that has the target's row, and zeros
+    lse = comm.gather_for(logits.logsumexp(-1)[None], axis, 0)  # (t, B, S): the logarithms of all ranks' sums
+    lse = lse.chunk(axis.size, 2)[axis.index].logsumexp(0)  # (B, S/t): of the sum over the full vocabulary
+    return (lse - target).sum() / tokens
+
+
+def sum_replicated_gradients(model: GPT, axis: Axis) -> None:
+    """After backward. Each rank has seen its own tokens only: what is replicated has partial gradients."""
+    for p in model.parameters():  # LayerNorms, biases of the row-parallel layers, positions
+        if shard_of(p) is None:
+            comm.all_reduce(p.grad, axis.labelled("replicated gradients"))
+
+
+# ---- The lesson ------------------------------------------------------------------------------------------------------
 
 
 def lesson(run: Run) -> None:
     config = configuration(run.args)
     axis = Mesh(run.job.device.type, Ledger(), run.job.timeout, tp=run.job.world_size)["tp"]
-    show_shapes(run, config, axis)
-    claim_traffic(run, config, axis, teach(run, config, axis))
-
-
-def show_shapes(run: Run, config: GPTConfig, axis: Axis) -> None:
-    """One sample through the first layer: which activation is cut where."""
-    uncounted = replace(axis, ledger=Ledger())
-    model = materialize(parallelize(GPT(config), uncounted), run.args.seed, run.job.device, run.dtype)
-    rows: list[tuple[str, str, str]] = []
-
-    def note(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def hook(module: nn.Module, arguments: tuple, y: Tensor) -> None:
-            shapes = (" x ".join(map(str, x.shape)) for x in (arguments[0], y))
-            rows.append((name, *shapes))
-
-        return hook
-
-    parts = {"embed": model.embed, "norm": model.norm, "head": model.head}
-    parts |= {f"blocks.0.{name}": m for name, m in model.blocks["0"].named_modules() if name}
-    for name, module in parts.items():
-        module.register_forward_hook(note(name))
-    inputs, _ = Text(run.args.data, run.args.sequence).batch(run.args.seed, 0, 1)
-    use_masks(model, SampleMasks(run.args.seed))
-    model(inputs.to(run.job.device))
-    order = [row for row in rows if row[0] not in ("blocks.0.attention", "blocks.0.mlp")]
-    whole = run.args.sequence
-    run.say(f"one sample on rank 0: {whole} tokens where the sequence is whole, {whole // axis.size} where it is cut")
-    run.say(tabulate(order, ("module", "in", "out")) + "\n")
-
-
-def claim_traffic(run: Run, config: GPTConfig, axis: Axis, trained: Trained) -> None:
-    """Two halves in place of each all-reduce: the same elements; what is gathered again, stated by itself."""
-    everyone = run.job.gather((trained.forward.traffic, axis.ledger.traffic))
-    if not everyone:
-        return
-    t, h, layers, bs = axis.size, config.hidden, config.layers, run.args.batch * run.args.sequence
-    half = (t - 1) / t  # elements that a rank sends to gather, or to reduce and scatter, one
-
-    def each(claim: str, formula: str, expected: float, measure: Callable[[Sent, Sent], float]) -> None:
-        values = [measure(forward, both) / run.args.steps for forward, both in everyone]
-        run.evidence.on_ranks(claim, formula, expected, values, 1e-9 * expected)
-
-    def layer(sent: Sent, *operations: str, what: str = "messages") -> float:
-        return sum(getattr(sent[operation, "tp layers"], what) for operation in operations) / layers
-
-    gather, scatter, again = "all-gather", "reduce-scatter", "all-gather again"
-    each("all-gathers of a layer, forward", "2, the paper's g", 2, lambda forward, _: layer(forward, gather))
-    each("reduce-scatters, forward", "2, the paper's g-bar", 2, lambda forward, _: layer(forward, scatter))
-    each("reduce-scatters, backward", "2, g", 2, lambda forward, both: layer(both, scatter) - layer(forward, scatter))
-    each("all-gathers, backward", "2, g-bar", 2, lambda forward, both: layer(both, gather) - layer(forward, gather))
-    each("all-reduces of a layer", "0", 0, lambda _, both: layer(both, "all-reduce"))
-    each(
-        "elements a layer sends a microbatch",
-        f"8bsh(t-1)/t, as in tensor parallelism = {8 * half * bs * h:,.0f}",
-        8 * half * bs * h,
-        lambda _, both: layer(both, gather, scatter, what="elements"),
-    )
-    each(
-        "and to gather again what was not saved",
-        f"2bsh(t-1)/t = {2 * half * bs * h:,.0f}",
-        2 * half * bs * h,
-        lambda _, both: layer(both, again, what="elements"),
-    )
-    each(
-        "elements the loss sends",
-        f"4bs(t-1)/t = {4 * half * bs:,.0f}, where three all-reduces send 6bs(t-1)/t",
-        4 * half * bs,
-        lambda _, both: sum(traffic.elements for (_, part), traffic in both.items() if part == "tp loss"),
-    )
-    whole = layers * 6 * h + 2 * h + config.sequence * h
-    each(
-        "elements of whole parameters' gradients",
-        f"(6Lh + 2h + sh) reduced once = {2 * half * whole:,.0f}",
-        2 * half * whole,
-        lambda _, both: both["all-reduce", "tp whole gradients"].elements,
-    )
-    if run.args.plot:
-        operations, times = (gather, scatter, again), run.args.steps * 1e6
-        ahead, total = ([layer(sent, name, what="bytes") / times for name in operations] for sent in everyone[0])
-        sent = {"forward": ahead, "backward": [b - a for a, b in zip(ahead, total, strict=True)]}
-        bars(run.args.plot, f"Sent by each of {t} ranks for a layer, in a step", "MB", operations, sent)
-
-
-def refuse(args: argparse.Namespace, ranks: int) -> None:
-    check(args, ranks)
-    check_model(args)
+    megatron.show_shapes(run, parallelize(GPT(config), replace(axis, ledger=Ledger())))
+    plain = tensor_version(run, config, axis, parallelize, token_loss, sum_replicated_gradients)
+    versions = {"plain": plain, "engine": tensor_engine(run, config, axis)}
+    compare(run, config, axis, versions)
+    megatron.claim_traffic(run, config, axis.size, versions)
 
 
 if __name__ == "__main__":
@@ -128,8 +167,8 @@ if __name__ == "__main__":
         "06",
         "Megatron-LM sequence parallelism: code",
         "Megatron-LM SP 代码解析",
-        "What tensor parallelism repeats on every rank is cut along the sequence, for the same bytes.",
+        "What tensor parallelism replicates on every rank is sharded along the sequence, for the same bytes.",
     )
-    add_model_flags(frame, heads=8, layers=4)
+    add_model_flags(frame, heads=8, layers=2, batch=4)
     frame.parser.set_defaults(steps=10)
-    sys.exit(frame.main(refuse, lesson))
+    sys.exit(frame.main(rules.megatron_sp, lesson))

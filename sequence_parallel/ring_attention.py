@@ -2,154 +2,157 @@
 
     torchrun --nproc_per_node=8 sequence_parallel/ring_attention.py
 
-The ring itself is `ring.py`, the blocks that it joins `blocks.py`. This lesson trains with it, shows who computes what
-in which step, with neighbouring tokens on a rank and in zigzag (as zhuzilin's ring-flash-attention places them), and
-proves what is sent, what is kept, and what is computed meanwhile.
+Each rank keeps its queries. Keys and values travel round the ring of ranks; the outputs over one block of keys after
+another are merged exactly, by the logarithms of the sums of their exponentials (lse). Backward sends keys and values
+round again, and with them the sums of their gradients, which end at the rank that has the keys.
 
-b samples, s tokens in a sample, h hidden, a heads, c ranks
+A query sees no later key, so where a rank's tokens are contiguous the first rank has next to nothing to do and the last
+computes every block: all wait for it. Zigzag (as in zhuzilin's ring-flash-attention) gives rank r chunk r from the
+beginning and chunk r from the end, and every rank the same work in every step.
+
+read: ring_attention.py:36-138; context.py:71-109; then engine/ring.py, engine/blocks.py
+
+B batch (paper: b), A heads (a), S sequence (s), N = S/c tokens of a rank, D head size, H = A D hidden (h), c ranks
 """
 
-import argparse
 import sys
+from math import inf, sqrt
+from typing import Any
 
 import torch
-from tabulate import tabulate
+from torch import Tensor
 
+from core import p2p
 from core.ledger import Ledger
-from core.mesh import Mesh
-from core.proof.arguments import add_model_flags, check_model, configuration
-from core.proof.clock import Event
+from core.mesh import Axis, Mesh
+from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
-from core.proof.plot import bars
-from sequence_parallel.context import check
-from sequence_parallel.context_training import (
-    Layer,
-    Measured,
-    Shape,
-    claim_dense,
-    claim_difference,
-    claim_saved,
-    count,
-    measure,
-    spans,
-    teach,
-)
-from sequence_parallel.ring import BACKWARD, GRADIENTS, KV, PLACEMENTS, RingAttention
+from sequence_parallel.context import SequenceAttention, check_length
+from sequence_parallel.engine.ring import PLACEMENTS, OverlappedRing
+from sequence_parallel.evidence import ring, rules
+from sequence_parallel.evidence.training import compare, context_version
+
+
+def probabilities(q: Tensor, k: Tensor, causal: bool, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """exp(QK^T / sqrt(D) - lse), (B, A, N, M), and the lse; without one, that of this block of keys by itself."""
+    scores = q @ k.mT / sqrt(q.shape[-1])
+    if causal:  # the diagonal block: query i sees keys 0 to i
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -inf)
+    lse = scores.logsumexp(-1, keepdim=True) if lse is None else lse
+    return (scores - lse).exp(), lse
+
+
+def block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention over one block of keys: the output (B, A, N, D) and the lse (B, A, N, 1)."""
+    p, lse = probabilities(q, k, causal)
+    return p @ v, lse
+
+
+def block_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one block adds to dQ, dK and dV. With `o` and `lse` over all keys, P is that of the full softmax."""
+    p, _ = probabilities(q, k, causal, lse)
+    dp = do @ v.mT
+    ds = p * (dp - (do * o).sum(-1, keepdim=True)) / sqrt(q.shape[-1])
+    return ds @ k, ds.mT @ q, p.mT @ do
+
+
+def merge(o: Tensor, lse: Tensor, o_block: Tensor, lse_block: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and lse over the keys so far and those of one more block: the online softmax."""
+    total = torch.logaddexp(lse, lse_block)
+    return (lse - total).exp() * o + (lse_block - total).exp() * o_block, total
+
+
+def to_next(x: Tensor, axis: Axis) -> Tensor:
+    """Send to the next rank of the ring, and receive what the previous one sends."""
+    following, previous = (axis.index + 1) % axis.size, (axis.index - 1) % axis.size
+    received = torch.empty_like(x)
+    if axis.index % 2 == 0:  # not all send first: a rank that sends waits for one that receives
+        p2p.send(x, axis, following)
+        return p2p.receive(received, axis, previous)
+    p2p.receive(received, axis, previous)
+    p2p.send(x, axis, following)
+    return received
+
+
+def visible(axis: Axis, step: int, n: int, zigzag: bool) -> tuple[slice, slice] | None:
+    """Which of this rank's N queries see which of the N keys that have come `step` ranks far; None where none does."""
+    everything, early, late = slice(0, n), slice(0, n // 2), slice(n // 2, n)
+    earlier = step <= axis.index  # the keys are those of rank r - step, or, where that is negative, r - step + c
+    if not zigzag:
+        return (everything, everything) if earlier else None
+    return (everything, early) if earlier else (late, everything)
+
+
+class _Ring(torch.autograd.Function):
+    """(B, A, N, D) each of Q, K and V to the output."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, zigzag: bool) -> Tensor:
+        ctx.axis, ctx.zigzag, ctx.dtype = axis, zigzag, q.dtype
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        o, lse = block(q, k, v, causal=True)  # this rank's own keys: every query sees one, itself
+        kv = torch.stack([k, v])
+        for step in range(1, axis.size):
+            kv = to_next(kv, axis)
+            if seen := visible(axis, step, q.shape[2], zigzag):
+                rows, keys = seen
+                more = block(q[:, :, rows], *kv[..., keys, :], causal=False)
+                o[:, :, rows], lse[:, :, rows] = merge(o[:, :, rows], lse[:, :, rows], *more)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o.to(ctx.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, o, lse), axis, do = ctx.saved_tensors, ctx.axis, do.to(ctx.saved_tensors[0].dtype)
+        dq, dk, dv = block_backward(do, q, k, v, o, lse, causal=True)
+        kv = torch.stack([k, v])
+        dkv = torch.zeros_like(kv)  # of the keys and values that are here, the sum so far
+        for step in range(1, axis.size):
+            kv = to_next(kv, axis)
+            if seen := visible(axis, step, q.shape[2], ctx.zigzag):
+                rows, keys = seen
+                of_rows = [x[:, :, rows] for x in (do, q)]
+                merged = [x[:, :, rows] for x in (o, lse)]
+                dq_block, dk_block, dv_block = block_backward(*of_rows, *kv[..., keys, :], *merged, causal=False)
+                dq[:, :, rows] += dq_block
+                dkv[..., keys, :] += torch.stack([dk_block, dv_block])
+            dkv = to_next(dkv, axis)  # to where its keys and values go next; after the last step, home
+        return dq.to(ctx.dtype), (dk + dkv[0]).to(ctx.dtype), (dv + dkv[1]).to(ctx.dtype), None, None
+
+
+class RingAttention(SequenceAttention):
+    """For `parallelize`: the ring, and which tokens a rank has."""
+
+    def __init__(self, axis: Axis, zigzag: bool = True):
+        self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
+        self.multiple = 2 * axis.size if self.zigzag else axis.size
+
+    def positions(self, sequence: int) -> Tensor:
+        check_length(sequence, self.multiple)
+        chunks, r = torch.arange(sequence).chunk(self.multiple), self.axis.index
+        return torch.cat([chunks[r], chunks[-1 - r]]) if self.zigzag else chunks[r]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _Ring.apply(q, k, v, self.axis, self.zigzag)
+
+
+# ---- The lesson ------------------------------------------------------------------------------------------------------
 
 
 def lesson(run: Run) -> None:
-    config = configuration(run.args)
+    config, args = configuration(run.args), run.args
     axis = Mesh(run.job.device.type, Ledger(), run.job.timeout, cp=run.job.world_size)["cp"]
-    rings = {name: RingAttention(axis, run.job.device, zigzag=name == "zigzag") for name in PLACEMENTS}
-    ring = rings[run.args.placement]
-    b, s, h, a, c = run.args.batch, run.args.sequence, config.hidden, config.heads, axis.size
-    shape = Shape(b, a, a, s, h // a)
-    found = {name: run.job.gather(measure(run, each, axis, shape, run.dtype)) for name, each in rings.items()}
-    for name, each in rings.items():
-        show_work(run, name, run.job.gather(spans(each.positions(s))), found[name])
-
-    layer = Layer(run, config, teach(run, config, ring, axis))
-    once, kv, gradients = 2 * b * s // c * h * (c - 1), (f"send {KV}",), (f"send {GRADIENTS}",)
-    formula = f"2b(s/c)h(c-1) = {once:,}"
-    layer.claim("messages of a layer, forward", f"c-1 = {c - 1}, K with V", c - 1, kv, messages=True)
-    layer.claim("messages, backward", f"2(c-1) = {2 * (c - 1)}", 2 * (c - 1), kv + gradients, True, messages=True)
-    layer.claim("elements of a layer, forward", formula, once, kv)
-    layer.claim("elements of K and V, backward", formula, once, kv, backward=True)
-    layer.claim("elements of their gradients, backward", formula, once, gradients, backward=True)
-    if run.job.rank == 0:
-        for name, everyone in found.items():
-            claim_dense(run, name, everyone, run.dtype)
-        claim_memory(run, found[run.args.placement], shape, c)
-        claim_work(run, found, c)
-        claim_overlap(run, found["zigzag"], c)
-    fewer = shape._replace(kv_heads=1)
-    one = claim_difference(run, "one head of keys and values", ring, axis, fewer, torch.float64)
-    if one:
-        sent = [count(each.forward, kv) for each in one]
-        run.evidence.on_ranks("elements sent then, forward", f"1/a of it = {once // a:,}", once // a, sent)
-    claim_difference(run, "bfloat16", ring, axis, shape, torch.bfloat16)
-    for each in rings.values():
+    plain = {name: RingAttention(axis, name == "zigzag") for name in PLACEMENTS}
+    engine = {name: OverlappedRing(axis, run.job.device, name == "zigzag") for name in PLACEMENTS}
+    ring.claim_placements(run, config, plain, engine)
+    pair = {"plain": plain[args.placement], "engine": engine[args.placement]}
+    versions = {name: context_version(run, config, attention, axis) for name, attention in pair.items()}
+    compare(run, config, axis, versions)
+    ring.claim_traffic(run, config, axis.size, versions)
+    for each in engine.values():
         each.close()
-
-
-def claim_memory(run: Run, everyone: list[Measured], shape: Shape, c: int) -> None:
-    claim_saved(run, everyone, shape, c)
-    b, a, _, s, d = shape
-    expected = 2 * b * s // c * a * d
-    if run.job.device.type != "cpu":  # a block of scores too: see `blocks.attend`
-        expected = max(expected, b * a * (s // c) ** 2)
-    formula = f"K and V of a block = {expected:,}; all scores would be bas^2 = {b * a * s * s:,}"
-    run.evidence.on_ranks("elements of the largest tensor", formula, expected, [each.largest for each in everyone])
-
-
-# ---- Who computes what, and when -------------------------------------------------------------------------------------
-
-
-def work(measured: Measured, c: int) -> list[float]:
-    """What was computed in each step of the forward."""
-    blocks = [event for event in measured.ahead if event.label.startswith("block")]
-    costs = {int(event.label.split()[1]): event.end[0] - event.start[0] for event in blocks}
-    return [costs.get(step, 0.0) for step in range(c)]
-
-
-def show_work(run: Run, name: str, tokens: list[str], everyone: list[Measured]) -> None:
-    c = len(everyone)
-    ranks = [work(each, c) for each in everyone]
-    rows = [(r, tokens[r], *steps, sum(steps)) for r, steps in enumerate(ranks)]
-    head = ("rank", "tokens", *(f"step {step}" for step in range(c)), "all")
-    run.say(f"{name}: what is computed in forward, in blocks of (s/c, s/c) scores; the mask halves the first")
-    run.say(tabulate(rows, head, floatfmt="g", colalign=("right", "left")) + "\n")
-
-
-def claim_work(run: Run, found: dict[str, list[Measured]], c: int) -> None:
-    """The work of each rank in each step, as recorded, and how long all of it takes where messages take no time."""
-    units = {name: [work(each, c) for each in everyone] for name, everyone in found.items()}
-    ends = {name: max(event.end[0] for each in everyone for event in each.ahead + each.back)
-            for name, everyone in found.items()}  # fmt: skip
-    each, claim = run.evidence.each, run.evidence.claim
-    cases = [(f"contiguous: blocks, rank {r}", r + 0.5, sum(steps)) for r, steps in enumerate(units["contiguous"])]
-    each("contiguous: blocks of work of a rank", "r + 1/2 on rank r", cases)
-    steps = [blocks for steps in units["zigzag"] for blocks in steps]
-    claim("zigzag: blocks of work, least of any rank and step", "1/2", 0.5, min(steps))
-    claim("zigzag: blocks of work, most of any rank and step", "1/2", 0.5, max(steps))
-    for name, formula, blocks in (("contiguous", "c - 1/2", c - 0.5), ("zigzag", "c/2", c / 2)):
-        expected = (1 + BACKWARD) * blocks
-        formula = f"(1 + {BACKWARD})({formula}) = {expected:g}"
-        claim(f"{name}: virtual time, messages free", formula, expected, ends[name], 1e-9)
-    claim("contiguous / zigzag", f"2 - 1/c = {2 - 1 / c:g}", 2 - 1 / c, ends["contiguous"] / ends["zigzag"], 1e-9)
-    if run.args.plot:
-        columns = {name: [sum(steps) for steps in ranks] for name, ranks in units.items()}
-        bars(run.args.plot, "Forward work", "blocks of (s/c, s/c)", [f"rank {r}" for r in range(c)], columns)
-
-
-def overlapped(events: list[Event]) -> int:
-    """Messages whose sending and receiving began before a block was computed, and were waited for after it."""
-    computed: dict[str, int] = {}
-    count = 0
-    for event in events:
-        if event.label.startswith("send"):
-            computed[event.label.removeprefix("send ")] = 0
-        elif event.label.startswith("block"):
-            computed = {message: n + 1 for message, n in computed.items()}
-        else:
-            count += computed.pop(event.label.removeprefix("wait for ")) > 0
-    return count
-
-
-def claim_overlap(run: Run, everyone: list[Measured], c: int) -> None:
-    """In the order in which it was done. The last gradients have nothing left to be computed meanwhile."""
-    ahead = [overlapped(each.ahead) for each in everyone]
-    back = [overlapped(each.back) for each in everyone]
-    on_ranks = run.evidence.on_ranks
-    on_ranks("messages in flight while a block is computed", f"all c-1 = {c - 1}, forward", c - 1, ahead)
-    last = max(2 * (c - 1) - 1, 0)
-    on_ranks("and backward", f"all but the last, 2(c-1) - 1 = {last}", last, back)
-
-
-def refuse(args: argparse.Namespace, ranks: int) -> None:
-    # Both placements are shown, so a sample must be fit for zigzag.
-    check(args, 1, 2 * ranks if ranks > 1 else 1)
-    check_model(args)
 
 
 if __name__ == "__main__":
@@ -158,10 +161,10 @@ if __name__ == "__main__":
         "06",
         "Long sequences: ring attention",
         "Megatron-LM SP 代码解析",
-        "Attention of a sequence that is cut: keys and values travel round the ranks while blocks are computed.",
+        "Attention over a sharded sequence: keys and values travel round the ranks while blocks are computed.",
     )
-    add_model_flags(frame, heads=8, layers=4)
+    add_model_flags(frame, heads=8, layers=2, batch=2)
     frame.parser.set_defaults(steps=10)
     flag = frame.parser.add_argument
     flag("--placement", choices=PLACEMENTS, default=PLACEMENTS[0], help="of tokens in training (default %(default)s)")
-    sys.exit(frame.main(refuse, lesson))
+    sys.exit(frame.main(rules.ring_attention, lesson))

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from tests.pool import Outcome, Pool
 
-STEPS = "3"
+STEPS = "2"
 
 
 def show(lesson: str, ranks: int, outcome: Outcome, report: Path) -> tuple[str, str, str, str]:

@@ -1,155 +1,37 @@
-"""Parameters laid end to end: what data parallelism and ZeRO send at once, and cut into equal parts. Lecture 01.
+"""Parameters end to end in one flat buffer, padded so that N ranks have equal shards of it. Lecture 01.
 
-A bucket is a few parameters in one flat buffer of N equal parts, the last of them padded. A part starts and ends
-anywhere, inside a parameter too: an element-wise optimizer does not mind, and no rank gets more than another.
+A shard starts and ends anywhere, inside a parameter too: an element-wise optimizer such as Adam does not mind, and no
+rank has more to update than another.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from weakref import WeakMethod
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-BUCKET_ELEMENTS = 2**22  # enough that a message's latency does not count, few enough that backward overlaps
-
-
-@dataclass(frozen=True)
-class Member:
-    """A parameter's place in its bucket."""
-
-    name: str
-    parameter: nn.Parameter
-    start: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.parameter.numel()
-
-    def view(self, flat: Tensor) -> Tensor:
-        """This parameter in a buffer that holds the bucket."""
-        return flat[self.start : self.stop].view(self.parameter.shape)
+from core.mesh import Axis
 
 
-class Bucket:
-    """Parameters of one data type in one flat buffer of `ranks` equal parts.
-
-    Raises:
-        ValueError: they differ in data type or device.
-    """
-
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], ranks: int):
-        self.members: list[Member] = []
-        self.size = 0  # without padding
-        for name, parameter in named:
-            self.members.append(Member(name, parameter, self.size))
-            self.size += parameter.numel()
-        self.length = -(-self.size // ranks)  # of a part
-        self.padded = self.length * ranks
-        kinds = {(m.parameter.dtype, m.parameter.device) for m in self.members}
-        if len(kinds) > 1:
-            raise ValueError(f"{self.members[0].name} and what is sent with it differ in data type or device: {kinds}")
-        ((self.dtype, self.device),) = kinds
-
-    def buffer(self) -> Tensor:
-        """Zeros for the whole bucket and its padding."""
-        return torch.zeros(self.padded, dtype=self.dtype, device=self.device)
-
-    def take_weights(self) -> Tensor:
-        """Move the parameters into one buffer, of which they become views."""
-        flat = self.buffer()
-        for member in self.members:
-            member.view(flat).copy_(member.parameter.detach())
-            member.parameter.data = member.view(flat)
-        return flat
-
-    def take_gradients(self) -> Tensor:
-        """One buffer for the gradients, into which autograd adds: `.grad` of each parameter becomes a view of it."""
-        flat = self.buffer()
-        for member in self.members:
-            member.parameter.grad = member.view(flat)
-        return flat
-
-    def take_away_gradients(self) -> Tensor:
-        """The gradients in one new buffer, zeros where there are none. The parameters lose theirs."""
-        pieces = [
-            m.parameter.new_zeros(m.parameter.numel()) if m.parameter.grad is None else m.parameter.grad.flatten()
-            for m in self.members
-        ]
-        for member in self.members:
-            member.parameter.grad = None
-        return torch.cat([*pieces, pieces[0].new_zeros(self.padded - self.size)])
-
-    def part(self, index: int) -> slice:
-        """Where part `index` is in the buffer."""
-        return slice(index * self.length, (index + 1) * self.length)
-
-    def in_part(self, index: int) -> Iterator[tuple[Member, int, int, int]]:
-        """(member, first, end, at): the elements first:end of each parameter that part `index` holds, at `at` in it."""
-        part = self.part(index)
-        for member in self.members:
-            first, end = max(member.start, part.start), min(member.stop, part.stop)
-            if first < end:
-                yield member, first - member.start, end - member.start, first - part.start
+def flatten(tensors: Sequence[Tensor], n: int) -> Tensor:
+    """Copies of the tensors end to end, (Ψ,), and zeros to a multiple of n."""
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    return F.pad(flat, (0, -len(flat) % n))
 
 
-def buckets_of(named: Iterable[tuple[str, nn.Parameter]], ranks: int, elements: int = BUCKET_ELEMENTS) -> list[Bucket]:
-    """The trained ones of these parameters in buckets of about `elements`, the last layer first, as backward finishes
-    them.
-
-    One without elements is left out: it has nothing to train.
-    """
-    named = [(n, p) for n, p in named if p.requires_grad and p.numel()]
-    filled: list[list[tuple[str, nn.Parameter]]] = []
-    room = 0
-    for name, p in reversed(named):
-        fits = filled and p.numel() <= room and p.dtype == filled[-1][0][1].dtype
-        if not fits:
-            filled.append([])
-            room = elements
-        filled[-1].append((name, p))
-        room -= p.numel()
-    return [Bucket(members, ranks) for members in filled]
+def unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `flatten` made, in the shapes of the tensors."""
+    sizes = [t.numel() for t in tensors]
+    *views, _ = flat.split([*sizes, len(flat) - sum(sizes)])
+    return [view.view(t.shape) for view, t in zip(views, tensors, strict=True)]
 
 
-class InOrder:
-    """Calls `launch(i)` in backward, once the gradients of bucket i are complete and all before it are launched.
+def set_data(parameters: Sequence[Tensor], flat: Tensor) -> None:
+    """Make the parameters views of the buffer that has their values: to write into it is to set them."""
+    for parameter, view in zip(parameters, unflatten(flat, parameters), strict=True):
+        parameter.data = view
 
-    In order, because ranks must launch the same collectives in the same order, and where a parameter is not used on
-    every rank they would not complete in the same order.
-    """
 
-    def __init__(self, buckets: list[Bucket], launch: Callable[[int], None], used: set[nn.Parameter]):
-        self.launch = launch
-        self._used = used  # remembers what got a gradient
-        self._sizes = [len(bucket.members) for bucket in buckets]
-        self._missing: list[int] = []  # while a backward is watched: gradients still to come, by bucket
-        self._next = 0
-        # Weakly: Python's collector does not see that a parameter holds a hook, and would keep both for ever.
-        complete = WeakMethod(self._complete)
-        for i, bucket in enumerate(buckets):
-            for member in bucket.members:
-                member.parameter.register_post_accumulate_grad_hook(
-                    lambda p, i=i: (alive := complete()) and alive(i, p)
-                )
-
-    def watch(self) -> None:
-        """The next backward is one whose gradients are to be launched."""
-        self._missing, self._next = list(self._sizes), 0
-
-    def _complete(self, i: int, parameter: nn.Parameter) -> None:
-        self._used.add(parameter)
-        if self._missing:
-            self._missing[i] -= 1
-            while self._next < len(self._missing) and not self._missing[self._next]:
-                self._launch_next()
-
-    def finish(self) -> None:
-        """After the backward: launch what is left, because some of its parameters were not used."""
-        while self._next < len(self._missing):
-            self._launch_next()
-        self._missing = []
-
-    def _launch_next(self) -> None:
-        self._next += 1
-        self.launch(self._next - 1)
+def own_shard(flat: Tensor, axis: Axis) -> Tensor:
+    """This rank's shard, (Ψ/N,), a view."""
+    return flat.chunk(axis.size)[axis.index]

@@ -2,91 +2,79 @@
 
     torchrun --nproc_per_node=8 zero/offload.py
 
-ZeRO-2 whose optimizer lives on the host. As backward finishes a bucket, this rank's part of its gradient goes down to
-the host, while backward goes on; the host updates its 4-byte weights, and each bucket goes up again while the host
-updates the next. The device keeps the weights, 2Ψ bytes, and nothing else; mΨ/N elements go down in a step, Ψ/N up.
+ZeRO-2 whose optimizer lives on the host: this rank's shard of the gradients goes down to the host, which updates its
+4-byte weights, and the updated shard goes up again. The device keeps the weights, 2Ψ bytes, and nothing else; mΨ/N
+elements go down in a step, Ψ/N up. On a CPU the host is the device, and the copies are made and counted all the same.
 
-On a CPU the host is the device, and the copies are made and counted all the same.
+read: offload.py:30-73; flat.py:16-37; then engine/offload.py, which copies while backward goes on
 
-Ψ parameters, N ranks, m microbatches a step
+Ψ parameters, N ranks, m micro-batches a step
 """
 
 import sys
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from core import comm
+from core.mesh import Axis
+from core.model.gpt import GPT, token_loss
 from core.proof.lesson import Lesson, Run
-from zero.training import add_flags, check, teach
-from zero.zero2 import Zero2
+from zero.engine.engine import MakeOptimizer
+from zero.engine.offload import zero_offload
+from zero.evidence.offload import claim_offload
+from zero.evidence.training import add_flags, check, teach
+from zero.flat import flatten, own_shard, set_data
+
+HOST = torch.device("cpu")
 
 
-class Offload(Zero2):
-    """The optimizer state and this rank's part of the gradients are in host memory."""
+class Offload:
+    """ZeRO-Offload on one flat buffer. A step is `forward_backward` and `step`; gradients may be clipped between.
 
-    host = torch.device("cpu")
+    Args:
+        make_optimizer: AdamW, over the parameters that it is given.
+        master: the precision of the update.
+    """
 
-    def _allocate(self) -> list[Tensor]:
-        own = super()._allocate()
-        self.own_gradients = [torch.zeros(part.shape, dtype=part.dtype, device=self.host) for part in own]
-        self._landing: list[tuple[int, Tensor, torch.Event | None]] = []
-        # Down beside backward, not in its stream, where what is computed next would wait for the copy.
-        self._downwards = torch.Stream(own[0].device) if own[0].is_cuda else None
-        return own
+    def __init__(self, model: GPT, axis: Axis, make_optimizer: MakeOptimizer, master: torch.dtype):
+        self.model, self.axis = model, axis
+        self.parameters = list(model.parameters())
+        self.weights = flatten(self.parameters, axis.size)  # (Ψ,), on the device
+        set_data(self.parameters, self.weights)
+        self.shard = nn.Parameter(own_shard(self.weights, axis).to(HOST, master, copy=True))  # (Ψ/N,), master weights
+        self.optimizer = make_optimizer([self.shard])  # its state is on the host too
 
-    def after_backward(self, last: bool = True) -> None:
-        super().after_backward(last)
-        self._land(0)
+    def forward_backward(self, microbatches: Iterable[tuple[Tensor, Tensor]], tokens: int) -> Tensor:
+        """This rank's share of the loss. `tokens`: of the global batch, so that losses and gradients are sums."""
+        share = torch.zeros((), device=self.weights.device)
+        self.shard.grad = torch.zeros_like(self.shard)  # (Ψ/N,), on the host
+        for inputs, targets in microbatches:  # (B, S) each
+            loss = token_loss(self.model(inputs), targets, tokens)
+            loss.backward()
+            share = share + loss.detach()
 
-    def _keep(self, i: int, total: Tensor) -> None:
-        """Send a part down to the host, and add it there once it has arrived."""
-        self._land(1)
-        arriving = torch.empty(total.shape, dtype=total.dtype, device=self.host, pin_memory=total.is_cuda)
-        arrived = None
-        if self._downwards is None:
-            arriving.copy_(total)
-        else:
-            self._downwards.wait_stream(torch.accelerator.current_stream())
-            with self._downwards:
-                arriving.copy_(total, non_blocking=True)
-            total.record_stream(self._downwards)
-            arrived = self._downwards.record_event()
-        self._landing.append((i, arriving, arrived))
-        self._count("to the host", total)
+            gradients = flatten([p.grad for p in self.parameters], self.axis.size)  # (Ψ,)
+            self.model.zero_grad()
+            self.shard.grad += self.moved("to the host", comm.reduce_scatter(gradients, self.axis), HOST)
+            del gradients
+        return share
 
-    def _land(self, but: int) -> None:
-        while len(self._landing) > but:
-            i, part, arrived = self._landing.pop(0)
-            if arrived is not None:
-                arrived.synchronize()
-            self.own_gradients[i] += part
+    def step(self) -> None:
+        self.optimizer.step()  # on the host, of this rank's 1/N
+        updated = self.shard.detach().to(self.weights.dtype)
+        updated = self.moved("to the device", updated, self.weights.device)
+        self.weights.copy_(comm.all_gather(updated, self.axis))
 
-    def _publish(self, i: int) -> None:
-        super()._publish(i)
-        self._count("to the device", self._own_weights[i])
-
-    def _count(self, direction: str, part: Tensor) -> None:
-        self.axis.ledger.record(direction, "host", part.numel(), part.element_size())
+    def moved(self, direction: str, x: Tensor, device: torch.device) -> Tensor:
+        """A copy on `device`, counted."""
+        self.axis.ledger.record(direction, "host", x.numel(), x.element_size())
+        return x.to(device, copy=True)
 
 
 def lesson(run: Run) -> None:
-    stage, m = teach(run, Offload, elements=lambda m, n: m + 1), run.args.microbatches
-    held = stage.held()
-    traffic = stage.axis.ledger.traffic
-    moved = [traffic[way, "host"].elements / run.args.steps for way in ("to the host", "to the device")]
-    everyone = run.job.gather((*moved, held["weights"], held["gradients"] + held["optimizer"]))
-    if not everyone:
-        return
-    size = sum(bucket.padded for bucket in stage.buckets)
-    part = size // stage.axis.size
-    bytes_, master = run.dtype.itemsize, 4 if run.dtype == torch.bfloat16 else run.dtype.itemsize
-    host = part * (bytes_ + 3 * master + (bytes_ if master != bytes_ else 0))
-    down, up, weights, rest = zip(*everyone, strict=True)
-    on_ranks = run.evidence.on_ranks
-    on_ranks("elements to the host in a step", f"mΨ/N = {m * part:,}", m * part, down)
-    on_ranks("elements to the device in a step", f"Ψ/N = {part:,}", part, up)
-    on_ranks("bytes on the device: weights", f"{bytes_}Ψ = {bytes_ * size:,}", bytes_ * size, weights)
-    on_ranks("bytes on the host", f"gradients, weights, Adam / N: {host:,}, within 1 %", host, rest, 0.01 * host)
+    claim_offload(run, teach(run, Offload, zero_offload, elements=lambda m, n: m + 1))
 
 
 if __name__ == "__main__":

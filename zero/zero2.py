@@ -2,65 +2,69 @@
 
     torchrun --nproc_per_node=8 zero/zero2.py
 
-ZeRO-1 uses 1/N of the summed gradients and keeps all. Here a bucket is reduced and scattered as soon as backward has
-its gradients, and then forgotten; what stays is this rank's part of the sum. 2Ψ + 14Ψ/N bytes, and a bucket or two on
-their way. With m microbatches every one of them is reduced: mΨ + Ψ elements.
+ZeRO-1 keeps full gradients, of whose sum it uses 1/N. Here every micro-batch reduces and scatters its gradients and
+frees them; what stays is this rank's shard of the sum. 2Ψ + (2+K)Ψ/N bytes, K = 12, and what is in flight: all of one
+micro-batch's gradients in the plain version, two buckets in the engine. mΨ + Ψ elements with m micro-batches.
 
-Ψ parameters, N ranks, m microbatches a step
+read: zero2.py:29-63; flat.py:16-37; then engine/buckets.py, engine/gradients.py, engine/engine.py
+
+Ψ parameters, N ranks, m micro-batches a step, K bytes of optimizer state a parameter
 """
 
 import sys
+from collections.abc import Iterable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from core import comm
+from core.mesh import Axis
+from core.model.gpt import GPT, token_loss
 from core.proof.lesson import Lesson, Run
-from zero.stage import Stage
-from zero.training import add_flags, check, teach
+from zero.engine.engine import MakeOptimizer, zero2
+from zero.evidence.training import add_flags, check, teach
+from zero.flat import flatten, own_shard, set_data
 
 
-class Zero2(Stage):
-    """The optimizer state and the gradients are sharded."""
+class Zero2:
+    """ZeRO-2 on one flat buffer. A step is `forward_backward` and `step`; gradients may be clipped between.
 
-    def _allocate(self) -> list[Tensor]:
-        self._weights = [bucket.take_weights() for bucket in self.buckets]
-        self.own_gradients = [w.new_zeros(b.length) for b, w in zip(self.buckets, self._weights, strict=True)]
-        self._on_their_way: list[tuple[int, comm.Pending]] = []
-        return [flat[bucket.part(self.index)] for bucket, flat in zip(self.buckets, self._weights, strict=True)]
+    Args:
+        make_optimizer: AdamW, over the parameters that it is given.
+        master: the precision of the update.
+    """
 
-    def zero_grad(self) -> None:
-        for part in self.own_gradients:
-            part.zero_()
+    def __init__(self, model: GPT, axis: Axis, make_optimizer: MakeOptimizer, master: torch.dtype):
+        self.model, self.axis = model, axis
+        self.parameters = list(model.parameters())
+        self.weights = flatten(self.parameters, axis.size)  # (Ψ,)
+        set_data(self.parameters, self.weights)
+        self.shard = nn.Parameter(own_shard(self.weights, axis).to(master, copy=True))  # (Ψ/N,), master weights
+        self.optimizer = make_optimizer([self.shard])  # its state is (Ψ/N,) too: K bytes for each
 
-    def before_backward(self, last: bool = True) -> None:
-        self.order.watch()  # in every microbatch: there is nowhere to keep a sum of whole gradients
+    def forward_backward(self, microbatches: Iterable[tuple[Tensor, Tensor]], tokens: int) -> Tensor:
+        """This rank's share of the loss. `tokens`: of the global batch, so that losses and gradients are sums."""
+        share = torch.zeros((), device=self.weights.device)
+        self.shard.grad = torch.zeros_like(self.shard)  # (Ψ/N,)
+        for inputs, targets in microbatches:  # (B, S) each
+            loss = token_loss(self.model(inputs), targets, tokens)
+            loss.backward()
+            share = share + loss.detach()
 
-    def after_backward(self, last: bool = True) -> None:
-        self.order.finish()
-        self._arrived(0)
+            gradients = flatten([p.grad for p in self.parameters], self.axis.size)  # (Ψ,)
+            self.model.zero_grad()
+            self.shard.grad += comm.reduce_scatter(gradients, self.axis)
+            del gradients
+        return share
 
-    def _launch(self, i: int) -> None:
-        self._arrived(1)  # at most two buckets of whole gradients at a time
-        self.used |= {m.parameter for m in self.buckets[i].members if m.parameter.grad is not None}
-        flat = self.buckets[i].take_away_gradients()
-        self._on_their_way.append((i, comm.reduce_scatter_async(flat, self.axis)))
-
-    def _arrived(self, but: int) -> None:
-        """Add to this rank's part what has been reduced, `but` for the last so many buckets."""
-        while len(self._on_their_way) > but:
-            i, pending = self._on_their_way.pop(0)
-            self._keep(i, pending.wait())
-
-    def _keep(self, i: int, total: Tensor) -> None:
-        self.own_gradients[i] += total
-
-    def _publish(self, i: int) -> None:
-        super()._publish(i)
-        self._pending.append(comm.all_gather_in_place_async(self._weights[i], self.axis))
+    def step(self) -> None:
+        self.optimizer.step()  # of this rank's 1/N
+        updated = self.shard.detach().to(self.weights.dtype)
+        self.weights.copy_(comm.all_gather(updated, self.axis))
 
 
 def lesson(run: Run) -> None:
-    teach(run, Zero2, elements=lambda m, n: m + 1)
+    teach(run, Zero2, zero2, elements=lambda m, n: m + 1)
 
 
 if __name__ == "__main__":
@@ -69,7 +73,7 @@ if __name__ == "__main__":
         "01",
         "Optimizer parallelism: ZeRO-2",
         "优化器并行 ZeRO1/2/3 原理",
-        "Each bucket of gradients is reduced and scattered in backward and then freed: 2Ψ + 14Ψ/N bytes.",
+        "Gradients reduced and scattered in every backward and then freed: 2Ψ + 14Ψ/N bytes, (m+1)Ψ elements.",
     )
     add_flags(frame)
     sys.exit(frame.main(check, lesson))

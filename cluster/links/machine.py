@@ -23,7 +23,7 @@ _COLUMNS = re.compile(r"CPU Affinity|NUMA Affinity|GPU NUMA ID")
 
 
 def slowness(link: str) -> int:
-    """The place of a link in LINKS; a smaller one is faster."""
+    """The position of a link in LINKS; a smaller one is faster."""
     return list(LINKS).index("NV" if link.startswith("NV") else link)
 
 
@@ -45,7 +45,7 @@ class Topology:
         return {self.links[pair] for pair in combinations(group, 2)}
 
     def connected(self, slowest: int) -> list[list[int]]:
-        """The GPUs, by number, in groups that are connected by links no slower than this place in LINKS."""
+        """The GPUs, by number, in groups that are connected by links no slower than this position in LINKS."""
         groups = [[gpu] for gpu in self.gpus]
         for a, b in combinations(self.gpus, 2):
             if slowness(self.links[a, b]) <= slowest:
@@ -93,14 +93,14 @@ def parse(text: str) -> Topology:
         if name not in devices or not cells:
             continue
         row, rest = cells[: len(devices)], cells[len(devices) :]
-        cells = zip(devices, row, strict=False)
-        wrong = next((c for other, c in cells if not _LINK.fullmatch(c) or (c == "X") != (other == name)), None)
-        if len(row) < len(devices) or wrong is not None:
-            what = f"{wrong} is no link" if wrong is not None else f"{len(row)} links, not {len(devices)}"
+        wrong = [link for other, link in zip(devices, row, strict=False)
+                 if not _LINK.fullmatch(link) or (link == "X") != (other == name)]  # fmt: skip
+        if wrong or len(row) < len(devices):
+            what = f"{wrong[0]} is no link" if wrong else f"{len(row)} links, not {len(devices)}"
             raise ValueError(f"the row of {name} is wrong: {what}; save the whole output of nvidia-smi topo -m")
         links |= {(name, other): link for other, link in zip(devices, row, strict=True) if other != name}
         for column, value in zip(reversed(columns), reversed(rest), strict=False):
-            beside[column][name] = value  # from the right: where the system does not tell the CPUs, nothing is printed
+            beside[column][name] = value  # from the right: where the system does not say the CPUs, nothing is printed
     missing = [name for name in devices if not any(name == a for a, _ in links)] if len(devices) > 1 else []
     if missing:
         raise ValueError(f"the row of {missing[0]} is missing; save the whole output of nvidia-smi topo -m")
@@ -119,7 +119,7 @@ def _is_header(words: list[str]) -> bool:
     return bool(words) and words[0] == "GPU0" and not any(_LINK.fullmatch(word) for word in words)
 
 
-def ask_nvidia_smi(timeout: float) -> Topology | None:
+def nvidia_smi_topology(timeout: float) -> Topology | None:
     """What `nvidia-smi topo -m` prints here; None where there is none, or it shows no GPUs."""
     if shutil.which("nvidia-smi") is None:
         return None
@@ -164,12 +164,12 @@ class Processors:
 
 def numbers(text: str) -> list[int]:
     """The kernel's way to write a set: 0-3,8 is 0, 1, 2, 3 and 8."""
-    ends = [part.split("-") for part in text.strip().split(",") if part]
+    ends = [interval.split("-") for interval in text.strip().split(",") if interval]
     return [n for first, *last in ends for n in range(int(first), int(last[0] if last else first) + 1)]
 
 
 def processors(root: Path = Path("/sys")) -> Processors:
-    """Read /sys/devices/system. What a system does not tell, as in some containers, is empty."""
+    """Read /sys/devices/system. What a system does not say, as in some containers, is empty."""
     system = root / "devices" / "system"
 
     def read(path: Path) -> str:
@@ -191,14 +191,14 @@ def processors(root: Path = Path("/sys")) -> Processors:
             kind = read(index / "type").replace("Unified", "")
             name = f"L{read(index / 'level')} {kind}".strip()
             caches.setdefault((name, read(index / "size")), set()).add((*numbers(read(index / "shared_cpu_list")),))
-    places = {int(path.name[4:]): path for path in (system / "node").glob("node[0-9]*")}
-    memory = {n: re.search(r"MemTotal:\s+(\d+) kB", read(path / "meminfo")) for n, path in sorted(places.items())}
+    nodes = dict(sorted((int(path.name[4:]), path) for path in (system / "node").glob("node[0-9]*")))
+    memory = {n: re.search(r"MemTotal:\s+(\d+) kB", read(path / "meminfo")) for n, path in nodes.items()}
     return Processors(
         cpus,
         groups("thread_siblings_list", [[cpu] for cpu in cpus]),
         groups("core_siblings_list", [cpus]),
         [Cache(*key, [list(group) for group in sorted(shared)]) for key, shared in sorted(caches.items())],
-        {n: numbers(read(path / "cpulist")) for n, path in sorted(places.items())},
+        {n: numbers(read(path / "cpulist")) for n, path in nodes.items()},
         {n: 1024 * int(found[1]) for n, found in memory.items() if found},
-        {n: [int(d) for d in read(path / "distance").split()] for n, path in sorted(places.items())},
+        {n: [int(d) for d in read(path / "distance").split()] for n, path in nodes.items()},
     )

@@ -7,8 +7,8 @@ keys and values that go round a ring, and, where the software does not stop for 
 
 from cluster.planner.hardware import Link, Machine, Software
 from cluster.planner.layout import Layout
-from cluster.planner.models import Model
 from cluster.planner.traffic import message
+from core.model.config import ModelConfig
 
 ITEM = 2  # bytes of a weight, of a gradient and of an activation
 
@@ -26,7 +26,7 @@ def link(machine: Machine, ranks: int, stride: int) -> Link:
 
 
 def ring(elements: float, ranks: int, stride: int, machine: Machine, software: Software, messages: float = 1) -> float:
-    """Seconds to gather a whole of so many elements, or to reduce and scatter it; an all-reduce is both."""
+    """Seconds to all-gather or to reduce-scatter a tensor of so many elements; an all-reduce is both."""
     if ranks == 1:
         return 0.0
     way = link(machine, ranks, stride)
@@ -34,10 +34,12 @@ def ring(elements: float, ranks: int, stride: int, machine: Machine, software: S
 
 
 def all_to_all(elements: float, ranks: int, stride: int, machine: Machine, software: Software) -> float:
-    """Seconds to deal out so many elements of each rank evenly: what leaves the node goes by the rank's own card."""
+    """Seconds for an even all-to-all of so many elements a rank; what leaves the node takes the rank's own card."""
+    if ranks == 1:
+        return 0.0
     together = max(1, min(ranks, machine.node // stride))
     inside, outside = (together - 1) / ranks * machine.inside.beta, (ranks - together) / ranks * machine.outside.beta
-    alpha = (machine.outside if outside else machine.inside).alpha * (ranks > 1)
+    alpha = (machine.outside if outside else machine.inside).alpha
     return alpha + max(inside, outside) * elements * ITEM / software.links
 
 
@@ -45,7 +47,7 @@ def all_to_all(elements: float, ranks: int, stride: int, machine: Machine, softw
 
 
 def context(
-    model: Model, layout: Layout, attention: float, machine: Machine, software: Software
+    model: ModelConfig, layout: Layout, attention: float, machine: Machine, software: Software
 ) -> tuple[float, float]:
     """Seconds of one layer's context parallelism, forward and backward, that computing attention does not hide.
 
@@ -65,15 +67,15 @@ def context(
     return switch + (ring_size - 1) * forward, switch + (ring_size - 1) * backward
 
 
-def between_stages(model: Model, layout: Layout, machine: Machine, software: Software, busy: float) -> float:
-    """Seconds for which messages between stages hold the pipeline up; `busy`: a microbatch's on a rank."""
+def between_stages(model: ModelConfig, layout: Layout, machine: Machine, software: Software, busy: float) -> float:
+    """Seconds for which messages between stages hold the pipeline up; `busy`: a micro-batch's on a rank."""
     p, m, v = layout.pp, layout.microbatches, layout.v
     if p == 1:
         return 0.0
     stride = layout.tp * layout.cp * layout.dp
     way = machine.inside if stride * p <= machine.node else machine.outside
-    cut = layout.tp if software.scattered and not layout.sp else 1
-    hop = way.alpha + message(model, layout) / cut * ITEM * way.beta / software.links
+    shards = layout.tp if software.scattered and not layout.sp else 1
+    hop = way.alpha + message(model, layout) / shards * ITEM * way.beta / software.links
     if software.blocking:
         return 2 * m * v * hop
     return 2 * (p - 1) * hop + m * v * max(0.0, 2 * hop - busy / v)  # to fill and to empty it, and what is not hidden
@@ -84,7 +86,7 @@ def data_parallel(layout: Layout, way: float, f: float, b: float) -> float:
 
     Args:
         way: seconds to gather all weights of a rank, or to reduce and scatter their gradients.
-        f, b: seconds of a microbatch's forward and backward.
+        f, b: seconds of a micro-batch's forward and backward.
     """
     m = layout.microbatches
     if layout.pp > 1:  # after the pipeline

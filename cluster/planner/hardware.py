@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from zero.flat import BUCKET_ELEMENTS
+from zero.engine.buckets import BUCKET_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Software:
     passes: float = 2.47  # how often a forward moves each byte of activations to or from memory
     links: float = 0.82  # of the links' bandwidth
     blocking: bool = False  # whether computation stops while a message travels between stages
-    scattered: bool = False  # whether such a message is cut over tp without sequence parallelism (2104.04473, 4.1)
+    scattered: bool = False  # whether such a message is sharded over tp without sequence parallelism (2104.04473, 4.1)
     bucket: float = BUCKET_ELEMENTS  # of gradients or weights that travel at once
 
 
@@ -111,11 +111,11 @@ def measured(path: str) -> Machine:
     try:
         found = json.loads(Path(path).read_text())
         domains, alpha, beta = found["domains"], found["alpha"], found["beta"]
-        place = {rank: i for i, ranks in enumerate(domains) for rank in ranks}
-        pairs = [(a, b) for a in place for b in place if a != b]
-        near = [(float(alpha[a][b]), float(beta[a][b])) for a, b in pairs if place[a] == place[b]]
-        far = [(float(alpha[a][b]), float(beta[a][b])) for a, b in pairs if place[a] != place[b]]
-        if sum(map(len, domains)) != len(place):
+        domain = {rank: i for i, ranks in enumerate(domains) for rank in ranks}
+        pairs = [(a, b) for a in domain for b in domain if a != b]
+        near = [(float(alpha[a][b]), float(beta[a][b])) for a, b in pairs if domain[a] == domain[b]]
+        far = [(float(alpha[a][b]), float(beta[a][b])) for a, b in pairs if domain[a] != domain[b]]
+        if sum(map(len, domains)) != len(domain):
             raise ValueError("a rank is in two domains")
         if not all(0 <= a < inf and 0 < b < inf for a, b in near + far):
             raise ValueError("a time of alpha or beta is not positive")
@@ -140,7 +140,7 @@ def measured(path: str) -> Machine:
     return Machine(
         Path(path).stem,
         node,
-        own["memory"] or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(place),
+        own["memory"] or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(domain),
         own["flops"] or _flops(),
         own["memory_bandwidth"] or _bandwidth(),
         inside,

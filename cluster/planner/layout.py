@@ -4,12 +4,13 @@ tp tensor, cp context, dp data, pp pipeline parallel ranks; ep and etp fold the 
 """
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import lcm
+from typing import Any
 
 from pipeline.schedules import SCHEDULES
-from sequence_parallel.recompute import KINDS
-from sequence_parallel.ring import PLACEMENTS
+from sequence_parallel.engine.recompute import KINDS
+from sequence_parallel.engine.ring import PLACEMENTS
 
 FOLDED = ("zb-v", "dualpipev")  # rank r holds stages r and 2p-1-r
 
@@ -24,9 +25,9 @@ class Layout:
     etp: int = 1
     pp: int = 1
     dp: int = 1
-    v: int = 1  # stages a rank holds: 2 or more of interleaved, 2 of zb-v and dualpipev
+    v: int = 1  # stages of a rank: 2 or more of interleaved, 2 of zb-v and dualpipev
     sp: bool = False  # sequence parallelism beside tp
-    ulysses: int = 1  # of the cp ranks of a sequence, how many cut its heads; the rest is a ring
+    ulysses: int = 1  # of the cp ranks of a sequence, how many shard its heads; the rest is a ring
     placement: str = "zigzag"  # of a sequence's tokens on that ring
     schedule: str = "1f1b"
     zero: int = 0  # stage of ZeRO over dp x cp; 0: data parallelism
@@ -36,7 +37,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.cp * self.pp * self.dp
+        return self.inside * self.pp
 
     @property
     def batch(self) -> int:
@@ -50,8 +51,13 @@ class Layout:
 
     @property
     def edp(self) -> int:
-        """Ranks that hold the same experts."""
-        return self.tp * self.cp * self.dp // (self.ep * self.etp)
+        """Data parallel ranks of the experts, which replicate the same ones."""
+        return self.inside // (self.ep * self.etp)
+
+    @property
+    def inside(self) -> int:
+        """Ranks with the same index in the pipeline, over which the experts are folded."""
+        return self.tp * self.cp * self.dp
 
     @property
     def stages(self) -> int:
@@ -59,18 +65,27 @@ class Layout:
         return self.pp * self.v
 
     @property
-    def pieces(self) -> int:
+    def sequence_multiple(self) -> int:
         """What a sequence must be a multiple of, for cp."""
         ring = max(1, self.cp // max(1, self.ulysses))
         return lcm(self.cp, 2 * ring) if self.placement == "zigzag" and ring > 1 else self.cp
 
     @property
-    def sequence_parts(self) -> int:
-        """Into how many parts a sample's tokens are cut between the layers' matrix products."""
-        return self.cp * (self.tp if self.sp else 1)
+    def sequence_shards(self) -> int:
+        """Shards of a sample's tokens between the layers' matrix products."""
+        return self.cp * self.sp_ranks
 
-    def held(self, rank: int) -> list[int]:
-        """The stages that rank `rank` of the pipeline holds."""
+    @property
+    def sp_ranks(self) -> int:
+        """Ranks of tp that shard the tokens between the matrix products: all with sequence parallelism, else one."""
+        return self.tp if self.sp else 1
+
+    def tokens(self, sequence: int) -> float:
+        """Tokens of a microbatch on a rank, before sequence parallelism shards them."""
+        return self.microbatch * sequence / self.cp
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages of rank `rank` of the pipeline."""
         if self.schedule in FOLDED:
             return [rank, 2 * self.pp - 1 - rank]
         if self.schedule == "dualpipe":
@@ -98,13 +113,13 @@ def flag_of(field: str) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say a layout. Left out: not decided, or as in `Layout` where that is what is asked."""
+    """The flags that say a layout. Left out: not decided."""
     flag = parser.add_argument_group("layout").add_argument
     for name, what in (("tp", "tensor parallel ranks"), ("cp", "context parallel ranks, of one sequence"),
-                       ("ep", "ranks over which a layer's experts are dealt out"),
+                       ("ep", "ranks over which a layer's experts are sharded"),
                        ("etp", "tensor parallel ranks of an expert"), ("pp", "pipeline stages' ranks"),
-                       ("ulysses", "of the cp ranks, how many cut the heads; the rest is a ring"),
-                       ("dp", "data parallel ranks"), ("v", "stages a rank of the pipeline holds"),
+                       ("ulysses", "of the cp ranks, how many shard the heads; the rest is a ring"),
+                       ("dp", "data parallel ranks"), ("v", "stages of a rank of the pipeline"),
                        ("microbatch", "samples in a microbatch"),
                        ("microbatches", "microbatches of a pipeline in a step")):  # fmt: skip
         flag(flag_of(name), dest=name, type=int, help=what)
@@ -114,7 +129,50 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         flag(f"--{name}", choices=choices)
 
 
-def given(args: argparse.Namespace) -> dict[str, object]:
-    """What the flags decide."""
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Layout` that the flags decide."""
     named = {field.name: getattr(args, field.name, None) for field in fields(Layout)}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def layout_from(
+    args: argparse.Namespace, world: int | None, batch: int | None, experts: bool = False, microbatch: int | None = None
+) -> Layout:
+    """The layout of the flags of `add_flags`; what they leave open follows from the rest. It may break a rule.
+
+    dp takes the ranks that are left, the microbatches the samples that are left.
+
+    Args:
+        world: ranks; None: as many as the flags say.
+        batch: samples in a step; None: as many as the flags say.
+        experts: whether the model has experts, which need sp beside tp.
+        microbatch: samples of a microbatch where no flag says it. None: so many that a pipeline has two microbatches
+            a rank, and all samples where there is no pipeline.
+    """
+    decided = given(args)
+    layout = Layout(**decided)
+    if "sp" not in decided and experts and layout.tp > 1:
+        layout = replace(layout, sp=True)
+    if "v" not in decided and layout.pp > 1 and layout.schedule in (*FOLDED, "interleaved"):
+        layout = replace(layout, v=2)
+    ranks_but_dp = layout.tp * layout.cp * layout.pp
+    if "dp" not in decided and world and ranks_but_dp > 0:
+        layout = replace(layout, dp=max(1, world // ranks_but_dp))
+    if not batch:
+        return layout
+    samples = batch // max(1, layout.dp)  # of a pipeline
+    if "microbatches" not in decided:
+        microbatch = decided.get("microbatch", microbatch)
+        layout = replace(layout, microbatches=microbatches_of(samples, layout.pp, microbatch))
+    if "microbatch" not in decided and layout.microbatches > 0:
+        layout = replace(layout, microbatch=max(1, samples // layout.microbatches))
+    return layout
+
+
+def microbatches_of(samples: int, pp: int, microbatch: int | None) -> int:
+    """How many microbatches the samples of a pipeline are: of `microbatch` samples, or about two a rank."""
+    if microbatch is not None:
+        return max(1, samples // max(1, microbatch))
+    if pp == 1:
+        return 1
+    return max(m for m in range(1, max(1, min(2 * pp, samples)) + 1) if m == 1 or samples % m == 0)

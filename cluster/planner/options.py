@@ -5,12 +5,24 @@ from dataclasses import replace
 
 from cluster.planner import hardware, models
 from cluster.planner.hardware import Machine
-from cluster.planner.layout import Layout, add_flags, given
-from cluster.planner.models import Model
+from cluster.planner.layout import add_flags, layout_from
 from cluster.planner.rulebook import Case
+from core.model.config import ModelConfig
+from core.proof.rules import at_least, at_most, check
 
 LARGEST = 10**7  # of any size
 SIZES = ("layers", "hidden", "heads", "kv_heads", "feed_forward", "vocabulary", "sequence", "experts", "top_k")
+
+
+def flag_of(size: str) -> str:
+    return size.replace("_", "-")
+
+
+LEAST = {"experts": 0, "top_k": 0}  # of the others 1
+BOUNDS = {
+    size: (at_least(flag_of(size), LEAST.get(size, 1), 8), at_most(flag_of(size), LARGEST))
+    for size in (*SIZES, "world", "batch")
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,7 +36,7 @@ def add_case_flags(made: argparse.ArgumentParser) -> None:
     flag("--model", choices=tuple(models.PRESETS), default="gpt3-175b", help="default %(default)s")
     flag("--config", metavar="config.json", help="a Hugging Face model instead")
     for size in SIZES:
-        flag(f"--{size.replace('_', '-')}", type=int, help="of the model, if not the preset's")
+        flag(f"--{flag_of(size)}", type=int, help="of the model, if not the preset's")
     flag("--world", type=int, help="ranks (default: as the layout has)")
     flag("--batch", type=int, help="samples in a step (default: as the layout has)")
     add_flags(made)
@@ -38,26 +50,21 @@ def parser(name: str, what: str) -> argparse.ArgumentParser:
     return made
 
 
-def model_of(args: argparse.Namespace) -> Model:
-    """Raises ValueError: a size that is not positive, or a file that is no model."""
-    for name in (*SIZES, "world", "batch"):
-        value, flag = getattr(args, name), name.replace("_", "-")
-        if value is not None and value < (name in ("world", "batch") or name not in ("experts", "top_k")):
-            raise ValueError(f"--{flag} {value}: must be at least 1; use --{flag} 8")
-        if value is not None and value > LARGEST:
-            raise ValueError(f"--{flag} {value}: is more than {LARGEST}; use --{flag} {LARGEST}")
+def model_of(args: argparse.Namespace) -> ModelConfig:
+    """Raises ValueError: a size that makes no sense, or a file that is no model."""
+    for name, rules in BOUNDS.items():
+        if getattr(args, name) is not None:
+            check(args, rules)
     model = models.from_config(args.config, args.sequence) if args.config else models.PRESETS[args.model]
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     if not sizes:
         return model
-    if "heads" in sizes or "hidden" in sizes:  # then these follow, unless said
-        sizes = {"kv_heads": 0 if model.kv_heads == model.heads else model.kv_heads, "head_size": 0} | sizes
-    if "hidden" in sizes and model.feed_forward == 4 * model.hidden:
-        sizes = {"feed_forward": 4 * sizes["hidden"]} | sizes
-    if {"hidden", "feed_forward"} & sizes.keys() and model.expert_feed_forward == model.feed_forward:
-        sizes = {"expert_feed_forward": 0, "shared_feed_forward": 0} | sizes
-    if sizes.get("experts") and not model.top_k:
-        sizes = {"top_k": 2} | sizes
+    if "heads" in sizes or "hidden" in sizes:  # then a head's size follows
+        sizes["head_size"] = None
+    if "hidden" in sizes and "feed_forward" not in sizes and model.feed_forward == 4 * model.hidden:
+        sizes["feed_forward"] = 0
+    if sizes.get("experts") and "top_k" not in sizes and not model.top_k:
+        sizes["top_k"] = 2
     model = replace(model, name="custom", **sizes)
     if model.experts and model.top_k < 1:
         raise ValueError(f"--top-k {model.top_k}: a token needs an expert; use --top-k 1")
@@ -69,24 +76,14 @@ def machine_of(args: argparse.Namespace) -> Machine:
     return hardware.PRESETS.get(args.machine) or hardware.measured(args.machine)
 
 
-def layout_of(args: argparse.Namespace) -> Layout:
-    """The layout that the flags describe; dp and the microbatches follow from the rest where they can."""
-    decided = given(args)
-    layout = Layout(**decided)
-    inner = layout.tp * layout.cp * layout.pp
-    if "dp" not in decided and args.world and inner > 0:
-        layout = replace(layout, dp=max(1, args.world // inner))
-    if "microbatches" not in decided and args.batch and min(layout.dp, layout.microbatch) > 0:
-        layout = replace(layout, microbatches=max(1, args.batch // (layout.dp * layout.microbatch)))
-    elif "microbatch" not in decided and args.batch and min(layout.dp, layout.microbatches) > 0:
-        layout = replace(layout, microbatch=max(1, args.batch // (layout.dp * layout.microbatches)))
-    return layout
-
-
-def asked(args: argparse.Namespace) -> Case:
+def case_of(args: argparse.Namespace) -> Case:
     """The layout that the flags describe, of which model and on which machine.
+
+    A microbatch has one sample where no flag says otherwise: at scale more do not fit.
 
     Raises:
         ValueError: see `model_of` and `machine_of`.
     """
-    return Case(layout_of(args), model_of(args), machine_of(args), args.world, args.batch)
+    model = model_of(args)
+    layout = layout_from(args, args.world, args.batch, model.experts > 0, microbatch=1)
+    return Case(layout, model, machine_of(args), args.world, args.batch)

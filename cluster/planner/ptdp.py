@@ -1,7 +1,7 @@
 """Ten published runs on DGX A100, to hold a model of time against. Narayanan et al. 2021 (2104.04473), table 1.
 
 A100 of 80 GB, 8 in a node, NVSwitch inside and 8 HDR InfiniBand cards outside; vocabulary 51,200, sequence 2048; Adam
-in mixed precision, all activations recomputed, no sequence parallelism, messages between stages cut over the tensor
+in mixed precision, all activations recomputed, no sequence parallelism, messages between stages sharded over the tensor
 parallel ranks (section 4.1). The table does not have the microbatch and the stages a rank; the authors publish them
 in Megatron-LM, `examples/sc21/run_table_1.sh`, whose gradients travel during backward where there is no pipeline.
 

@@ -6,8 +6,8 @@ from math import isqrt, log2
 
 from cluster.planner.hardware import Machine
 from cluster.planner.layout import FOLDED, Layout
-from cluster.planner.models import Model
 from cluster.planner.rulebook import Case, broken, keeps_all
+from core.model.config import ModelConfig
 
 Choices = Mapping[str, Sequence]
 
@@ -17,7 +17,7 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def legal(model: Model, machine: Machine | None, world: int, batch: int, choices: Choices) -> Iterator[Layout]:
+def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, choices: Choices) -> Iterator[Layout]:
     """Every layout of `world` ranks and `batch` samples a step that breaks no rule; with a machine, not even advice.
 
     Args:
@@ -52,7 +52,7 @@ def legal(model: Model, machine: Machine | None, world: int, batch: int, choices
                 yield layout
 
 
-def _stages(schedule: str, pp: int, model: Model, wanted: Sequence | None) -> Sequence[int]:
+def _stages(schedule: str, pp: int, model: ModelConfig, wanted: Sequence | None) -> Sequence[int]:
     if schedule == "interleaved":
         every = wanted or range(2, model.layers // pp + 2)
         equal = model.layers % pp == 0  # where stages can be equal, others are not better
@@ -65,26 +65,26 @@ def nearest(case: Case) -> Layout | None:
 
     On as many ranks, with as many samples if that can be, and following advice if that can be.
     """
-    asked, world = case.layout, case.world or max(1, case.layout.ranks)
+    given, world = case.layout, case.world or max(1, case.layout.ranks)
     if not broken(case, advice=True):
-        return asked
-    batch = case.batch or max(1, asked.dp) * max(1, asked.microbatch) * max(1, asked.microbatches)
+        return given
+    batch = case.batch or max(1, given.dp) * max(1, given.microbatch) * max(1, given.microbatches)
     choices = {
-        "placement": [asked.placement],
-        "ulysses": [max(1, asked.ulysses), 1],
-        "recompute": [asked.recompute],
+        "placement": [given.placement],
+        "ulysses": [max(1, given.ulysses), 1],
+        "recompute": [given.recompute],
         "sp": [False, True],
-        "zero": [asked.zero, min(asked.zero, 1)],
-        "schedule": list(dict.fromkeys((asked.schedule, "1f1b", "interleaved"))),
-        "v": [max(2, asked.v), 2],
-        "etp": [max(1, asked.etp), 1],
+        "zero": [given.zero, min(given.zero, 1)],
+        "schedule": list(dict.fromkeys((given.schedule, "1f1b", "interleaved"))),
+        "v": [max(2, given.v), 2],
+        "etp": [max(1, given.etp), 1],
     }
     more = [batch] if case.batch else []
     more += [batch * k for k in (1, 2, 4)] + [world * k for k in (1, 2, 4, max(1, round(batch / world)))]
     for machine in dict.fromkeys((case.machine, None)):
         for samples in dict.fromkeys(more):
             found = legal(case.model, machine, world, samples, choices)
-            if best := min(found, key=lambda layout: _distance(asked, layout), default=None):
+            if best := min(found, key=lambda layout: _distance(given, layout), default=None):
                 return best
     return None
 

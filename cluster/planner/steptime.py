@@ -4,24 +4,28 @@ A device multiplies matrices tile by tile, all its processors at once, and the l
 idle: so small products are less efficient. Everything between the products is bound by memory. What messages add is
 in `messages.py`.
 
-F forward, I and W backward of inputs and of weights, of all layers that a rank holds; m microbatches, p pipeline
-ranks. Where stages are not equal all wait for the rank with most layers.
+F forward, I dgrad, W wgrad, of all layers of a rank; m microbatches, p pipeline ranks. Where stages are not equal all
+wait for the rank with most layers.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
+from typing import NamedTuple
 
 from cluster.links.messages import ITEM, all_to_all, between_stages, context, data_parallel, ring
+from cluster.planner.activations import filling, layer_saved
+from cluster.planner.counting import attention_flops, expert_matrices, layer_matrices, vocabulary_shard
 from cluster.planner.hardware import Machine, Software
 from cluster.planner.layout import FOLDED, Layout
-from cluster.planner.memory import filling, layer_saved, layers_by_rank, parameters, telling
-from cluster.planner.models import Matrix, Model
+from cluster.planner.memory import parameters
+from cluster.planner.stages import distinct_ranks, layers_by_rank
+from core.model.config import ModelConfig
+from pipeline.engine.validator import validate
 from pipeline.schedules import build
-from pipeline.validator import validate
 
 TILE = (256, 128)  # rows and columns of the result that one processor computes at a time, of a GPU's largest kernels
+UPDATE = 2 + 12 + 12 + 2  # bytes a parameter that Adam moves: gradient and states read, states and weight written
 
 
 @dataclass(frozen=True)
@@ -53,30 +57,120 @@ def product(rows: float, inputs: float, outputs: float, machine: Machine, count:
     return 2 * waves * machine.processors * tall * wide * inputs
 
 
+class LayerFlop(NamedTuple):
+    """FLOP of one layer on a rank and one microbatch, as `product` counts them."""
+
+    forward: float
+    dgrad: float
+    wgrad: float
+    attention: float  # of the forward
+
+
 @cache
-def layer_flop(model: Model, layout: Layout, moe: bool, machine: Machine) -> tuple[float, float, float, float]:
-    """Of one layer on a rank and one microbatch: F, I and W, as `product` counts, and attention's share of F."""
-    tokens = layout.microbatch * model.sequence / layout.cp
-    keys = model.heads * (model.latent.nope + model.latent.rope if model.latent else model.head_size)
-    attention = 2 * tokens * model.sequence * (keys + model.value_size) / layout.tp
-    found = [attention, 2 * attention, 0.0]
+def layer_flop(model: ModelConfig, layout: Layout, moe: bool, machine: Machine) -> LayerFlop:
+    tokens = layout.tokens(model.sequence)
+    attention = tokens * attention_flops(model) / layout.tp
+    products = [(matrix.shape(layout.tp), tokens, 1) for matrix in layer_matrices(model, moe)]
+    if moe:
+        experts = model.experts // layout.ep  # on this rank, and the rows of each
+        rows = tokens / layout.sp_ranks * layout.etp * model.top_k / experts
+        products += [(matrix.shape(layout.etp), rows, experts) for matrix in expert_matrices(model)]
+    forward, dgrad, wgrad = attention, 2 * attention, 0.0
+    for (inputs, outputs), rows, count in products:
+        forward += product(rows, inputs, outputs, machine, count)
+        dgrad += product(rows, outputs, inputs, machine, count)
+        wgrad += product(inputs, rows, outputs, machine, count)
+    return LayerFlop(forward, dgrad, wgrad, attention)
 
-    def add(matrices: Iterable[Matrix], rows: float, t: int, count: int = 1) -> None:
-        for inputs, outputs in (matrix.shape(t) for matrix in matrices):
-            found[0] += product(rows, inputs, outputs, machine, count)
-            found[1] += product(rows, outputs, inputs, machine, count)
-            found[2] += product(inputs, rows, outputs, machine, count)
 
-    add(model.attention_matrices(), tokens, layout.tp)
-    if not moe:
-        add(model.mlp_matrices(model.feed_forward), tokens, layout.tp)
-    else:
-        if model.shared_feed_forward:
-            add(model.mlp_matrices(model.shared_feed_forward), tokens, layout.tp)
-        here = model.experts // layout.ep
-        rows = tokens / (layout.tp if layout.sp else 1) * layout.etp * model.top_k / here  # of each expert here
-        add(model.mlp_matrices(model.expert_feed_forward), rows, layout.etp, here)
-    return (*found, attention)
+# ---- One microbatch --------------------------------------------------------------------------------------------------
+
+Seconds = dict[str, float]  # by cause
+
+
+def add(*times: Seconds, count: float = 1.0) -> Seconds:
+    """The sum of several, `count` times."""
+    return {cause: count * sum(seconds[cause] for seconds in times if cause in seconds) for cause in times[0]}
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Seconds of one microbatch in the layers of a rank, by cause."""
+
+    forward: Seconds
+    dgrad: Seconds  # and what is computed again before it
+    wgrad: Seconds
+
+    @property
+    def by_cause(self) -> Seconds:
+        return add(self.forward, self.dgrad, self.wgrad)
+
+    @property
+    def f_i_w(self) -> tuple[float, float, float]:
+        """F, I and W."""
+        return sum(self.forward.values()), sum(self.dgrad.values()), sum(self.wgrad.values())
+
+
+def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine, software: Software) -> Microbatch:
+    """Of one layer."""
+    speed = machine.peak * software.gemm
+    flop = layer_flop(model, layout, moe, machine)
+    saved = layer_saved(model, layout, moe, ITEM, "none")
+    memory = software.passes * saved / machine.bandwidth
+    elements = layout.tokens(model.sequence) * model.hidden
+    tp = 4 * ring(elements, layout.tp, 1, machine, software)  # an all-reduce for attention and one for the MLP
+    cp, cp_backward = context(model, layout, flop.attention / speed, machine, software)
+    ep = 0.0
+    if moe:
+        routed = model.top_k * elements / layout.sp_ranks
+        ep = 2 * all_to_all(routed, layout.ep, layout.etp, machine, software)
+        ep += 2 * ring(layout.etp * routed, layout.etp, 1, machine, software)
+    forward = {"matrix products": flop.forward / speed, "memory": memory, "tp": tp, "cp": cp, "ep": ep}
+    dgrad = {"matrix products": flop.dgrad / speed, "memory": 2 * memory, "tp": tp, "cp": cp_backward, "ep": ep}
+    wgrad = {"matrix products": flop.wgrad / speed}
+    if layout.recompute == "full":
+        dgrad = add(dgrad, forward)
+    elif layout.recompute == "selective":
+        lacks = 1 - layer_saved(model, layout, moe, ITEM, "selective") / saved
+        dgrad = add(dgrad, {"matrix products": flop.attention / speed, "memory": lacks * memory, "cp": cp})
+    return Microbatch(forward, dgrad, wgrad)
+
+
+def rank_times(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> Microbatch:
+    """Of the rank of a pipeline that has most layers; of them as many have experts as of all."""
+    # Only what these times depend on, so that layouts that differ in something else share them.
+    key = Layout(
+        tp=layout.tp,
+        cp=layout.cp,
+        ep=layout.ep,
+        etp=layout.etp,
+        sp=layout.sp,
+        ulysses=layout.ulysses,
+        microbatch=layout.microbatch,
+        recompute=layout.recompute,
+    )
+    return _rank_times(model, key, most_layers(model, layout)[0], machine, software)
+
+
+@cache
+def _rank_times(model: ModelConfig, layout: Layout, layers: float, machine: Machine, software: Software) -> Microbatch:
+    moe_layers = layers * model.moe_layers / model.layers
+    kinds = [(layers - moe_layers, False), (moe_layers, True)]
+    times = [(n, layer_times(model, layout, moe, machine, software)) for n, moe in kinds if n]
+    return Microbatch(
+        add(*(add(each.forward, count=n) for n, each in times)),
+        add(*(add(each.dgrad, count=n) for n, each in times)),
+        add(*(add(each.wgrad, count=n) for n, each in times)),
+    )
+
+
+def most_layers(model: ModelConfig, layout: Layout) -> tuple[float, float]:
+    """Layers that a microbatch meets on the rank of a pipeline that has most of them, and on the one with the head."""
+    if model.layers % layout.stages == 0:
+        return model.layers / layout.pp, model.layers / layout.pp
+    models = 2 if layout.schedule == "dualpipe" else 1  # half of the microbatches meet each
+    layers = layers_by_rank(model, layout)
+    return max(layers) / models, layers[0 if layout.schedule in FOLDED else -1] / models
 
 
 # ---- A step ----------------------------------------------------------------------------------------------------------
@@ -106,84 +200,33 @@ def _virtual(schedule: str, p: int, m: int, v: int, i: float, w: float) -> float
     return validate(build(schedule, p, m, v), costs).makespan - m * (1 + i + w)
 
 
-def step(model: Model, layout: Layout, machine: Machine, software: Software) -> Step:
+def step(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> Step:
     """The time of a step of a layout, of which `cluster.rules.check` has found that it can run."""
     p, m = layout.pp, layout.microbatches
-    causes, f, i, w = rank_times(model, layout, machine, software)
-    head = 3 * product(
-        layout.microbatch * model.sequence / layout.cp, model.hidden, -(-model.vocabulary // layout.tp), machine
-    )
-    parts = {cause: m * seconds for cause, seconds in causes.items()}
-    most, last = most_layers(model, layout)
-    waits = (most - last) / most * (f + i + w)  # the rank with the head, for the one with most layers
-    parts["matrix products"] += m * max(0.0, head / (machine.peak * software.gemm) - waits)
+    microbatch = rank_times(model, layout, machine, software)
+    f, i, w = microbatch.f_i_w
+    parts = add(microbatch.by_cause, count=m)
+    parts["matrix products"] += m * head_not_hidden(model, layout, machine, software, f + i + w)
     parts["bubble"] = bubble(layout.schedule, p, m, layout.v, f, i, w)
     parts["pp"] = between_stages(model, layout, machine, software, f + i + w)
-    experts, others = max((parameters(model, layout, rank) for rank in telling(model, layout)), key=sum)
+    experts, others = max((parameters(model, layout, rank) for rank in distinct_ranks(model, layout)), key=sum)
     updated = others / layout.data + experts / layout.edp if layout.zero else others + experts
-    parts["optimizer"] = updated * 28 / machine.bandwidth  # 2 + 12 bytes read and 12 + 2 written
-    way = 0.0  # one after the other: they leave by the same cards, and hide behind the same computation
+    parts["optimizer"] = updated * UPDATE / machine.bandwidth
+    gather = 0.0  # one after the other: they leave by the same cards, and hide behind the same computation
     for size, ranks, stride in ((others, layout.data, layout.tp), (experts, layout.edp, layout.ep * layout.etp)):
         messages = model.layers / p if layout.zero == 3 else ceil(size / software.bucket)
-        way += ring(size, ranks, stride, machine, software, messages)
-    parts["dp"] = data_parallel(layout, way, f, i + w)
+        gather += ring(size, ranks, stride, machine, software, messages)
+    parts["dp"] = data_parallel(layout, gather, f, i + w)
     return Step(parts)
 
 
-def most_layers(model: Model, layout: Layout) -> tuple[float, float]:
-    """Layers that a microbatch meets on the rank of a pipeline that has most of them, and on the one with the head."""
-    if model.layers % layout.stages == 0:
-        return model.layers / layout.pp, model.layers / layout.pp
-    models = 2 if layout.schedule == "dualpipe" else 1  # half of the microbatches meet each
-    layers = layers_by_rank(model, layout)
-    return max(layers) / models, layers[0 if layout.schedule in FOLDED else -1] / models
+def head_not_hidden(model: ModelConfig, layout: Layout, machine: Machine, software: Software, layers: float) -> float:
+    """Seconds of the head in one microbatch, less those in which its rank would wait for the one with most layers.
 
-
-def rank_times(
-    model: Model, layout: Layout, machine: Machine, software: Software
-) -> tuple[dict[str, float], float, float, float]:
-    """Seconds of one microbatch in the layers of a rank: by cause, and by F, I and W.
-
-    Of the rank of a pipeline that has most layers; of them as many have experts as of all.
+    Args:
+        layers: seconds of the layers of the rank with most of them.
     """
-    key = Layout(
-        layout.tp, layout.cp, layout.ep, layout.etp, sp=layout.sp, ulysses=layout.ulysses, microbatch=layout.microbatch,
-        recompute=layout.recompute,
-    )  # fmt: skip
-    return _rank_times(model, key, most_layers(model, layout)[0], machine, software)
-
-
-@cache
-def _rank_times(
-    model: Model, layout: Layout, layers: float, machine: Machine, software: Software
-) -> tuple[dict[str, float], float, float, float]:
-    speed = machine.peak * software.gemm
-    tokens = layout.microbatch * model.sequence / layout.cp
-    whole = tokens * model.hidden
-    moe_layers = layers * model.moe_layers / model.layers
-    causes = dict.fromkeys(("matrix products", "memory", "tp", "cp", "ep"), 0.0)
-    f = i = w = 0.0
-    for count, moe in ((layers - moe_layers, False), (moe_layers, True)):
-        if not count:
-            continue
-        forward, of_inputs, of_weights, attention = layer_flop(model, layout, moe, machine)
-        moved = layer_saved(model, layout, moe, ITEM, "none")
-        again = {"none": 0.0, "full": 1.0, "selective": 1 - layer_saved(model, layout, moe, ITEM, "selective") / moved}
-        memory = software.passes * moved / machine.bandwidth
-        tp = 4 * ring(whole, layout.tp, 1, machine, software)  # an all-reduce for attention and one for the MLP
-        cp, cp_back = context(model, layout, attention / speed, machine, software)
-        routed = model.top_k * whole / (layout.tp if layout.sp else 1)
-        ep = 2 * all_to_all(routed, layout.ep, layout.etp, machine, software)
-        ep = moe * (ep + 2 * ring(layout.etp * routed, layout.etp, 1, machine, software))
-        full = layout.recompute == "full"
-        repeated = forward if full else attention * (layout.recompute == "selective")
-        f += count * (forward / speed + memory + tp + cp + ep)
-        i += count * ((of_inputs + repeated) / speed + (2 + again[layout.recompute]) * memory
-                      + (1 + full) * (tp + ep) + cp_back + bool(repeated) * cp)  # fmt: skip
-        w += count * of_weights / speed
-        causes["matrix products"] += count * (forward + of_inputs + of_weights + repeated) / speed
-        causes["memory"] += count * (3 + again[layout.recompute]) * memory
-        causes["tp"] += count * (2 + full) * tp
-        causes["cp"] += count * ((1 + bool(repeated)) * cp + cp_back)
-        causes["ep"] += count * (2 + full) * ep
-    return causes, f, i, w
+    tokens, columns = layout.tokens(model.sequence), vocabulary_shard(model, layout.tp)
+    head = 3 * product(tokens, model.hidden, columns, machine) / (machine.peak * software.gemm)
+    most, last = most_layers(model, layout)
+    return max(0.0, head - (most - last) / most * layers)

@@ -2,136 +2,157 @@
 
 Exact for `core.model.gpt` over tp, cp, pp and dp (`tests/cluster/test_accounts.py`), but for the few numbers of the
 global norm and the padding of ZeRO's buckets. Over ep the mean of all ranks, if tokens choose evenly.
-
-b samples in a microbatch, s sequence, h hidden, t = tp
 """
 
 from collections import Counter
 
+from cluster.planner.counting import vocabulary_shard
 from cluster.planner.layout import FOLDED, Layout
-from cluster.planner.memory import ends_of, layers_by_rank, layers_of, parameters, vocabulary_part, whole_parameters
-from cluster.planner.models import Model
+from cluster.planner.memory import parameters, replicated_parameters
+from cluster.planner.stages import ends_of, layers_by_rank, layers_of
+from core.model.config import ModelConfig
 
 
-def message(model: Model, layout: Layout) -> float:
+def ring_share(n: int) -> float:
+    """Of a tensor, what each of n ranks sends in a ring's all-gather or reduce-scatter; an all-reduce is both."""
+    return (n - 1) / n
+
+
+def message(model: ModelConfig, layout: Layout) -> float:
     """Elements of an activation that travels from stage to stage."""
-    return layout.microbatch * model.sequence * model.hidden / layout.sequence_parts
+    return layout.microbatch * model.sequence * model.hidden / layout.sequence_shards
 
 
-def sent(model: Model, layout: Layout, rank: int = 0) -> dict[str, float]:
+def microbatches_a_rank(layout: Layout) -> float:
+    """Microbatches of a step that one rank of the pipeline runs through each of its stages."""
+    return layout.microbatches / 2 if layout.schedule == "dualpipe" else layout.microbatches  # a stage is on two ranks
+
+
+def sent(model: ModelConfig, layout: Layout, rank: int = 0) -> dict[str, float]:
     """Elements that rank `rank` of the pipeline sends in a step over each axis: tp, cp, ep, etp, pp, dp and edp.
 
     dp is the axis of all ranks that sum gradients, dp x cp.
     """
     found: Counter[str] = Counter()
-    m = layout.microbatches * (0.5 if layout.schedule == "dualpipe" else 1)  # each stage is on two ranks
-    for stage in layout.held(rank):
+    m = microbatches_a_rank(layout)
+    for stage in layout.stages_of(rank):
         dense, moe = layers_of(model, layout, stage)
-        found["tp"] += m * (dense + moe) * layer_tp(model, layout)
+        found["tp"] += m * ((dense + moe) * layer_tp(model, layout) + ends_tp(model, layout, stage))
         found["cp"] += m * (dense + moe) * layer_cp(model, layout)
         found["ep"] += m * moe * layer_ep(model, layout)
         found["etp"] += m * moe * layer_etp(model, layout)
-        found["tp"] += m * ends_tp(model, layout, stage)
-    if layout.sp:
-        own = layout.data if layout.zero else 1  # each rank adds up its part of what dp has summed
-        found["tp"] += 2 * _others(layout.tp) * whole_parameters(model, layout, rank) / own
+    if layout.sp:  # each rank sums its shard of what dp has summed
+        shards = layout.data if layout.zero else 1
+        found["tp"] += 2 * ring_share(layout.tp) * replicated_parameters(model, layout, rank) / shards
     found["pp"] = messages(layout, rank) * message(model, layout) + exchanged(model, layout, rank)
     experts, others = parameters(model, layout, rank)
-    found["dp"] = times_reduced(layout) * others * _others(layout.data)
-    found["edp"] = times_reduced(layout) * experts * _others(layout.edp)
+    found["dp"] = times_reduced(layout) * others * ring_share(layout.data)
+    found["edp"] = times_reduced(layout) * experts * ring_share(layout.edp)
     return {axis: elements for axis, elements in found.items() if elements}
 
 
-def sent_bytes(model: Model, layout: Layout, rank: int = 0, itemsize: int = 2) -> dict[str, float]:
-    """The same in bytes, where an element has `itemsize`; but a ring adds up gradients in 4 bytes or more."""
+def sent_bytes(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2) -> dict[str, float]:
+    """The same in bytes, where an element has `itemsize`; but a ring sums gradients in 4 bytes or more."""
     found = {axis: itemsize * elements for axis, elements in sent(model, layout, rank).items()}
     if "cp" in found:
-        m = layout.microbatches * (0.5 if layout.schedule == "dualpipe" else 1)
-        found["cp"] += m * layers_by_rank(model, layout)[rank] * around(model, layout) * (max(4, itemsize) - itemsize)
+        layers = microbatches_a_rank(layout) * layers_by_rank(model, layout)[rank]
+        found["cp"] += layers * around_ring(model, layout) * (max(4, itemsize) - itemsize)
     return found
 
 
-def _others(n: int) -> float:
-    return (n - 1) / n
+# ---- tp --------------------------------------------------------------------------------------------------------------
 
 
-def layer_tp(model: Model, layout: Layout) -> float:
-    """Of one layer and microbatch, forward and backward (lectures 05 and 06), and what is computed again."""
-    unit = layout.microbatch * model.sequence / layout.cp * model.hidden * _others(layout.tp)
-    again = layout.recompute == "full"
-    if not layout.sp:
-        return (8 + 4 * again) * unit
-    # Gathered again is what was not saved. Nothing after the last scatter is saved but a dropout's mask, so without
-    # one the forward that is computed again ends before it.
-    return (8 + 2 + again * (3 + model.dropout)) * unit
+def layer_tp(model: ModelConfig, layout: Layout) -> float:
+    """Of one layer and microbatch, forward and backward (lectures 05 and 06), and what is computed again.
+
+    In gathers or reduce-scatters of a microbatch's activations.
+    """
+    if not layout.sp:  # two all-reduces forward and two backward, of two each
+        collectives = 8 + (4 if layout.recompute == "full" else 0)
+    else:  # as much, and the inputs of both column-parallel layers are gathered again for wgrad
+        collectives = 8 + 2
+        if layout.recompute == "full":
+            # Gathered again is what was not saved. Nothing after the last reduce-scatter is saved but a dropout's mask,
+            # so without one the forward that is computed again ends before it.
+            collectives += 4 if model.dropout else 3
+    return collectives * layout.tokens(model.sequence) * model.hidden * ring_share(layout.tp)
 
 
-def ends_tp(model: Model, layout: Layout, stage: int) -> float:
+def ends_tp(model: ModelConfig, layout: Layout, stage: int) -> float:
     """Of the embedding, and of the head and the loss, for one microbatch."""
-    t, tokens = layout.tp, layout.microbatch * model.sequence / layout.cp
-    found = 0.0
+    a_token = 0
     if stage == 0:
-        found += 2 * tokens * model.hidden  # summed forward; or scattered, and gathered backward
+        a_token += 2 * model.hidden  # all-reduced forward; or reduce-scattered, and gathered backward
     if stage == layout.stages - 1:
-        found += tokens * ((3 if layout.sp else 2) * model.hidden + (4 if layout.sp else 6))
-    return found * _others(t)
+        head, loss = (3 * model.hidden, 4) if layout.sp else (2 * model.hidden, 6)
+        a_token += head + loss
+    return layout.tokens(model.sequence) * a_token * ring_share(layout.tp)
 
 
-def layer_cp(model: Model, layout: Layout) -> float:
+# ---- cp --------------------------------------------------------------------------------------------------------------
+
+
+def layer_cp(model: ModelConfig, layout: Layout) -> float:
     """Of one layer and microbatch (lecture 06). Ring: keys and values go round, and in backward their gradients too.
 
     Ulysses: an all-to-all of q, k, v and of the result, and the same backward.
     """
-    inner = layout.ulysses
-    tokens = layout.microbatch * model.sequence / layout.cp
-    ring = around(model, layout)
-    there = tokens * (model.query_size + model.key_value_size) / layout.tp * _others(inner)
-    back = tokens * model.value_size / layout.tp * _others(inner)
-    again = {"none": 0.0, "selective": ring + there, "full": ring + there + back}[layout.recompute]
-    return 3 * ring + 2 * (there + back) + again
+    shard = layout.tokens(model.sequence) / layout.tp * ring_share(layout.ulysses)
+    ring, inputs = around_ring(model, layout), shard * (model.query_size + model.key_value_size)
+    result = shard * model.value_size
+    recomputed = {"none": 0.0, "selective": ring + inputs, "full": ring + inputs + result}[layout.recompute]
+    return 3 * ring + 2 * (inputs + result) + recomputed
 
 
-def around(model: Model, layout: Layout) -> float:
+def around_ring(model: ModelConfig, layout: Layout) -> float:
     """Keys and values that a rank passes on around its ring; or, in backward, their gradients."""
-    tokens = layout.microbatch * model.sequence / layout.cp
-    return tokens * model.key_value_size / layout.tp * (layout.cp // layout.ulysses - 1)
+    hops = layout.cp // layout.ulysses - 1
+    return layout.tokens(model.sequence) * model.key_value_size / layout.tp * hops
 
 
-def layer_ep(model: Model, layout: Layout) -> float:
+# ---- Experts ---------------------------------------------------------------------------------------------------------
+
+
+def rows(model: ModelConfig, layout: Layout) -> float:
+    """Routed tokens of a rank, each once for every expert it chooses; as many arrive, if they choose evenly."""
+    return model.top_k * layout.microbatch * model.sequence / layout.sequence_shards
+
+
+def layer_ep(model: ModelConfig, layout: Layout) -> float:
     """Of one layer with experts and microbatch (CODE 04): k rows a token there and back, and the same backward."""
-    again = layout.recompute == "full"
-    counts = (1 + again) * model.experts  # that are told before
-    return ((4 + 2 * again) * rows(model, layout) * model.hidden + counts) * _others(layout.ep)
+    forwards = 2 if layout.recompute == "full" else 1
+    counts = forwards * model.experts  # how many rows come, sent before
+    return ((2 * forwards + 2) * rows(model, layout) * model.hidden + counts) * ring_share(layout.ep)
 
 
-def layer_etp(model: Model, layout: Layout) -> float:
-    """Where ranks share an expert's features each needs the rows of the others, and gives them what it made of them."""
-    again = layout.recompute == "full"
-    return (4 + 2 * again) * rows(model, layout) * model.hidden * (layout.etp - 1)
+def layer_etp(model: ModelConfig, layout: Layout) -> float:
+    """Where ranks shard an expert's features each gathers the rows of the others, and reduce-scatters the results."""
+    forwards = 2 if layout.recompute == "full" else 1
+    return (2 * forwards + 2) * rows(model, layout) * model.hidden * (layout.etp - 1)
 
 
-def rows(model: Model, layout: Layout) -> float:
-    """Tokens of a rank, each once for every expert it chooses; as many arrive, if they choose evenly."""
-    return model.top_k * layout.microbatch * model.sequence / layout.sequence_parts
+# ---- pp and dp -------------------------------------------------------------------------------------------------------
 
 
 def messages(layout: Layout, rank: int) -> int:
     """That a rank sends to its neighbours in a step: an activation to the one, a gradient to the other."""
     if layout.pp == 1:
         return 0
-    last, count = (layout.pp if layout.schedule == "dualpipe" else layout.stages) - 1, 0
-    for stage in layout.held(rank):
-        for neighbour in (stage - 1, stage + 1):
-            count += 0 <= neighbour <= last and not (layout.schedule in FOLDED and neighbour in layout.held(rank))
-    return count * layout.microbatches // (2 if layout.schedule == "dualpipe" else 1)
+    own = layout.stages_of(rank)
+    last = (layout.pp if layout.schedule == "dualpipe" else layout.stages) - 1
+    neighbours = [n for stage in own for n in (stage - 1, stage + 1) if 0 <= n <= last]
+    if layout.schedule in FOLDED:  # the two stages at the fold are on one rank
+        neighbours = [n for n in neighbours if n not in own]
+    return int(len(neighbours) * microbatches_a_rank(layout))
 
 
-def exchanged(model: Model, layout: Layout, rank: int) -> float:
-    """Gradients of what two ranks of the pipeline hold: the tied embedding; with dualpipe everything."""
+def exchanged(model: ModelConfig, layout: Layout, rank: int) -> float:
+    """Gradients of what two ranks of the pipeline replicate: the tied embedding; with dualpipe everything."""
     if layout.schedule == "dualpipe":
         return sum(parameters(model, layout, rank))
     first, last = ends_of(layout, rank)
-    return vocabulary_part(model, layout.tp) * model.hidden if model.tied and first != last else 0
+    return vocabulary_shard(model, layout.tp) * model.hidden if model.tied and first != last else 0
 
 
 def times_reduced(layout: Layout) -> int:

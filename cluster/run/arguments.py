@@ -8,19 +8,17 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch
-
 from cluster import dry_run, rules
-from cluster.planner import hardware, models
-from cluster.planner.layout import FOLDED, Layout, add_flags, given
-from cluster.planner.models import Model
+from cluster.planner import hardware
+from cluster.planner.layout import Layout, add_flags, given, layout_from
 from cluster.planner.plans import plans
-from core.model.gpt import GPTConfig
+from core.model.config import ModelConfig
 from core.model.text import Text
 from core.proof.arguments import add_model_flags, check_model, configuration
 from core.proof.lesson import Lesson
-from expert_parallel.gating import Routing
-from expert_parallel.moe import MoEConfig
+from core.proof.rules import Rule, at_least
+from core.proof.rules import check as check_rules
+from expert_parallel.engine.routing import MoEConfig, Routing
 
 HELD_OUT = 0.1  # of the text, for validation
 
@@ -54,11 +52,41 @@ def add_all_flags(lesson: Lesson) -> None:
     flag("--rank", type=int, default=0, help="for --dry-run: which of them (default %(default)s)")
 
 
+RULES = (
+    at_least("experts", 0, 0),
+    at_least("shared", 0, 0),
+    at_least("warmup", 0, 2),
+    at_least("evaluate", 0, 0),
+    at_least("sample", 0, 120),
+    at_least("bucket", 1, 2**18),
+    at_least("save-every", 1, 10),
+    at_least("keep", 1, 2),
+    Rule(
+        "world",
+        "--world {world}",
+        lambda case: not case.world or case.dry_run,
+        "is for --dry-run, whose ranks are not running",
+        lambda case: "--world 0, or --dry-run",
+    ),
+    Rule(
+        "init",
+        "--init {init}",
+        lambda case: case.init is None or Path(case.init).is_file(),
+        "there is no such file",
+        lambda case: "one that --export wrote",
+    ),
+)
+CAPACITY_AND_CP = Rule(
+    "capacity with cp",
+    "--capacity {capacity} --cp {cp}",
+    lambda case: not case.capacity or case.cp == 1,
+    "which tokens are dropped is decided over the full sample, which cp shards",
+    lambda case: "--capacity 0",
+)
+
+
 def moe_of(args: argparse.Namespace) -> MoEConfig | None:
     """Raises ValueError where the flags do not fit each other."""
-    for name in ("experts", "shared"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: must not be negative; use --{name} 0")
     if not args.experts:
         return None
     score = "topk-softmax" if args.top_k != 1 else "softmax-topk"
@@ -68,12 +96,11 @@ def moe_of(args: argparse.Namespace) -> MoEConfig | None:
     return MoEConfig(routing, shared=args.shared)
 
 
-def model_of(config: GPTConfig, moe: MoEConfig | None) -> Model:
-    """The model as the planner knows it."""
-    model = models.of_gpt(config)
+def model_of(config: ModelConfig, moe: MoEConfig | None) -> ModelConfig:
+    """The model with its experts."""
     if moe is None:
-        return model
-    return replace(model, experts=moe.routing.experts, top_k=moe.routing.top_k, shared_feed_forward=moe.shared)
+        return config
+    return replace(config, experts=moe.routing.experts, top_k=moe.routing.top_k, shared_feed_forward=moe.shared)
 
 
 def layout_of(args: argparse.Namespace, world: int) -> Layout:
@@ -83,35 +110,18 @@ def layout_of(args: argparse.Namespace, world: int) -> Layout:
         ValueError: it breaks a rule, or the planner finds none.
     """
     config, moe = configuration(args), moe_of(args)
-    decided = given(args)
+    decided, model = given(args), model_of(config, moe)
     if args.auto:
-        return planned(args, world, model_of(config, moe), decided)
-    if (
-        not {"tp", "cp", "pp", "dp", "ep"} & set(decided)
-        and world % 4 == 0
-        and not (config.layers % 2 or config.heads % 2)
-    ):
-        decided |= {"tp": 2, "pp": 2}  # nothing asked: a little of each
-    layout = Layout(**decided)
-    if moe and layout.tp > 1 and "sp" not in decided:
-        layout = replace(layout, sp=True)
-    if "v" not in decided and layout.pp > 1 and layout.schedule in (*FOLDED, "interleaved"):
-        layout = replace(layout, v=2)
-    inner = layout.tp * layout.cp * layout.pp
-    if "dp" not in decided and inner > 0:
-        layout = replace(layout, dp=max(1, world // inner))
-    here = args.batch // max(1, layout.dp)  # samples of a pipeline
-    if "microbatches" not in decided:
-        wanted = here // layout.microbatch if "microbatch" in decided and layout.microbatch > 0 else 2 * layout.pp
-        fitting = [m for m in range(1, max(1, min(wanted, here)) + 1) if here % m == 0]
-        layout = replace(layout, microbatches=fitting[-1] if layout.pp > 1 or "microbatch" in decided else 1)
-    if "microbatch" not in decided and layout.microbatches > 0:
-        layout = replace(layout, microbatch=max(1, here // layout.microbatches))
-    rules.check(layout, model_of(config, moe), world=world, batch=args.batch)
+        return planned(args, world, model, decided)
+    free = not {"tp", "cp", "pp", "dp", "ep"} & set(decided)
+    if free and world % 4 == 0 and config.layers % 2 == 0 and config.heads % 2 == 0:
+        args = argparse.Namespace(**vars(args) | {"tp": 2, "pp": 2})  # nothing given: a little of each
+    layout = layout_from(args, world, args.batch, experts=moe is not None)
+    rules.check(layout, model, world=world, batch=args.batch)
     return layout
 
 
-def planned(args: argparse.Namespace, world: int, model: Model, decided: dict[str, Any]) -> Layout:
+def planned(args: argparse.Namespace, world: int, model: ModelConfig, decided: dict[str, Any]) -> Layout:
     """The planner's first choice."""
     if args.machine:
         machine = hardware.PRESETS.get(args.machine) or hardware.measured(args.machine)
@@ -129,28 +139,14 @@ def planned(args: argparse.Namespace, world: int, model: Model, decided: dict[st
 def check(args: argparse.Namespace, world: int) -> None:
     """Raises ValueError when the arguments cannot make a run."""
     check_model(args)
+    check_rules(args, RULES)
     Text(args.data, args.sequence).split(HELD_OUT)
-    for name, least, usual in (("warmup", 0, 2), ("evaluate", 0, 0), ("sample", 0, 120), ("bucket", 1, 2**18),
-                               ("save_every", 1, 10), ("keep", 1, 2)):  # fmt: skip
-        if getattr(args, name) < least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}; use --{flag} {usual}")
-    if args.world and not args.dry_run:
-        raise ValueError(
-            f"--world {args.world}: is for --dry-run; {world} ranks are running, leave it out or use --dry-run"
-        )
-    if args.init is not None and not Path(args.init).is_file():
-        raise ValueError(f"--init {args.init}: there is no such file; use one that --export wrote")
     if args.save is not None:
         check_folder(args.save)
     layout = layout_of(args, args.world or world)
     if args.dry_run:
         dry_run.refuse(args.experts > 0, layout, args.rank)
-    if args.capacity and layout.cp > 1:
-        raise ValueError(
-            f"--capacity {args.capacity} --cp {layout.cp}: who is dropped is decided over the whole sample, which cp "
-            "cuts; use --capacity 0"
-        )
+    check_rules(argparse.Namespace(capacity=args.capacity, cp=layout.cp), [CAPACITY_AND_CP])
 
 
 def check_folder(folder: str) -> None:
@@ -171,9 +167,3 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
         return args.lr * (step + 1) / args.warmup
     done = (step - args.warmup) / max(1, args.steps - args.warmup)
     return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-def peak_of(device: torch.device) -> float | None:
-    """FLOP/s of this device in 16-bit matrix products, where it is known."""
-    known = hardware.of_gpu(device) if device.type == "cuda" else None
-    return known.peak if known else None

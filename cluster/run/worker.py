@@ -1,139 +1,78 @@
-"""One rank of a combined run: the topics put together, in the order in which they cut the model. Lecture 02.
+"""One rank of a combined run: how it trains what `build.py` has put together. Lecture 02.
 
-    stages of the pipeline   pipeline.stages.cut                 pp
-    heads, features, rows    megatron_tp or, with sp,
-                             sequence_parallel .parallelize      tp
-    the sequence             sequence_parallel.context           cp
-    experts                  expert_parallel                     ep, etp, edp
-    optimizer, gradients     zero                                dp x cp, and edp for experts
-
-Each treats what the others have left. Gradients are sums, never means: a rank's loss is the sum over its tokens divided
-by the tokens of the global batch, in every layout.
+Gradients are sums, never means: a rank's loss is the sum over its tokens divided by the tokens of the global batch, in
+every layout.
 """
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import asdict
 from math import hypot
+from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-import megatron_tp.layers
-import megatron_tp.loss
-import sequence_parallel.layers
-import sequence_parallel.loss
-from cluster.planner.layout import Layout
+from cluster.run.build import (
+    TrainSpec,
+    build_model,
+    loss_function,
+    make_pipeline,
+    shard_optimizer,
+    stages_by_rank,
+)
 from core.gradients import norm_and_totals
-from core.ledger import Ledger
 from core.mesh import Mesh
-from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
+from core.model.gpt import use_masks
 from core.model.seeded import SampleMasks
+from core.proof.checkpoint import Checkpoints, NamedOptimizer
+from core.proof.launch import Job
 from core.proof.memory import SavedActivations
 from core.shards import LocalTensor, shard_of
-from expert_parallel.experts import Experts
-from expert_parallel.gating import Spread, count_ahead, end_step, forget
-from expert_parallel.layers import expert_parameters, parallelize
-from expert_parallel.moe import MoEConfig, to_moe
-from pipeline.runtime import Pipeline
-from pipeline.schedules import build, held, size
-from pipeline.stages import Copies, cut, each_stage
+from expert_parallel.engine.experts import Experts
+from expert_parallel.engine.layers import expert_parameters
+from expert_parallel.engine.router import count_ahead, end_step, forget
+from pipeline.stages import Copies
 from sequence_parallel import context
-from sequence_parallel.hybrid import context_parallel
-from sequence_parallel.recompute import recompute
-from zero.ddp import DataParallel
-from zero.flat import BUCKET_ELEMENTS
-from zero.optimizer import MakeOptimizer
-from zero.stage import Stage
-from zero.zero1 import Zero1
-from zero.zero2 import Zero2
-from zero.zero3 import Zero3
+from sequence_parallel.engine.ulysses import context_parallel
 
-STAGES: tuple[type[Stage], ...] = (DataParallel, Zero1, Zero2, Zero3)
-
-
-def make_mesh(layout: Layout, device_type: str, ledger: Ledger, timeout: float) -> Mesh:
-    names = ("tp", "cp", "dp", "pp", "ep", "etp")
-    return Mesh(device_type, ledger, timeout, **{name: getattr(layout, name) for name in names})
+MAY_CHANGE = {"dropout", "attention", "capacity", "drop", "aux", "z", "bias_rate"}  # in a model that goes on
 
 
 class Worker:
-    """This rank's part of the model, and how it trains; what `core.proof.training.train` compares with one process.
+    """This rank's shards of the model, and how it trains them: a `core.proof.training.Trainable`.
 
     All ranks must make it at the same time.
-
-    Args:
-        layout: one that `cluster.rules.check` accepts.
-        bucket: elements that ZeRO sends at once, about.
     """
 
     compares_states = True
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        moe: MoEConfig | None,
-        layout: Layout,
-        mesh: Mesh,
-        seed: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        make_optimizer: MakeOptimizer,
-        bucket: int = BUCKET_ELEMENTS,
-    ):
-        self.moe, self.layout, self.mesh = moe, layout, mesh
-        self.counts_ahead = moe is not None and moe.routing.aux > 0 and layout.microbatches > 1
+    def __init__(self, spec: TrainSpec, mesh: Mesh):
+        layout, self.spec, self.layout, self.mesh = spec.layout, spec, spec.layout, mesh
         self.tp, self.pp = mesh["tp"], mesh["pp"]
-        self.data = mesh.joined("cp", "dp")
-        self.attention = context_parallel(mesh["cp"], device, layout.ulysses, layout.placement == "zigzag")
-        schedule = build(layout.schedule, layout.pp, layout.microbatches, layout.v)
-        stages, everyone = size(schedule)[0], held(schedule)
-
-        model = cut(GPT(config), everyone[self.pp.index], stages)
-        tokens = layout.batch * config.sequence
-        self.loss_of = partial(token_loss, tokens=tokens)
-        if layout.tp > 1:
-            topic = sequence_parallel if layout.sp else megatron_tp
-            topic.layers.parallelize(model, self.tp)
-            self.loss_of = partial(topic.loss.token_loss, tokens=tokens, axis=self.tp, vocabulary=config.vocabulary)
-        if layout.cp > 1:
-            context.parallelize(model, self.attention)
-        if moe:
-            axes = (mesh["dp"], mesh["cp"], *((self.tp,) if layout.sp else ()))
-            spread = Spread(axes, self.tp if layout.sp else None, layout.microbatches)
-            parallelize(to_moe(model, moe), mesh["ep"], mesh["etp"], spread)
-        self.model = materialize(recompute(model, layout.recompute), seed, device, dtype)
-        self.masks = use_masks(self.model, SampleMasks(seed))
-
-        self.copies = Copies(self.model, self.pp, everyone)
+        self.attention = context_parallel(mesh["cp"], spec.device, layout.ulysses, layout.placement == "zigzag")
+        self.model = build_model(spec, mesh, self.attention)
+        self.masks = use_masks(self.model, SampleMasks(spec.seed))
+        self.loss_of = loss_function(spec, self.tp)
+        self.copies = Copies(self.model, self.pp, stages_by_rank(layout))
         self.experts = set(expert_parameters(self.model))
         self.last_biases = {m.down.bias for m in self.model.modules() if isinstance(m, Experts)}
-        master = torch.float32 if dtype == torch.bfloat16 else dtype
-        zero = partial(STAGES[layout.zero], self.model, make_optimizer=make_optimizer, master=master, elements=bucket)
-        if moe:
-            self.rest = zero(axis=self.data, only=lambda p: p not in self.experts)
-            self.stages = [self.rest, zero(axis=mesh["edp"], only=self.experts.__contains__)]
-        else:
-            self.rest = zero(axis=self.data)
-            self.stages = [self.rest]
-
-        here = config.sequence // layout.sequence_parts  # tokens of a sample between the layers
-        self.pipeline = Pipeline(
-            each_stage(self.model, everyone[self.pp.index], stages), self.loss_of, schedule, self.pp,
-            (layout.microbatch, here, config.hidden), dtype, device, self.masks,
-        ) if layout.pp > 1 else None  # fmt: skip
+        self.dense_engine, self.expert_engine = shard_optimizer(self.model, spec, mesh)
+        self.engines = [engine for engine in (self.dense_engine, self.expert_engine) if engine]
+        self.pipeline = make_pipeline(self.model, spec, self.pp, self.loss_of, self.masks)
 
     # ---- A step
 
     def zero_grad(self) -> None:
-        for stage in self.stages:
-            stage.zero_grad()
+        for engine in self.engines:
+            engine.zero_grad()
 
     def split(self, batch: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """This rank's microbatches (M, B, S/cp) of inputs and targets, (samples, S) each."""
         dp, m = self.mesh["dp"], self.layout.microbatches
-        mine = (context.part(t.chunk(dp.size)[dp.index], self.attention) for t in batch)
+        mine = (context.local(t.chunk(dp.size)[dp.index], self.attention) for t in batch)
         inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in mine)
         return inputs, targets
 
@@ -149,37 +88,52 @@ class Worker:
         batch = self.split((inputs, targets))
         if saved:
             saved.ignore(batch)
-        if self.counts_ahead:
+        if self._counts_ahead():
             self._forward(*batch)
             count_ahead(self.model)
-        if self.pipeline:
-            share = self.pipeline.step(*batch, saved=saved)
-            self.copies.sum_gradients()
-            for stage in self.stages:
-                stage.reduce()
-        else:
-            share = self._microbatches(*batch, saved)
-        if self.layout.sp:  # each rank of tp has seen its own tokens
-            self.rest.sum_over(self.tp.labelled("whole gradients"), lambda p: shard_of(p) is None)
-        if len(self.stages) > 1:
-            self.stages[1].sum_over(self.mesh["etp"], self.last_biases.__contains__)
-        return self._counted(share)
+        share = self._by_schedule(*batch, saved) if self.pipeline else self._one_by_one(*batch, saved)
+        self._sum_over_tp()
+        return self._once_over_tp(share)
 
-    def _microbatches(self, inputs: Tensor, targets: Tensor, saved: SavedActivations | None) -> Tensor:
-        """All forwards and backwards without a pipeline: ZeRO sees each of them."""
+    def _counts_ahead(self) -> bool:
+        """Whether the balancing loss needs the load of the whole batch before the first backward."""
+        moe = self.spec.moe
+        return moe is not None and moe.routing.aux > 0 and self.layout.microbatches > 1
+
+    def _by_schedule(self, inputs: Tensor, targets: Tensor, saved: SavedActivations | None) -> Tensor:
+        """The pipeline's step; then what several ranks of pp hold is summed, and all of it over the data ranks."""
+        share = self.pipeline.step(inputs, targets, saved=saved)
+        self.copies.sum_gradients()
+        for engine in self.engines:
+            engine.reduce()
+        return share
+
+    def _one_by_one(self, inputs: Tensor, targets: Tensor, saved: SavedActivations | None) -> Tensor:
+        """Forward and backward of each microbatch, without a pipeline: ZeRO sees each of them."""
         total = torch.zeros((), dtype=torch.float64, device=inputs.device)
         for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             last = m == len(inputs) - 1
             self.masks.at(m * len(x))
             with saved or nullcontext():
                 loss = self.loss_of(self.model(x), y)
-            for stage in self.stages:
-                stage.before_backward(last)
+            for engine in self.engines:
+                engine.before_backward(last)
             loss.backward()
-            for stage in self.stages:
-                stage.after_backward(last)
+            for engine in self.engines:
+                engine.after_backward(last)
             total += loss.detach()
         return total
+
+    def _sum_over_tp(self) -> None:
+        """What the ranks of tp hold alike, but have seen different tokens with: under sp, and experts' last biases."""
+        if self.layout.sp:
+            self.dense_engine.sum_over(self.tp.labelled("replicated"), lambda p: shard_of(p) is None)
+        if self.expert_engine:
+            self.expert_engine.sum_over(self.mesh["etp"], self.last_biases.__contains__)
+
+    def _once_over_tp(self, share: Tensor) -> Tensor:
+        """Without sp all ranks of tp have the same loss: one of them counts it."""
+        return share if self.layout.sp or self.tp.index == 0 else torch.zeros_like(share)
 
     @torch.no_grad()
     def _forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -191,66 +145,91 @@ class Worker:
             total += self.loss_of(self.model(x), y)
         return total
 
-    def _counted(self, share: Tensor) -> Tensor:
-        """Without sp all ranks of tp have the same loss: one of them counts it."""
-        return share if self.layout.sp or self.tp.index == 0 else torch.zeros_like(share)
-
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
         """The loss of a batch of the size of a step's, on all ranks."""
         self.model.eval()
-        share = self._counted(self._forward(*self.split((inputs, targets))))
+        share = self._once_over_tp(self._forward(*self.split((inputs, targets))))
         self.model.train()
         forget(self.model)
-        _, (loss,) = norm_and_totals([], [self.tp, self.data, self.pp], share[None])
+        _, (loss,) = norm_and_totals([], [self.tp, self.dense_engine.axis, self.pp], share[None])
         return loss
 
     def clip(self, clip: float, share: Tensor) -> tuple[float, float]:
-        """Clip by the norm of the whole model's gradient; (norm, loss)."""
-        tp, pp, etp = self.tp, self.pp, self.mesh["etp"]
-
-        def counts(p: nn.Parameter) -> bool:
-            if p in self.experts:
-                return etp.index == 0 or p not in self.last_biases
-            return (tp.index == 0 or shard_of(p) is not None) and self.copies.counted_here(p)
-
-        norm, loss = self.rest.norm_and_total(share, [tp, pp], counts)
-        if len(self.stages) > 1:
-            of_experts, _ = self.stages[1].norm_and_total(torch.zeros_like(share), [self.mesh["ep"], etp, pp], counts)
+        """Clip by the norm of the full model's gradient; (norm, loss)."""
+        norm, loss = self.dense_engine.norm_and_total(share, [self.tp, self.pp], self._counted)
+        if self.expert_engine:
+            axes = [self.mesh["ep"], self.mesh["etp"], self.pp]
+            of_experts, _ = self.expert_engine.norm_and_total(torch.zeros_like(share), axes, self._counted)
             norm = hypot(norm, of_experts)
-        for stage in self.stages:
-            stage.clip_by(clip, norm)
+        for engine in self.engines:
+            engine.clip_by(clip, norm)
         return norm, loss
 
+    def _counted(self, p: nn.Parameter) -> bool:
+        """Whether this rank adds a parameter's gradient to the norm: of the ranks that hold it alike, the first."""
+        if p in self.experts:
+            return self.mesh["etp"].index == 0 or p not in self.last_biases
+        return (self.tp.index == 0 or shard_of(p) is not None) and self.copies.counted_here(p)
+
     def step(self) -> None:
-        for stage in self.stages:
-            stage.step()
+        for engine in self.engines:
+            engine.step()
         end_step(self.model)
 
     def set_lr(self, lr: float) -> None:
-        for group in (g for stage in self.stages for o in stage.optimizers for g in o.optimizer.param_groups):
-            group["lr"] = lr
-
-    # ---- What this rank holds, under the names of the whole model
-
-    def gradients(self) -> list[LocalTensor]:
-        return self._named(piece for stage in self.stages for piece in stage.gradients())
-
-    def weights(self) -> list[LocalTensor]:
-        return self._named(piece for stage in self.stages for piece in stage.weights())
-
-    def master_weights(self) -> list[LocalTensor]:
-        """In the precision of the update, and what is not trained."""
-        return self._named(piece for stage in self.stages for piece in stage.master_weights())
-
-    def states(self) -> list[LocalTensor]:
-        pieces = [piece for stage in self.stages for piece in stage.states()]
-        return [piece._replace(name=(self.model.full_name(piece.name[0]), piece.name[1])) for piece in pieces]
-
-    def _named(self, pieces: Iterable[LocalTensor]) -> list[LocalTensor]:
-        return [piece._replace(name=self.model.full_name(piece.name)) for piece in pieces]
+        for optimizer, _ in self.named_optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
     def close(self) -> None:
         """End what sends messages."""
         self.attention.close()
         if self.pipeline:
             self.pipeline.close()
+
+    # ---- What this rank holds, under the names of the full model
+
+    def gradients(self) -> list[LocalTensor]:
+        return self._named(each for engine in self.engines for each in engine.gradients())
+
+    def weights(self) -> list[LocalTensor]:
+        return self._named(each for engine in self.engines for each in engine.weights())
+
+    def master_weights(self) -> list[LocalTensor]:
+        """In the precision of the update, and what is not trained."""
+        return self._named(each for engine in self.engines for each in engine.master_weights())
+
+    def states(self) -> list[LocalTensor]:
+        found = [each for engine in self.engines for each in engine.states()]
+        return [each._replace(name=(self.model.full_name(each.name[0]), each.name[1])) for each in found]
+
+    def _named(self, tensors: Iterable[LocalTensor]) -> list[LocalTensor]:
+        return [each._replace(name=self.model.full_name(each.name)) for each in tensors]
+
+    def named_optimizers(self) -> list[NamedOptimizer]:
+        found = [each for engine in self.engines for each in engine.named_optimizers()]
+        return [(o, {p: self.model.full_name(name) for p, name in names.items()}) for o, names in found]
+
+    def publish(self) -> None:
+        for engine in self.engines:
+            engine.publish()
+
+    def checkpoints(self, folder: str | Path, job: Job, keep: int = 2) -> Checkpoints:
+        """Where this training is saved, and goes on from."""
+        return Checkpoints(folder, self, job, keep, self.identity(), self.saved_elsewhere())
+
+    def identity(self) -> dict[str, Any]:
+        """The model's configuration and the optimizer's kind, without what may change in a model that goes on."""
+        found = asdict(self.spec.config) | {"experts": 0}
+        if self.spec.moe:
+            moe = asdict(self.spec.moe)
+            features = moe.pop("feed_forward") or found["feed_forward"]
+            found |= moe.pop("routing") | {"expert_feed_forward": features} | moe
+        optimizer, _ = self.named_optimizers()[0]
+        found["optimizer"] = type(optimizer).__name__
+        return {name: value for name, value in found.items() if name not in MAY_CHANGE}
+
+    def saved_elsewhere(self) -> set[str]:
+        """What another rank of the pipeline has too, and saves: its ZeRO has sharded it in other places."""
+        named = self.model.named_parameters()
+        return {self.model.full_name(name) for name, p in named if not self.copies.counted_here(p)}

@@ -4,60 +4,19 @@ B batch, S sequence, H hidden, A heads, D head size = H/A, F feed-forward, V voc
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from core.model.config import ModelConfig
 from core.model.linear import Linear
 from core.model.seeded import SampleMasks, generator
 from core.model.streams import RandomTracker
 from core.shards import shard_of
 
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Sizes of the model.
-
-    Raises:
-        ValueError: a size is not positive, hidden is not divisible by heads, or dropout does not fit the attention.
-    """
-
-    vocabulary: int = 256
-    sequence: int = 64
-    hidden: int = 64
-    layers: int = 8
-    heads: int = 4
-    feed_forward: int = 0  # 0: four times hidden
-    dropout: float = 0.0
-    attention: str = "sdpa"  # or "softmax": every intermediate in sight, as the activation formula counts them
-    tied: bool = True
-    head_bias: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("vocabulary", "sequence", "hidden", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1; use --{name} 8")
-        if self.hidden % self.heads:
-            usable = max(a for a in range(1, min(self.heads, self.hidden) + 1) if self.hidden % a == 0)
-            raise ValueError(
-                f"--heads {self.heads}: must divide --hidden {self.hidden}, so that heads are equal; "
-                f"use --heads {usable}"
-            )
-        if self.attention not in ("sdpa", "softmax"):
-            raise ValueError(f"--attention {self.attention}: must be sdpa or softmax; use --attention sdpa")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"--dropout {self.dropout}: must be in [0, 1); use --dropout 0.1")
-        if self.dropout and self.attention == "sdpa":
-            raise ValueError(
-                f"--dropout {self.dropout}: the masks drawn inside sdpa depend on the layout; use --attention softmax"
-            )
-        if self.feed_forward < 0:
-            raise ValueError(f"--feed-forward {self.feed_forward}: must not be negative; use --feed-forward 0")
-        if not self.feed_forward:
-            object.__setattr__(self, "feed_forward", 4 * self.hidden)
+GPTConfig = ModelConfig
 
 
 class Dropout(nn.Module):
@@ -99,7 +58,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, name: str):
         super().__init__()
-        self.head_size = config.hidden // config.heads
+        self.head_size = config.head_dim
         self.explicit = config.attention == "softmax"
         self.qkv = Linear(config.hidden, 3 * config.hidden)
         self.out = Linear(config.hidden, config.hidden)
@@ -152,10 +111,15 @@ class GPT(nn.Module):
 
     Built on the meta device, without memory; `materialize` gives it its numbers. A pipeline stage is this same class
     with the parts that other ranks hold set to None or left out of `blocks`; the rest keep their full names.
+
+    Raises:
+        ValueError: the configuration is of a kind that is not built here.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        if missing := config.unbuilt():
+            raise ValueError(f"{config.name}: core.model.gpt has no {missing}; use a configuration of GPT-2's kind")
         self.config = config
         with torch.device("meta"):
             self.embed: Embedding | None = Embedding(config)

@@ -2,11 +2,16 @@
 
 import argparse
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from core.model.gpt import GPTConfig
 from core.model.text import VOCABULARY, Text
 from core.proof.lesson import Lesson
+from core.proof.rulebook import EQUAL, HEADS, SP_SEQUENCE, TP_FEED_FORWARD, TP_HEADS
+from core.proof.rules import at_least, broken, check, nearest_multiple, positive
+
+TRAINING = (at_least("batch", 1, 8), positive("lr", 1e-3), positive("clip", 1.0))
 
 
 def add_model_flags(lesson: Lesson, **defaults: Any) -> None:
@@ -51,40 +56,39 @@ def configuration(args: argparse.Namespace) -> GPTConfig:
 def check_model(args: argparse.Namespace) -> GPTConfig:
     """The model's sizes; raises ValueError when the arguments of `add_model_flags` cannot make a training run."""
     config = configuration(args)
-    if args.batch < 1:
-        raise ValueError(f"--batch {args.batch}: must be at least 1; use --batch 8")
-    for name, usual in (("lr", 1e-3), ("clip", 1.0)):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name} {getattr(args, name)}: must be positive and finite; use --{name} {usual}")
+    check(args, TRAINING)
     Text(args.data, args.sequence)
     return config
 
 
 def check_cuts(args: argparse.Namespace, ranks: int, sequence: bool = False) -> None:
-    """Raises ValueError unless heads, feed-forward and (with `sequence`) a sample can be cut into `ranks` equal parts.
+    """Raises ValueError unless heads, feed-forward and (with `sequence`) a sample have equal shards on `ranks` ranks.
 
-    Says what would do for all of them together. Sizes below 1 are left to `GPTConfig`.
+    Says what would do for all of them together. Sizes below 1 are left to `ModelConfig`.
     """
     heads, hidden, feed_forward = args.heads, args.hidden, args.feed_forward
     if min(heads, hidden) < 1 or feed_forward < 0:
         return
-    fitting = [a for a in range(ranks, hidden + 1, ranks) if hidden % a == 0]
-    use: dict[str, int] = {}
-    if heads % ranks or hidden % heads:
-        use["heads"] = min(fitting, key=lambda a: abs(a - heads), default=max(1, round(heads / ranks)) * ranks)
-        if hidden % use["heads"]:
-            use["hidden"] = max(1, round(hidden / use["heads"])) * use["heads"]
-    if feed_forward % ranks:  # 0, four times hidden, always fits
-        use["feed-forward"] = max(1, round(feed_forward / ranks)) * ranks
-    if sequence and args.sequence % ranks:
-        use["sequence"] = max(1, round(args.sequence / ranks)) * ranks
-    if not use:
+    case = SimpleNamespace(**vars(args) | {"tp": ranks, "cp": 1, "sp": sequence, "head_size": None})
+    rules = [HEADS, TP_HEADS, SP_SEQUENCE] + [TP_FEED_FORWARD] * (feed_forward > 0)  # 0, four times hidden, fits
+    failing = list(broken(case, rules))
+    if not failing:
         return
+    use: dict[str, int] = {}
+    if HEADS in failing or TP_HEADS in failing:
+        usable = [a for a in range(ranks, hidden + 1, ranks) if hidden % a == 0]
+        use["heads"] = min(usable, key=lambda a: abs(a - heads), default=nearest_multiple(heads, ranks))
+        if hidden % use["heads"]:
+            use["hidden"] = nearest_multiple(hidden, use["heads"])
+    if TP_FEED_FORWARD in failing:
+        use["feed-forward"] = nearest_multiple(feed_forward, ranks)
+    if SP_SEQUENCE in failing:
+        use["sequence"] = nearest_multiple(args.sequence, ranks)
     sizes = [heads, feed_forward or heads, args.sequence if sequence else heads]
-    usable = [] if hidden % heads else [t for t in range(2, heads + 1) if not any(size % t for size in sizes)][-8:]
+    fewer = [] if hidden % heads else [t for t in range(2, heads + 1) if not any(size % t for size in sizes)][-8:]
     now = " ".join(f"--{name} {getattr(args, name.replace('-', '_'))}" for name in use)
     raise ValueError(
-        f"{now}: heads must divide --hidden, and what is cut must be a multiple of the {ranks} ranks, so that each "
-        f"gets as much; use {' '.join(f'--{name} {value}' for name, value in use.items())}"
-        + (f", or --nproc_per_node one of {', '.join(map(str, usable))}" if usable else "")
+        f"{now}: heads must divide --hidden, and {EQUAL.format(tp=ranks)}; "
+        f"use {' '.join(f'--{name} {value}' for name, value in use.items())}"
+        + (f", or --nproc_per_node one of {', '.join(map(str, fewer))}" if fewer else "")
     )

@@ -5,6 +5,7 @@ A topic lists the rules that are about it; a lesson checks those it needs, and `
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 
@@ -59,6 +60,30 @@ def at_least(flag: str, least: int, works: int) -> Rule:
         f"--{flag} {{{name}}}",
         lambda case: getattr(case, name) >= least,
         f"must be at least {least}" if least else "must not be negative",
+        lambda case: f"--{flag} {works}",
+    )
+
+
+def at_most(flag: str, most: int) -> Rule:
+    """`--flag` is `most` or less."""
+    name = flag.replace("-", "_")
+    return Rule(
+        flag,
+        f"--{flag} {{{name}}}",
+        lambda case: getattr(case, name) <= most,
+        f"is more than {most}",
+        lambda case: f"--{flag} {most}",
+    )
+
+
+def positive(flag: str, works: float) -> Rule:
+    """`--flag` is a positive number, not infinity or NaN."""
+    name = flag.replace("-", "_")
+    return Rule(
+        flag,
+        f"--{flag} {{{name}}}",
+        lambda case: 0 < getattr(case, name) < inf,
+        "must be positive and finite",
         lambda case: f"--{flag} {works}",
     )
 

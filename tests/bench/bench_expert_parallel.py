@@ -27,9 +27,10 @@ from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig, materialize
 from core.proof.launch import Job, choose_device, launch, process_info
-from expert_parallel.gating import Router, Routing, Spread
-from expert_parallel.layers import parallelize
-from expert_parallel.moe import MoE, MoEConfig, to_moe
+from expert_parallel.engine.layers import parallelize
+from expert_parallel.engine.moe import MoE, to_moe
+from expert_parallel.engine.router import Router, Spread
+from expert_parallel.engine.routing import MoEConfig, Routing
 
 DTYPE = torch.float32
 

@@ -29,8 +29,7 @@ from core.proof.launch import Job, choose_device, launch, process_info
 from core.proof.lesson import DTYPES
 from core.proof.oracle import worst_difference
 from sequence_parallel.context import SequenceAttention
-from sequence_parallel.hybrid import context_parallel
-from sequence_parallel.ulysses import Whole
+from sequence_parallel.engine.ulysses import FullSequence, context_parallel
 
 M_MMAP_THRESHOLD = -3  # of mallopt
 AT_ONCE, USUAL = 2**16, 2**25  # larger tensors are given back to the system when they are freed
@@ -57,7 +56,7 @@ def status(name: str) -> int:
 
 def peak(shape: tuple[int, ...], dtype: torch.dtype, attention: SequenceAttention) -> float:
     """MB by which the resident set grows at most for inputs, forward and backward."""
-    step(attention, *numbers((1, shape[1], 16 * attention.pieces, shape[3]), dtype, attention))  # what is loaded once
+    step(attention, *numbers((1, shape[1], 16 * attention.multiple, shape[3]), dtype, attention))  # what is loaded once
     gc.collect()
     base = status("VmRSS")
     mine = numbers(shape, dtype, attention)
@@ -70,7 +69,7 @@ def bench(job: Job, shape: tuple[int, ...], dtype: torch.dtype, rounds: int) -> 
     axis = Mesh("cpu", Ledger(), job.timeout, cp=job.world_size)["cp"]
     c, cores = axis.size, len(os.sched_getaffinity(0))
     ways: dict[str, SequenceAttention] = {
-        "dense": Whole(),
+        "dense": FullSequence(),
         "ring, zigzag": context_parallel(axis, job.device),
         "ring, contiguous": context_parallel(axis, job.device, zigzag=False),
         "Ulysses": context_parallel(axis, job.device, c),

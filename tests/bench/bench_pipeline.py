@@ -25,9 +25,10 @@ from core.mesh import Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss
 from core.model.text import Text
 from core.proof.launch import Job, choose_device, launch, process_info
-from pipeline.runtime import Pipeline
-from pipeline.schedules import Schedule, build, held, size
-from pipeline.stages import cut, each_stage
+from pipeline.engine.actions import Schedule, size, stages_of_ranks
+from pipeline.engine.runtime import Pipeline
+from pipeline.schedules import build
+from pipeline.stages import each_stage, partition
 
 CONFIG = GPTConfig(layers=8, hidden=256, heads=4, sequence=64)
 BATCH, MICROBATCHES = 32, 8
@@ -59,8 +60,8 @@ def bench(job: Job, rounds: int) -> None:
     loss = partial(token_loss, tokens=tokens)
 
     def part(schedule: Schedule) -> tuple[GPT, dict[int, GPT]]:
-        stages, mine = size(schedule)[0], held(schedule)[axis.index]
-        model = materialize(cut(GPT(CONFIG), mine, stages), 0, job.device, dtype)
+        stages, mine = size(schedule)[0], stages_of_ranks(schedule)[axis.index]
+        model = materialize(partition(GPT(CONFIG), mine, stages), 0, job.device, dtype)
         return model, each_stage(model, mine, stages)
 
     def ours(name: str) -> tuple[GPT, Callable[[], None]]:

@@ -28,10 +28,10 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-import megatron_tp.layers
-import megatron_tp.loss
-import sequence_parallel.layers
-import sequence_parallel.loss
+import megatron_tp.engine.layers
+import megatron_tp.engine.loss
+import sequence_parallel.engine.layers
+import sequence_parallel.engine.loss
 from core.ledger import Ledger
 from core.mesh import Mesh
 from core.model.gpt import GPT, GPTConfig, materialize
@@ -78,15 +78,15 @@ def bench(job: Job, config: GPTConfig, batch: int, rounds: int) -> None:
 
         def step() -> None:
             loss.token_loss(model(inputs), targets, targets.numel(), axis, config.vocabulary).backward()
-            if topic is sequence_parallel.layers:
-                topic.sum_whole_gradients(model, axis)
+            if topic is sequence_parallel.engine.layers:
+                topic.sum_replicated_gradients(model, axis)
 
         return model, step
 
     def theirs(sequence: bool) -> tuple[GPT, Callable[[], None]]:
         model = materialize(GPT(config), 0, job.device, DTYPE)
         if sequence:  # torch has nothing for positions: ours
-            model.embed.position = sequence_parallel.layers.PositionPart(model.embed.position, axis)
+            model.embed.position = sequence_parallel.engine.layers.PositionShard(model.embed.position, axis)
         torchs(model, mesh, sequence)
 
         def step() -> None:
@@ -101,9 +101,9 @@ def bench(job: Job, config: GPTConfig, batch: int, rounds: int) -> None:
         return model, step
 
     runs = {
-        "ours, TP": ours(megatron_tp.layers, megatron_tp.loss),
+        "ours, TP": ours(megatron_tp.engine.layers, megatron_tp.engine.loss),
         "torch, TP": theirs(False),
-        "ours, TP + SP": ours(sequence_parallel.layers, sequence_parallel.loss),
+        "ours, TP + SP": ours(sequence_parallel.engine.layers, sequence_parallel.engine.loss),
         "torch, TP + SP": theirs(True),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -29,11 +29,7 @@ from core.model.gpt import GPT, GPTConfig, materialize, token_loss
 from core.model.text import Text
 from core.proof.launch import Job, choose_device, launch, process_info
 from core.shards import full_tensors
-from zero.ddp import DataParallel
-from zero.stage import Stage
-from zero.zero1 import Zero1
-from zero.zero2 import Zero2
-from zero.zero3 import Zero3
+from zero.engine.engine import Engine, data_parallel, zero1, zero2, zero3
 
 DTYPE = torch.float32
 optimizer_of = partial(torch.optim.AdamW, lr=1e-4)
@@ -46,7 +42,7 @@ def bench(job: Job, config: GPTConfig, batch: int, rounds: int) -> None:
     inputs, targets = (t.chunk(axis.size)[axis.index] for t in whole)
     tokens = whole[1].numel()
 
-    def ours(kind: type[Stage]) -> tuple[Callable[[], dict], Callable[[], None]]:
+    def ours(kind: Callable[..., Engine]) -> tuple[Callable[[], dict], Callable[[], None]]:
         model = materialize(GPT(config), 0, job.device, DTYPE)
         stage = kind(model, axis, optimizer_of, None, DTYPE)
 
@@ -89,7 +85,7 @@ def bench(job: Job, config: GPTConfig, batch: int, rounds: int) -> None:
         "ours, ZeRO-2": ("fully_shard(reshard_after_forward=False)", 0.9),
         "ours, ZeRO-3": ("fully_shard", 0.9),
     }
-    kinds = (DataParallel, Zero1, Zero2, Zero3)
+    kinds = (data_parallel, zero1, zero2, zero3)
     runs = {}
     for (name, (theirs, _)), kind in zip(pairs.items(), kinds, strict=True):
         runs[name] = ours(kind)

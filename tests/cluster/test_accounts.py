@@ -10,19 +10,20 @@ import pytest
 import torch
 
 from cluster.dry_run import Account, account, compared, one_step
-from cluster.planner import memory, traffic
+from cluster.planner import activations, memory, traffic
+from cluster.planner.activations import in_flight
+from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout
-from cluster.planner.memory import held, in_flight, parameters
-from cluster.planner.models import of_gpt
+from cluster.planner.memory import parameters, rank_memory
 from cluster.planner.traffic import messages, sent
-from cluster.run.worker import Worker, make_mesh
+from cluster.run.build import TrainSpec, make_mesh
+from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.model.gpt import GPT, GPTConfig
 from core.model.text import Text
 from core.proof.memory import SavedActivations
-from expert_parallel.gating import Routing
-from expert_parallel.moe import MoEConfig
-from pipeline.evidence import messages_by_rule
+from expert_parallel.engine.routing import MoEConfig, Routing
+from pipeline.evidence.claims import messages_by_rule
 from pipeline.schedules import build
 from tests.pool import Pool
 
@@ -31,7 +32,7 @@ PLAIN = partial(torch.optim.AdamW, lr=1e-3)
 
 
 def accounts(cases: list[tuple[GPTConfig, Layout, torch.dtype]]) -> list[tuple[int, Account]]:
-    """One step of each case on one rank: its place in the pipeline, and what it held and sent."""
+    """One step of each case on one rank: its index in the pipeline, and what it held and sent."""
     found = []
     for config, layout, dtype in cases:
         mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
@@ -39,28 +40,29 @@ def accounts(cases: list[tuple[GPTConfig, Layout, torch.dtype]]) -> list[tuple[i
     return found
 
 
-SMALL = {"sequence": 16, "hidden": 32, "layers": 8, "heads": 4, "vocabulary": 256}
+SMALL = {"sequence": 16, "hidden": 32, "layers": 4, "heads": 4, "vocabulary": 256}
+EIGHT = {"layers": 8}
 ALL = {"attention": "softmax", "dropout": 0.1}
-CASES = {
-    "tp dp zero-0": ({}, Layout(tp=2, dp=4, zero=0, microbatch=2, microbatches=2)),
-    "tp dp zero-1, full": (ALL, Layout(tp=4, dp=2, zero=1, microbatches=2, recompute="full")),
-    "sp dp zero-2, selective": (ALL, Layout(tp=2, sp=True, dp=4, zero=2, microbatches=3, recompute="selective")),
-    "sp dp zero-3, full": (ALL, Layout(tp=2, sp=True, dp=4, zero=3, microbatches=2, recompute="full")),
-    "zero-3": ({}, Layout(dp=8, zero=3, microbatches=2)),
-    "untied sp, full": ({"tied": False}, Layout(tp=8, sp=True, microbatch=2, recompute="full")),
+CASES = {  # on 4 ranks, or on 8 where three axes have more than one
+    "tp dp zero-0": ({}, Layout(tp=2, dp=2, zero=0, microbatch=2, microbatches=2)),
+    "tp dp zero-1, full": (ALL, Layout(tp=2, dp=2, zero=1, microbatches=2, recompute="full")),
+    "sp dp zero-2, selective": (ALL, Layout(tp=2, sp=True, dp=2, zero=2, microbatches=3, recompute="selective")),
+    "sp dp zero-3, full": (ALL, Layout(tp=2, sp=True, dp=2, zero=3, microbatches=2, recompute="full")),
+    "zero-3": ({}, Layout(dp=4, zero=3, microbatches=2)),
+    "untied sp, full": ({"tied": False}, Layout(tp=4, sp=True, microbatch=2, recompute="full")),
     "3D 1f1b": ({}, Layout(tp=2, dp=2, pp=2, zero=1, microbatch=2, microbatches=4)),
     "3D interleaved sp": (ALL, Layout(tp=2, sp=True, dp=2, pp=2, v=2, schedule="interleaved", microbatches=4)),
-    "3D interleaved full": ({}, Layout(tp=2, pp=4, v=2, schedule="interleaved", microbatches=6, recompute="full")),
-    "gpipe": ({"tied": False}, Layout(dp=2, pp=4, schedule="gpipe", microbatches=4)),
-    "1f1b": (ALL, Layout(pp=8, microbatches=16)),
-    "stages of 1, 2, 2 and 2 layers": ({"layers": 7}, Layout(dp=2, pp=4, zero=1, microbatches=8)),
-    "stages of 1 and 2 layers, two a rank": ({"layers": 7}, Layout(dp=4, pp=2, v=2, schedule="zb-v", microbatches=4)),
-    "dualpipe": ({}, Layout(dp=2, pp=4, zero=1, schedule="dualpipe", microbatches=8)),
-    "zb-h1": ({}, Layout(dp=2, pp=4, schedule="zb-h1", microbatches=8)),
-    "zb-v": ({}, Layout(dp=2, pp=4, v=2, schedule="zb-v", microbatches=8)),
-    "ring": ({}, Layout(cp=4, dp=2, zero=1, microbatch=2)),
-    "ring in order, full": ({}, Layout(cp=8, placement="contiguous", microbatches=2, recompute="full")),
-    "ulysses, selective": ({}, Layout(cp=4, ulysses=4, dp=2, zero=2, recompute="selective")),
+    "interleaved full": (EIGHT, Layout(pp=4, v=2, schedule="interleaved", microbatches=6, recompute="full")),
+    "gpipe": ({"tied": False}, Layout(pp=4, schedule="gpipe", microbatches=4)),
+    "1f1b": (ALL, Layout(pp=4, microbatches=8)),
+    "stages of 1, 2, 2 and 2 layers": ({"layers": 7}, Layout(pp=4, microbatches=8)),
+    "stages of 1 and 2 layers, two a rank": ({"layers": 7}, Layout(dp=2, pp=2, v=2, schedule="zb-v", microbatches=4)),
+    "dualpipe": ({}, Layout(dp=2, pp=2, zero=1, schedule="dualpipe", microbatches=4)),
+    "zb-h1": ({}, Layout(pp=4, schedule="zb-h1", microbatches=8)),
+    "zb-v": (EIGHT, Layout(pp=4, v=2, schedule="zb-v", microbatches=8)),
+    "ring": ({}, Layout(cp=4, zero=1, microbatch=2)),
+    "ring in order, full": ({}, Layout(cp=4, placement="contiguous", microbatches=2, recompute="full")),
+    "ulysses, selective": ({}, Layout(cp=4, ulysses=4, zero=2, recompute="selective")),
     "hybrid tp pp": ({}, Layout(tp=2, cp=2, pp=2, microbatches=2)),
     "hybrid sp, full": ({}, Layout(tp=2, sp=True, cp=4, ulysses=2, recompute="full")),
 }
@@ -74,9 +76,9 @@ SPLIT = (
 
 EXPERTS = 8
 WITH_EXPERTS = (
-    (Layout(dp=8, ep=4, microbatch=2), 2),
-    (Layout(dp=8, ep=2, etp=2, microbatch=2), 2),
-    (Layout(dp=8, ep=8, microbatch=2, recompute="full"), 3),
+    (Layout(dp=4, ep=2, microbatch=4), 2),
+    (Layout(dp=4, ep=2, etp=2, microbatch=4), 2),
+    (Layout(dp=4, ep=4, microbatch=4, recompute="full"), 3),
 )
 
 
@@ -86,7 +88,7 @@ def accounts_of_experts(config: GPTConfig) -> list[Counter[str]]:
     for layout, top_k in WITH_EXPERTS:
         mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
         moe = MoEConfig(Routing(experts=EXPERTS, top_k=top_k, aux=0.0, z=0.0))
-        worker = Worker(config, moe, layout, mesh, 0, FLOAT64, CPU, PLAIN)
+        worker = Worker(TrainSpec(config, moe, layout, 0, FLOAT64, CPU, PLAIN), mesh)
         saved = SavedActivations(worker.model.parameters())
         worker.forward_backward(0, *Text(None, config.sequence).batch(0, 0, layout.batch), saved)
         worker.close()
@@ -102,43 +104,51 @@ def accounts_of_experts(config: GPTConfig) -> list[Counter[str]]:
 def test_what_a_rank_with_experts_holds_and_sends(pool: Pool) -> None:
     """Parameters exactly; what hangs on the router's choice as the mean of all ranks, nearly as if it were even."""
     config = GPTConfig(**SMALL)
-    model = replace(of_gpt(config), experts=EXPERTS)
-    everyone = pool.run(8, accounts_of_experts, config)
+    model = replace(config, experts=EXPERTS)
+    everyone = pool.run(4, accounts_of_experts, config)
     for i, (layout, top_k) in enumerate(WITH_EXPERTS):
         here = replace(model, top_k=top_k)
         experts, others = parameters(here, layout)
         formula = sent(here, layout) | {"experts": experts, "others": others}
-        formula["activations"] = held(here, layout, itemsize=8).activations
+        formula["activations"] = rank_memory(here, layout, itemsize=8).activations
         # The sum of the second biases over etp, once a step.
         formula["etp"] = formula.get("etp", 0) + here.layers * EXPERTS / layout.ep * here.hidden * (layout.etp > 1)
         for what, value in formula.items():
-            mean = sum(rank[i][what] for rank in everyone) / 8
+            mean = sum(rank[i][what] for rank in everyone) / 4
             near = {"activations": 0.05, "ep": 0.1, "etp": 0.01}.get(what, 1e-9)
             assert mean == pytest.approx(value, rel=near), (layout, what)
 
 
-RUNS = [
-    (GPTConfig(**(SMALL | ({"heads": 8} if layout.tp == 8 else {}) | sizes)), layout, (torch.bfloat16, FLOAT64)[i % 2])
-    for i, (sizes, layout) in enumerate(CASES.values())
-]
+# Every second one in bfloat16.
+RUNS = {
+    name: (GPTConfig(**SMALL | sizes), layout, (torch.bfloat16, FLOAT64)[i % 2])
+    for i, (name, (sizes, layout)) in enumerate(CASES.items())
+}
+Measured = dict[str, list[tuple[int, Account]]]
 
 
 @pytest.fixture(scope="module")
-def measured(pool: Pool) -> list[list[tuple[int, Account]]]:
-    """Every rank's account of every case."""
-    return pool.run(8, accounts, RUNS)
+def measured(pool: Pool) -> Measured:
+    """Of every case every rank's index in the pipeline and its account."""
+    found: Measured = {}
+    for ranks in (4, 8):
+        some = {name: run for name, run in RUNS.items() if run[1].ranks == ranks}
+        everyone = pool.run(ranks, accounts, list(some.values()))
+        found |= {name: [rank[i] for rank in everyone] for i, name in enumerate(some)}
+    assert found.keys() == RUNS.keys()
+    return found
 
 
-def differences(measured: list[list[tuple[int, Account]]]) -> set[tuple]:
+def differences(measured: Measured) -> set[tuple]:
     """Where formula and measurement differ: (case, what, rank, measured, formula)."""
     wrong = set()
-    for rank, found in enumerate(measured):
-        for name, (config, layout, dtype), (place, count) in zip(CASES, RUNS, found, strict=True):
-            for _, what, formula, value in compared(count, of_gpt(config), layout, place, dtype.itemsize):
+    for name, (config, layout, dtype) in RUNS.items():
+        for rank, (index, count) in enumerate(measured[name]):
+            for _, what, formula, value in compared(count, config, layout, index, dtype.itemsize):
                 near = 0.001
                 if what == "activations" and name in SPLIT:
                     near = 0.01
-                if what == "tp" and layout.sp and layout.zero:  # a rank's part has more or fewer whole parameters
+                if what == "tp" and layout.sp and layout.zero:  # a shard has more or fewer replicated parameters
                     near = 0.01
                 positions = 8 * config.sequence * (what == "activations" and layout.cp > 1)  # or only this rank's
                 if value != pytest.approx(formula, rel=near, abs=positions):
@@ -146,7 +156,7 @@ def differences(measured: list[list[tuple[int, Account]]]) -> set[tuple]:
     return wrong
 
 
-def test_what_a_rank_holds_and_sends(measured: list[list[tuple[int, Account]]]) -> None:
+def test_what_a_rank_holds_and_sends(measured: Measured) -> None:
     """By the ledger: a wrong formula, or a change of the code that it describes, shows here."""
     wrong = differences(measured)
     assert not wrong, "\n".join(map(str, sorted(wrong)))
@@ -163,12 +173,12 @@ PRETENDED = (
 )
 
 
-def test_a_dry_run_equals_real_ranks(measured: list[list[tuple[int, Account]]]) -> None:
+def test_a_dry_run_equals_real_ranks(measured: Measured) -> None:
     """What a rank holds and sends does not depend on numbers, nor on whether somebody answers."""
     for i, name in enumerate(PRETENDED):
-        case, rank = list(CASES).index(name), 3 * i % 8
-        config, layout, dtype = RUNS[case]
-        assert account(config, layout, rank, dtype) == measured[rank][case][1], (layout, rank)
+        config, layout, dtype = RUNS[name]
+        rank = 3 * i % layout.ranks
+        assert account(config, layout, rank, dtype) == measured[name][rank][1], (layout, rank)
 
 
 def twice(original: Callable, *sizes: object) -> object:
@@ -187,26 +197,24 @@ EVERYTHING = {"weights", "gradients", "optimizer", "activations", "tp", "dp", "p
 MUTATIONS = {
     "the tied embedding is not exchanged": (traffic, "exchanged", lambda *_: 0, {"pp"}),
     "messages as in 1F1B": (traffic, "messages", as_1f1b, {"pp"}),
-    "a message is not cut": (traffic, "message", lambda o, m, x: o(m, replace(x, sp=False)), {"pp"}),
+    "a message is not sharded": (traffic, "message", lambda o, m, x: o(m, replace(x, sp=False)), {"pp"}),
     "gradients are reduced once": (traffic, "times_reduced", lambda *_: 2, {"dp"}),
-    "whole parameters' gradients are not summed": (traffic, "whole_parameters", lambda *_: 0, {"tp"}),
+    "replicated parameters' gradients are not summed": (traffic, "replicated_parameters", lambda *_: 0, {"tp"}),
     "nothing is computed again": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, recompute="none")), {"tp"}),
     "sequence parallelism sends as much": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, sp=False)), {"tp"}),
     "the ends send nothing": (traffic, "ends_tp", lambda *_: 0, {"tp"}),
-    "all microbatches are in flight": (memory, "in_flight", as_gpipe, {"activations"}),
+    "all microbatches are in flight": (activations, "in_flight", as_gpipe, {"activations"}),
     "no master weights": (memory, "state_sizes", lambda o, size: (size, size, 2 * size), {"optimizer"}),
     "every stage has both ends": (memory, "ends_of", lambda *_: (True, True), EVERYTHING - {"activations"}),
-    "activations are not cut": (
-        memory, "layer_saved", lambda o, m, x, *rest: o(m, replace(x, sp=False), *rest), {"activations"},
+    "activations are not sharded": (
+        activations, "layer_saved", lambda o, m, x, *rest: o(m, replace(x, sp=False), *rest), {"activations"},
     ),
-    "a layer saves twice as much": (memory, "layer_saved", twice, {"activations"}),
+    "a layer saves twice as much": (activations, "layer_saved", twice, {"activations"}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_wrong_formula_is_caught(
-    measured: list[list[tuple[int, Account]]], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_wrong_formula_is_caught(measured: Measured, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     module, where, change, shown = MUTATIONS[name]
     monkeypatch.setattr(module, where, partial(change, getattr(module, where)))
     found = {what for _, what, *_ in differences(measured)}
@@ -225,21 +233,20 @@ def test_messages_and_flight_without_ranks() -> None:
 
 def test_the_whole_model_is_the_sum_of_its_ranks() -> None:
     config = GPTConfig(vocabulary=256)
-    model = of_gpt(config)
-    assert model.parameters() == sum(p.numel() for p in GPT(config).parameters())
+    assert model_parameters(config) == sum(p.numel() for p in GPT(config).parameters())
     layout = Layout(pp=4)
-    tied = model.vocabulary * model.hidden  # on the last rank again
-    assert sum(sum(parameters(model, layout, rank)) for rank in range(4)) == model.parameters() + tied
+    tied = config.vocabulary * config.hidden  # on the last rank again
+    assert sum(sum(parameters(config, layout, rank)) for rank in range(4)) == model_parameters(config) + tied
 
 
 def test_the_first_microbatches_show_what_all_of_them_hold() -> None:
     """The planner's shortcut, on every rank of every schedule."""
     schedules = {"1f1b": 1, "interleaved": 3, "zb-h1": 1, "zb-h2": 1, "zb-v": 2, "dualpipe": 1, "dualpipev": 2}
-    model = of_gpt(GPTConfig(layers=48, heads=4))
+    model = GPTConfig(layers=48, heads=4)
     for (schedule, v), p, m in product(schedules.items(), (2, 4), (8, 9, 16, 30)):
         if schedule == "dualpipe" and m % 2:
             continue
         layout = Layout(pp=p, v=v, schedule=schedule, microbatches=m)
         for rank in range(p):
-            every = memory.saved_at_peak(model, layout, rank)
-            assert memory.saved_at_peak(model, layout, rank, quick=True) == every, (schedule, p, m, rank)
+            every = activations.saved_at_peak(model, layout, rank)
+            assert activations.saved_at_peak(model, layout, rank, quick=True) == every, (schedule, p, m, rank)

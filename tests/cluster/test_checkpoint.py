@@ -21,41 +21,45 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 
 from cluster import rules
-from cluster.planner import models
 from cluster.planner.layout import Layout
-from cluster.run import boxes, checkpoint, content
-from cluster.run.checkpoint import Checkpoints
+from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.export import export, load_export
-from cluster.run.worker import Worker, make_mesh
+from cluster.run.worker import Worker
 from core.ledger import Ledger
+from core.mesh import Mesh
 from core.model.gpt import GPT, GPTConfig
 from core.model.text import Text
+from core.proof import checkpoint, chunks
+from core.proof.checkpoint import Checkpoints
 from core.proof.launch import Job
 from core.proof.oracle import Oracle, worst_difference
 from core.shards import LocalTensor, full_tensors
-from expert_parallel.gating import end_step
-from expert_parallel.moe import MoEConfig, to_moe
+from expert_parallel.engine.moe import to_moe
+from expert_parallel.engine.router import end_step
+from expert_parallel.engine.routing import MoEConfig
+from tests.cluster.saving import MOMENTS, SAVED
 from tests.cluster.test_worker import CLIP, CONFIG, CPU, MOE, SEED, L, optimizer_of, samples_of
 from tests.pool import Pool, Running
-from zero import stage
+from zero.engine.engine import Engine
 
 ELSEWHERE = SEED + 1  # the seed of a worker that is to load: what it does not load must show
 Result = tuple[list[float], list[LocalTensor]]
 
-DENSE = [
-    L(dp=8, zero=3),
+DENSE = [  # on 4 ranks or 8
+    L(dp=4, zero=3),
     L(tp=2, pp=2, dp=2, microbatches=2),
-    L(tp=4, dp=2, sp=True, zero=1),
-    L(pp=2, cp=2, dp=2, microbatches=4, schedule="dualpipe", zero=1),
-    L(tp=2, cp=2, dp=2, sp=True, zero=2),
-    L(pp=4, dp=2, microbatches=4, schedule="zb-h1", zero=1),
+    L(tp=2, dp=2, sp=True, zero=1),
+    L(pp=2, dp=2, microbatches=4, schedule="dualpipe", zero=1),
+    L(tp=2, cp=2, sp=True, zero=2),
+    L(pp=2, dp=2, microbatches=2, schedule="zb-h1", zero=1),
     L(tp=2, dp=2, zero=3),
 ]
 EXPERTS = [
-    L(dp=8, ep=4, moe=True, zero=1),
-    L(pp=2, dp=4, ep=2, microbatches=2, moe=True),
+    L(dp=4, ep=4, moe=True, zero=1),
+    L(pp=2, dp=2, ep=2, microbatches=2, moe=True),
     L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=2),
 ]
+Case = tuple[Layout, bool]
 
 
 def job_here() -> Job:
@@ -69,9 +73,10 @@ def worker_of(
     dtype: torch.dtype = torch.float64,
     config: GPTConfig = CONFIG,
     bucket: int = 3000,
+    mesh: Mesh | None = None,
 ) -> Worker:
-    mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
-    return Worker(config, moe, layout, mesh, seed, dtype, CPU, optimizer_of, bucket)
+    mesh = mesh or make_mesh(layout, "cpu", Ledger(), 30.0)
+    return Worker(TrainSpec(config, moe, layout, seed, dtype, CPU, optimizer_of, bucket), mesh)
 
 
 def train(worker: Worker, steps: Sequence[int]) -> list[float]:
@@ -102,17 +107,19 @@ def differing(before: list[LocalTensor], after: list[LocalTensor]) -> list[str]:
 # ---- Goes on
 
 
-def save_and_go_on(folder: str, layout: Layout, moe: bool, dtype: torch.dtype) -> tuple[list[str], list[float]]:
+def save_and_go_on(
+    folder: str, layout: Layout, moe: bool, dtype: torch.dtype = torch.float64
+) -> tuple[list[str], list[float]]:
     """Train 2 steps, saving after the first; and again from there. What differs, and the losses."""
     first = worker_of(layout, MOE if moe else None, dtype=dtype)
-    checkpoints = Checkpoints(folder, first, job_here())
+    checkpoints = first.checkpoints(folder, job_here())
     assert checkpoints.latest() is None
     losses = train(first, [0])
     checkpoints.save(1, {"step": 1, "losses": losses})
     losses += train(first, [1])  # while it is written
     checkpoints.wait()
-    second = worker_of(layout, MOE if moe else None, ELSEWHERE, dtype)
-    checkpoints = Checkpoints(folder, second, job_here())
+    second = worker_of(layout, MOE if moe else None, ELSEWHERE, dtype, mesh=first.mesh)
+    checkpoints = second.checkpoints(folder, job_here())
     found = checkpoints.load(checkpoints.latest())
     again = train(second, range(found["step"], 2))
     assert found["losses"] + again == losses
@@ -126,7 +133,7 @@ def go_on(folders: list[str], layout: Layout, moe: bool) -> list[Result]:
     """From each of the checkpoints, one after another, one more step."""
     worker, results = worker_of(layout, MOE if moe else None, ELSEWHERE), []
     for folder in folders:
-        checkpoints = Checkpoints(folder, worker, job_here())
+        checkpoints = worker.checkpoints(folder, job_here())
         first = checkpoints.load(checkpoints.latest())["step"]
         losses = train(worker, [first])
         results.append((losses, [p._replace(value=p.value.clone()) for p in worker.weights() + worker.states()]))
@@ -148,40 +155,66 @@ def one_process() -> dict[bool, tuple[list[float], Oracle]]:
     return found
 
 
-def name_of(case: tuple[Layout, bool]) -> str:
+def name_of(case: Case) -> str:
     return str(case[0]).replace("--", "") + " experts" * case[1]
+
+
+def save_each(cases: list[Case], folders: dict[str, str]) -> list[tuple[list[str], list[float]]]:
+    return [save_and_go_on(folders[name_of((layout, moe))], samples_of(layout), moe) for layout, moe in cases]
+
+
+def go_on_each(cases: list[Case], sources: list[list[str]]) -> list[list[Result]]:
+    return [go_on(each, samples_of(layout), moe) for (layout, moe), each in zip(cases, sources, strict=True)]
+
+
+def by_ranks() -> dict[int, list[Case]]:
+    """The layouts that one job can have one after another."""
+    found: dict[int, list[Case]] = {}
+    for case in DENSE + EXPERTS:
+        found.setdefault(case[0].ranks, []).append(case)
+    return found
+
+
+def sources_of(case: Case) -> list[Case]:
+    """From whose checkpoints a layout is to go on."""
+    cases = EXPERTS if case[1] else DENSE
+    return [cases[(cases.index(case) + k) % len(cases)] for k in ((1,) if case[1] else (1, 3))]
 
 
 @pytest.fixture(scope="module")
 def saved(pool: Pool, tmp_path_factory: pytest.TempPathFactory, one_process: dict) -> dict[str, str]:
     """A checkpoint after the first step of every layout, from which that layout has gone on bitwise."""
-    folders = {}
-    for case in DENSE + EXPERTS:
-        layout, moe = samples_of(case[0]), case[1]
-        routing = {"experts": MOE.routing.experts, "top_k": MOE.routing.top_k} if moe else {}
-        rules.check(layout, replace(models.of_gpt(CONFIG), **routing), world=layout.ranks, batch=16)
-        folders[name_of(case)] = str(tmp_path_factory.mktemp("checkpoint"))
-        for names, losses in pool.run(layout.ranks, save_and_go_on, folders[name_of(case)], layout, moe, torch.float64):
-            assert names == [], f"{name_of(case)} does not go on bitwise"
-            assert losses == pytest.approx(one_process[moe][0], rel=1e-10)
+    folders = {name_of(case): str(tmp_path_factory.mktemp("checkpoint")) for case in DENSE + EXPERTS}
+    for ranks, cases in by_ranks().items():
+        for layout, moe in cases:
+            routing = {"experts": MOE.routing.experts, "top_k": MOE.routing.top_k} if moe else {}
+            rules.check(samples_of(layout), replace(CONFIG, **routing), world=ranks, batch=16)
+        for results in pool.run(ranks, save_each, cases, folders):
+            for case, (names, losses) in zip(cases, results, strict=True):
+                assert names == [], f"{name_of(case)} does not go on bitwise"
+                assert losses == pytest.approx(one_process[case[1]][0], rel=1e-10)
     return folders
 
 
+@pytest.fixture(scope="module")
+def gone_on(pool: Pool, saved: dict[str, str]) -> dict[str, list[tuple[list[Result], ...]]]:
+    """What each layout makes of each of its sources: by name, of every rank a list over the sources."""
+    found = {}
+    for ranks, cases in by_ranks().items():
+        results = pool.run(ranks, go_on_each, cases, [[saved[name_of(s)] for s in sources_of(c)] for c in cases])
+        found |= {name_of(case): each for case, *each in zip(cases, *results, strict=True)}
+    return found
+
+
 @pytest.mark.parametrize("case", DENSE + EXPERTS, ids=name_of)
-def test_goes_on_in_another_layout(pool: Pool, one_process: dict, saved: dict[str, str], case: tuple) -> None:
-    layout, moe = samples_of(case[0]), case[1]
-    cases = EXPERTS if moe else DENSE
-    at = cases.index(case)
-    sources = [name_of(cases[(at + k) % len(cases)]) for k in ((1,) if moe else (1, 3))]
-    losses, oracle = one_process[moe]
+def test_goes_on_in_another_layout(one_process: dict, gone_on: dict, case: Case) -> None:
+    losses, oracle = one_process[case[1]]
     reference = oracle.parameters() | oracle.states()
-    ranks = pool.run(layout.ranks, go_on, [saved[name] for name in sources], layout, moe)
-    for source, *results in zip(sources, *ranks, strict=True):
+    for source, *results in zip(sources_of(case), *gone_on[name_of(case)], strict=True):
         for rank_losses, _ in results:
-            assert rank_losses == pytest.approx(losses[1:], rel=1e-10), source
-        assert worst_difference(full_tensors(piece for _, pieces in results for piece in pieces), reference) < 1e-10, (
-            source
-        )
+            assert rank_losses == pytest.approx(losses[1:], rel=1e-10), name_of(source)
+        full = full_tensors(piece for _, pieces in results for piece in pieces)
+        assert worst_difference(full, reference) < 1e-10, name_of(source)
 
 
 def test_goes_on_bitwise_in_bfloat16(pool: Pool, tmp_path: Path) -> None:
@@ -192,24 +225,33 @@ def test_goes_on_bitwise_in_bfloat16(pool: Pool, tmp_path: Path) -> None:
 
 # ---- Killed
 
-AS_BEFORE = [
-    "between two saves",
-    "before a data file is opened",
-    "halfway through a data file",
-    "all data written, before the index",
-    "index written, not yet under its name",
-    "another rank hashes its file",
-    "before the JSON",
-    "halfway through the JSON",
-    "all written, before the rename",
-]
-SAVED = ["renamed, before older ones are removed", "while an older one is being removed"]
-
 
 def said(running: Running, what: str) -> list[list]:
     """What the ranks have said of the kind, without the line that is just being written."""
     lines = [line for path in running.folder.glob("*.out") for line in path.read_text().splitlines(keepends=True)]
     return [each for each in (json.loads(line) for line in lines if line.endswith("\n")) if each[1] == what]
+
+
+@pytest.fixture(scope="module")
+def at_every_moment(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Running]:
+    """A training that is never killed, and the folder that holds what a kill at each moment of a save would leave."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "run"
+    running = pool.start(2, "tests/cluster/saving.py", str(folder))
+    assert running.end().codes == [0, 0], running.said("err")
+    return folder.with_name("run copies"), running
+
+
+def test_at_any_moment_of_a_save_the_last_complete_checkpoint_is_there(at_every_moment: tuple) -> None:
+    copies, running = at_every_moment
+    left = {(rank, step): digest for rank, _, step, digest in said(running, "left")}
+    found = {(rank, moment): (step, digest) for rank, _, moment, step, digest in said(running, "found")}
+    for i, moment in enumerate(MOMENTS):
+        step = i + 1 + (moment in SAVED)  # the first save is before all moments
+        for rank in (0, 1):
+            assert found[rank, moment] == (step, left[rank, step]), moment
+        names = sorted(path.name for path in (copies / moment).iterdir())
+        older = [f"step-{step - 1:08d}"] * (moment == SAVED[0])  # removed after the next save
+        assert names == [*older, f"step-{step:08d}"], "nothing is left over"
 
 
 def run_and_kill(pool: Pool, folder: Path, moment: str) -> Running:
@@ -223,27 +265,25 @@ def run_and_kill(pool: Pool, folder: Path, moment: str) -> Running:
     return running
 
 
-def test_killed_at_any_moment_it_goes_on_from_the_last_complete_checkpoint(pool: Pool, tmp_path: Path) -> None:
+def test_killed_it_goes_on_from_the_last_complete_checkpoint(
+    pool: Pool, tmp_path: Path, at_every_moment: tuple
+) -> None:
     """One training, killed time and again, is that which was never killed."""
-    moments = AS_BEFORE + SAVED
-    steps = 2 * len(moments)
-    whole = pool.start(2, "tests/cluster/saving.py", str(tmp_path / "whole"), str(steps), "never")
-    folder, at = tmp_path / "killed", 0
-    runs = []
+    moments, at, runs = ["halfway through a data file", "renamed, before older ones are removed"], 0, []
     for moment in moments:
-        runs.append((at, run_and_kill(pool, folder, moment)))
+        runs.append((at, run_and_kill(pool, tmp_path / "run", moment)))
         at += 1 + (moment in SAVED)
-    runs.append((at, pool.start(2, "tests/cluster/saving.py", str(folder), str(steps - at), "never")))
-    for running in (whole, runs[-1][1]):
-        assert running.end().codes == [0, 0], running.said("err")
-    right = {(rank, step): digest for rank, _, step, digest in said(whole, "left")}
-    right |= {(rank, 0): digest for rank, _, _, digest in said(whole, "found")}
-    for (expected, running), moment in zip(runs, ["never", *moments], strict=True):
-        for rank, _, step, digest in said(running, "found"):
-            assert (step, digest) == (expected, right[rank, expected]), f"after a kill: {moment}"
+    runs.append((at, pool.start(2, "tests/cluster/saving.py", str(tmp_path / "run"), "2", "never")))
+    assert runs[-1][1].end().codes == [0, 0], runs[-1][1].said("err")
+    _, never_killed = at_every_moment
+    right = {(rank, step): digest for rank, _, step, digest in said(never_killed, "left")}
+    right |= {(rank, 0): digest for rank, _, moment, _, digest in said(never_killed, "found") if "start" in moment}
+    for expected, running in runs:
+        for rank, _, _, step, digest in said(running, "found"):
+            assert (step, digest) == (expected, right[rank, expected])
     for rank, _, step, digest in said(runs[-1][1], "left"):
         assert digest == right[rank, step]
-    assert [path.name for path in folder.iterdir()] == [f"step-{steps:08d}"], "nothing is left over"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [f"step-{at + 2:08d}"], "nothing is left over"
 
 
 # ---- Refused
@@ -287,7 +327,7 @@ def refusals(folder: str) -> tuple[list[str], dict[str, str], bool]:
     layout, job = samples_of(Layout(dp=2, zero=1)), job_here()
     worker = worker_of(layout, None)
     train(worker, [0])
-    checkpoints = Checkpoints(folder, worker, job)
+    checkpoints = worker.checkpoints(folder, job)
     checkpoints.save(1, {})
     checkpoints.wait()
     before = held(worker)
@@ -304,7 +344,7 @@ def refusals(folder: str) -> tuple[list[str], dict[str, str], bool]:
     same = differing(before, held(worker)) == []
     others = {}
     for name, (config, moe) in OTHERS.items():
-        other = Checkpoints(folder, worker_of(layout, moe, config=config), job)
+        other = worker_of(layout, moe, config=config).checkpoints(folder, job)
         with pytest.raises(ValueError) as error:
             other.load(other.latest())
         others[name] = str(error.value)
@@ -327,7 +367,7 @@ def test_what_is_damaged_or_of_another_model_is_refused_by_name(pool: Pool, tmp_
 def old_and_new(folder: str) -> list[tuple[list[str], str]]:
     """What is in the folder, and the newest, after several events."""
     worker, job, found = worker_of(samples_of(Layout(dp=2)), None), job_here(), []
-    checkpoints = Checkpoints(folder, worker, job, keep=2)
+    checkpoints = worker.checkpoints(folder, job, keep=2)
 
     def look() -> None:
         checkpoints.wait()
@@ -361,7 +401,7 @@ def test_the_last_are_kept_and_left_overs_removed(pool: Pool, tmp_path: Path) ->
 def full_disk(folder: str) -> str:
     """What all ranks are told when one cannot write."""
     worker, job = worker_of(samples_of(Layout(dp=2)), None), job_here()
-    checkpoints = Checkpoints(folder, worker, job)
+    checkpoints = worker.checkpoints(folder, job)
     full = OSError(28, "No space left on device")
     with patch.object(filesystem, "_write_item", side_effect=full) if job.rank else nullcontext():
         checkpoints.save(1, {})
@@ -411,9 +451,9 @@ def there_and_back(path: str, layouts: list[tuple[Layout, bool]]) -> list[dict[s
     return [*found, *published]
 
 
-@pytest.mark.parametrize("layouts", [(DENSE[5], DENSE[2]), (EXPERTS[2], EXPERTS[1])], ids=["dense", "experts"])
+@pytest.mark.parametrize("layouts", [(DENSE[5], DENSE[2]), (EXPERTS[1], EXPERTS[0])], ids=["dense", "experts"])
 def test_exports_to_one_safetensors_file_and_back(pool: Pool, tmp_path: Path, layouts: tuple) -> None:
-    saved, *others = pool.run(8, there_and_back, str(tmp_path / "model.safetensors"), layouts)[0]
+    saved, *others = pool.run(4, there_and_back, str(tmp_path / "model.safetensors"), layouts)[0]
     data = (tmp_path / "model.safetensors").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     (length,) = struct.unpack("<Q", data[:8])
@@ -436,37 +476,37 @@ def test_exports_to_one_safetensors_file_and_back(pool: Pool, tmp_path: Path, la
 
 
 def padding_is_saved() -> AbstractContextManager:
-    return patch.object(boxes, "min", lambda size, inside: size, create=True)
+    return patch.object(chunks, "min", lambda first, *rest: first if rest else min(first), create=True)
 
 
 def read_one_element_further() -> AbstractContextManager:
-    right = boxes.cover
+    right = chunks.cover
 
-    def wrong(first: int, end: int, shape: Sequence[int]) -> Iterator[boxes.Extent]:
+    def wrong(first: int, end: int, shape: Sequence[int]) -> Iterator[chunks.Extent]:
         further = end < math.prod(shape)
         return right(first + further, end + further, shape)
 
-    return patch.object(boxes, "cover", wrong)
+    return patch.object(chunks, "cover", wrong)
 
 
 def not_read(what: str) -> AbstractContextManager:
-    right = content.boxes_of
+    right = checkpoint.chunks_of
     return patch.object(
-        checkpoint, "boxes_of",
-        lambda worker, once=False: {k: b for k, b in right(worker, once).items() if once or not k.endswith(what)},
+        checkpoint, "chunks_of",
+        lambda trained, *but: {name: each for name, each in right(trained, *but).items() if not name.endswith(what)},
     )  # fmt: skip
 
 
 def the_tied_copy_is_saved_too() -> AbstractContextManager:
-    return patch.object(checkpoint, "boxes_of", lambda worker, once=False: content.boxes_of(worker))
+    return patch.object(Worker, "saved_elsewhere", lambda self: set())
 
 
 def not_published() -> AbstractContextManager:
-    return patch.object(stage.Stage, "publish", lambda self: None)
+    return patch.object(Engine, "publish", lambda self: None)
 
 
 def not_copied() -> AbstractContextManager:
-    return patch.object(boxes.Boxes, "copied", lambda self: self)
+    return patch.object(chunks.Chunks, "copied", lambda self: self)
 
 
 BUGS = {
@@ -504,9 +544,9 @@ def with_each_bug(folder: str) -> dict[str, float | str]:
 
     for name, (in_save, in_load) in BUGS.items():
         first = firsts["tied" in name]
-        checkpoints = [Checkpoints(f"{folder}/{name}", worker, job) for worker in (first, second)]
         try:
             with in_save(), patch.object(Checkpoints, "_write", write_later):
+                checkpoints = [worker.checkpoints(f"{folder}/{name}", job) for worker in (first, second)]
                 checkpoints[0].save(1, {})
                 if name in ("none, and the ranks train while it is written", "not copied"):
                     before = held(first)
@@ -560,7 +600,7 @@ def the_newest_is_removed() -> AbstractContextManager:
 
 def three_saves(folder: str, bug: Callable[[], AbstractContextManager]) -> tuple[list[str], bool]:
     """What is left of three, and whether a checkpoint had its name while a rank still wrote."""
-    checkpoints = Checkpoints(folder, worker_of(samples_of(Layout(dp=2)), None), job_here())
+    checkpoints = worker_of(samples_of(Layout(dp=2)), None).checkpoints(folder, job_here())
     right, early = filesystem._write_item, []
 
     def write(*arguments: Any) -> Any:

@@ -3,7 +3,9 @@
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -15,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cluster import topology
-from cluster.links.links import APART, Lines, domains, fit, in_one, measure
+from cluster.links.links import APART, Links, domains, same_domain
+from cluster.topology import fit
 from core import p2p
-from core.ledger import Ledger
-from core.mesh import Axis, Mesh
+from core.mesh import Axis
 from core.proof.launch import Job
 from core.proof.lesson import Run
 from tests.pool import Pool
@@ -81,7 +83,7 @@ def partitions(draw: st.DrawFn) -> list[list[int]]:
 @given(partitions(), st.floats(2.5, 100), st.integers(0, 2**31))
 def test_domains_are_found(groups: list[list[int]], slower: float, seed: int) -> None:
     random = np.random.default_rng(seed)
-    same = in_one(groups)
+    same = same_domain(groups)
     times = symmetric(lambda k: 1e-4 * random.uniform(1, 1.2, k), len(same)) * np.where(same, 1, slower)
     assert sorted(domains(times)) == groups
 
@@ -95,7 +97,7 @@ def test_noise_is_one_domain(n: int, seed: int) -> None:
 
 
 def test_links_slow_by_chance_do_not_split_a_domain() -> None:
-    same = in_one([[0, 1, 2, 3], [4, 5, 6, 7]])
+    same = same_domain([[0, 1, 2, 3], [4, 5, 6, 7]])
     times = np.where(same, 1.0, 8.0)
     times[0, 1] = times[1, 0] = 6.0
     times[5, 7] = times[7, 5] = 3.0
@@ -105,17 +107,19 @@ def test_links_slow_by_chance_do_not_split_a_domain() -> None:
 
 def test_of_three_levels_the_border_that_explains_most() -> None:
     """Two nodes of two sockets: the network is what matters."""
-    times = np.where(in_one([[0, 1], [2, 3], [4, 5], [6, 7]]), 1.0, 1.5)
-    times = np.where(in_one([[0, 1, 2, 3], [4, 5, 6, 7]]), times, 20.0)
+    times = np.where(same_domain([[0, 1], [2, 3], [4, 5], [6, 7]]), 1.0, 1.5)
+    times = np.where(same_domain([[0, 1, 2, 3], [4, 5, 6, 7]]), times, 20.0)
     assert domains(times) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-# ---- Measured
+# ---- Measured, and the claims
+
+HOSTS = [[0, 2], [1, 3]]
 
 
-def slow_between(hosts: list[list[int]], latency: float = 1e-3) -> AbstractContextManager:
+def slow_between(hosts: list[list[int]], latency: float) -> AbstractContextManager:
     """Messages between hosts take these seconds, and as long as at 100 MB/s."""
-    right, same = p2p.send, in_one(hosts)
+    right, same = p2p.send, same_domain(hosts)
 
     def slow(x: Tensor, axis: Axis, peer: int) -> None:
         if not same[axis.index, peer]:
@@ -125,57 +129,16 @@ def slow_between(hosts: list[list[int]], latency: float = 1e-3) -> AbstractConte
     return patch.object(p2p, "send", slow)
 
 
-def a_run(rounds: int) -> Run:
-    job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
-    return Run(Namespace(steps=rounds, largest=2**18, plot=None, json=None, file=None), job, torch.float64)
-
-
-def measured(sizes: list[int], hosts: list[list[int]]) -> tuple[dict[int, np.ndarray], int]:
-    run, ledger = a_run(2), Ledger()
-    axis = Mesh("cpu", ledger, 30.0, dp=run.job.world_size)["dp"]
-    with slow_between(hosts):
-        times = measure(run, axis, sizes)
-    return times, ledger.traffic["send", "dp"].messages
-
-
-def test_every_pair_is_measured(pool: Pool) -> None:
-    hosts = [[0, 2], [1, 3]]
-    results = pool.run(4, measured, [8, 2**16, 2**18], hosts)
-    times = results[0][0]
-    assert all(not other for other, _ in results[1:])
-    for matrix in times.values():
-        assert (matrix == matrix.T).all()
-        assert ((matrix > 0) == ~np.eye(4, dtype=bool)).all()
-    found = fit(times)
-    assert domains(found.predict(2**18)) == hosts
-    between = ~in_one(hosts)
-    assert (found.alpha[between] > 1e-3).all()
-    assert (found.beta[between] > 0.9e-8).all()
-    assert (times[2**18][~between] < 1e-3).all(), "what is slowed down does not slow the others"
-    assert all(messages >= 2 * 3 * 3 * 3 for _, messages in results), "rounds, pairs, sizes, and trials at least"
-
-
-# ---- The claims catch
-
-
-def failing_claims(bug: Callable[[], AbstractContextManager] | None) -> list[str]:
-    """The measured part of the lesson on two slow hosts; the claims that failed, on rank 0."""
-    run, latency = a_run(1 if bug else 3), 5e-3 if bug == latency_is_left_out else 1e-4
-    with slow_between([[0, 1], [2, 3]], latency), bug() if bug else patch.object(topology, "WITHIN", topology.WITHIN):
-        topology.measured(run)
-    return [claim.claim for claim in run.evidence.claims if not claim.holds]
-
-
 def the_line_is_flat() -> AbstractContextManager:
-    return patch.object(topology, "fit", lambda times: Lines(fit(times).alpha, 0 * fit(times).beta))
+    return patch.object(topology, "fit", lambda times: Links(fit(times).alpha, 0 * fit(times).beta))
 
 
 def latency_is_left_out() -> AbstractContextManager:
-    return patch.object(topology, "fit", lambda times: Lines(0 * fit(times).alpha, fit(times).beta))
+    return patch.object(topology, "fit", lambda times: Links(0 * fit(times).alpha, fit(times).beta))
 
 
 def bits_for_bytes() -> AbstractContextManager:
-    return patch.object(topology, "fit", lambda times: Lines(fit(times).alpha, fit(times).beta / 8))
+    return patch.object(topology, "fit", lambda times: Links(fit(times).alpha, fit(times).beta / 8))
 
 
 def one_domain() -> AbstractContextManager:
@@ -183,7 +146,7 @@ def one_domain() -> AbstractContextManager:
 
 
 def the_wrong_domains() -> AbstractContextManager:
-    return patch.object(topology, "domains", lambda times: [[0, 2], [1, 3]])
+    return patch.object(topology, "domains", lambda times: [[0, 1], [2, 3]])
 
 
 LINE, EXPLAINED = "error of the line", "pairs that the domains do not explain"
@@ -196,11 +159,76 @@ MUST_FAIL = {
 }
 
 
-def test_without_a_bug_every_claim_holds(pool: Pool) -> None:
-    assert pool.run(4, failing_claims, None)[0] == []
+@dataclass
+class Measured:
+    """What one rank has of the measured lesson on two slow hosts."""
+
+    times: dict[int, np.ndarray]
+    messages: int
+    result: dict[str, Any]
+    failed: dict[str, list[str]] = field(default_factory=dict)  # claims, by bug; "" without one
+
+
+def lesson(rounds: int, recorded: dict[int, np.ndarray] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The measured part of the lesson, or what follows from times recorded before; and the claims that failed."""
+    job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
+    run = Run(Namespace(steps=rounds, largest=2**18, plot=None, json=None, file=None), job, torch.float64)
+    again = patch.object(topology, "measure", lambda *_: recorded) if recorded is not None else nullcontext()
+    with again:
+        result = topology.measured(run)
+    return result, [claim.claim for claim in run.evidence.claims if not claim.holds]
+
+
+def record(rounds: int, latency: float) -> Measured:
+    ledgers, seen, right = [], [], topology.measure
+
+    def recording(run: Run, axis: Axis, sizes: list[int]) -> dict[int, np.ndarray]:
+        ledgers.append(axis.ledger)
+        seen.append(right(run, axis, sizes))
+        return seen[-1]
+
+    with slow_between(HOSTS, latency), patch.object(topology, "measure", recording):
+        result, failed = lesson(rounds)
+    return Measured(seen[0], ledgers[0].traffic["send", "dp"].messages, result, {"": failed})
+
+
+def with_every_bug() -> Measured:
+    """Measured once; the bugs are in what follows. Latency must weigh for its bug, and not for the others."""
+    with patch.object(topology, "BUDGET", 0.0):  # so SHORTEST for each pair
+        usual, late = record(5, 1e-4), record(1, 5e-3)
+    for bug in MUST_FAIL:
+        with bug():
+            usual.failed[bug.__name__] = lesson(1, (late if bug is latency_is_left_out else usual).times)[1]
+    return usual
+
+
+@pytest.fixture(scope="module")
+def measured(pool: Pool) -> list[Measured]:
+    return pool.run(4, with_every_bug)
+
+
+def test_every_pair_is_measured(measured: list[Measured]) -> None:
+    times, found = measured[0].times, measured[0].result
+    assert all(not other.times and not other.result for other in measured[1:])
+    for matrix in times.values():
+        assert (matrix == matrix.T).all()
+        assert ((matrix > 0) == ~np.eye(4, dtype=bool)).all()
+    assert (found["ranks"], found["device"], found["domains"], found["nodes"]) == (4, "cpu", HOSTS, [[0, 1, 2, 3]])
+    alpha, beta, between = np.array(found["alpha"]), np.array(found["beta"]), ~same_domain(HOSTS)
+    assert (alpha == alpha.T).all()
+    assert ((alpha > 0) == ~np.eye(4, dtype=bool)).all()
+    assert (beta == beta.T).all()
+    assert (alpha[between] > 1e-4).all()
+    assert (beta[between] > 0.9e-8).all()
+    assert (times[2**18][~between] < 0.5e-8 * 2**18).all(), "what is slowed down does not slow the others"
+    assert all(rank.messages >= 5 * 3 * 5 * 3 for rank in measured), "rounds, pairs, sizes, and trials at least"
+
+
+def test_without_a_bug_every_claim_holds(measured: list[Measured]) -> None:
+    assert measured[0].failed[""] == []
 
 
 @pytest.mark.parametrize("bug", MUST_FAIL, ids=lambda bug: bug.__name__)
-def test_the_claims_catch(pool: Pool, bug: Callable) -> None:
-    failed = pool.run(4, failing_claims, bug)[0]
+def test_the_claims_catch(measured: list[Measured], bug: Callable) -> None:
+    failed = measured[0].failed[bug.__name__]
     assert any(claim.startswith(MUST_FAIL[bug]) for claim in failed), failed

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cluster import topology
-from cluster.links.machine import ask_nvidia_smi, processors
+from cluster.evidence.topology import show_processors
+from cluster.links.machine import nvidia_smi_topology, processors
 from core.proof.launch import Job
 from core.proof.lesson import Lesson, Run
 from tests.pool import Pool
@@ -19,28 +20,23 @@ SCRIPT = "cluster/topology.py"
 LAYOUTS = Path(__file__).parent / "topologies"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_measured(pool: Pool, tmp_path: Path, ranks: int) -> None:
+def test_measured(pool: Pool, tmp_path: Path) -> None:
+    """Four ranks: test_links.py."""
     report, machine, plot = (tmp_path / name for name in ("report.json", "machine.json", "plot.svg"))
     files = ("--report", str(report), "--json", str(machine), "--plot", str(plot))
-    outcome = pool.script(ranks, SCRIPT, "--steps=3", "--largest=262144", *files)
-    assert outcome.codes in ([0] * ranks, [1] * ranks), outcome.out + outcome.err
+    outcome = pool.script(2, SCRIPT, "--steps=2", "--largest=262144", *files)
+    assert outcome.codes in ([0, 0], [1, 1]), outcome.out + outcome.err
     made = json.loads(report.read_text())["claims"]
     assert all(claim["holds"] for claim in made[:-2]), "all but those on time, for which a busy machine is no place"
     claims = [claim["claim"] for claim in made]
     assert claims[-2:] == ["error of the line at a size not fitted, median", "pairs that the domains do not explain"]
     assert claims[0] == "CPUs of this process that /sys does not have"
     found = json.loads(machine.read_text())
-    everyone = list(range(ranks))
-    assert (found["ranks"], found["device"], found["domains"], found["nodes"]) == (ranks, "cpu", [everyone], [everyone])
+    assert (found["ranks"], found["device"], found["domains"], found["nodes"]) == (2, "cpu", [[0, 1]], [[0, 1]])
     assert found["sizes"] == [8, 2**14, 2**16, 2**18]
-    for name in ("alpha", "beta"):
-        matrix = found[name]
-        assert all(matrix[a][b] == matrix[b][a] for a in everyone for b in everyone)
-        assert all((matrix[a][b] == 0) == (a == b) for a in everyone for b in everyone)
     assert 1e-6 < found["alpha"][0][1] < found["seconds"][-1][0][1] < 0.1
     assert found["machine"]["cpu"]["cpus"]
-    assert "fast domains as measured, in ranks: [0,1" in outcome.out
+    assert "fast domains as measured, in ranks: [0,1]" in outcome.out
     assert plot.read_text().startswith("<?xml")
 
 
@@ -100,7 +96,7 @@ def test_bad_input_is_refused(case: str) -> None:
 def test_what_sys_says_is_checked() -> None:
     run = Run(arguments(), Job(0, 1, torch.device("cpu"), "gloo", 30.0), torch.float64)
     right = processors()
-    topology.show_processors(run, right)
+    show_processors(run, right)
     assert [claim.holds for claim in run.evidence.claims] == [True] * len(run.evidence.claims)
     for wrong in (
         replace(right, cpus=[], nodes={}),
@@ -108,7 +104,7 @@ def test_what_sys_says_is_checked() -> None:
         replace(right, nodes={0: right.cpus[1:]}),
     ):
         run.evidence.claims.clear()
-        topology.show_processors(run, wrong)
+        show_processors(run, wrong)
         assert not all(claim.holds for claim in run.evidence.claims), wrong
 
 
@@ -128,7 +124,7 @@ def a_machine_with(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -
 
 def test_nvidia_smi_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     a_machine_with(monkeypatch, tmp_path, f'[ "$*" = "topo -m" ] && cat {LAYOUTS / "hgx_a100_4gpu.txt"}')
-    found = ask_nvidia_smi(10.0)
+    found = nvidia_smi_topology(10.0)
     assert found is not None
     assert found.domains() == [[0, 1, 2, 3]]
 
@@ -136,4 +132,4 @@ def test_nvidia_smi_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 @pytest.mark.parametrize("script", ["exit 9", "echo No devices were found", "sleep 30"])
 def test_an_nvidia_smi_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
     a_machine_with(monkeypatch, tmp_path, script)
-    assert ask_nvidia_smi(0.5) is None
+    assert nvidia_smi_topology(0.5) is None

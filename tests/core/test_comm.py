@@ -75,7 +75,7 @@ def sums_over_made_axes(order: str) -> list[tuple[float, tuple[int, ...]]]:
         mesh.joined("dp", "cp"),
         mesh.joined("tp", "dp"),
     ]
-    with pytest.raises(ValueError, match="4 ranks cannot be cut into lines of 3; use a divisor of 4"):
+    with pytest.raises(ValueError, match="4 ranks cannot be split into groups of 3; use a divisor of 4"):
         mesh["cp"].split(3)
     assert all(axis.ranks[axis.index] == dist.get_rank() for axis in axes)
     return [(comm.all_reduce(torch.tensor([2.0 ** dist.get_rank()]), axis).item(), axis.ranks) for axis in axes]

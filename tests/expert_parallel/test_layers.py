@@ -19,18 +19,17 @@ from core.model.gpt import GPT, GPTConfig, materialize, token_loss
 from core.model.text import Text
 from core.proof.oracle import Oracle, worst_difference
 from core.shards import LocalTensor, full_tensors, shard_of
-from expert_parallel.gating import Routing, Spread, end_step
-from expert_parallel.layers import expert_parameters, gather_rows, parallelize, scatter_rows
-from expert_parallel.moe import MoEConfig, to_moe
+from expert_parallel.engine.layers import expert_parameters, gather_rows, parallelize, scatter_rows
+from expert_parallel.engine.moe import to_moe
+from expert_parallel.engine.router import Spread, end_step
+from expert_parallel.engine.routing import MoEConfig, Routing
 from tests.pool import Pool
-from zero.ddp import DataParallel
-from zero.zero1 import Zero1
-from zero.zero2 import Zero2
+from zero.engine.engine import data_parallel, zero1, zero2
 
 CPU, SEED, CLIP, SAMPLES = torch.device("cpu"), 7, 0.5, 8
 CONFIG = GPTConfig(sequence=8, hidden=16, layers=2, heads=4)
 MOE = MoEConfig(Routing(8, 2, aux=0.01), feed_forward=24, shared=12)
-STAGES = {"ddp": DataParallel, "zero1": Zero1, "zero2": Zero2}
+STAGES = {"ddp": data_parallel, "zero1": zero1, "zero2": zero2}
 optimizer_of = partial(torch.optim.AdamW, lr=1e-3)
 
 
@@ -40,18 +39,18 @@ def order() -> list[str]:
     model = parallelize(to_moe(GPT(replace(CONFIG, layers=1)), MOE), mesh["ep"], mesh["etp"], Spread((mesh["dp"],)))
     layer = materialize(model, SEED, CPU, torch.float64).blocks["0"].mlp
     happened: list[str] = []
-    start, wait = comm.all_to_all_async, comm.Pending.wait
+    post, wait = comm.all_to_all_async, comm.Pending.wait
 
-    def starting(x: torch.Tensor, axis: Axis, send: list, receive: list, label: str = "all-to-all") -> comm.Pending:
-        happened.append(f"starts {label}")
-        return start(x, axis, send, receive, label)
+    def posting(x: torch.Tensor, axis: Axis, send: list, receive: list) -> comm.Pending:
+        happened.append(f"posts {axis.name}")
+        return post(x, axis, send, receive)
 
     def waiting(pending: comm.Pending) -> torch.Tensor:
-        if "all-to-all" in pending.what or "counts" in pending.what:
-            happened.append(f"waits for {pending.what}")
+        if pending.what == "all-to-all":
+            happened.append(f"waits for {pending.axis.name}")
         return wait(pending)
 
-    comm.all_to_all_async, comm.Pending.wait = starting, waiting
+    comm.all_to_all_async, comm.Pending.wait = posting, waiting
     try:
         layer.shared.up.register_forward_hook(lambda *_: happened.append("shared"))
         layer.shared.up.register_full_backward_hook(lambda *_: happened.append("shared backward"))
@@ -61,20 +60,19 @@ def order() -> list[str]:
         happened.append("backward")
         y.sum().backward()
     finally:
-        comm.all_to_all_async, comm.Pending.wait = start, wait
+        comm.all_to_all_async, comm.Pending.wait = post, wait
     return happened
 
 
-def test_the_shared_expert_computes_while_rows_travel(pool: Pool) -> None:
+def test_the_shared_expert_runs_while_rows_are_in_flight(pool: Pool) -> None:
     for happened in pool.run(2, order):
         forward, backward = (part.split(", ") for part in ", ".join(happened).split(", backward, "))
-        assert forward == ["starts token counts", "waits for token counts", "starts all-to-all", "shared",
-                           "waits for all-to-all", "experts", "starts all-to-all", "waits for all-to-all"]  # fmt: skip
-        assert backward == ["starts all-to-all", "waits for all-to-all", "starts all-to-all", "shared backward",
-                            "waits for all-to-all"]  # fmt: skip
+        assert forward == ["posts ep counts", "waits for ep counts", "posts ep", "shared", "waits for ep", "experts",
+                           "posts ep", "waits for ep"]  # fmt: skip
+        assert backward == ["posts ep", "waits for ep", "posts ep", "shared backward", "waits for ep"]
 
 
-def kept() -> tuple[int, int]:
+def buffers_kept() -> tuple[int, int]:
     """All-to-alls of a forward, and those whose buffers something holds until the backward."""
     n = dist.get_world_size()
     mesh = Mesh("cpu", Ledger(), 30.0, dp=n, ep=n)
@@ -90,14 +88,14 @@ def kept() -> tuple[int, int]:
 
     with patch.object(comm, "all_to_all_async", starting):
         y = layer(torch.randn(2, 8, 16, dtype=torch.float64, requires_grad=True))
-    held = sum(pending() is not None for pending in started)
+    kept = sum(pending() is not None for pending in started)
     y.sum().backward()
-    return len(started), held
+    return len(started), kept
 
 
 def test_the_buffers_of_messages_are_not_kept_for_the_backward(pool: Pool) -> None:
     """The hooks that count what autograd saves would not see them."""
-    assert pool.run(2, kept) == [(3, 0)] * 2
+    assert pool.run(2, buffers_kept) == [(3, 0)] * 2
 
 
 def uneven() -> None:
@@ -105,9 +103,9 @@ def uneven() -> None:
     counts = [2, 0, 3]
     everyone = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     own = everyone.split(counts)[axis.index].clone().requires_grad_()
-    whole = gather_rows(own, axis, counts)
-    assert torch.equal(whole, everyone)
-    (whole * (axis.index + 1)).sum().backward()
+    full = gather_rows(own, axis, counts)
+    assert torch.equal(full, everyone)
+    (full * (axis.index + 1)).sum().backward()
     assert torch.equal(own.grad, torch.full_like(own, 6.0)), "the sum of what all ranks made of it"
     partial_ = (everyone * (axis.index + 1)).requires_grad_()
     summed = scatter_rows(partial_, axis, counts)
@@ -178,7 +176,7 @@ def lone(name: str, size: int) -> Axis:
 
 @pytest.mark.parametrize(
     ("ep", "etp", "dispatch", "message"),
-    [(3, 1, "all-to-all", "8 experts cannot be cut into 3"), (1, 5, "all-to-all", "24 features .* into 5"),
+    [(3, 1, "all-to-all", "8 experts cannot be sharded equally over 3"), (1, 5, "all-to-all", "24 features .* over 5"),
      (1, 2, "all-gather", "--dispatch all-gather"), (1, 1, "post", "--dispatch post")],
 )  # fmt: skip
 def test_refusals(ep: int, etp: int, dispatch: str, message: str) -> None:

@@ -1,19 +1,28 @@
 """The layer of one process: rows and back, grouped experts."""
 
+from datetime import timedelta
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from core.ledger import Ledger
+from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig, materialize
 from core.model.linear import Deferred
-from expert_parallel.experts import Experts, grouped
-from expert_parallel.gating import Choice, Routing
-from expert_parallel.layers import by_expert, by_source
-from expert_parallel.moe import MoE, MoEConfig, by_token, order_of, permute, to_moe, unpermute
+from expert_parallel import moe as plain
+from expert_parallel.engine.experts import Experts, grouped
+from expert_parallel.engine.layers import by_expert, by_source
+from expert_parallel.engine.moe import MoE, order_of, permute, to_moe, unpermute
+from expert_parallel.engine.router import Choice
+from expert_parallel.engine.routing import MoEConfig, Routing
 
 CPU = torch.device("cpu")
+ALONE = Axis("dp", (0,), 0, None, Ledger(), timedelta(0))
 
 
 @st.composite
@@ -118,22 +127,39 @@ def test_grouped_in_bfloat16(counts: list[int], sizes: tuple[int, int]) -> None:
     torch.testing.assert_close(one, other)
 
 
-def layer(make: object, moe: MoEConfig, dtype: torch.dtype = torch.float64) -> MoE:
-    return materialize(make(GPT(GPTConfig(hidden=8, heads=2, layers=1)), moe), 0, CPU, dtype).blocks["0"].mlp
+def layer(kind: str, moe: MoEConfig) -> nn.Module:
+    model = GPT(GPTConfig(hidden=8, heads=2, layers=1))
+    model = plain.with_experts(model, moe, ALONE) if kind == "plain" else to_moe(model, moe)
+    return materialize(model, 0, CPU, torch.float64).blocks["0"].mlp
+
+
+def token_by_token(layer: nn.Module, x: Tensor) -> Tensor:
+    """The definition: each token by itself through each of its experts."""
+    (experts, weights, kept), up, down = layer.router(x), layer.experts.up, layer.experts.down
+    results = []
+    for t, token in enumerate(x.flatten(0, 1)):
+        y = layer.shared(token)
+        for k, e in enumerate(experts[t].tolist()):
+            if kept is None or kept[t, k]:
+                inside = F.gelu(F.linear(token, up.weight[e], up.bias[e]))
+                y = y + weights[t, k] * F.linear(inside, down.weight[e], down.bias[e])
+        results.append(y)
+    return torch.stack(results).view_as(x)
 
 
 @pytest.mark.parametrize("bias", [[0.0] * 4, [9.0, 8.0, 0.0, 0.0]], ids=["any", "all to two"])
 @pytest.mark.parametrize("capacity", [0.0, 0.75, 0.01])
-def test_the_layer_is_its_definition(bias: list[float], capacity: float) -> None:
-    moe = MoEConfig(Routing(4, 2, "sigmoid", capacity=capacity), shared=6)
+@pytest.mark.parametrize("kind", ["plain", "engine"])
+def test_the_layer_is_its_definition(kind: str, bias: list[float], capacity: float) -> None:
+    made = layer(kind, MoEConfig(Routing(4, 2, "sigmoid", capacity=capacity), shared=6))
+    made.router.bias.data = torch.tensor(bias)
     results: list[list[Tensor]] = []
-    for make in (to_moe, by_token):
-        made = layer(make, moe)
-        made.router.bias.data = torch.tensor(bias)
+    for compute in (made, partial(token_by_token, made)):
+        made.zero_grad()
         x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        y = made(x)
+        y = compute(x)
         y.square().sum().backward()
-        # A token by itself leaves an expert without a gradient that nobody chose; the grouped product gives zeros.
+        # A token by itself leaves an expert without a gradient that nobody chose; all experts together give zeros.
         results.append([y, x.grad, *(torch.zeros_like(p) if p.grad is None else p.grad for p in made.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)

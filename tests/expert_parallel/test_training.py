@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from core.model.gpt import GPTConfig
-from expert_parallel.gating import Routing
-from expert_parallel.moe import MoEConfig
+from expert_parallel.engine.routing import MoEConfig, Routing
 from tests.layouts import Layout, equals_one_process
 from tests.pool import Pool
 
@@ -38,14 +37,14 @@ LAYOUTS = {
     "ep x tp with sequence": Layout(tp=2, dp=2, ep=4, sequence=True),
     "etp": Layout(dp=2, tp=2, etp=2, ep=1, sequence=True),
     "etp x ep x edp": Layout(dp=4, tp=2, etp=2, ep=2, sequence=True),
-    "microbatches": Layout(dp=2, ep=2, microbatches=2),
+    "micro-batches": Layout(dp=2, ep=2, microbatches=2),
     "pipeline": Layout(dp=2, ep=2, pp=2, microbatches=2),
     "a stage without experts": Layout(pp=2, microbatches=2, moe=MoEConfig(EVERYTHING, every=2)),
     "zero bubble": Layout(dp=2, ep=2, pp=2, microbatches=2, schedule="zb-h1"),
     "pipeline x tp": Layout(tp=2, ep=2, pp=2, microbatches=4, sequence=True),
     "all-gather": Layout(dp=4, ep=4, dispatch="all-gather"),
     "recomputed": Layout(dp=2, ep=2, recompute="full"),
-    "ep over a cut sequence": Layout(cp=2, dp=2, ep=4),
+    "ep over a sharded sequence": Layout(cp=2, dp=2, ep=4),
     "pipeline x tp x cp": Layout(tp=2, cp=2, ep=2, pp=2, microbatches=2, sequence=True),
 }
 
@@ -58,7 +57,7 @@ EXTREMES = {
     "dropped, and to one rank": Layout(dp=4, ep=4, bias=ONE_RANK, moe=MoEConfig(Routing(8, 2, capacity=0.01))),
     "all-gather": Layout(dp=4, ep=4, bias=ONE_RANK, dispatch="all-gather"),
     "etp": Layout(dp=4, ep=2, etp=2, bias=ONE_RANK),
-    "capacity where samples are cut": Layout(
+    "capacity where samples are sharded": Layout(
         tp=2, ep=2, sequence=True, moe=MoEConfig(Routing(8, 2, "sigmoid", capacity=0.5, drop="probability"))
     ),
 }

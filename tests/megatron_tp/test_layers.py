@@ -1,6 +1,7 @@
-"""The layers, the loss and the random-number streams, one by one, against torch's dense ones."""
+"""The layers, the loss and the random-number streams, one by one, against torch's dense ones: plain and engine."""
 
 from collections.abc import Callable
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 from core import comm
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.model.gpt import GPTConfig
+from core.model.gpt import GPT, GPTConfig
 from core.model.streams import RandomTracker
-from core.shards import shard_of
-from megatron_tp import layers
-from megatron_tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, check
-from megatron_tp.loss import vocab_parallel_cross_entropy
+from core.shards import Shard, shard_of
+from megatron_tp import tensor_parallel
+from megatron_tp.engine import layers, loss
 from tests.pool import Pool
 
 CPU = torch.device("cpu")
+VERSIONS = (tensor_parallel, layers)  # plain, engine
 
 
 def axis_of_all() -> Axis:
@@ -46,38 +47,41 @@ def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
 # ---- Linear layers
 
 
-def linears(bias: bool, frozen: tuple[str, ...]) -> None:
-    axis = axis_of_all()
+def linears(bias: bool, frozen: tuple[str, ...], version: object, axis: Axis) -> None:
     i, t = axis.index, axis.size
     column, row = linear(6, 4 * t, bias), linear(4 * t, 5, bias)
-    split = ColumnParallelLinear(column, axis), RowParallelLinear(row, axis)
+    sharded = version.ColumnParallelLinear(column, axis), version.RowParallelLinear(row, axis)
     xs = [random(2, 3, 6, seed=9).requires_grad_("x" not in frozen) for _ in range(2)]
-    for pair in ((column, row), split):
+    for pair in ((column, row), sharded):
         for layer in pair:
             layer.weight.requires_grad_("weight" not in frozen)
             if bias:
                 layer.bias.requires_grad_("bias" not in frozen)
     dense = row(column(xs[0]).tanh())
-    ours = split[1](split[0](xs[1]).tanh())
+    ours = sharded[1](sharded[0](xs[1]).tanh())
     close(ours, dense)
     for y in (dense, ours):
         (y * random(2, 3, 5, seed=8)).sum().backward()
     if "x" not in frozen:
         close(xs[1].grad, xs[0].grad)
     if "weight" not in frozen:
-        close(split[0].weight.grad, column.weight.grad.chunk(t, 0)[i])
-        close(split[1].weight.grad, row.weight.grad.chunk(t, 1)[i])
+        close(sharded[0].weight.grad, column.weight.grad.chunk(t, 0)[i])
+        close(sharded[1].weight.grad, row.weight.grad.chunk(t, 1)[i])
     if bias and "bias" not in frozen:
-        close(split[0].bias.grad, column.bias.grad.chunk(t)[i])
-        close(split[1].bias.grad, row.bias.grad)
-    assert all(p.grad is None for layer in split for n, p in layer.named_parameters() if n in frozen)
+        close(sharded[0].bias.grad, column.bias.grad.chunk(t)[i])
+        close(sharded[1].bias.grad, row.bias.grad)
+    assert all(p.grad is None for layer in sharded for n, p in layer.named_parameters() if n in frozen)
+
+
+def all_linears() -> None:
+    axis = axis_of_all()
+    for case in product((True, False), ((), ("x",), ("weight",), ("bias",), ("x", "bias")), VERSIONS):
+        linears(*case, axis)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("bias",), ("x", "bias")], ids=str)
-def test_linears(pool: Pool, ranks: int, bias: bool, frozen: tuple[str, ...]) -> None:
-    pool.run(ranks, linears, bias, frozen)
+def test_linears(pool: Pool, ranks: int) -> None:
+    pool.run(ranks, all_linears)
 
 
 def order_in_backward() -> list[str]:
@@ -91,7 +95,7 @@ def order_in_backward() -> list[str]:
 
         return noting
 
-    y = ColumnParallelLinear(linear(6, 8, True), axis_of_all())(random(2, 6).requires_grad_())
+    y = layers.ColumnParallelLinear(linear(6, 8, True), axis_of_all())(random(2, 6).requires_grad_())
     with (
         patch.object(comm, "all_reduce_async", note("start", comm.all_reduce_async)),
         patch.object(comm.Pending, "wait", note("wait", comm.Pending.wait)),
@@ -108,11 +112,10 @@ def test_the_all_reduce_travels_while_the_weights_gradient_is_computed(pool: Poo
 # ---- Embedding
 
 
-def embedding(vocabulary: int) -> None:
-    axis = axis_of_all()
+def embedding(vocabulary: int, version: object, axis: Axis) -> None:
     dense = nn.Embedding(vocabulary, 6, dtype=torch.float64)
     dense.weight.data = random(vocabulary, 6)
-    ours = VocabParallelEmbedding(dense, axis)
+    ours = version.VocabParallelEmbedding(dense, axis)
     tokens = torch.arange(3 * vocabulary).reshape(3, vocabulary) % vocabulary
     close(ours(tokens), dense(tokens))
     weights = random(3, vocabulary, 6, seed=1)
@@ -124,46 +127,48 @@ def embedding(vocabulary: int) -> None:
     assert not ours.weight.grad[mark.unpadded :].any(), "padding is never trained"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("vocabulary", [2, 5, 12])  # with 4 ranks a vocabulary of 2 leaves two ranks nothing
-def test_embedding(pool: Pool, ranks: int, vocabulary: int) -> None:
-    pool.run(ranks, embedding, vocabulary)
-
-
 # ---- Cross entropy
 
 
-def cross_entropy(vocabulary: int, smoothing: float, scale: float) -> None:
-    axis = axis_of_all()
-    whole = scale * random(2, 5, vocabulary)
-    length = -(-vocabulary // axis.size)
-    padded = F.pad(whole, (0, length * axis.size - vocabulary), value=1e6)  # must not matter
-    ours = padded.chunk(axis.size, -1)[axis.index].clone().requires_grad_()
-    dense = whole.requires_grad_()
+def cross_entropy(vocabulary: int, smoothing: float, scale: float, version: object, axis: Axis) -> None:
+    full = (scale * random(2, 5, vocabulary)).requires_grad_()
+    mark = Shard(2, axis.index, axis.size, vocabulary)
+    ours = mark.local(full.detach())
+    ours[..., mark.unpadded :] = 1e6  # the padding must not matter
+    ours.requires_grad_()
     targets = torch.arange(10).reshape(2, 5) % vocabulary
-    expected = F.cross_entropy(dense.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=smoothing)
-    losses = vocab_parallel_cross_entropy(ours, targets, axis, vocabulary, smoothing)
+    expected = F.cross_entropy(full.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=smoothing)
+    options = (smoothing,) if smoothing else ()
+    losses = version.vocab_parallel_cross_entropy(ours, targets, axis, vocabulary, *options)
     close(losses.flatten(), expected)
     weights = random(10, seed=1)
     (losses.flatten() * weights).sum().backward()
     (expected * weights).sum().backward()
-    gradient = F.pad(dense.grad, (0, length * axis.size - vocabulary))
-    close(ours.grad, gradient.chunk(axis.size, -1)[axis.index])
+    close(ours.grad, mark.local(full.grad))
+
+
+def both_ends_of_the_model() -> None:
+    axis = axis_of_all()
+    for vocabulary, version in product((2, 5, 12), VERSIONS):  # on 4 ranks a vocabulary of 2 leaves two ranks nothing
+        embedding(vocabulary, version, axis)
+    for vocabulary in (2, 7, 12):
+        for smoothing, scale in ((0.0, 1.0), (0.0, 1e4), (0.1, 1.0), (0.3, 1e3)):
+            cross_entropy(vocabulary, smoothing, scale, loss, axis)
+            if not smoothing:
+                cross_entropy(vocabulary, smoothing, scale, tensor_parallel, axis)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("vocabulary", [2, 7, 12])
-@pytest.mark.parametrize(("smoothing", "scale"), [(0.0, 1.0), (0.1, 1.0), (0.0, 1e4), (0.3, 1e3)])
-def test_cross_entropy(pool: Pool, ranks: int, vocabulary: int, smoothing: float, scale: float) -> None:
-    pool.run(ranks, cross_entropy, vocabulary, smoothing, scale)
+def test_embedding_and_cross_entropy(pool: Pool, ranks: int) -> None:
+    pool.run(ranks, both_ends_of_the_model)
 
 
 def wrong_logits() -> None:
     with pytest.raises(ValueError, match="each of the 2 ranks holds 4 of a vocabulary of 7"):
-        vocab_parallel_cross_entropy(torch.zeros(2, 7), torch.zeros(2, dtype=torch.int64), axis_of_all(), 7)
+        loss.vocab_parallel_cross_entropy(torch.zeros(2, 7), torch.zeros(2, dtype=torch.int64), axis_of_all(), 7)
 
 
-def test_whole_logits_are_refused(pool: Pool) -> None:
+def test_full_logits_are_refused(pool: Pool) -> None:
     pool.run(2, wrong_logits)
 
 
@@ -197,6 +202,7 @@ def test_streams_go_on_after_a_replay() -> None:
 
 
 @pytest.mark.parametrize("options", [{"heads": 4}, {"heads": 8, "feed_forward": 100}])
-def test_what_cannot_be_cut_is_refused(options: dict) -> None:
-    with pytest.raises(ValueError, match="cannot be cut into 8 equal parts; use a multiple of 8"):
-        check(GPTConfig(hidden=64, **options), 8)
+def test_what_cannot_be_sharded_is_refused(options: dict) -> None:
+    eight = Axis("tp", (*range(8),), 0, None, Ledger(), None)
+    with pytest.raises(ValueError, match="must be a multiple of the 8 ranks, so that each gets as much; use --"):
+        layers.parallelize(GPT(GPTConfig(hidden=64, **options)), eight)

@@ -11,24 +11,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 import core.gradients
-import core.proof.arguments
 from core import comm
 from core.mesh import Axis
 from core.model import gpt
 from core.model import streams as rng
 from core.model.seeded import SampleMasks
+from core.proof.arguments import add_model_flags
 from core.proof.launch import Job, Stop
 from core.proof.lesson import Lesson, Run
-from core.shards import Shard
-from megatron_tp import layers, loss, tensor_parallel, training
+from core.shards import Shard, shard_of
+from megatron_tp import tensor_parallel, train
+from megatron_tp.engine import layers, loss
+from megatron_tp.evidence import tensor_parallel as evidence
+from megatron_tp.evidence import training
 from tests.pool import Pool
 
-RANKS = 4
-SIZES = {"steps": 2, "batch": 4, "sequence": 8, "hidden": 16, "heads": 4, "layers": 2, "clip": 0.05}
+RANKS = 3  # of 256 bytes and 3 ranks the vocabulary has padding
+SIZES = {"steps": 1, "batch": 3, "sequence": 8, "hidden": 24, "heads": 6, "layers": 2, "clip": 0.05}
 FLAGS = ["--attention=softmax", "--dropout=0.2", *(f"--{name}={value}" for name, value in SIZES.items())]
+COURSE_FLAGS = [*FLAGS, "--feed-forward=48", "--vocabulary=257", "--positions=20"]
 
 
-# ---- The bugs
+# ---- The bugs: in what both versions use, and in the engine
 
 
 def every_rank_has_the_first_shard() -> AbstractContextManager:
@@ -36,7 +40,7 @@ def every_rank_has_the_first_shard() -> AbstractContextManager:
     return patch.object(Shard, "local", lambda self, whole: right(replace(self, index=0), whole))
 
 
-def heads_are_cut_across() -> AbstractContextManager:
+def qkv_is_sharded_across_heads() -> AbstractContextManager:
     """The fused rows taken as (q|k|v, head, D): a rank gets the queries of all heads, the next the keys."""
     right = gpt.initial_value
 
@@ -102,7 +106,7 @@ def logits_are_gathered() -> AbstractContextManager:
     def wrong(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
         return gpt.token_loss(comm.gather_from(logits, axis, -1), targets, tokens)
 
-    return patch.object(training, "token_loss", wrong)
+    return patch.object(loss, "token_loss", wrong)
 
 
 def every_rank_counts_the_loss() -> AbstractContextManager:
@@ -115,7 +119,7 @@ def every_rank_counts_the_loss() -> AbstractContextManager:
     return patch.object(training, "clip_and_total", wrong)
 
 
-def whole_parameters_counted_by_every_rank() -> AbstractContextManager:
+def replicated_parameters_counted_by_every_rank() -> AbstractContextManager:
     return patch.object(training, "counted_once", lambda parameters, axis: [p.grad for p in parameters])
 
 
@@ -225,8 +229,8 @@ def one_ranks_layernorm_drifts() -> AbstractContextManager:
     return patch.object(torch.optim.AdamW, "step", wrong)
 
 
-def the_mlp_is_left_whole() -> AbstractContextManager:
-    right = training.parallelize
+def the_mlp_is_replicated() -> AbstractContextManager:
+    right = layers.parallelize
 
     def wrong(model: gpt.GPT, axis: Axis) -> gpt.GPT:
         whole = {name: block.mlp for name, block in gpt.GPT(model.config).blocks.items()}
@@ -235,14 +239,14 @@ def the_mlp_is_left_whole() -> AbstractContextManager:
             block.mlp = whole[name]
         return model
 
-    return patch.object(training, "parallelize", wrong)
+    return patch.object(layers, "parallelize", wrong)
 
 
-def smoothing_over_the_ranks_part() -> AbstractContextManager:
+def smoothing_over_the_ranks_shard() -> AbstractContextManager:
     def wrong(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int, smoothing: float = 0.0) -> Tensor:
         return loss.vocab_parallel_cross_entropy(logits, targets, axis, vocabulary, smoothing / axis.size)
 
-    return patch.object(tensor_parallel, "vocab_parallel_cross_entropy", wrong)
+    return patch.object(evidence, "vocab_parallel_cross_entropy", wrong)
 
 
 def the_sum_is_gathered() -> AbstractContextManager:
@@ -255,22 +259,85 @@ def the_sum_is_gathered() -> AbstractContextManager:
     return patch.object(comm, "all_reduce", wrong)
 
 
+# ---- The bugs of the plain version
+
+
+def plain_f_does_not_sum() -> AbstractContextManager:
+    return patch.object(tensor_parallel, "f", lambda x, axis: x)
+
+
+def plain_g_is_missing() -> AbstractContextManager:
+    return patch.object(tensor_parallel, "g", lambda x, axis: x)
+
+
+def plain_g_sums_in_backward_too() -> AbstractContextManager:
+    right = tensor_parallel.g
+    return patch.object(tensor_parallel, "g", lambda x, axis: tensor_parallel.f(right(x, axis), axis))
+
+
+def plain_row_bias_once_a_rank() -> AbstractContextManager:
+    def wrong(self: tensor_parallel.RowParallelLinear, x: Tensor) -> Tensor:
+        return tensor_parallel.g(torch.nn.functional.linear(x, self.weight, self.bias), self.axis)
+
+    return patch.object(tensor_parallel.RowParallelLinear, "forward", wrong)
+
+
+def plain_embedding_takes_the_next_ranks_rows() -> AbstractContextManager:
+    def wrong(p: Tensor) -> Shard:
+        mark = shard_of(p)
+        return replace(mark, index=(mark.index + 1) % mark.count)
+
+    return patch.object(tensor_parallel, "shard_of", wrong)
+
+
+def plain_loss_with(change: Callable[[Tensor, Axis, int], tuple[Axis, int]]) -> AbstractContextManager:
+    right = tensor_parallel.vocab_parallel_cross_entropy
+
+    def wrong(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int) -> Tensor:
+        return right(logits, targets, *change(logits, axis, vocabulary))
+
+    return patch.object(tensor_parallel, "vocab_parallel_cross_entropy", wrong)
+
+
+def plain_targets_without_the_offset() -> AbstractContextManager:
+    return plain_loss_with(lambda logits, axis, vocabulary: (replace(axis, index=0), vocabulary))
+
+
+def plain_softmax_over_the_padding_too() -> AbstractContextManager:
+    return plain_loss_with(lambda logits, axis, vocabulary: (axis, logits.shape[-1] * axis.size))
+
+
+def course_counts_replicated_parameters_on_every_rank() -> AbstractContextManager:
+    return patch.object(train, "shard_of", lambda p: Shard(0, 0, 1, len(p)))
+
+
+def course_clips_by_the_local_norm() -> AbstractContextManager:
+    return clipped_by_the_local_norm()
+
+
+# ---- Which claims each must break
+
+
+PLAIN_LOSS, PLAIN_GRADIENT = (
+    "losses equal one process, all steps (plain)",
+    "every gradient equals one process, all steps (plain)",
+)
 LOSS, GRADIENT, NORM = "losses equal", "every gradient equals", "the global gradient norm"
-PARAMETER, WHOLE = "every parameter after every step", "replicated parameters stay equal on all ranks"
+PARAMETER, REPLICATED = "every parameter after every step", "replicated parameters stay equal on all ranks"
 INSIDE, OUTSIDE = "dropout of the scores", "dropout outside"
 MUST_FAIL = {
     every_rank_has_the_first_shard: {LOSS, GRADIENT, PARAMETER},
-    heads_are_cut_across: {LOSS, GRADIENT, PARAMETER},
+    qkv_is_sharded_across_heads: {LOSS, GRADIENT, PARAMETER},
     row_bias_once_a_rank: {LOSS, GRADIENT},
-    f_does_not_sum: {GRADIENT, PARAMETER, WHOLE},
+    f_does_not_sum: {GRADIENT, PARAMETER, REPLICATED},
     f_is_read_too_early: {GRADIENT, PARAMETER},
     g_sums_in_backward_too: {GRADIENT, NORM, "elements the embedding sends"},
     other_ranks_tokens_are_not_zeroed: {LOSS, GRADIENT},
     the_largest_logit_is_the_ranks_own: {LOSS, GRADIENT, "elements the loss sends"},
     logits_are_gathered: {"elements the loss sends", "messages other than all-reduces"},
     every_rank_counts_the_loss: {LOSS},
-    whole_parameters_counted_by_every_rank: {NORM, PARAMETER},
-    clipped_by_the_local_norm: {NORM, PARAMETER, WHOLE},
+    replicated_parameters_counted_by_every_rank: {NORM, PARAMETER},
+    clipped_by_the_local_norm: {NORM, PARAMETER, REPLICATED},
     scores_dropped_alike_on_all_ranks: {LOSS, GRADIENT},
     dropped_differently_outside: {LOSS, GRADIENT},
     one_inside_stream_for_all_ranks: {INSIDE},
@@ -281,36 +348,82 @@ MUST_FAIL = {
     both_streams_seeded_by_rank: {OUTSIDE},
     recomputation_goes_on_with_the_streams: {"elements that recomputation changes"},
     recomputation_leaves_the_streams_behind: {"elements that recomputation changes"},
-    one_ranks_layernorm_drifts: {WHOLE},
-    the_mlp_is_left_whole: {"bytes of parameters", "bytes of Adam's", "all-reduces of a layer", "elements a layer"},
-    smoothing_over_the_ranks_part: {"loss with label smoothing"},
+    one_ranks_layernorm_drifts: {REPLICATED},
+    the_mlp_is_replicated: {"bytes of parameters", "bytes of Adam's", "all-reduces of a layer", "elements a layer"},
+    smoothing_over_the_ranks_shard: {"loss with label smoothing"},
     the_sum_is_gathered: {"all-reduces of a layer, forward", "elements a layer", "messages other than"},
+}
+PLAIN_MUST_FAIL = {  # and no claim of the engine
+    plain_f_does_not_sum: {PLAIN_GRADIENT, "and backward (plain)", "elements the head sends (plain)"},
+    plain_g_is_missing: {PLAIN_LOSS, PLAIN_GRADIENT, "all-reduces of a layer, forward (plain)"},
+    plain_g_sums_in_backward_too: {PLAIN_GRADIENT, "and backward (plain)", "elements the loss sends (plain)"},
+    plain_row_bias_once_a_rank: {PLAIN_LOSS, PLAIN_GRADIENT},
+    plain_embedding_takes_the_next_ranks_rows: {PLAIN_LOSS, PLAIN_GRADIENT},
+    plain_targets_without_the_offset: {PLAIN_LOSS, PLAIN_GRADIENT},
+    plain_softmax_over_the_padding_too: {PLAIN_LOSS, PLAIN_GRADIENT},
+}
+COURSE_MUST_FAIL = {
+    plain_f_does_not_sum: {GRADIENT},
+    course_counts_replicated_parameters_on_every_rank: {NORM, PARAMETER},
+    course_clips_by_the_local_norm: {NORM, PARAMETER, REPLICATED},
+    every_rank_has_the_first_shard: {LOSS, GRADIENT, "first loss"},
+    the_mlp_is_replicated: {"parameters at tp 3", "bytes of weights, gradients and Adam, tp 3"},
 }
 
 
-# ---- The lesson with a bug in it
+# ---- The lessons with a bug in them
+
+Bug = Callable[[], AbstractContextManager]
 
 
-def failing_claims(bug: Callable[[], AbstractContextManager] | None) -> list[str]:
-    """Run the lesson inside a worker; the claims that failed, on rank 0."""
-    frame = Lesson("megatron_tp/tensor_parallel.py", "05", "", "", "")
-    core.proof.arguments.add_model_flags(frame)
-    args = frame.parser.parse_args(FLAGS)
+def failing_claims(lesson: Callable[[Run], None], frame: Lesson, flags: list[str], bug: Bug) -> list[str]:
+    args = frame.parser.parse_args(flags)
     run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), torch.float64)
-    with bug() if bug else nullcontext():
+    with bug():
         try:
-            tensor_parallel.lesson(run)
+            lesson(run)
         except Stop as stop:
             return [f"stopped: {stop}"]
     return [claim.claim for claim in run.evidence.claims if not claim.holds]
 
 
+def failing_in_tensor_parallel(bugs: list[Bug]) -> list[list[str]]:
+    """For each bug, the claims of lecture 05 that fail on rank 0."""
+    frame = Lesson("megatron_tp/tensor_parallel.py", "05", "", "", "")
+    add_model_flags(frame)
+    return [failing_claims(tensor_parallel.lesson, frame, FLAGS, bug) for bug in bugs]
+
+
+def failing_in_train(bugs: list[Bug]) -> list[list[str]]:
+    frame = Lesson("megatron_tp/train.py", "CODE 02", "", "", "")
+    train.add_flags(frame)
+    return [failing_claims(train.lesson, frame, COURSE_FLAGS, bug) for bug in bugs]
+
+
+def check(failing: list[list[str]], must_fail: dict[Bug, set[str]], bugs: list[Bug], others: str = "") -> None:
+    for bug, failed in zip(bugs, failing, strict=True):
+        missed = {claim for claim in must_fail[bug] if not any(f.startswith(claim) for f in failed)}
+        assert not missed, f"{bug.__name__}: only these failed: {failed}"
+        besides = [f for f in failed if others and others in f]
+        assert not besides, f"{bug.__name__}: these should hold"
+
+
 def test_without_a_bug_every_claim_holds(pool: Pool) -> None:
-    assert pool.run(RANKS, failing_claims, None)[0] == []
+    assert pool.run(RANKS, failing_in_tensor_parallel, [nullcontext])[0] == [[]]
+    assert pool.run(RANKS, failing_in_train, [nullcontext])[0] == [[]]
 
 
-@pytest.mark.parametrize("bug", MUST_FAIL, ids=lambda bug: bug.__name__)
-def test_the_claims_catch(pool: Pool, bug: Callable) -> None:
-    failed = pool.run(RANKS, failing_claims, bug)[0]
-    missed = {claim for claim in MUST_FAIL[bug] if not any(f.startswith(claim) for f in failed)}
-    assert not missed, f"only these failed: {failed}"
+@pytest.mark.parametrize("quarter", range(4))
+def test_the_claims_catch(pool: Pool, quarter: int) -> None:
+    bugs = [*MUST_FAIL][quarter::4]
+    check(pool.run(RANKS, failing_in_tensor_parallel, bugs, timeout=110)[0], MUST_FAIL, bugs)
+
+
+def test_the_claims_catch_in_the_plain_version(pool: Pool) -> None:
+    bugs = [*PLAIN_MUST_FAIL]
+    check(pool.run(RANKS, failing_in_tensor_parallel, bugs, timeout=110)[0], PLAIN_MUST_FAIL, bugs, "(engine)")
+
+
+def test_the_claims_catch_in_train(pool: Pool) -> None:
+    bugs = [*COURSE_MUST_FAIL]
+    check(pool.run(RANKS, failing_in_train, bugs, timeout=110)[0], COURSE_MUST_FAIL, bugs)

@@ -9,20 +9,14 @@ from tests.pool import Pool
 SMALL = {"sequence": 8, "hidden": 24, "layers": 2, "heads": 12}  # 12 heads: for 2, 3, 4 and 6 ranks
 
 
+DROPOUT = {"dropout": 0.3, "attention": "softmax"}
+CORNERS = {"tied": False, "head_bias": True, "feed_forward": 36, "sequence": 20}  # more positions than tokens
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"tied": False, "head_bias": True},
-        {"vocabulary": 257},  # padded to 258, 260, 258
-        {"dropout": 0.3, "attention": "softmax"},
-        {"feed_forward": 36},
-        {"sequence": 20},  # more positions than tokens
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{}, {"vocabulary": 257} | DROPOUT, {"vocabulary": 257} | CORNERS], ids=str)
 def test_equals_one_process(pool: Pool, ranks: int, options: dict) -> None:
+    """257 rows are padded to 258, 260, 258."""
     equals_one_process(pool, GPTConfig(**SMALL | options), Layout(tp=ranks))
 
 
@@ -46,9 +40,7 @@ def test_recomputation(pool: Pool, recompute: str) -> None:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 2), (2, 4), (4, 2)])
-@pytest.mark.parametrize(
-    "options", [{}, {"tied": False, "dropout": 0.3, "attention": "softmax"}, {"vocabulary": 259}], ids=str
-)
+@pytest.mark.parametrize("options", [{"tied": False} | DROPOUT, {"vocabulary": 259}], ids=str)
 def test_in_a_pipeline(pool: Pool, tp: int, pp: int, options: dict) -> None:
     config = GPTConfig(**SMALL | {"layers": 4} | options)
     equals_one_process(pool, config, Layout(tp=tp, pp=pp, samples=6, microbatches=3))

@@ -18,9 +18,13 @@ from core.model.seeded import SampleMasks
 from core.proof import clock
 from core.proof.launch import Job, Stop
 from core.proof.lesson import Lesson, Run
-from pipeline import runtime, stages, training
-from pipeline.runtime import Pipeline
-from tests.pool import Pool
+from pipeline import stages, zero_bubble
+from pipeline.engine import runtime
+from pipeline.engine.actions import Action
+from pipeline.engine.runtime import Pipeline
+from pipeline.evidence import training
+from pipeline.runtime import PlainPipeline
+from tests.pool import Pool, WorkerError
 
 SIZES = {"steps": 2, "batch": 8, "microbatches": 8, "sequence": 16, "hidden": 16, "layers": 4, "clip": 0.05}
 FLAGS = ["--attention=softmax", *(f"--{name}={value}" for name, value in SIZES.items())]
@@ -42,7 +46,7 @@ def gradients_times_microbatches() -> AbstractContextManager:
 
     def wrong(self: stages.Copies) -> None:
         right(self)
-        for p in self.part.parameters():
+        for p in self.model.parameters():
             p.grad *= MICROBATCHES
 
     return patch.object(stages.Copies, "sum_gradients", wrong)
@@ -51,10 +55,10 @@ def gradients_times_microbatches() -> AbstractContextManager:
 def only_the_last_microbatch() -> AbstractContextManager:
     right = Pipeline._backward
 
-    def wrong(self: Pipeline, action: object) -> Tensor | None:
+    def wrong(self: Pipeline, action: Action) -> None:
         for p in self.stages[action.stage].parameters():
             p.grad = None
-        return right(self, action)
+        right(self, action)
 
     return patch.object(Pipeline, "_backward", wrong)
 
@@ -62,14 +66,13 @@ def only_the_last_microbatch() -> AbstractContextManager:
 def all_but_the_last_microbatch() -> AbstractContextManager:
     right = Pipeline._backward
 
-    def wrong(self: Pipeline, action: object) -> Tensor | None:
+    def wrong(self: Pipeline, action: Action) -> None:
         parameters = list(self.stages[action.stage].parameters())
         before = [None if p.grad is None else p.grad.clone() for p in parameters]
-        result = right(self, action)
+        right(self, action)
         if action.microbatch == self.microbatches - 1:
             for p, gradient in zip(parameters, before, strict=True):
                 p.grad = gradient
-        return result
 
     return patch.object(Pipeline, "_backward", wrong)
 
@@ -151,15 +154,15 @@ def one_rank_skips_its_optimizer() -> AbstractContextManager:
 
 
 def a_parameter_is_lost() -> AbstractContextManager:
-    right = training.cut
+    right = training.partition
 
-    def wrong(model: gpt.GPT, held: list[int], of: int) -> gpt.GPT:
-        model = right(model, held, of)
+    def wrong(model: gpt.GPT, mine: list[int], of: int) -> gpt.GPT:
+        model = right(model, mine, of)
         for block in model.blocks.values():
             block.mlp.up.register_parameter("bias", None)
         return model
 
-    return patch.object(training, "cut", wrong)
+    return patch.object(training, "partition", wrong)
 
 
 def gpipes_order() -> AbstractContextManager:
@@ -171,10 +174,10 @@ def gpipes_order() -> AbstractContextManager:
 def activations_are_kept_after_backward() -> AbstractContextManager:
     leak, right = [], Pipeline._backward
 
-    def wrong(self: Pipeline, action: object) -> Tensor | None:
+    def wrong(self: Pipeline, action: Action) -> None:
         leak.append(self._kept[action.stage, action.microbatch])
         with patch.object(torch.autograd, "backward", partial(torch.autograd.backward, retain_graph=True)):
-            return right(self, action)
+            right(self, action)
 
     return patch.object(Pipeline, "_backward", wrong)
 
@@ -208,7 +211,7 @@ def every_activation_is_counted_twice() -> AbstractContextManager:
 
 def messages_have_no_tags() -> AbstractContextManager:
     """With two ranks forward and backward messages come from one peer, not in the order in which they are asked for."""
-    return patch.object(Pipeline, "_tag", lambda self, receive: 0)
+    return patch.object(Pipeline, "_tag", lambda self, receive, clock=False: 0)
 
 
 def chunks_are_placed_side_by_side() -> AbstractContextManager:
@@ -224,15 +227,15 @@ def chunks_are_placed_side_by_side() -> AbstractContextManager:
 
 
 def weights_gradients_are_forgotten_once() -> AbstractContextManager:
-    right = Pipeline._add_weight_gradients
+    right = Pipeline._backward_weights
 
-    def wrong(self: Pipeline, action: object) -> None:
+    def wrong(self: Pipeline, action: Action) -> None:
         if action.microbatch == 3:
-            self._owed.pop((action.stage, action.microbatch))
+            self._pending.pop((action.stage, action.microbatch))
         else:
             right(self, action)
 
-    return patch.object(Pipeline, "_add_weight_gradients", wrong)
+    return patch.object(Pipeline, "_backward_weights", wrong)
 
 
 def weights_gradients_come_at_once_and_later() -> AbstractContextManager:
@@ -246,7 +249,7 @@ def weights_gradients_come_at_once_and_later() -> AbstractContextManager:
     return patch.object(linear.Deferred, "put", wrong)
 
 
-def the_stage_is_taken_back_whole() -> AbstractContextManager:
+def an_input_gradient_does_all() -> AbstractContextManager:
     """No split: an I does all, and a W nothing."""
     return patch.object(linear, "deferring", lambda weight: None)
 
@@ -285,7 +288,82 @@ def one_direction_only() -> AbstractContextManager:
     """DualPipe's name, another schedule: its ranks hold one stage."""
     module = importlib.import_module("pipeline.dualpipe")
     right = importlib.import_module("pipeline.1f1b").schedule
-    return patch.object(module, "build", lambda name, ranks, microbatches: right(ranks, microbatches))
+    return patch.dict(module.SCHEDULES, dualpipe=right)
+
+
+# ---- Bugs of the plain runtime
+
+
+def plain_sends_a_gradient_for_another_microbatch() -> AbstractContextManager:
+    right = PlainPipeline.send
+
+    def wrong(self: PlainPipeline, x: Tensor, kind: str, to: int, m: int) -> None:
+        right(self, x, kind, to, 1 - m if kind == "B" and m < 2 else m)
+
+    return patch.object(PlainPipeline, "send", wrong)
+
+
+def plain_goes_backward_through_another_microbatch() -> AbstractContextManager:
+    """On the first rank, where several are in flight."""
+    right = PlainPipeline.backward
+
+    def wrong(self: PlainPipeline, stage: int, m: int) -> None:
+        if (stage, m) == (0, 0):
+            self.kept[0, 0], self.kept[0, 1] = self.kept[0, 1], self.kept[0, 0]
+        right(self, stage, m)
+
+    return patch.object(PlainPipeline, "backward", wrong)
+
+
+def plain_keeps_activations_after_backward() -> AbstractContextManager:
+    leak, right = [], PlainPipeline.backward
+
+    def wrong(self: PlainPipeline, stage: int, m: int) -> None:
+        leak.append(self.kept[stage, m])
+        with patch.object(torch.autograd, "backward", partial(torch.autograd.backward, retain_graph=True)):
+            right(self, stage, m)
+
+    return patch.object(PlainPipeline, "backward", wrong)
+
+
+def plain_sends_every_activation_twice() -> AbstractContextManager:
+    right = PlainPipeline.send
+
+    def wrong(self: PlainPipeline, x: Tensor, kind: str, to: int, m: int) -> None:
+        right(self, x, kind, to, m)
+        if kind == "F":
+            self.messages.axis.ledger.record("send F", self.messages.axis.name, x.numel(), x.element_size())
+
+    return patch.object(PlainPipeline, "send", wrong)
+
+
+def plain_forgets_a_message() -> AbstractContextManager:
+    right = PlainPipeline.send
+
+    def wrong(self: PlainPipeline, x: Tensor, kind: str, to: int, m: int) -> None:
+        if (kind, to, m) != ("F", 2, 3):
+            right(self, x, kind, to, m)
+
+    return patch.object(PlainPipeline, "send", wrong)
+
+
+def plain_forgets_weight_gradients_once() -> AbstractContextManager:
+    right = PlainPipeline.add_weight_gradients
+
+    def wrong(self: PlainPipeline, stage: int, m: int) -> None:
+        if m == 3:
+            self.pending.pop((stage, m))
+        else:
+            right(self, stage, m)
+
+    return patch.object(PlainPipeline, "add_weight_gradients", wrong)
+
+
+def plain_weight_gradients_replace_each_other() -> AbstractContextManager:
+    def wrong(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
+        parameter.grad = gradient
+
+    return patch.object(zero_bubble, "add", wrong)
 
 
 LOSS, GRADIENT, NORM = "losses equal", "every gradient equals", "the global gradient norm"
@@ -310,6 +388,13 @@ MUST_FAIL = {
     the_clock_ignores_messages: {"bubble over wall time", "bubble over ideal time", "actions executed"},
     the_runtime_swaps_two_backwards: {"actions executed"},
     every_activation_is_counted_twice: {"messages sent a step on rank 0", "bytes sent a step on rank 2"},
+    plain_sends_a_gradient_for_another_microbatch: {f"{GRADIENT} one process, all steps (plain)"},
+    plain_goes_backward_through_another_microbatch: {f"{GRADIENT} one process, all steps (plain)"},
+    plain_keeps_activations_after_backward: {"saved on rank 0 (plain)", "saved on rank 3 (plain)"},
+    plain_sends_every_activation_twice: {
+        "messages sent a step on rank 0 (plain)",
+        "bytes sent a step on rank 2 (plain",
+    },
 }
 
 
@@ -318,8 +403,10 @@ OF_LESSON = {
     ("interleaved", chunks_are_placed_side_by_side): {"stopped: this schedule cannot run"},
     ("zb-h1", weights_gradients_are_forgotten_once): {GRADIENT, NORM, PARAMETER},
     ("zb-h1", weights_gradients_come_at_once_and_later): {GRADIENT, NORM},
-    ("zb-h1", the_stage_is_taken_back_whole): {"left for W on rank 0"},
+    ("zb-h1", an_input_gradient_does_all): {"left for W on rank 0"},
     ("zb-h2", what_a_weight_gradient_reads_is_kept): {"saved above on rank 0"},
+    ("zb-h1", plain_forgets_weight_gradients_once): {f"{GRADIENT} one process, all steps (plain)"},
+    ("zb-v", plain_weight_gradients_replace_each_other): {f"{GRADIENT} one process, all steps (plain)"},
     ("zb-v", tied_gradient_summed_on_one_copy): set(),  # one rank has both ends: nothing is exchanged
     ("dualpipe", dualpipes_copies_are_not_summed): {GRADIENT, NORM, COPIES},
     ("dualpipe", dualpipes_copies_count_twice): {NORM},
@@ -333,7 +420,9 @@ OF_LESSON = {
 MODULES = {"dualpipev": "dualpipe", "zb-h1": "zero_bubble", "zb-h2": "zero_bubble", "zb-v": "zero_bubble"}
 
 
-def failing_claims(bug: Callable[[], AbstractContextManager] | None, name: str = "1f1b") -> list[str]:
+def failing_claims(
+    bug: Callable[[], AbstractContextManager] | None, name: str = "1f1b", timeout: float = 30.0
+) -> list[str]:
     """Run a lesson inside a worker; the claims that failed, on rank 0."""
     module = MODULES.get(name, name)
     frame = Lesson(f"pipeline/{module}.py", "08", "", "", "")
@@ -342,7 +431,7 @@ def failing_claims(bug: Callable[[], AbstractContextManager] | None, name: str =
     dropout = ["--dropout=0.2"] if bug is dropout_equal_in_all_microbatches else []
     more = [] if name == "1f1b" else ["--layers=8", "--timeout=10"]
     args = frame.parser.parse_args(FLAGS + dropout + more)
-    run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), torch.float64)
+    run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", timeout), torch.float64)
     with bug() if bug else nullcontext():
         try:
             importlib.import_module(f"pipeline.{module}").lesson(run)
@@ -361,6 +450,11 @@ def test_the_claims_catch(pool: Pool, bug: Callable) -> None:
     failed = pool.run(RANKS, failing_claims, bug)[0]
     missed = {claim for claim in MUST_FAIL[bug] if not any(f.startswith(claim) for f in failed)}
     assert not missed, f"only these failed: {failed}"
+
+
+def test_a_forgotten_message_ends_the_wait_and_says_what_was_waited_for(pool: Pool) -> None:
+    with pytest.raises(WorkerError, match=r"receive \([FB]\) from rank \d failed"):
+        pool.run(RANKS, failing_claims, plain_forgets_a_message, "1f1b", 2.0)
 
 
 @pytest.mark.parametrize(("case", "must_fail"), OF_LESSON.items(), ids=[f"{n}-{b.__name__}" for n, b in OF_LESSON])

@@ -11,20 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torchs
 
-from pipeline.schedules import (
-    SCHEDULES,
-    Action,
-    Schedule,
-    ScheduleError,
-    build,
-    from_csv,
-    placement,
-    size,
-    to_csv,
-    with_communication,
-)
+from pipeline.engine.actions import Action, Schedule, ScheduleError, placement, size, with_communication
+from pipeline.engine.validator import validate
+from pipeline.evidence import timeline
+from pipeline.schedules import SCHEDULES, build, from_csv, main, to_csv
 from pipeline.stages import layers_in
-from pipeline.validator import validate
 
 ONE_STAGE = ("naive", "gpipe", "1f1b")
 
@@ -244,7 +235,7 @@ REFUSED = {
     "a microbatch left out": (["0F0,0B0,0F2,0B2"], "rank 0: 0F1 is missing"),
     "a stage left out": (["0F0,0B0", "2F0,2B0"], "every rank: 1F0 is missing"),
     "a microbatch on two ranks": (["0F0,0B0", "0F1,0B0"], "0B0: stage 0 of microbatch 0 is already on rank 0"),
-    "a stage on three ranks": (["0F0,0B0", "0F1,0B1", "0F2,0B2"], "stage 0 is on ranks 0, 1, 2; at most two hold"),
+    "a stage on three ranks": (["0F0,0B0", "0F1,0B1", "0F2,0B2"], "stage 0 is on ranks 0, 1, 2; at most two have"),
     "a weight gradient first": (["0F0,0W0,0I0"], "rank 0, position 1, 0W0: before its I"),
     "no weight gradient": (["0F0,0I0"], "rank 0: 0W0 is missing"),
     "whole and in parts": (["0F0,0B0,0I0,0W0"], "rank 0, position 2, 0I0: done twice, first as rank 0, position 1"),
@@ -366,6 +357,27 @@ def test_the_command_prints_a_csv() -> None:
     assert from_csv(io.StringIO(printed)) == build("zb-v", 4, 6)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("width", [40, 80, 120, 2000])
+def test_a_drawing_is_no_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch, name: str, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    schedule = build(name, 8, 16)
+    lines = timeline.show_schedule(schedule, validate(schedule).events).splitlines()
+    assert max(map(len, lines)) <= width
+    rows = [line for line in lines if line.startswith("rank ")]
+    assert len(rows) == 8
+    drawn = "".join(rows)
+    if width == 2000:  # with micro-batches
+        assert "15" in drawn
+        assert "F" not in drawn
+    if width == 120 and name == "1f1b":  # in full, by letters
+        assert drawn.count("F") == 8 * 16
+        assert drawn.count("B") == 2 * 8 * 16
+        assert drawn.count(".") == 8 * 3 * 7
+    if width == 40:
+        assert "Only the start" in " ".join(lines)
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
@@ -378,9 +390,19 @@ def test_the_command_prints_a_csv() -> None:
         (("2f2b", "--stages", "4", "--microbatches", "4"), "invalid choice: '2f2b'"),
     ],
 )
-def test_the_command_refuses(flags: tuple[str, ...], why: str) -> None:
-    command = [sys.executable, "-m", "pipeline.schedules", *flags]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert outcome.returncode == 2
-    assert why in outcome.stderr
-    assert "Traceback" not in outcome.stderr
+def test_the_command_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, flags: tuple[str, ...], why: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pipeline.schedules", *flags])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert why in capsys.readouterr().err
+
+
+def test_the_command_draws(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["pipeline.schedules", "1f1b", "--stages", "2", "--microbatches", "2"])
+    assert main() == 0
+    drawn = capsys.readouterr().out
+    assert "rank 0  0 1 . . [0 ]. [1 ]\nrank 1  . 0 [0 ]1 [1 ]. . \n" in drawn
+    assert "bubble: 0.3333 of wall time, 0.5000 of ideal time; in flight per rank: 2 1" in drawn

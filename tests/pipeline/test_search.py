@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.schedules import SCHEDULES, ScheduleError, build, held, size
-from pipeline.search import Found, Problem, improve, named, search
-from pipeline.validator import validate
+from pipeline.auto import greedy
+from pipeline.engine.actions import ScheduleError, size, stages_of_ranks
+from pipeline.engine.search import Found, Problem, improve, named, search
+from pipeline.engine.validator import validate
+from pipeline.schedules import SCHEDULES, build
 
 times = st.sampled_from([0.5, 1.0, 1.3, 2.0])
 
@@ -26,7 +28,7 @@ def check(problem: Problem, found: Found) -> None:
             continue
         stages = size(schedule)[0]
         other = validate(schedule, problem.of(stages), problem.message)
-        twice = sum(map(len, held(schedule))) > stages * problem.copies
+        twice = sum(map(len, stages_of_ranks(schedule))) > stages * problem.copies
         if not twice and max(other.in_flight) * problem.ranks / stages <= problem.memory:
             assert found.makespan <= other.makespan + 1e-9, name
 
@@ -44,6 +46,19 @@ def test_never_worse_than_a_named_one_that_fits(
 def test_what_fits_nothing_is_refused() -> None:
     with pytest.raises(ScheduleError, match=r"no schedule holds at most 0.25 microbatches"):
         search(Problem(2, 4, {kind: [1.0] * 4 for kind in "FIW"}, 0.0, 0.25))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data(), st.integers(1, 6), st.integers(1, 8), st.integers(1, 6), st.sampled_from([0.0, 0.3]))
+def test_the_plainest_greedy_schedule_is_valid_within_its_memory_and_has_no_needless_gap(
+    data: st.DataObject, p: int, m: int, most: int, message: float
+) -> None:
+    costs = {kind: data.draw(st.lists(times, min_size=p, max_size=p)) for kind in "FIW"}
+    schedule = greedy(costs, m, message, most)
+    verdict = validate(schedule, costs | {"B": [0.0] * p}, message)
+    assert max(verdict.in_flight) <= most
+    alone = sum(sum(each) for each in costs.values()) * m
+    assert verdict.makespan <= alone + 2 * p * m * message + 1e-9, "never longer than one action at a time"
 
 
 def test_copies_are_used_only_where_there_is_room_for_them() -> None:
@@ -81,9 +96,9 @@ def shortest(problem: Problem, where: list[int], bound: float) -> float:
         for s in range(stages):
             rank = where[s]
             f, i, w = counts[s]
-            held = sum(counts[o][0] - counts[o][2] for o in range(stages) if where[o] == rank)
+            in_flight = sum(counts[o][0] - counts[o][2] for o in range(stages) if where[o] == rank)
             options = []
-            if f < m and held + 1 <= slots and (s == 0 or ("F", s - 1, f) in done):
+            if f < m and in_flight + 1 <= slots and (s == 0 or ("F", s - 1, f) in done):
                 options.append(("F", f, ("F", s - 1, f) if s else None, (f + 1, i, w)))
             if i < f and (s == stages - 1 or ("I", s + 1, i) in done):
                 options.append(("I", i, ("I", s + 1, i) if s < stages - 1 else None, (f, i + 1, w)))

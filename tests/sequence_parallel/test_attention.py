@@ -1,4 +1,4 @@
-"""Attention of a sequence that is cut, by itself: blocks, Ulysses, the ring and both, against dense attention."""
+"""Attention over a sharded sequence by itself: blocks, Ulysses, the ring and both, against dense attention."""
 
 import argparse
 import re
@@ -16,11 +16,15 @@ from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig
 from core.proof.oracle import worst_difference
-from sequence_parallel.blocks import attend, attend_backward, join, plain_attend, plain_backward
-from sequence_parallel.context import SequenceAttention, check, parallelize, part
-from sequence_parallel.hybrid import context_parallel, pieces_of
-from sequence_parallel.ring import RingAttention
-from sequence_parallel.ulysses import Whole
+from sequence_parallel import ring_attention
+from sequence_parallel.context import SequenceAttention, local, parallelize
+from sequence_parallel.engine.blocks import attend, attend_backward, attend_in_products, backward_in_products, merge
+from sequence_parallel.engine.ring import OverlappedRing
+from sequence_parallel.engine.ulysses import FullSequence, context_parallel
+from sequence_parallel.evidence.rules import check_context
+from sequence_parallel.hybrid import Hybrid
+from sequence_parallel.ring_attention import RingAttention
+from sequence_parallel.ulysses import Ulysses
 from tests.pool import Pool
 
 CPU = torch.device("cpu")
@@ -34,15 +38,20 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("queries", "keys", "causal"), [(5, 5, True), (5, 5, False), (3, 7, False), (1, 1, True)])
-def test_the_kernel_and_the_formulation_in_products_agree(queries: int, keys: int, causal: bool) -> None:
+def test_the_kernel_the_products_and_the_plain_block_agree(queries: int, keys: int, causal: bool) -> None:
     q, gradient = random(2, 3, queries, 4), random(2, 3, queries, 4, seed=1)
     k, v = random(2, 3, keys, 4, seed=2), random(2, 3, keys, 4, seed=3)
     out, lse = attend(q, k, v, causal)
-    for ours, plain in zip((out, lse), plain_attend(q, k, v, causal), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
-    arguments = (gradient, q, k, v, out, lse, causal)
-    for ours, plain in zip(attend_backward(*arguments), plain_backward(*arguments), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
+    plain_out, plain_lse = ring_attention.block(q, k, v, causal)
+    for found in (attend_in_products(q, k, v, causal), (plain_out, plain_lse.squeeze(-1))):
+        for ours, right in zip(found, (out, lse), strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-13)
+    expected = attend_backward(gradient, q, k, v, out, lse, causal)
+    in_products = backward_in_products(gradient, q, k, v, out, lse, causal)
+    plain = ring_attention.block_backward(gradient, q, k, v, out, lse.unsqueeze(-1), causal)
+    for found in (in_products, plain):
+        for ours, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-13)
 
 
 def test_the_layout_in_memory_does_not_matter() -> None:
@@ -65,16 +74,19 @@ def test_heads_that_cannot_be_shared_are_refused(heads: int, shared: int) -> Non
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])  # scores of several hundred: their exponentials overflow
-def test_blocks_of_keys_join(scale: float) -> None:
+def test_blocks_of_keys_merge(scale: float) -> None:
     q, k, v = random(1, 4, 6, 8), scale * random(1, 2, 15, 8, seed=1), random(1, 2, 15, 8, seed=2)
     gradient = random(1, 4, 6, 8, seed=3)
     out, lse = attend(q, k[:, :, :4], v[:, :, :4], False)
     for columns in (slice(4, 5), slice(5, 15)):
-        join(out, lse, *attend(q, k[:, :, columns], v[:, :, columns], False))
+        merge(out, lse, *attend(q, k[:, :, columns], v[:, :, columns], False))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = F.scaled_dot_product_attention(*leaves, enable_gqa=True)
     expected.backward(gradient)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
+    two = [ring_attention.block(q, k.repeat_interleave(2, 1)[:, :, c], v.repeat_interleave(2, 1)[:, :, c], False)
+           for c in (slice(0, 4), slice(4, 15))]  # fmt: skip
+    torch.testing.assert_close(ring_attention.merge(*two[0], *two[1])[0], expected, rtol=1e-12, atol=1e-13)
     found = [attend_backward(gradient, q, k[:, :, c], v[:, :, c], out, lse, False)
              for c in (slice(0, 7), slice(7, 15))]  # fmt: skip
     of_q, of_k, of_v = zip(*found, strict=True)
@@ -82,7 +94,7 @@ def test_blocks_of_keys_join(scale: float) -> None:
         torch.testing.assert_close(ours, leaf.grad, rtol=1e-10, atol=1e-12 * scale)
 
 
-# ---- All ways to cut a sequence
+# ---- All ways to shard a sequence
 
 SIZES = [  # samples, heads, key and value heads, tokens, head size
     (2, 16, 4, 48, 4),
@@ -93,11 +105,11 @@ SIZES = [  # samples, heads, key and value heads, tokens, head size
 ]
 
 
-def differences(attention: SequenceAttention, dtype: torch.dtype) -> list[float]:
-    """From dense attention of the same type, for each of SIZES that can be cut so."""
+def differences(attention: SequenceAttention, dtype: torch.dtype, grouped: bool) -> list[float]:
+    """From dense attention of the same type, for each of SIZES that has equal shards."""
     found = []
     for b, a, kv, s, d in SIZES:
-        if s % attention.pieces or a % attention.heads_over:
+        if s % attention.multiple or a % attention.heads_over or (a != kv and not grouped):
             continue
         if dtype == torch.bfloat16 and d == 1:
             continue  # 24 roundings a token, and no average over them: dense attention is off by 0.015, too
@@ -106,11 +118,11 @@ def differences(attention: SequenceAttention, dtype: torch.dtype) -> list[float]
         mine = [x.transpose(1, 2)[:, here].transpose(1, 2).requires_grad_() for x in (q, k, v)]  # not contiguous
         out = attention(*mine)
         out.backward(gradient[:, :, here])
-        whole = [x.requires_grad_() for x in (q, k, v)]
-        dense = F.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=a != kv)
+        full = [x.requires_grad_() for x in (q, k, v)]
+        dense = F.scaled_dot_product_attention(*full, is_causal=True, enable_gqa=a != kv)
         dense.backward(gradient)
         ours = {"out": out.detach()} | {name: x.grad for name, x in zip("qkv", mine, strict=True)}
-        right = {"out": dense.detach()} | {name: x.grad for name, x in zip("qkv", whole, strict=True)}
+        right = {"out": dense.detach()} | {name: x.grad for name, x in zip("qkv", full, strict=True)}
         found.append(worst_difference(ours.items(), {name: x[:, :, here] for name, x in right.items()}))
     return found
 
@@ -118,18 +130,29 @@ def differences(attention: SequenceAttention, dtype: torch.dtype) -> list[float]
 TOLERANCE = {torch.float64: 1e-10, torch.bfloat16: 2e-2}
 WAYS = {
     c: [(u, zigzag) for u in range(1, c + 1) if c % u == 0 for zigzag in ((True, False) if u < c else (True,))]
-    for c in range(1, 9)
+    for c in (1, 2, 3, 4, 6, 8)
 }
+
+
+def least_sequence(c: int, u: int, zigzag: bool) -> int:
+    """What the lesson suggests for a sample without tokens."""
+    args = argparse.Namespace(heads=u, hidden=u, sequence=0, attention="sdpa")
+    with pytest.raises(ValueError, match="use --sequence ") as refusal:
+        check_context(args, c, u, "zigzag" if zigzag else "contiguous")
+    return int(str(refusal.value).split()[-1])
 
 
 def all_ways(c: int) -> dict[tuple, list[float]]:
     axis, found = Mesh("cpu", Ledger(), 30.0, cp=c)["cp"], {}
     for u, zigzag in WAYS[c]:
-        attention = context_parallel(axis, CPU, u, zigzag)
-        assert attention.pieces == pieces_of(c, u, zigzag)
+        engine, plain = context_parallel(axis, CPU, u, zigzag), Hybrid(axis, u, zigzag)
+        alone = {1: RingAttention(axis, zigzag), c: Ulysses(axis)}
+        assert engine.multiple == plain.multiple == least_sequence(c, u, zigzag)
         for dtype in TOLERANCE:
-            found[u, zigzag, dtype] = differences(attention, dtype)
-        attention.close()
+            found[u, zigzag, dtype] = differences(engine, dtype, grouped=True)
+            for each in (plain, alone.get(u)):
+                found[u, zigzag, dtype] += differences(each, dtype, grouped=False) if each else []
+        engine.close()
     return found
 
 
@@ -145,17 +168,17 @@ def test_one_rank_is_the_identity() -> None:
     """Not even a bit changes."""
     axis = Axis("cp", (0,), 0, None, Ledger(), timedelta(seconds=5))
     q, k, v = (random(2, 4, 6, 8, seed=i) for i in range(3))
-    expected = Whole()(q, k, v)
-    for attention in (context_parallel(axis, CPU), RingAttention(axis, CPU)):
+    expected = FullSequence()(q, k, v)
+    for attention in (context_parallel(axis, CPU), OverlappedRing(axis, CPU), Ulysses(axis)):
         assert torch.equal(attention(q, k, v), expected)
-        assert torch.equal(part(q, attention), q)
+        assert torch.equal(local(q, attention), q)
 
 
 @pytest.mark.parametrize("zigzag", [True, False])
 @pytest.mark.parametrize("c", [1, 2, 3, 5, 8])
 def test_the_ring_computes_what_is_causal_once_and_nothing_else(c: int, zigzag: bool) -> None:
     s = 6 * c
-    rings = [RingAttention(Axis("cp", (*range(c),), r, None, Ledger(), timedelta(seconds=5)), CPU, zigzag)
+    rings = [OverlappedRing(Axis("cp", (*range(c),), r, None, Ledger(), timedelta(seconds=5)), CPU, zigzag)
              for r in range(c)]  # fmt: skip
     computed = torch.zeros(s, s, dtype=torch.int64)
     for r, ring in enumerate(rings):
@@ -165,43 +188,48 @@ def test_the_ring_computes_what_is_causal_once_and_nothing_else(c: int, zigzag: 
                 keys = rings[(r - step) % c].positions(s)[tile.columns]
                 block = torch.ones(len(queries), len(keys), dtype=torch.int64)
                 computed[queries.unsqueeze(-1), keys] += block.tril() if tile.causal else block
+                seen = ring_attention.visible(ring.axis, step, s // c, ring.zigzag)
+                assert step == 0 or [len(range(s // c)[x]) for x in seen] == [len(queries), len(keys)]
                 assert tile.area(s // c) == len(queries) * len(keys) / (s // c) ** 2 / (2 if tile.causal else 1)
     assert torch.equal(computed, torch.ones(s, s, dtype=torch.int64).tril())
 
 
-def places(zigzag: bool) -> list[int]:
+def tokens(zigzag: bool) -> list[list[int]]:
     axis = Mesh("cpu", Ledger(), 30.0, cp=dist.get_world_size())["cp"]
-    ring = RingAttention(axis, CPU, zigzag)
-    return part(torch.arange(16)[None], ring)[0].tolist()
+    rings = RingAttention(axis, zigzag), OverlappedRing(axis, CPU, zigzag)
+    return [local(torch.arange(16)[None], ring)[0].tolist() for ring in rings]
 
 
 def test_the_courses_example(pool: Pool) -> None:
     """16 tokens on 4 ranks."""
-    assert pool.run(4, places, True) == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
-    assert pool.run(4, places, False) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    zigzag = [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
+    contiguous = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    for placement, expected in ((True, zigzag), (False, contiguous)):
+        assert pool.run(4, tokens, placement) == [[each, each] for each in expected]
 
 
 # ---- Refusals
 
 
-def alone(**sizes: int) -> RingAttention:
-    ring = RingAttention(Axis("cp", (0,), 0, None, Ledger(), timedelta(seconds=5)), CPU)
+def alone(**sizes: int) -> OverlappedRing:
+    ring = OverlappedRing(Axis("cp", (0,), 0, None, Ledger(), timedelta(seconds=5)), CPU)
     for name, value in sizes.items():
         setattr(ring, name, value)
     return ring
 
 
-def test_what_cannot_be_cut_is_refused() -> None:
+def test_what_has_no_equal_shards_is_refused() -> None:
     with pytest.raises(ValueError, match="--sequence 60: must be a multiple of 8, .* use --sequence 56$"):
-        part(torch.zeros(1, 60), alone(pieces=8))
+        local(torch.zeros(1, 60), alone(multiple=8))
     with pytest.raises(ValueError, match="use --sequence 8$"):
-        part(torch.zeros(1, 5), alone(pieces=8))
-    with pytest.raises(ValueError, match="6 heads cannot be cut into 4 equal parts; use a multiple of 4"):
+        local(torch.zeros(1, 5), alone(multiple=8))
+    with pytest.raises(ValueError, match="6 heads have no 4 equal shards; use a multiple of 4"):
         parallelize(GPT(GPTConfig(hidden=24, heads=6)), alone(heads_over=4))
     with pytest.raises(ValueError, match="--attention softmax: .* use --attention sdpa --dropout 0"):
         parallelize(GPT(GPTConfig(attention="softmax")), alone())
+    args = argparse.Namespace(heads=8, hidden=8, sequence=8, attention="sdpa")
     with pytest.raises(ValueError, match="--ulysses 3: .* use --ulysses one of 1, 2, 4, 8$"):
-        pieces_of(8, 3)
+        check_context(args, 8, 3)
 
 
 def order() -> str:
@@ -222,27 +250,27 @@ def test_queries_keys_and_values_travel_at_once(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "heads_over", "pieces", "message"),
+    ("flags", "cp", "ulysses", "message"),
     [
-        ({"sequence": 60}, 4, 8, "--sequence 60: .* use --sequence 56$"),
-        ({"sequence": 6}, 4, 8, "use --sequence 8$"),
+        ({"sequence": 60}, 8, 4, "--sequence 60: .* use --sequence 56$"),
+        ({"sequence": 6}, 8, 4, "use --sequence 8$"),
         ({"heads": 4}, 8, 8, "--heads 4: .* use --heads 8$"),
         ({"heads": 4, "sequence": 60}, 8, 8, "--heads 4 --sequence 60: .* use --heads 8 --sequence 56$"),
-        ({"hidden": 60, "heads": 7}, 1, 8, "--heads 7: .* use --heads 6$"),
-        ({"hidden": 20}, 6, 8, "--heads 8 --hidden 20: .* use --heads 6 --hidden 18$"),
-        ({"sequence": 0}, 1, 6, "--sequence 0: .* use --sequence 6$"),
+        ({"hidden": 60, "heads": 7}, 4, 1, "--heads 7: .* use --heads 6$"),
+        ({"hidden": 20, "sequence": 60}, 6, 6, "--heads 8 --hidden 20: .* use --heads 6 --hidden 18$"),
+        ({"sequence": 0}, 3, 1, "--sequence 0: .* use --sequence 6$"),
         ({"sequence": -1, "heads": 0}, 5, 5, "--heads 0 --hidden 64 .* use --heads 5 --hidden 65 --sequence 5$"),
-        ({"hidden": 0}, 5, 1, "--heads 8 --hidden 0: .* use --heads 5 --hidden 5$"),
-        ({"hidden": -2, "heads": 4}, 1, 1, "--heads 4 --hidden -2: heads must divide --hidden, so .* --hidden 1$"),
+        ({"hidden": 0, "sequence": 60}, 5, 5, "--heads 8 --hidden 0: .* use --heads 5 --hidden 5$"),
+        ({"hidden": -2, "heads": 4}, 1, 1, "--heads 4 --hidden -2: heads must divide --hidden and .* --hidden 1$"),
         ({"attention": "softmax"}, 1, 1, "use --attention sdpa --dropout 0$"),
     ],
 )
-def test_the_flags_of_a_lesson(flags: dict, heads_over: int, pieces: int, message: str) -> None:
+def test_the_flags_of_a_lesson(flags: dict, cp: int, ulysses: int, message: str) -> None:
     args = argparse.Namespace(**{"heads": 8, "hidden": 64, "sequence": 64, "attention": "sdpa"} | flags)
     with pytest.raises(ValueError, match=message) as refusal:
-        check(args, heads_over, pieces)
+        check_context(args, cp, ulysses, "zigzag")
     for name, value in re.findall(r"--(heads|hidden|sequence) (\d+)", str(refusal.value).partition("use ")[2]):
         setattr(args, name, int(value))
     args.attention = "sdpa"
-    check(args, heads_over, pieces)
+    check_context(args, cp, ulysses, "zigzag")
     GPTConfig(hidden=args.hidden, heads=args.heads, sequence=args.sequence)

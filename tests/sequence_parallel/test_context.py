@@ -1,4 +1,4 @@
-"""A GPT whose sequence is cut, attention included, alone and with tensor, pipeline and data parallelism."""
+"""A GPT whose sequence is sharded, attention included, alone and with tensor, pipeline and data parallelism."""
 
 from functools import partial
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import megatron_tp.layers
-import megatron_tp.loss
+import megatron_tp.engine.layers
+import megatron_tp.engine.loss
 from core.ledger import Ledger
 from core.mesh import Mesh
 from core.model.gpt import GPT, GPTConfig, materialize
@@ -15,11 +15,12 @@ from core.model.text import Text
 from core.proof.oracle import Oracle, worst_difference
 from core.shards import full_tensors
 from sequence_parallel import context
-from sequence_parallel.hybrid import context_parallel
-from tests.layouts import Layout, equals_one_process
+from sequence_parallel.engine.ulysses import context_parallel
+from tests.layouts import Layout
 from tests.pool import Pool
+from tests.sequence_parallel.batch import all_equal_one_process
 from tests.zero.test_composition import is_whole
-from tests.zero.test_stages import CPU, SEED, STAGES
+from tests.zero.test_engine import CPU, ENGINES, SEED
 
 SMALL = {"sequence": 48, "hidden": 24, "layers": 2, "heads": 12}
 
@@ -28,49 +29,42 @@ def layout(**options: object) -> Layout:
     return Layout(**{"length": 48, "samples": 2} | options)
 
 
-@pytest.mark.parametrize(
-    ("cp", "ulysses", "zigzag"),
-    [(2, 1, True), (3, 1, False), (4, 4, True), (6, 2, True), (6, 3, False), (8, 1, True)],
-)
-def test_equals_one_process(pool: Pool, cp: int, ulysses: int, zigzag: bool) -> None:
-    equals_one_process(pool, GPTConfig(**SMALL), layout(cp=cp, ulysses=ulysses, zigzag=zigzag))
+def test_equals_one_process(pool: Pool) -> None:
+    config = GPTConfig(**SMALL)
+    for cp, cases in {2: [(1, True)], 3: [(1, False)], 6: [(2, True), (3, False)]}.items():
+        all_equal_one_process(pool, cp, [(config, layout(cp=cp, ulysses=u, zigzag=zigzag)) for u, zigzag in cases])
 
 
-@pytest.mark.parametrize(
-    ("config", "options"),
-    [
+def test_corners(pool: Pool) -> None:
+    cases = [
         ({"sequence": 60, "tied": False, "head_bias": True}, {}),  # more positions than tokens
         ({}, {"recompute": "selective"}),
         ({}, {"recompute": "full", "freeze": ("embed", "blocks.0")}),
         ({"tied": False}, {"freeze": ("embed.token", "blocks.1")}),
-    ],
-    ids=str,
-)
-def test_corners(pool: Pool, config: dict, options: dict) -> None:
-    equals_one_process(pool, GPTConfig(**SMALL | config), layout(cp=4, ulysses=2, **options))
+        ({}, {"ulysses": 4}),
+        ({}, {"ulysses": 1, "length": 8, "samples": 1}),  # one token a chunk
+    ]
+    cases = [(GPTConfig(**SMALL | config), layout(**{"cp": 4, "ulysses": 2} | options)) for config, options in cases]
+    all_equal_one_process(pool, 4, cases)
 
 
-def test_one_token_a_piece_and_one_sample(pool: Pool) -> None:
-    equals_one_process(pool, GPTConfig(**SMALL), layout(cp=8, length=16, samples=1))
-
-
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize(("tp", "cp", "ulysses"), [(2, 4, 2), (3, 2, 1)])
-def test_with_tensor_parallelism(pool: Pool, sequence: bool, tp: int, cp: int, ulysses: int) -> None:
-    """Heads within, sequence across; with Megatron's sequence parallelism the rest of the layer is cut by both."""
+def test_with_tensor_and_pipeline_parallelism(pool: Pool) -> None:
+    """Heads within, sequence across; with Megatron's sequence parallelism the rest of the layer is sharded by both."""
     config = GPTConfig(**SMALL, vocabulary=257)
-    equals_one_process(pool, config, layout(tp=tp, cp=cp, ulysses=ulysses, sequence=sequence))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "tp", "cp", "pp", "ulysses"),
-    [("1f1b", 1, 2, 4, 1), ("1f1b", 1, 4, 2, 2), ("zb-h1", 1, 2, 4, 2), ("interleaved", 1, 4, 2, 1),
-     ("dualpipe", 2, 2, 2, 1)],
-)  # fmt: skip
-def test_in_a_pipeline(pool: Pool, schedule: str, tp: int, cp: int, pp: int, ulysses: int) -> None:
-    options = {"tp": tp, "cp": cp, "pp": pp, "ulysses": ulysses, "schedule": schedule}
-    config = GPTConfig(**SMALL | {"layers": 8, "hidden": 12})
-    equals_one_process(pool, config, layout(**options, samples=4, microbatches=4, sequence=tp > 1, length=24))
+    for tp, cp, ulysses in ((2, 4, 2), (3, 2, 1)):
+        cases = [(config, layout(tp=tp, cp=cp, ulysses=ulysses, sequence=sequence)) for sequence in (False, True)]
+        all_equal_one_process(pool, tp * cp, cases)
+    config = GPTConfig(**SMALL | {"layers": 4, "hidden": 12})
+    for ranks, cases in {
+        4: [("1f1b", 1, 2, 2, 1), ("zb-h1", 1, 2, 2, 2), ("interleaved", 1, 2, 2, 1)],
+        8: [("1f1b", 1, 4, 2, 2), ("dualpipe", 2, 2, 2, 1)],
+    }.items():
+        layouts = [
+            layout(tp=tp, cp=cp, pp=pp, ulysses=ulysses, schedule=schedule, samples=4, microbatches=4, length=24,
+                   sequence=tp > 1)
+            for schedule, tp, cp, pp, ulysses in cases
+        ]  # fmt: skip
+        all_equal_one_process(pool, ranks, [(config, each) for each in layouts])
 
 
 # ---- ZeRO: to gradients cp is data parallelism, so its axis is dp x cp
@@ -84,18 +78,18 @@ def zero(kind: str, tp_size: int, cp_size: int, dp_size: int) -> tuple[list, ...
     mesh = Mesh("cpu", Ledger(), 30.0, tp=tp_size, cp=cp_size, dp=dp_size)
     tp, cp, dp, every = mesh["tp"], mesh["cp"], mesh["dp"], mesh.joined("dp", "cp")
     attention = context_parallel(cp, CPU)
-    model = context.parallelize(megatron_tp.layers.parallelize(GPT(SIZES), tp), attention)
+    model = context.parallelize(megatron_tp.engine.layers.parallelize(GPT(SIZES), tp), attention)
     materialize(model, SEED, CPU, torch.float64)
-    stage = STAGES[kind](model, every, optimizer_of, None, torch.float64, 1000)
+    stage = ENGINES[kind](model, every, optimizer_of, None, torch.float64, 1000)
     losses, norms, gradients = [], [], []
 
     def mine(x: Tensor) -> Tensor:
-        return context.part(x.chunk(dp.size)[dp.index], attention)
+        return context.local(x.chunk(dp.size)[dp.index], attention)
 
     for step in range(STEPS):
         stage.zero_grad()
         inputs, targets = (mine(t) for t in Text(None, 24).batch(SEED, step, SAMPLES))
-        loss = megatron_tp.loss.token_loss(model(inputs), targets, SAMPLES * 24, tp, SIZES.vocabulary)
+        loss = megatron_tp.engine.loss.token_loss(model(inputs), targets, SAMPLES * 24, tp, SIZES.vocabulary)
         stage.backward(loss)
         gradients = stage.gradients()
         share = loss.detach() * (tp.index == 0)
@@ -109,7 +103,7 @@ def zero(kind: str, tp_size: int, cp_size: int, dp_size: int) -> tuple[list, ...
 
 @pytest.mark.parametrize(
     ("kind", "tp", "cp", "dp"),
-    [(kind, 1, 2, 2) for kind in STAGES] + [("ddp", 1, 4, 1), ("zero1", 2, 2, 2), ("zero3", 2, 2, 2)],
+    [(kind, 1, 2, 2) for kind in ENGINES] + [("ddp", 1, 4, 1), ("zero1", 2, 2, 2), ("zero3", 2, 2, 2)],
 )
 def test_zero(pool: Pool, kind: str, tp: int, cp: int, dp: int) -> None:
     oracle = Oracle(SIZES, SEED, CPU, torch.float64, optimizer_of, CLIP)

@@ -19,9 +19,12 @@ from core.model.seeded import SampleMasks
 from core.model.streams import RandomTracker
 from core.proof.memory import SavedActivations
 from core.shards import shard_of
-from sequence_parallel import recompute
-from sequence_parallel.layers import ColumnParallelLinear, RowParallelLinear, check, parallelize, parallelize_block
-from sequence_parallel.loss import cross_entropy
+from sequence_parallel import megatron_sp
+from sequence_parallel.activations import Recompute
+from sequence_parallel.engine.layers import ColumnParallelLinear, RowParallelLinear, parallelize, parallelize_block
+from sequence_parallel.engine.loss import cross_entropy
+from sequence_parallel.engine.recompute import computed_twice
+from sequence_parallel.evidence.rules import check_sequence_parallel
 from tests.pool import Pool
 
 CPU = torch.device("cpu")
@@ -69,7 +72,7 @@ def test_gather_and_scatter_travel_during_the_products(pool: Pool) -> None:
     """x is gathered again during the product for the input's gradient, which is scattered during the weight's."""
     happened, saved = pool.run(2, order_in_backward)[0]
     assert happened == ["gather", "product", "scatter", "wait", "product", "wait"]
-    assert saved == 2 * 3 * 6 * 8, "this rank's part of x, and no more"
+    assert saved == 2 * 3 * 6 * 8, "this rank's shard of x, and no more"
 
 
 # ---- The loss
@@ -78,10 +81,11 @@ def test_gather_and_scatter_travel_during_the_products(pool: Pool) -> None:
 def losses(vocabulary: int, scale: float, dtype: torch.dtype) -> None:
     axis = axis_of_all()
     t, i = axis.size, axis.index
-    whole = (scale * random(3, 2 * t, vocabulary)).to(dtype)
+    full = (scale * random(3, 2 * t, vocabulary)).to(dtype)
     length = -(-vocabulary // t)
-    padded = F.pad(whole, (0, length * t - vocabulary), value=1e6)  # must not matter
-    ours, dense = padded.chunk(t, -1)[i].clone().requires_grad_(), whole.requires_grad_()
+    padded = F.pad(full, (0, length * t - vocabulary), value=1e6)  # must not matter
+    ours, plain = (padded.chunk(t, -1)[i].clone().requires_grad_() for _ in range(2))
+    dense = full.requires_grad_()
     targets = torch.arange(6 * t).reshape(3, 2 * t) * 5 % vocabulary
     expected = F.cross_entropy(dense.flatten(0, 1), targets.flatten(), reduction="none").view(3, 2 * t)
     found = cross_entropy(ours, targets, axis, vocabulary)
@@ -92,26 +96,35 @@ def losses(vocabulary: int, scale: float, dtype: torch.dtype) -> None:
     (expected * weights).sum().backward()
     gradient = F.pad(dense.grad, (0, length * t - vocabulary)).chunk(t, -1)[i]
     assert torch.allclose(ours.grad, gradient, **tolerance)
+    total = megatron_sp.token_loss(plain, targets, 10, axis, vocabulary)
+    assert torch.allclose(total, expected.chunk(t, 1)[i].sum() / 10, **tolerance)
+    total.backward()
+    dense.grad = None
+    (F.cross_entropy(dense.flatten(0, 1), targets.flatten(), reduction="sum") / 10).backward()
+    gradient = F.pad(dense.grad, (0, length * t - vocabulary)).chunk(t, -1)[i]
+    assert torch.allclose(plain.grad, gradient, **tolerance)
+
+
+def all_losses() -> None:
+    for vocabulary in (2, 7, 12):  # with 4 ranks a vocabulary of 2 leaves two ranks nothing
+        for scale, dtype in ((1.0, torch.float64), (1e4, torch.float64), (1.0, torch.float32)):
+            losses(vocabulary, scale, dtype)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("vocabulary", [2, 7, 12])  # with 4 ranks a vocabulary of 2 leaves two ranks nothing
-@pytest.mark.parametrize(
-    ("scale", "dtype"), [(1.0, torch.float64), (1e4, torch.float64), (1.0, torch.float32)], ids=str
-)
-def test_the_loss(pool: Pool, ranks: int, vocabulary: int, scale: float, dtype: torch.dtype) -> None:
-    pool.run(ranks, losses, vocabulary, scale, dtype)
+def test_the_loss(pool: Pool, ranks: int) -> None:
+    pool.run(ranks, all_losses)
 
 
 def masked() -> None:
-    """A token for which all of one rank's logits are -inf, as where a part of the vocabulary is forbidden."""
+    """A token for which all of one rank's logits are -inf, as where some of the vocabulary is forbidden."""
     axis = axis_of_all()
-    whole = random(1, 2, 6)
-    whole[..., 3:] = -torch.inf
-    targets = torch.tensor([[0, 2]])
-    losses = cross_entropy(whole.chunk(2, -1)[axis.index].contiguous(), targets, axis, 6)
-    expected = F.cross_entropy(whole[0], targets[0], reduction="none")
-    assert torch.allclose(losses.flatten(), expected[axis.index : axis.index + 1])
+    full = random(1, 2, 6)
+    full[..., 3:] = -torch.inf
+    targets, mine = torch.tensor([[0, 2]]), full.chunk(2, -1)[axis.index].contiguous()
+    expected = F.cross_entropy(full[0], targets[0], reduction="none")[axis.index]
+    assert torch.allclose(cross_entropy(mine, targets, axis, 6).flatten(), expected[None])
+    assert torch.allclose(megatron_sp.token_loss(mine, targets, 1, axis, 6), expected)
 
 
 def test_the_loss_of_masked_logits(pool: Pool) -> None:
@@ -130,11 +143,15 @@ def test_the_trackers_numbers_are_restored() -> None:
     def dropped(x: Tensor) -> Tensor:
         return x.exp() * tracker.keep_mask(x.shape, 0.5, "", None, CPU)
 
-    x = torch.zeros(1000, requires_grad=True)
-    y = recompute._twice(dropped, dropout)(x)
-    tracker.keep_mask(x.shape, 0.5, "", None, CPU)
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())
+    def plain(x: Tensor) -> Tensor:
+        return Recompute.apply(dropped, tracker, x)
+
+    for recomputed in (computed_twice(dropped, dropout), plain):
+        x = torch.zeros(1000, requires_grad=True)
+        y = recomputed(x)
+        tracker.keep_mask(x.shape, 0.5, "", None, CPU)
+        y.sum().backward()
+        assert torch.equal(x.grad, y.detach())
 
 
 # ---- Refusals
@@ -152,20 +169,20 @@ def test_the_trackers_numbers_are_restored() -> None:
         ({}, 3, "use --heads 9 --hidden 63 --sequence 63, or --nproc_per_node one of 2, 4, 8$"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(flags: dict, ranks: int, message: str) -> None:
+def test_what_has_no_equal_shards_is_refused(flags: dict, ranks: int, message: str) -> None:
     args = argparse.Namespace(**{"heads": 8, "hidden": 64, "feed_forward": 0, "sequence": 64} | flags)
     with pytest.raises(ValueError, match=message):
-        check(args, ranks)
+        check_sequence_parallel(args, ranks)
     if suggested := re.findall(r"--(heads|hidden|feed-forward|sequence) (\d+)", message.partition("use")[2]):
         for name, value in suggested:
             setattr(args, name.replace("-", "_"), int(value))
-        check(args, max(ranks, 2))
+        check_sequence_parallel(args, max(ranks, 2))
 
 
-def test_a_block_that_cannot_be_cut_is_refused() -> None:
+def test_a_block_without_equal_shards_is_refused() -> None:
     axis = Axis("tp", (0, 1), 0, None, Ledger(), None)
     for sizes in ({"heads": 3}, {"heads": 4, "feed_forward": 25}):
-        with pytest.raises(ValueError, match="cannot be cut into 2 equal parts; use a multiple of 2"):
+        with pytest.raises(ValueError, match="have no 2 equal shards; use a multiple of 2"):
             parallelize(GPT(GPTConfig(hidden=12, **sizes)), axis)
 
 
@@ -181,22 +198,21 @@ def a_block(sequence: bool) -> None:
     parallelize_block(model.blocks["0"], axis, sequence)
     ours = materialize(model, 0, CPU, torch.float64).blocks["0"]
     x, gradient = random(2, 8, 16).requires_grad_(), random(2, 8, 16, seed=1)
-    part = x.detach().chunk(t, 1)[i] if sequence else x.detach()
-    mine = part.clone().requires_grad_()
+    mine = (x.detach().chunk(t, 1)[i] if sequence else x.detach()).clone().requires_grad_()
     use_masks(dense, SampleMasks(0))
     use_masks(ours, SampleMasks(0))
     expected, found = dense(x), ours(mine)
     expected.backward(gradient)
     found.backward(gradient.chunk(t, 1)[i].contiguous() if sequence else gradient)
-    cut = (lambda y: y.chunk(t, 1)[i]) if sequence else (lambda y: y)
-    assert torch.allclose(found, cut(expected), rtol=1e-12, atol=1e-13)
-    assert torch.allclose(mine.grad, cut(x.grad), rtol=1e-12, atol=1e-13)
-    whole = dict(dense.named_parameters())
+    shard = (lambda y: y.chunk(t, 1)[i]) if sequence else (lambda y: y)
+    assert torch.allclose(found, shard(expected), rtol=1e-12, atol=1e-13)
+    assert torch.allclose(mine.grad, shard(x.grad), rtol=1e-12, atol=1e-13)
+    full = dict(dense.named_parameters())
     for name, p in ours.named_parameters():
         mark = shard_of(p)
         if mark is None and sequence:
             comm.all_reduce(p.grad, axis)
-        right = mark.local(whole[name].grad) if mark else whole[name].grad
+        right = mark.local(full[name].grad) if mark else full[name].grad
         assert torch.allclose(p.grad, right, rtol=1e-12, atol=1e-13), name
 
 

@@ -1,78 +1,70 @@
 """A GPT with sequence parallelism, alone and in a pipeline, equals one process in every corner."""
 
+from itertools import product
+
 import pytest
 
 from core.model.gpt import GPTConfig
-from tests.layouts import Layout, equals_one_process
+from tests.layouts import Layout
 from tests.pool import Pool
+from tests.sequence_parallel.batch import all_equal_one_process
 
 SMALL = {"sequence": 12, "hidden": 24, "layers": 2, "heads": 12}  # for 2, 3, 4 and 6 ranks
 DROPOUT = {"dropout": 0.3, "attention": "softmax"}
+OPTIONS = [
+    {},
+    {"tied": False, "head_bias": True},
+    {"vocabulary": 257},  # padded to 258, 260, 258
+    DROPOUT,
+    {"feed_forward": 36},
+    {"sequence": 20},  # more positions than tokens
+]
 
 
 def layout(**options: object) -> Layout:
     return Layout(**{"sequence": True, "length": 12} | options)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 6])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"tied": False, "head_bias": True},
-        {"vocabulary": 257},  # padded to 258, 260, 258
-        DROPOUT,
-        {"feed_forward": 36},
-        {"sequence": 20},  # more positions than tokens
-    ],
-    ids=str,
-)
-def test_equals_one_process(pool: Pool, ranks: int, options: dict) -> None:
-    equals_one_process(pool, GPTConfig(**SMALL | options), layout(tp=ranks))
+@pytest.mark.parametrize(("ranks", "options"), [(2, OPTIONS), (3, OPTIONS), (4, OPTIONS), (6, [{}, OPTIONS[2]])])
+def test_equals_one_process(pool: Pool, ranks: int, options: list[dict]) -> None:
+    all_equal_one_process(pool, ranks, [(GPTConfig(**SMALL | each), layout(tp=ranks)) for each in options])
 
 
-def test_one_token_a_rank_and_one_sample(pool: Pool) -> None:
-    equals_one_process(pool, GPTConfig(**SMALL), layout(tp=4, length=4, samples=1))
-
-
-@pytest.mark.parametrize(
-    ("freeze", "options"),
-    [
+def test_frozen_parameters(pool: Pool) -> None:
+    cases = [
         (("embed.token",), {}),
         (("embed", "blocks.0"), {"tied": False}),  # the first trained layer's input needs no gradient
         (("blocks.1",), {}),  # gradients pass through
         (("norm", "head", "blocks.1"), {"tied": False}),
-        (("embed.pos", "blocks.0.attention_norm", "blocks.0.mlp.down.bias"), {}),  # of what is summed, a part
-    ],
-)
-def test_frozen_parameters(pool: Pool, freeze: tuple[str, ...], options: dict) -> None:
-    equals_one_process(pool, GPTConfig(**SMALL | options), layout(tp=3, freeze=freeze))
+        (("embed.pos", "blocks.0.attention_norm", "blocks.0.mlp.down.bias"), {}),  # some of what is summed
+    ]
+    cases = [(GPTConfig(**SMALL | options), layout(tp=3, freeze=freeze)) for freeze, options in cases]
+    all_equal_one_process(pool, 3, cases)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("freeze", [(), ("embed", "blocks.0")])
-def test_recomputation(pool: Pool, recompute: str, freeze: tuple[str, ...]) -> None:
-    config = GPTConfig(**SMALL | DROPOUT, tied=False)
-    equals_one_process(pool, config, layout(tp=4, recompute=recompute, freeze=freeze))
+def test_one_token_a_rank_and_recomputation(pool: Pool) -> None:
+    cases = [(GPTConfig(**SMALL), layout(tp=4, length=4, samples=1))]
+    for recompute, freeze in product(("selective", "full"), ((), ("embed", "blocks.0"))):
+        config = GPTConfig(**SMALL | DROPOUT, tied=False)
+        cases.append((config, layout(tp=4, recompute=recompute, freeze=freeze)))
+    all_equal_one_process(pool, 4, cases)
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (2, 4), (4, 2)])
-@pytest.mark.parametrize("options", [{}, {"tied": False} | DROPOUT, {"vocabulary": 259}], ids=str)
-def test_in_a_pipeline(pool: Pool, tp: int, pp: int, options: dict) -> None:
-    config = GPTConfig(**SMALL | {"layers": 4} | options)
-    equals_one_process(pool, config, layout(tp=tp, pp=pp, samples=6, microbatches=3))
+def test_in_a_pipeline(pool: Pool) -> None:
+    cases = []
+    for options in ({}, {"tied": False} | DROPOUT, {"vocabulary": 259}):
+        cases.append((GPTConfig(**SMALL | {"layers": 4} | options), layout(tp=2, pp=2, samples=6, microbatches=3)))
+    for recompute in ("selective", "full"):
+        config = GPTConfig(**SMALL | {"layers": 4} | DROPOUT)
+        cases.append((config, layout(tp=2, pp=2, samples=6, microbatches=6, recompute=recompute)))
+    # Weight gradients that are left for later gather their input then.
+    for schedule, microbatches in (("interleaved", 6), ("zb-h1", 6), ("zb-v", 3), ("dualpipe", 6)):
+        config = GPTConfig(**SMALL | {"layers": 4})
+        cases.append((config, layout(tp=2, pp=2, samples=6, microbatches=microbatches, schedule=schedule)))
+    all_equal_one_process(pool, 4, cases)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_in_a_pipeline(pool: Pool, recompute: str) -> None:
-    config = GPTConfig(**SMALL | {"layers": 4} | DROPOUT)
-    equals_one_process(pool, config, layout(tp=2, pp=4, samples=6, microbatches=6, recompute=recompute))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "pp", "microbatches"), [("interleaved", 2, 6), ("zb-h1", 4, 6), ("zb-v", 4, 3), ("dualpipe", 2, 6)]
-)
-def test_with_any_schedule(pool: Pool, schedule: str, pp: int, microbatches: int) -> None:
-    """Weight gradients that are left for later gather their input then."""
-    config = GPTConfig(**SMALL | {"layers": 8})
-    equals_one_process(pool, config, layout(tp=2, pp=pp, samples=6, microbatches=microbatches, schedule=schedule))
+def test_in_a_pipeline_of_eight_ranks(pool: Pool) -> None:
+    config = GPTConfig(**SMALL | {"layers": 4, "tied": False} | DROPOUT)
+    cases = [(config, layout(tp=tp, pp=8 // tp, samples=6, microbatches=3)) for tp in (2, 4)]
+    all_equal_one_process(pool, 8, cases)

@@ -1,0 +1,180 @@
+"""What autograd saves for backward on a rank, by the lessons' formulas. Lectures 05 to 08.
+
+As autograd saves it on a CPU, each storage once. Other models than `core.model.gpt` are counted the same way, tensor by
+tensor: a gated MLP saves four tensors of f where ours saves two, grouped keys and values are narrower, experts get k
+copies of a token, spread evenly.
+
+h hidden, f feed-forward; t = tp; q ranks that shard what lies between the matrix products, t under sp, else 1;
+w bytes of an element. Of a pipeline's backward I is dgrad, W wgrad, B both.
+"""
+
+from functools import cache
+
+from cluster.planner.counting import attention_matrices, expert_matrices, layer_matrices, vocabulary_shard
+from cluster.planner.layout import Layout
+from cluster.planner.stages import ends_of, sum_of_layers
+from core.model.config import ModelConfig
+from pipeline.schedules import build
+
+
+def attention_saved(model: ModelConfig, t: int, w: int, kind: str) -> float:
+    """Bytes a token that attention saves: its inputs, its result, and without recomputation what it makes of them."""
+    heads = model.heads / t
+    qkv = sum(m.outputs for m in attention_matrices(model) if m.sharding == "column") / t
+    if model.latent:  # compressed, before and after their norms; and the keys put together
+        qkv += 2 * (model.latent.q_rank + model.latent.kv_rank) + model.latent.rope + heads * model.head_dim
+    scores = 0.0
+    if kind == "none" and model.attention == "softmax":
+        softmax, dropout = w, 1 + w if model.dropout else 0  # of dropout its mask and its result
+        scores = heads * model.sequence * (softmax + dropout)
+    elif kind == "none":
+        scores = heads * max(w, 4)  # logarithms of the sums of exponentials
+    return (qkv + model.value_size / t) * w + scores
+
+
+def mlp_saved(model: ModelConfig, layout: Layout, moe: bool, w: int) -> float:
+    """Bytes a token that the MLP saves, or the router and the experts."""
+    h, t, q, etp = model.hidden, layout.tp, layout.sp_ranks, layout.etp
+    tensors = 4 if model.gated else 2  # of f features each
+    if not moe:
+        return tensors * model.feed_forward / t * w
+    # An expert's ranks have the rows of all of them; their results go back to each of them, to be weighted.
+    of_copy = etp * (h + tensors * model.expert_size / etp) + h
+    router = 2 * model.experts
+    return ((model.top_k * of_copy + router) / q + tensors * model.shared_feed_forward / t) * w
+
+
+def layer_saved(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2, kind: str | None = None) -> float:
+    """Bytes that one layer saves of one microbatch. 2205.05198, table 2, where attention is "softmax" with dropout.
+
+    Args:
+        kind: of recomputation; None: the layout's.
+    """
+    h, q, w = model.hidden, layout.sp_ranks, itemsize
+    kind = kind or layout.recompute
+    tokens = layout.tokens(model.sequence)
+    if kind == "full":
+        return tokens * h * w / q  # its input
+    norms = 2 * (2 * h + 2) * w / q  # input, output, mean and deviation
+    masks = 2 * h / q if model.dropout else 0.0  # a byte an element
+    return tokens * (norms + masks + attention_saved(model, layout.tp, w, kind) + mlp_saved(model, layout, moe, w))
+
+
+def stage_saved(model: ModelConfig, layout: Layout, stage: int, itemsize: int = 2) -> float:
+    """Bytes that a stage saves of one microbatch: its layers, and the ends of the model."""
+    h, t, q, w = model.hidden, layout.tp, layout.sp_ranks, itemsize
+    tokens = layout.tokens(model.sequence)
+    saved = sum_of_layers(model, layout, stage, lambda moe: layer_saved(model, layout, moe, w))
+    lookup = 9 * tokens if t > 1 else 0.0  # of a sharded table: each token's row, and whether it is here
+    if stage == 0:
+        positions = 8 * model.sequence / layout.cp if model.learned_positions else 0.0
+        mask = tokens * h / q if model.dropout else 0.0
+        saved += lookup + positions + mask
+    if stage == layout.stages - 1:
+        norm_and_head = tokens * (2 * h + 2) * w / q
+        log_probabilities = tokens * vocabulary_shard(model, t) * w
+        saved += norm_and_head + log_probabilities + lookup + loss_saved(layout, tokens, w)
+    return saved
+
+
+def loss_saved(layout: Layout, tokens: float, w: int) -> float:
+    """Bytes of the losses: under sp a shard of the tokens', on one rank their sum."""
+    if layout.sp:
+        return tokens * w / layout.tp
+    return w if layout.tp == 1 else 0.0
+
+
+def layer_kept_for_wgrad(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2) -> float:
+    """Bytes that one layer keeps of a microbatch from dgrad to wgrad: of each matrix its input and output's gradient.
+
+    Recomputation changes nothing here: dgrad has computed the inputs again.
+    """
+    t, q, etp = layout.tp, layout.sp_ranks, layout.etp
+    kept = 0.0
+    for matrix in layer_matrices(model, moe):
+        if matrix.sharding == "row":  # the full gradient of its output has been gathered for dgrad
+            kept += matrix.inputs / t + matrix.outputs
+        elif matrix.sharding == "column":  # its input is gathered again
+            kept += matrix.inputs / q + matrix.outputs / t
+        else:
+            kept += (matrix.inputs + matrix.outputs) / q
+    if moe:
+        kept += model.top_k * etp / q * sum(sum(matrix.shape(etp)) for matrix in expert_matrices(model))
+    return layout.tokens(model.sequence) * kept * itemsize
+
+
+def stage_kept_for_wgrad(model: ModelConfig, layout: Layout, stage: int, itemsize: int = 2) -> float:
+    """The same of a stage: its layers, and the head."""
+    kept = sum_of_layers(model, layout, stage, lambda moe: layer_kept_for_wgrad(model, layout, moe, itemsize))
+    if stage == layout.stages - 1:
+        head = model.hidden / layout.sp_ranks + vocabulary_shard(model, layout.tp)
+        kept += layout.tokens(model.sequence) * head * itemsize
+    return kept
+
+
+# ---- In flight -------------------------------------------------------------------------------------------------------
+
+SAVED = {"F": 1, "B": -1, "I": -1, "W": 0}  # microbatches between forward and backward: what an action changes
+DEFERRED = {"F": 0, "B": 0, "I": 1, "W": -1}  # and between dgrad and wgrad
+
+
+@cache
+def in_flight(schedule: str, pp: int, microbatches: int, v: int) -> list[set[tuple[int, ...]]]:
+    """For each rank how many microbatches its stages keep, wherever a number is about to fall.
+
+    First for each stage those between forward and backward, then for each those between dgrad (I) and wgrad (W); then 1
+    where this is at the end of a dgrad, whose last layer has its own input still.
+    """
+    found = []
+    for row in build(schedule, pp, microbatches, v):
+        stages = sorted({action.stage for action in row})
+        saved, deferred = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
+        peaks, before = set(), ""
+        for action in row:
+            if before == "I" or (before == "F" and action.kind != "F"):
+                peaks.add((*saved.values(), *deferred.values(), 1 if before == "I" else 0))
+            before = action.kind
+            saved[action.stage] += SAVED[action.kind]
+            deferred[action.stage] += DEFERRED[action.kind]
+        found.append(peaks)
+    return found
+
+
+def filling(schedule: str, pp: int, microbatches: int) -> int:
+    """How many of the microbatches fill the pipeline: all after them find it full, and add the same."""
+    if schedule == "interleaved" and microbatches % pp:
+        return microbatches  # in groups of unequal size
+    even = pp + pp % 2 if schedule == "dualpipe" else pp
+    return min(microbatches, 2 * even)
+
+
+def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int = 2, quick: bool = False) -> float:
+    """Bytes of activations that a rank of the pipeline holds when it holds most.
+
+    Args:
+        quick: of many microbatches count the first ones, which fill the pipeline.
+    """
+    p, m = layout.pp, layout.microbatches
+    if layout.stages == 1:  # without a pipeline a microbatch's backward follows its forward
+        return stage_saved(model, layout, 0, itemsize)
+    if quick:
+        m = filling(layout.schedule, p, m)
+    stages = layout.stages_of(rank)
+    sizes = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_kept_for_wgrad) for stage in stages]
+    last_input = layout.microbatch * model.sequence * model.hidden / layout.sequence_shards * itemsize
+    sizes.append(last_input)
+    peaks = in_flight(layout.schedule, p, m, layout.v)[rank]
+    return max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)
+
+
+def transient(model: ModelConfig, layout: Layout, rank: int, itemsize: int) -> float:
+    """Bytes that live for a while in a backward: what is computed again of a layer, or the gradients of the logits."""
+    moe = model.moe_layers > 0
+    tokens, t = layout.tokens(model.sequence), layout.tp
+    recomputed = 0.0
+    if layout.recompute != "none":
+        saved = layer_saved(model, layout, moe, itemsize)
+        recomputed = layer_saved(model, layout, moe, itemsize, "none") - saved
+    features = 2 * model.feed_forward if model.gated else model.feed_forward  # of a gradient inside the MLP
+    logits = 2 * tokens * vocabulary_shard(model, t) * itemsize if ends_of(layout, rank)[1] else 0.0
+    return max(recomputed + tokens * features / t * itemsize, logits)

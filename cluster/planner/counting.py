@@ -1,0 +1,135 @@
+"""A model's linear layers, parameters and floating-point operations, counted matrix by matrix. Lecture 03.
+
+t ranks of tensor parallelism: a column-parallel matrix has outputs / t on each rank, a row-parallel one inputs / t.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+from core.model.config import ModelConfig
+
+
+class Matrix(NamedTuple):
+    """A linear layer, and how tensor parallelism shards it: "column", "row" or "replicate"."""
+
+    name: str
+    inputs: int
+    outputs: int
+    sharding: str
+    bias: bool
+
+    def shape(self, t: int) -> tuple[int, int]:
+        """(inputs, outputs) of a rank's shard."""
+        inputs = self.inputs // t if self.sharding == "row" else self.inputs
+        outputs = self.outputs // t if self.sharding == "column" else self.outputs
+        return inputs, outputs
+
+    def parameters(self, t: int = 1) -> int:
+        """On one rank. A row-parallel layer's bias is replicated."""
+        return prod(self.shape(t)) + (self.shape(t)[1] if self.bias else 0)
+
+
+def attention_matrices(model: ModelConfig) -> list[Matrix]:
+    h, heads, bias = model.hidden, model.heads, model.biases
+    out = Matrix("out", model.value_size, h, "row", bias)
+    if model.latent is None:
+        return [Matrix("qkv", h, model.query_size + model.key_value_size, "column", bias), out]
+    q, kv, rope, nope, value = model.latent
+    return [
+        Matrix("q down", h, q, "replicate", bias),
+        Matrix("q up", q, heads * (nope + rope), "column", bias),
+        Matrix("kv down", h, kv + rope, "replicate", bias),
+        Matrix("kv up", kv, heads * (nope + value), "column", bias),
+        out,
+    ]
+
+
+def mlp_matrices(model: ModelConfig, f: int) -> list[Matrix]:
+    """Of an MLP with f features; none where f is 0."""
+    if not f:
+        return []
+    up = Matrix("up", model.hidden, 2 * f if model.gated else f, "column", model.biases)
+    return [up, Matrix("down", f, model.hidden, "row", model.biases)]
+
+
+def layer_matrices(model: ModelConfig, moe: bool) -> list[Matrix]:
+    """Of one layer, but for its routed experts and their router; `moe`: a layer that has them."""
+    return attention_matrices(model) + mlp_matrices(model, model.shared_feed_forward if moe else model.feed_forward)
+
+
+def expert_matrices(model: ModelConfig) -> list[Matrix]:
+    """Of one routed expert."""
+    return mlp_matrices(model, model.expert_size)
+
+
+# ---- Parameters ------------------------------------------------------------------------------------------------------
+
+
+def norm(model: ModelConfig, size: int) -> int:
+    """Parameters of a norm of so many features."""
+    return 2 * size if model.biases else size
+
+
+def norm_parameters(model: ModelConfig) -> int:
+    """Of one layer's norms."""
+    compressed = model.latent.q_rank + model.latent.kv_rank if model.latent else 0
+    return norm(model, 2 * model.hidden + compressed)
+
+
+def router_parameters(model: ModelConfig, moe: bool) -> int:
+    return model.experts * model.hidden if moe else 0
+
+
+def position_parameters(model: ModelConfig) -> int:
+    return model.sequence * model.hidden if model.learned_positions else 0
+
+
+def vocabulary_shard(model: ModelConfig, t: int) -> int:
+    """Rows of a rank's shard of the embedding, padding included."""
+    return -(-model.vocabulary // t)
+
+
+def layer_parameters(model: ModelConfig, moe: bool, t: int = 1) -> int:
+    """Of one layer on a rank, but for its routed experts."""
+    matrices = sum(matrix.parameters(t) for matrix in layer_matrices(model, moe))
+    return matrices + norm_parameters(model) + router_parameters(model, moe)
+
+
+def expert_parameters(model: ModelConfig, etp: int = 1) -> int:
+    """Of one routed expert of one layer on a rank."""
+    return sum(matrix.parameters(etp) for matrix in expert_matrices(model))
+
+
+def model_parameters(model: ModelConfig) -> int:
+    """Of the full model."""
+    moe_layer = layer_parameters(model, True) + model.experts * expert_parameters(model)
+    layers = (model.layers - model.moe_layers) * layer_parameters(model, False) + model.moe_layers * moe_layer
+    embedding = model.vocabulary * model.hidden
+    head = 0 if model.tied else embedding
+    bias = model.vocabulary if model.head_bias else 0
+    return layers + embedding + position_parameters(model) + norm(model, model.hidden) + head + bias
+
+
+# ---- Floating-point operations ---------------------------------------------------------------------------------------
+
+
+def attention_flops(model: ModelConfig) -> int:
+    """Of one token's scores and weighted sum in one layer, 2 a multiplication, not halved for causality."""
+    return 2 * model.sequence * (model.query_size + model.value_size)
+
+
+def layer_flops(model: ModelConfig, moe: bool) -> int:
+    """Of one layer's forward for one token: 2 a weight, and those of attention."""
+    matrices = layer_matrices(model, moe) + (model.top_k * expert_matrices(model) if moe else [])
+    return 2 * sum(matrix.inputs * matrix.outputs for matrix in matrices) + attention_flops(model)
+
+
+def step_flops(model: ModelConfig, batch: int, forwards: int = 1) -> int:
+    """Of a step, matrix products only (2104.04473, equation 3): backward twice a forward, and `forwards` of it.
+
+    With full recomputation there are two forwards of every layer, but one of the head.
+    """
+    dense = (model.layers - model.moe_layers) * layer_flops(model, False)
+    moe = model.moe_layers * layer_flops(model, True)
+    head = 2 * model.hidden * model.vocabulary
+    return batch * model.sequence * ((2 + forwards) * (dense + moe) + 3 * head)

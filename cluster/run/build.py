@@ -1,0 +1,154 @@
+"""One rank of a combined run, built: the topics put together, in the order in which they shard the model. Lecture 02.
+
+    pipeline stages          pipeline.stages                              pp
+    heads, features, rows    megatron_tp or, with sp, sequence_parallel   tp
+    the sequence             sequence_parallel.context                    cp
+    experts                  expert_parallel                              ep, etp
+    recomputation            sequence_parallel.engine.recompute
+    numbers                  core.model.gpt.materialize
+    optimizer, gradients     zero                                         dp x cp, and edp for experts
+
+Each shards what the others have left. Until `materialize` there is no memory, only shapes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cluster.planner.layout import Layout
+from core.ledger import Ledger
+from core.mesh import Axis, Mesh
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.seeded import SampleMasks
+from expert_parallel.engine.layers import expert_parameters
+from expert_parallel.engine.layers import parallelize as shard_experts
+from expert_parallel.engine.moe import to_moe
+from expert_parallel.engine.router import Spread
+from expert_parallel.engine.routing import MoEConfig
+from megatron_tp.engine.layers import parallelize as shard_layers
+from megatron_tp.engine.loss import token_loss as loss_over_tp
+from pipeline.engine.actions import stages_of_ranks
+from pipeline.engine.runtime import Pipeline
+from pipeline.schedules import build
+from pipeline.stages import each_stage, partition
+from sequence_parallel.context import SequenceAttention
+from sequence_parallel.context import parallelize as shard_sequence
+from sequence_parallel.engine.layers import parallelize as shard_layers_and_sequence
+from sequence_parallel.engine.loss import token_loss as loss_over_sp
+from sequence_parallel.engine.recompute import recompute
+from zero.engine.buckets import BUCKET_ELEMENTS
+from zero.engine.engine import Engine, data_parallel, zero1, zero2, zero3
+from zero.engine.optimizer import MakeOptimizer
+
+ENGINES = (data_parallel, zero1, zero2, zero3)  # by --zero
+Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and targets, this rank's share
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """What is trained, and how.
+
+    Args:
+        moe: None for a dense model.
+        layout: one that `cluster.rules.check` accepts.
+        make_optimizer: maps parameter groups to an optimizer.
+        bucket: elements that ZeRO sends at once, about.
+    """
+
+    config: GPTConfig
+    moe: MoEConfig | None
+    layout: Layout
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    make_optimizer: MakeOptimizer
+    bucket: int = BUCKET_ELEMENTS
+
+    @property
+    def tokens(self) -> int:
+        """Targets of the global batch: by their number a rank's loss is divided, so the shares add up."""
+        return self.layout.batch * self.config.sequence
+
+    @property
+    def master(self) -> torch.dtype:
+        """Of the weights that the optimizer updates."""
+        return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+
+
+def make_mesh(layout: Layout, device_type: str, ledger: Ledger, timeout: float) -> Mesh:
+    """The groups of ranks of a layout. All ranks call it at the same time."""
+    names = ("tp", "cp", "dp", "pp", "ep", "etp")
+    return Mesh(device_type, ledger, timeout, **{name: getattr(layout, name) for name in names})
+
+
+def stages_by_rank(layout: Layout) -> list[list[int]]:
+    """The pipeline stages of each rank of pp."""
+    return stages_of_ranks(build(layout.schedule, layout.pp, layout.microbatches, layout.v))
+
+
+def build_model(spec: TrainSpec, mesh: Mesh, attention: SequenceAttention) -> GPT:
+    """This rank's shards of the model, with their numbers."""
+    layout = spec.layout
+    model = GPT(spec.config)
+    model = partition(model, stages_by_rank(layout)[mesh["pp"].index], layout.stages)
+    model = with_tensor_parallelism(model, layout, mesh["tp"])
+    model = with_context_parallelism(model, layout, attention)
+    model = with_experts(model, spec.moe, layout, mesh)
+    model = recompute(model, layout.recompute)
+    return materialize(model, spec.seed, spec.device, spec.dtype)
+
+
+def with_tensor_parallelism(model: GPT, layout: Layout, tp: Axis) -> GPT:
+    """tp: heads, features and the vocabulary; with sp, what lies between the matrix products by tokens."""
+    if tp.size == 1:
+        return model
+    return shard_layers_and_sequence(model, tp) if layout.sp else shard_layers(model, tp)
+
+
+def with_context_parallelism(model: GPT, layout: Layout, attention: SequenceAttention) -> GPT:
+    """cp: each rank computes on its tokens of a sample, attention by Ulysses, a ring or both."""
+    return shard_sequence(model, attention) if layout.cp > 1 else model
+
+
+def with_experts(model: GPT, moe: MoEConfig | None, layout: Layout, mesh: Mesh) -> GPT:
+    """ep and etp: MLPs become mixtures of experts, which are spread over the ranks."""
+    if moe is None:
+        return model
+    tp = mesh["tp"] if layout.sp else None
+    seen_by = (mesh["dp"], mesh["cp"], *((tp,) if tp else ()))  # ranks that see different tokens
+    return shard_experts(to_moe(model, moe), mesh["ep"], mesh["etp"], Spread(seen_by, tp, layout.microbatches))
+
+
+def loss_function(spec: TrainSpec, tp: Axis) -> Loss:
+    """The cross entropy; under tp each rank has the logits of its rows of the vocabulary."""
+    if tp.size == 1:
+        return partial(token_loss, tokens=spec.tokens)
+    over = loss_over_sp if spec.layout.sp else loss_over_tp
+    return partial(over, tokens=spec.tokens, axis=tp, vocabulary=spec.config.vocabulary)
+
+
+def shard_optimizer(model: GPT, spec: TrainSpec, mesh: Mesh) -> tuple[Engine, Engine | None]:
+    """ZeRO over dp x cp and, for experts, whose copies are on other ranks, a second one over edp."""
+    data = mesh.joined("cp", "dp")
+    engine = partial(
+        ENGINES[spec.layout.zero], model, make_optimizer=spec.make_optimizer, master=spec.master, elements=spec.bucket
+    )
+    if spec.moe is None:
+        return engine(axis=data), None
+    experts = set(expert_parameters(model))
+    return engine(axis=data, only=lambda p: p not in experts), engine(axis=mesh["edp"], only=lambda p: p in experts)
+
+
+def make_pipeline(model: GPT, spec: TrainSpec, pp: Axis, loss: Loss, masks: SampleMasks) -> Pipeline | None:
+    """What runs the schedule; None for one rank, which has nobody to send to."""
+    layout = spec.layout
+    if pp.size == 1:
+        return None
+    schedule = build(layout.schedule, layout.pp, layout.microbatches, layout.v)
+    here = spec.config.sequence // layout.sequence_shards  # tokens of a sample between the layers
+    activations = (layout.microbatch, here, spec.config.hidden)
+    mine = each_stage(model, stages_by_rank(layout)[pp.index], layout.stages)
+    return Pipeline(mine, loss, schedule, pp, activations, spec.dtype, spec.device, masks)

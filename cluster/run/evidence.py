@@ -1,0 +1,150 @@
+"""What the combined run shows and claims: the layout, the one process beside it, what a rank has and sends, a text."""
+
+from functools import partial
+
+import torch
+from tabulate import tabulate
+
+from cluster.planner import hardware, memory, traffic
+from cluster.planner.counting import model_parameters, step_flops
+from cluster.planner.layout import Layout
+from cluster.run.build import TrainSpec
+from cluster.run.worker import Worker
+from core.ledger import Ledger
+from core.model.config import ModelConfig
+from core.model.gpt import GPT, GPTConfig, materialize
+from core.model.seeded import generator
+from core.proof.lesson import Run
+from core.proof.oracle import Oracle
+from core.proof.training import gathered
+from expert_parallel.engine.moe import to_moe
+from expert_parallel.engine.router import end_step
+from expert_parallel.engine.routing import MoEConfig
+
+LARGEST_SAMPLE = 10**8  # parameters of a model that one process may hold to write text
+FALLS = 20  # steps after which the validation loss must have fallen
+
+
+def show(run: Run, layout: Layout, model: ModelConfig) -> None:
+    """The layout, and what the planner says that a rank holds."""
+    rows = []
+    for rank in range(layout.pp):
+        held = memory.rank_memory(model, layout, rank, run.dtype.itemsize)
+        sizes = (held.weights, held.gradients, held.optimizer, held.activations)
+        stages = " ".join(map(str, layout.stages_of(rank)))
+        rows.append((rank, stages, sum(memory.parameters(model, layout, rank)), *(size / 1e6 for size in sizes)))
+    run.say(f"{layout}, {model_parameters(model):,} parameters")
+    header = ("pp rank", "stages", "parameters", "weights", "gradients", "Adam", "activations")
+    run.say(tabulate(rows, header, floatfmt=",.3f", intfmt=",") + "\n(planned, MB a rank)\n")
+
+
+# ---- One process -----------------------------------------------------------------------------------------------------
+
+
+def full_model(config: GPTConfig, moe: MoEConfig | None) -> GPT:
+    """That of one process, on the meta device."""
+    return to_moe(GPT(config), moe) if moe else GPT(config)
+
+
+def one_process(run: Run, spec: TrainSpec) -> Oracle | None:
+    """The same training in one process, on rank 0, where it is to be compared."""
+    if run.job.rank or not run.args.verify:
+        return None
+    make = partial(full_model, moe=spec.moe)
+    oracle = Oracle(spec.config, spec.seed, spec.device, spec.dtype, spec.make_optimizer, run.args.clip, make)
+    oracle.optimizer.register_step_post_hook(lambda *_: end_step(oracle.model))
+    return oracle
+
+
+def set_lr(oracle: Oracle, lr: float) -> None:
+    for group in oracle.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def follow(run: Run, worker: Worker, oracle: Oracle | None) -> None:
+    """The one process goes on from where the ranks are. All ranks call it."""
+    if run.args.verify:
+        weights, states = gathered(run, worker.weights(), worker.states())
+        if oracle:
+            oracle.adopt(weights, states)
+
+
+# ---- Claims ----------------------------------------------------------------------------------------------------------
+
+
+def sent_by_axis(sent: Ledger, steps: int) -> dict[str, float]:
+    """Elements of a step by axis, without what the planner does not count: norms, and where tokens go."""
+    by_axis: dict[str, float] = {}
+    for (operation, name), entry in sent.traffic.items():
+        if not name.endswith(("norm", "load")) and operation != "token counts":
+            axis = "dp" if name.startswith("cp x dp") else name.split()[0]
+            by_axis[axis] = by_axis.get(axis, 0.0) + entry.elements / max(1, steps)
+    return by_axis
+
+
+def claim_run(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent: Ledger, steps: int) -> None:
+    """What each rank has and sends, against the planner. All ranks call it."""
+    size = sum(p.numel() for p in worker.model.parameters() if p.requires_grad)
+    everyone = run.job.gather((worker.pp.index, size, sent_by_axis(sent, steps)))
+    if not everyone:
+        return
+    if layout.zero < 3:  # else parameters are gathered and freed
+        cases = [(f"parameters, rank {rank}", sum(memory.parameters(model, layout, index)), size)
+                 for rank, (index, size, _) in enumerate(everyone)]  # fmt: skip
+        run.evidence.each("parameters on a rank", "the planner's, by rank of the pipeline", cases)
+    if model.experts or not steps:
+        return  # where tokens go is known afterwards
+    plan = {index: traffic.sent(model, layout, index) for index in range(layout.pp)}
+    for axis in sorted({axis for by_axis in plan.values() for axis in by_axis}):
+        cases = [
+            (f"elements over {axis}, rank {rank}", plan[index].get(axis, 0.0), found.get(axis, 0.0))
+            for rank, (index, _, found) in enumerate(everyone)
+        ]
+        most = max(expected for _, expected, _ in cases)
+        formula = f"the planner's, {most:,.0f} at most"
+        run.evidence.each(f"elements sent a step over {axis}", formula, cases, 0.02 * most)
+
+
+def claim_losses(run: Run, first: int, before: float, after: float) -> None:
+    """That no step is lost over a restart, or that a new run has learnt.
+
+    Args:
+        first: the steps that an earlier run had done.
+        before, after: the validation loss.
+    """
+    run.say(f"validation loss {before:.4f} before, {after:.4f} after")
+    if run.job.rank:
+        return
+    if first:
+        done = max(first, run.args.steps)
+        run.evidence.claim("losses, with those of the checkpoint", "one a step", done, len(run.losses))
+    elif run.args.steps >= FALLS and not run.args.init:
+        run.evidence.claim("validation loss has fallen", "0 above that before", 0, max(0.0, after - before))
+
+
+def say_utilization(run: Run, model: ModelConfig, steps: int) -> None:
+    """Model FLOP/s utilization, where it is known what the device can do."""
+    known = hardware.of_gpu(run.job.device) if run.job.device.type == "cuda" else None
+    if known and known.peak and steps:
+        flops = steps * step_flops(model, run.args.batch) / run.job.world_size
+        run.say(f"MFU {flops / run.training_seconds / known.peak:.1%}")
+
+
+def write_text(run: Run, worker: Worker) -> None:
+    """A sample of what the model has learnt, by one process with the full weights. All ranks call it."""
+    spec = worker.spec
+    model = full_model(spec.config, spec.moe)
+    if not run.args.sample or sum(p.numel() for p in model.parameters()) > LARGEST_SAMPLE:
+        return
+    weights = dict(*gathered(run, worker.weights()))
+    if run.job.rank:
+        return
+    model = materialize(model, spec.seed, spec.device, spec.dtype).eval()
+    for name, p in model.named_parameters():
+        p.data.copy_(weights[name])
+    text, random = list(b"The "), generator(spec.seed, "sample")
+    with torch.no_grad():
+        for _ in range(run.args.sample):
+            logits = model(torch.tensor([text[-spec.config.sequence :]], device=spec.device))[0, -1]
+            text.append(int(torch.multinomial(logits.double().cpu().softmax(-1), 1, generator=random)))
+    run.say(f"\nit writes: {bytes(text).decode(errors='replace')!r}")

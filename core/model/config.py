@@ -1,0 +1,117 @@
+"""The one description of a model: the decoder of `core.model.gpt` is built from it, and the planner counts with it.
+
+H hidden, A heads, D head size, F feed-forward, V vocabulary, S sequence
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from core.proof.rulebook import MODEL
+from core.proof.rules import check
+
+
+class Latent(NamedTuple):
+    """Multi-head latent attention (2412.19437, section 2.1.1): ranks of the compressed q and kv, and head sizes."""
+
+    q_rank: int
+    kv_rank: int
+    rope: int
+    nope: int
+    value: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and kinds of a decoder-only transformer.
+
+    What is None follows from other sizes, also after `dataclasses.replace`; the properties below say it.
+
+    Raises:
+        ValueError: a size is not positive, hidden is not divisible by heads, or dropout does not fit the attention.
+    """
+
+    vocabulary: int = 256
+    sequence: int = 64
+    hidden: int = 64
+    layers: int = 8
+    heads: int = 4
+    feed_forward: int = 0  # 0: four times hidden
+    dropout: float = 0.0
+    attention: str = "sdpa"  # or "softmax": every intermediate in sight, as the activation formula counts them
+    tied: bool = True  # the head is the token embedding
+    head_bias: bool = False
+    name: str = "gpt"
+    # Kinds that the planner counts, and `core.model.gpt` does not build.
+    kv_heads: int | None = None  # grouped-query attention; None: as many as heads
+    head_size: int | None = None  # None: hidden / heads
+    gated: bool = False  # SwiGLU: the first matrix of the MLP has 2F columns
+    biases: bool = True  # of linear layers and norms
+    learned_positions: bool = True  # else rotary ones, without parameters
+    latent: Latent | None = None
+    experts: int = 0  # routed, of each layer that has them; `expert_parallel.moe` builds these
+    top_k: int = 0
+    expert_feed_forward: int | None = None  # None: as feed_forward
+    shared_feed_forward: int = 0  # of the shared experts together
+    dense_layers: int = 0  # the first ones, which have no experts
+
+    def __post_init__(self) -> None:
+        check(self, MODEL)
+        if not self.feed_forward:
+            object.__setattr__(self, "feed_forward", 4 * self.hidden)
+
+    @property
+    def query_groups(self) -> int:
+        """Heads of keys and values: so many groups of query heads share one."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """D: of a query or a key."""
+        if self.latent:
+            return self.latent.nope + self.latent.rope
+        return self.head_size or self.hidden // self.heads
+
+    @property
+    def value_dim(self) -> int:
+        """Of a head's value."""
+        return self.latent.value if self.latent else self.head_dim
+
+    @property
+    def query_size(self) -> int:
+        """Of all heads' queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Of all heads' outputs."""
+        return self.heads * self.value_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Of all keys and values."""
+        groups = self.heads if self.latent else self.query_groups
+        return groups * (self.head_dim + self.value_dim)
+
+    @property
+    def expert_size(self) -> int:
+        """F of one routed expert."""
+        return self.expert_feed_forward or self.feed_forward
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers with experts."""
+        return self.layers - self.dense_layers if self.experts else 0
+
+    def unbuilt(self) -> str:
+        """What of this model `core.model.gpt` has not got, in words; "" where it can build it."""
+        kinds = {
+            "grouped key and value heads": self.query_groups != self.heads,
+            "a gated MLP": self.gated,
+            "norms and linear layers without biases": not self.biases,
+            "rotary positions": not self.learned_positions,
+            "latent attention": self.latent is not None,
+            "experts": self.experts > 0,
+            "layers without experts": self.dense_layers > 0,
+            "heads of another size than hidden / heads": self.head_size not in (None, self.hidden // self.heads),
+        }
+        return ", ".join(kind for kind, has in kinds.items() if has)

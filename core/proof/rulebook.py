@@ -1,0 +1,149 @@
+"""The rules that several topics share, each stated once. Lessons, planner and training apply these same objects.
+
+A case has the sizes under the names of their flags (`heads`, `feed_forward`, `sequence`, `batch`, `microbatches`,
+`experts`), those of the axes (`tp cp dp pp ep etp`), and what follows from them: `ranks` tp x cp x dp x pp, `inside`
+tp x cp x dp, the ranks of one pipeline stage, `stages` of the pipeline. `world` is how many ranks are running.
+"""
+
+from math import gcd
+from typing import Any
+
+from core.proof.rules import Rule, at_least, nearest_multiple
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+
+def usable_heads(case: Any) -> str:
+    """The next smaller number of heads that divides hidden."""
+    return f"--heads {max(a for a in range(1, min(case.heads, case.hidden) + 1) if case.hidden % a == 0)}"
+
+
+HEADS = Rule(
+    "heads",
+    "--heads {heads}",
+    lambda case: case.head_size is not None or case.hidden % case.heads == 0,
+    "must divide --hidden {hidden}, so that heads are equal",
+    usable_heads,
+    "core.model.gpt",
+)
+ATTENTION = Rule(
+    "attention",
+    "--attention {attention}",
+    lambda case: case.attention in ("sdpa", "softmax"),
+    "must be sdpa or softmax",
+    lambda case: "--attention sdpa",
+    "core.model.gpt",
+)
+DROPOUT_SHARE = Rule(
+    "dropout: a share",
+    "--dropout {dropout}",
+    lambda case: 0.0 <= case.dropout < 1.0,
+    "must be in [0, 1)",
+    lambda case: "--dropout 0.1",
+    "core.model.gpt",
+)
+DROPOUT = Rule(
+    "dropout",
+    "--dropout {dropout}",
+    lambda case: not case.dropout or case.attention == "softmax",
+    "the masks drawn inside sdpa depend on the layout",
+    lambda case: "--attention softmax",
+    "core.model.gpt",
+)
+TOP_K = Rule(
+    "experts: top k",
+    "--top-k {top_k}",
+    lambda case: case.top_k <= case.experts,
+    "a token cannot choose more than the --experts {experts}",
+    lambda case: f"--top-k {case.experts}",
+    "2101.03961, section 2.1",
+)
+SIZES = tuple(at_least(size, 1, 8) for size in ("vocabulary", "sequence", "hidden", "layers", "heads"))
+MODEL = (*SIZES, HEADS, ATTENTION, DROPOUT_SHARE, DROPOUT, at_least("feed-forward", 0, 0))
+
+# ---- Ranks -----------------------------------------------------------------------------------------------------------
+
+
+def axis(name: str) -> Rule:
+    """An axis of the mesh."""
+    return Rule(
+        f"{name}: ranks",
+        f"--{name} {{{name}}}",
+        lambda case: getattr(case, name) >= 1,
+        "an axis has at least one rank",
+        lambda case: f"--{name} 1",
+        "core.mesh",
+    )
+
+
+AXES = tuple(map(axis, ("tp", "cp", "dp", "pp", "ep", "etp")))
+RANKS = Rule(
+    "ranks",
+    "--tp {tp} --cp {cp} --dp {dp} --pp {pp}",
+    lambda case: case.ranks == case.world,
+    "tp x cp x dp x pp = {ranks} ranks, but {world} are running",
+    lambda case: f"torchrun --nproc_per_node={case.ranks}",
+    "core.mesh",
+)
+EXPERT_RANKS = Rule(
+    "experts: ranks",
+    "--ep {ep} --etp {etp}",
+    lambda case: case.inside % (case.ep * case.etp) == 0,
+    "ep x etp must divide tp x cp x dp = {inside}",
+    lambda case: "--ep 1 --etp 1",
+    "core.mesh",
+)
+
+# ---- Equal shards ----------------------------------------------------------------------------------------------------
+
+EQUAL = "what is sharded must be a multiple of the {tp} ranks, so that each gets as much"
+BATCH = Rule(
+    "batch",
+    "--batch {batch}",
+    lambda case: case.batch % (case.dp * case.microbatches) == 0,
+    "must be a multiple of {dp} ranks x --microbatches {microbatches}, so that all micro-batches are equal",
+    lambda case: f"--batch {nearest_multiple(case.batch, case.dp * case.microbatches)}",
+    "lecture 01",
+)
+TP_HEADS = Rule(
+    "tp: heads",
+    "--tp {tp} --heads {heads}",
+    lambda case: case.heads % case.tp == 0,
+    EQUAL,
+    lambda case: f"--heads {nearest_multiple(case.heads, case.tp)}",
+    "1909.08053, section 3",
+)
+TP_FEED_FORWARD = Rule(
+    "tp: feed-forward",
+    "--tp {tp} --feed-forward {feed_forward}",
+    lambda case: case.feed_forward % case.tp == 0,
+    EQUAL,
+    lambda case: f"--feed-forward {nearest_multiple(case.feed_forward, case.tp)}",
+    "1909.08053, section 3",
+)
+SP_SEQUENCE = Rule(
+    "sp: sequence",
+    "--sp --tp {tp} --cp {cp} --sequence {sequence}",
+    lambda case: not case.sp or case.sequence % (case.tp * case.cp) == 0,
+    EQUAL,
+    lambda case: f"--sequence {nearest_multiple(case.sequence, case.tp * case.cp)}",
+    "2205.05198, 4.2.2",
+)
+PP_LAYERS = Rule(
+    "pp: layers",
+    "--layers {layers}",
+    lambda case: case.layers % case.stages == 0 or case.layers + 2 >= 2 * case.stages,
+    "must be a multiple of the {stages} stages, or 2 x {stages} - 2 or more, so that each has a layer",
+    lambda case: f"--layers {nearest_multiple(case.layers, case.stages)}",
+    "2407.21783, section 3.3.2",
+)
+EP_EXPERTS = Rule(
+    "experts: ep",
+    "--ep {ep}",
+    lambda case: (
+        case.ep == 1 or (case.experts > 0 and case.inside // case.etp % case.ep == 0 and case.experts % case.ep == 0)
+    ),
+    "must divide the {inside} ranks / --etp {etp} and the --experts {experts}, so that each rank has as many",
+    lambda case: f"--ep {gcd(case.experts, case.inside // case.etp)}",
+    "2006.16668, section 3",
+)

@@ -1,0 +1,1 @@
+"""The fast version of expert parallelism: what `cluster` runs."""

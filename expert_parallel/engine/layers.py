@@ -1,0 +1,229 @@
+"""CODE 04: experts over the ranks (专家并行大规模训练). GShard (2006.16668), section 3; folding: 2504.14960, 3.2.
+
+What the plain layer (`dispatch.py`) computes, and besides: the shared expert runs while the rows are in flight, forward
+and backward; experts are grouped products (`experts.py`); etp ranks share the features of an expert; an all-gather in
+place of the all-to-all, where a token goes to most ranks anyway.
+
+The ranks are folded twice (Megatron-LM): dense layers see tp x cp x dp, experts see etp x ep x edp. The ep ranks have
+different experts, the etp ranks different features of the same experts, the edp ranks replicas.
+
+B samples, S tokens of a sample, T tokens of this rank = B S, H hidden, F feed-forward, E experts, k for each token,
+R rows: routed tokens
+"""
+
+import torch
+from torch import Tensor, nn
+
+from core import comm
+from core.gradients import sum_gradients
+from core.mesh import Axis
+from core.model.gpt import GPT
+from core.shards import shard
+from expert_parallel.engine.experts import Experts
+from expert_parallel.engine.moe import MoE, order_of, permute, unpermute
+from expert_parallel.engine.router import Choice, Spread
+
+DISPATCHERS = ("all-to-all", "all-gather")
+
+
+# ---- Rows in flight, under autograd ----------------------------------------------------------------------------------
+
+
+class Exchange:
+    """One all-to-all of rows, begun and ended apart: what is computed between runs while the rows are in flight.
+
+        ticket = exchange.begin(rows)       # posts the all-to-all
+        ...                                 # anything that does not need the result
+        received = exchange.end(ticket)     # waits for it
+
+    In backward `end` posts the all-to-all of the gradient, and `begin` waits for it. That it is in this order follows
+    from the graph alone: the ticket, a tensor without elements, is all that autograd sees between the two, so `begin`
+    has no gradient before `end` has made one. Each of them is used once.
+
+    Args:
+        send, receive: rows to and from each rank of the axis.
+    """
+
+    def __init__(self, axis: Axis, send: list[int], receive: list[int]):
+        self.axis, self.send, self.receive = axis, send, receive
+        self._pending: comm.Pending | None = None
+
+    def begin(self, rows: Tensor) -> Tensor:
+        """Rows (R, H) to the ticket."""
+        return comm.conjugate(rows, lambda r: self._post(r, self.send, self.receive), self._wait)
+
+    def end(self, ticket: Tensor) -> Tensor:
+        """The ticket to the rows received."""
+        return comm.conjugate(ticket, self._wait, lambda g: self._post(g, self.receive, self.send))
+
+    def _post(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        self._pending = comm.all_to_all_async(rows.detach(), self.axis, send, receive)
+        return rows.new_empty(0)
+
+    def _wait(self, _: Tensor) -> Tensor:
+        """Keeps nothing: the graph has this object until the backward, which does not read the buffers."""
+        pending, self._pending = self._pending, None
+        return pending.wait()
+
+
+def gather_rows(rows: Tensor, axis: Axis, counts: list[int]) -> Tensor:
+    """The rows of all ranks, `counts` of them, in the order of the axis; in backward each gets the sum for its own."""
+    own = counts[axis.index]
+    return comm.conjugate(rows, lambda r: _to_all(r, axis, counts), lambda g: _summed(g, axis, counts, own))
+
+
+def scatter_rows(rows: Tensor, axis: Axis, counts: list[int]) -> Tensor:
+    """The sum over the ranks of these rows, of which each gets its own `counts`; in backward, all of them."""
+    own = counts[axis.index]
+    return comm.conjugate(rows, lambda r: _summed(r, axis, counts, own), lambda g: _to_all(g, axis, counts))
+
+
+def _to_all(rows: Tensor, axis: Axis, counts: list[int]) -> Tensor:
+    return comm.all_to_all(rows.repeat(axis.size, 1), axis, [len(rows)] * axis.size, counts)
+
+
+def _summed(rows: Tensor, axis: Axis, counts: list[int], own: int) -> Tensor:
+    return comm.all_to_all(rows, axis, counts, [own] * axis.size).view(axis.size, own, rows.shape[1]).sum(0)
+
+
+def by_expert(rows: Tensor, counts: list[list[int]]) -> Tensor:
+    """Rows in the order (source, expert), of which there are `counts`, to the order (expert, source)."""
+    if len(counts) == 1 or not counts[0]:
+        return rows
+    experts = len(counts[0])
+    blocks = rows.split([n for source in counts for n in source])
+    return torch.cat([block for expert in range(experts) for block in blocks[expert::experts]])
+
+
+def by_source(rows: Tensor, counts: list[list[int]]) -> Tensor:
+    """And back."""
+    return by_expert(rows, [*map(list, zip(*counts, strict=True))])
+
+
+# ---- The layer -------------------------------------------------------------------------------------------------------
+
+
+class ExpertParallelMoE(nn.Module):
+    """This rank's (B, S, H) to (B, S, H), with its E/ep experts, of each F/etp features.
+
+    Args:
+        moe: the layer of one process, on the meta device.
+        spread: how the global batch's tokens are spread.
+        dispatch: one of `DISPATCHERS`. The all-gather gives all tokens of the ep ranks to each of them.
+
+    Raises:
+        ValueError: experts or features cannot be sharded equally, or the dispatch does not know etp.
+    """
+
+    def __init__(self, moe: MoE, ep: Axis, etp: Axis, spread: Spread, dispatch: str = "all-to-all"):
+        super().__init__()
+        count, features = moe.experts.up.weight.shape[:2]
+        for what, size, ranks in (("experts", count, ep.size), ("features of an expert", features, etp.size)):
+            if size % ranks:
+                raise ValueError(f"{size} {what} cannot be sharded equally over {ranks}; use a multiple of {ranks}")
+        if dispatch not in DISPATCHERS or (dispatch == "all-gather" and etp.size > 1):
+            raise ValueError(f"--dispatch {dispatch}: with --etp {etp.size} there is only all-to-all; use it")
+        self.ep, self.etp, self.dispatch = ep, etp, dispatch
+        self.router, self.shared, self.experts = moe.router, moe.shared, shard_experts(moe.experts, ep, etp)
+        self.router.spread = spread
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, choice = x.flatten(0, 1), self.router(x)
+        by = self._by_all_to_all if self.dispatch == "all-to-all" else self._by_all_gather
+        return by(tokens, choice).view_as(x)
+
+    def _by_all_to_all(self, tokens: Tensor, choice: Choice) -> Tensor:
+        ep, equal = self.ep, [1] * self.ep.size
+        order, counts = order_of(choice, self.router.routing.experts)
+        send = counts.view(ep.size, -1)  # (ep, E/ep): by rank and expert there
+        pending = comm.all_to_all_async(send, ep.labelled("counts"), equal, equal)
+        rows = permute(tokens, order, self.router.routing.top_k)
+        receive = pending.wait()  # (ep, E/ep): by source and expert here
+
+        dispatch = Exchange(ep, send.sum(1).tolist(), receive.sum(1).tolist())
+        ticket = dispatch.begin(rows)
+        shared = 0.0 if self.shared is None else self.shared(tokens)
+        rows = self._compute(dispatch.end(ticket), receive)
+
+        combine = Exchange(ep, dispatch.receive, dispatch.send)
+        rows = combine.end(combine.begin(rows))
+        return unpermute(rows, order, choice.weights) + shared
+
+    def _compute(self, rows: Tensor, received: Tensor) -> Tensor:
+        """The experts here on rows in the order (source, expert), of which there are `received`."""
+        if self.etp.size == 1:
+            counts = received.tolist()
+            return by_source(self.experts(by_expert(rows, counts), received.sum(0).tolist()), counts)
+        # Each rank of etp has some features of the same experts: it needs the rows of the others, too.
+        every = comm.all_gather(received, self.etp)
+        counts, of_ranks = every.tolist(), every.view(self.etp.size, -1).sum(1).tolist()
+        rows = by_expert(gather_rows(rows, self.etp, of_ranks), counts)
+        y = self.experts(rows, every.sum(0).tolist(), last_bias=False)  # partial: the bias once, after the sum
+        y = scatter_rows(by_source(y, counts), self.etp, of_ranks)
+        bias = self.experts.down.bias.repeat(len(received), 1)
+        return y + bias.repeat_interleave(received.flatten(), 0, output_size=len(y))
+
+    def _by_all_gather(self, tokens: Tensor, choice: Choice) -> Tensor:
+        everyone = comm.gather_for(tokens, self.ep, 0)
+        weights = comm.gather_for(choice.weights, self.ep, 0)
+        here = comm.all_gather(choice.experts, self.ep) - self.ep.index * len(self.experts.up.weight)
+        kept = (here >= 0) & (here < len(self.experts.up.weight))
+        if choice.kept is not None:
+            kept &= comm.all_gather(choice.kept.to(torch.uint8), self.ep).bool()
+        order, counts = order_of(Choice(here, weights, kept), len(self.experts.up.weight))
+        rows = self.experts(permute(everyone, order, self.router.routing.top_k), counts.tolist())
+        y = comm.scatter_from(unpermute(rows, order, weights), self.ep, 0)
+        return y if self.shared is None else y + self.shared(tokens)
+
+
+def shard_experts(experts: Experts, ep: Axis, etp: Axis) -> Experts:
+    """This rank's experts, and of each its features: rows of the first weight, columns of the second."""
+    up, down = experts.up, experts.down
+    up.weight, up.bias = (shard(shard(p, 0, ep), 1, etp) for p in (up.weight, up.bias))
+    down.weight = shard(shard(down.weight, 0, ep), 2, etp)
+    down.bias = shard(down.bias, 0, ep)  # replicated over etp: added once, after the partial sums
+    return experts
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+
+def parallelize(model: GPT, ep: Axis, etp: Axis, spread: Spread, dispatch: str = "all-to-all") -> GPT:
+    """Shard the experts of a GPT of `to_moe`, or of a pipeline stage of it, over the ranks.
+
+    What is not an expert is left alone: shard it before, with sequence parallelism for example. After backward its
+    gradients are to be summed over the dense world, as always, and those of the experts by `sum_expert_gradients`.
+
+    Raises:
+        ValueError: experts or features cannot be sharded equally.
+    """
+    for block in model.blocks.values():
+        if isinstance(block.mlp, MoE):
+            block.mlp = ExpertParallelMoE(block.mlp, ep, etp, spread, dispatch)
+    return model
+
+
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()]
+
+
+def second_biases(model: nn.Module) -> list[nn.Parameter]:
+    """Those parameters of experts that every rank of etp holds in full."""
+    return [module.down.bias for module in model.modules() if isinstance(module, Experts)]
+
+
+def sum_expert_gradients(model: nn.Module, edp: Axis, etp: Axis) -> None:
+    """Add up the gradients of the experts over their replicas.
+
+    Not divided by anything: each rank's loss is its share of the global batch's. (Where each rank's loss is the mean
+    over its own tokens, divide by *all* data-parallel ranks, not by those of edp: an expert sees the tokens of all.)
+    """
+    sum_gradients(second_biases(model), etp)
+    sum_gradients(expert_parameters(model), edp)
+
+
+def counted_once(model: nn.Module, edp: Axis, etp: Axis) -> list[Tensor]:
+    """The gradients of experts that this rank adds to the global norm."""
+    replicated = set(second_biases(model))
+    counted = [p for p in expert_parameters(model) if edp.index == 0 and (p not in replicated or etp.index == 0)]
+    return [p.grad for p in counted if p.grad is not None]

@@ -1,0 +1,157 @@
+"""How many experts there are, how tokens find them, and the decisions: experts and capacity, without gradients.
+
+Top-k gating: Shazeer et al. 2017 (1701.06538). Capacity: Switch (2101.03961), section 2.2. Groups of experts:
+DeepSeek-V3 (2412.19437), section 2.1.2.
+
+B samples, S tokens of a sample, E experts, k of them for each token
+"""
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from core.proof.rules import Rule, at_least, check
+
+SCORES = ("softmax-topk", "topk-softmax", "sigmoid")
+DROPS = ("position", "probability")
+
+
+def _finite(flag: str, works: str) -> Rule:
+    name = flag.replace("-", "_")
+    reason = "must be finite, and not negative"
+    return Rule(flag, f"--{flag} {{{name}}}", lambda r: 0 <= getattr(r, name) < math.inf, reason,
+                lambda r: f"--{flag} {works}")  # fmt: skip
+
+
+def _one_of(flag: str, known: tuple[str, ...]) -> Rule:
+    reason = f"must be one of {', '.join(known)}"
+    return Rule(flag, f"--{flag} {{{flag}}}", lambda r: getattr(r, flag) in known, reason,
+                lambda r: f"--{flag} {known[0]}")  # fmt: skip
+
+
+def _fewer_choices(case: "Routing") -> str:
+    """The flags with which a token chooses as many experts as there are."""
+    score = " --score softmax-topk" if case.experts == 1 and case.score == "topk-softmax" else ""
+    groups = f" --top-groups {case.groups}" if case.groups > 1 else ""
+    return f"--top-k {case.experts}{score}{groups}"
+
+
+def _fewer_groups(case: "Routing") -> str:
+    fitting = max(g for g in range(1, case.groups + 1) if case.experts % g == 0)
+    return f"--groups {fitting} --top-groups {fitting}"
+
+
+def _enough_groups(case: "Routing") -> bool:
+    """Whether the experts of `top_groups` groups are at least `top_k`."""
+    return case.top_k <= case.top_groups * (case.experts // case.groups) and case.top_groups <= case.groups
+
+
+TOP_K = Rule("experts: top k", "--top-k {top_k}", lambda c: c.top_k <= c.experts,
+             "a token cannot choose more than the --experts {experts}", _fewer_choices,
+             "2101.03961, section 2.1")  # fmt: skip
+ROUTING = (
+    Rule("experts", "--experts {experts}", lambda r: r.experts >= 1, "must be at least 1",
+         lambda r: f"--experts {max(8, r.top_k)}"),
+    Rule("top k", "--top-k {top_k}", lambda r: r.top_k >= 1, "must be at least 1",
+         lambda r: f"--top-k {min(2, r.experts)}"),
+    at_least("groups", 1, 1),
+    at_least("top-groups", 1, 1),
+    _finite("capacity", "1.25, or 0 to drop nothing"),
+    _finite("aux", "0.01"),
+    _finite("z", "0.01"),
+    _finite("bias-rate", "0.001"),
+    _one_of("score", SCORES),
+    _one_of("drop", DROPS),
+    TOP_K,
+    Rule("top k: softmax", "--top-k {top_k}", lambda r: r.top_k > 1 or r.score != "topk-softmax",
+         "the softmax over one chosen expert is always 1, and the router would learn nothing",
+         lambda r: "--score softmax-topk"),
+    Rule("groups: equal", "--groups {groups}", lambda r: r.experts % r.groups == 0,
+         "must divide --experts {experts}, so that groups are equal", _fewer_groups),
+    Rule("top groups", "--top-groups {top_groups}", _enough_groups,
+         "at most the {groups} groups, and with --top-k {top_k} experts in them", lambda r: f"--top-groups {r.groups}"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How tokens find experts.
+
+    Raises:
+        ValueError: the numbers do not fit each other.
+    """
+
+    experts: int = 8
+    top_k: int = 2
+    score: str = "topk-softmax"  # softmax over the chosen; or over all, then choose; or sigmoids, divided by their sum
+    groups: int = 1  # the experts are in so many equal groups,
+    top_groups: int = 1  # and a token's must be in so many of them
+    capacity: float = 0.0  # an expert takes at most ceil(capacity k S / E) tokens of a sample; 0: all
+    drop: str = "position"  # what goes beyond that is dropped: the last tokens, or those with the lowest score
+    aux: float = 0.0  # coefficient of Switch's load-balancing loss
+    z: float = 0.0  # of the router z-loss
+    bias_rate: float = 0.0  # how fast the bias of selection moves against the load
+
+    def __post_init__(self) -> None:
+        check(self, ROUTING)
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of a token's experts do, if none is dropped."""
+        return self.score == "topk-softmax" or (self.score == "sigmoid" and self.top_k > 1)
+
+    def expert_capacity(self, tokens: int) -> int:
+        """Tokens that an expert takes of a sample of so many."""
+        # A decimal, as it is written: 0.55 x 2 x 50 / 5 is 11, and a little more in binary, which ceil would make 12.
+        return min(tokens, math.ceil(Fraction(str(self.capacity)) * self.top_k * tokens / self.experts))
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """What replaces the MLPs.
+
+    Raises:
+        ValueError: a size is not possible.
+    """
+
+    routing: Routing = field(default_factory=Routing)
+    feed_forward: int = 0  # of an expert; 0: of the MLP it replaces
+    shared: int = 0  # feed-forward of a shared expert, an MLP that all tokens go through besides; 0: none
+    every: int = 1  # in every so manyeth layer, the last of so many
+
+    def __post_init__(self) -> None:
+        for name, least in (("feed_forward", 0), ("shared", 0), ("every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}; use {least}")
+
+
+def choose(scores: Tensor, routing: Routing) -> Tensor:
+    """The k experts of each token, (..., E) to (..., k), the best first; in the best groups, where there are groups."""
+    if routing.top_groups < routing.groups:
+        grouped = rearrange(scores, "... (g e) -> ... g e", g=routing.groups)
+        # A group is as good as its share of the choice: the sum of its best k / top_groups.
+        of_group = grouped.topk(max(1, routing.top_k // routing.top_groups)).values.sum(-1)
+        closed = torch.ones_like(of_group, dtype=torch.bool)
+        closed.scatter_(-1, of_group.topk(routing.top_groups).indices, False)
+        scores = grouped.masked_fill(closed.unsqueeze(-1), -math.inf).flatten(-2)
+    return scores.topk(routing.top_k).indices
+
+
+def keep(experts: Tensor, scores: Tensor, routing: Routing) -> Tensor:
+    """Which choices are within their expert's capacity, bool (B, S, k); the others are dropped.
+
+    Args:
+        experts: (B, S, k).
+        scores: (B, S, E).
+    """
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, experts, True)
+    if routing.drop == "position":
+        before = chosen.cumsum(1) - 1
+    else:
+        best_first = scores.masked_fill(~chosen, -math.inf).argsort(dim=1, descending=True, stable=True)
+        before = best_first.argsort(1)
+    return (before < routing.expert_capacity(scores.shape[1])).gather(-1, experts)

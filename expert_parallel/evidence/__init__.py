@@ -1,0 +1,1 @@
+"""What the lessons of CODE 04 claim, and how it is measured."""

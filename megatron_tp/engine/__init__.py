@@ -1,0 +1,1 @@
+"""The fast versions, which the combined run uses."""

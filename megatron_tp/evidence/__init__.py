@@ -1,0 +1,1 @@
+"""What the lessons claim, and how it is measured."""

@@ -1,0 +1,158 @@
+"""CODE 02: what a rank holds of the course's model at the end of a step, on 1, 2, 4 and 8 ranks.
+
+Every layer is as large as the next, so a step is measured with one layer and with two, and all layers follow.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from tabulate import tabulate
+from torch import Tensor
+
+from core.mesh import Axis, Mesh
+from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
+from core.model.seeded import SampleMasks
+from core.model.text import Text
+from core.proof.lesson import Run
+from core.proof.memory import SavedActivations, live_bytes
+from core.proof.oracle import TOLERANCE, relative_difference
+from core.proof.plot import bars
+from core.proof.training import Replica
+from megatron_tp.engine import layers, loss
+from megatron_tp.evidence.training import build, parameters_on_a_rank
+
+COURSE = GPTConfig(1024, 1024, 512, layers=8, heads=8, feed_forward=1024, tied=False, head_bias=True)
+COURSE_PARAMETERS = {1: 18_397_184, 2: 9_473_536, 4: 5_011_712}  # on each rank, by number of ranks
+
+
+class Held(NamedTuple):
+    """Bytes that one rank holds at the end of a step, and the loss of that step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # saved for backward
+    loss: float
+
+    @property
+    def trained(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        return self.trained + self.activations
+
+
+Sizes = Mapping[int, list[Held]]  # of every rank, by the number of ranks
+
+
+def measure(run: Run, config: GPTConfig, mesh: Mesh) -> list[Held]:
+    """What each rank of tp holds of the full model; on rank 0. With dp > 1 the other replicas wait."""
+    mine = None
+    if mesh["dp"].index == 0:
+        one, two = (_step(run, replace(config, layers=n), mesh["tp"]) for n in (1, 2))
+        sizes = (a + (config.layers - 1) * (b - a) for a, b in zip(one[:4], two[:4], strict=True))
+        mine = Held(*sizes, two.loss)
+    return [each for each in run.job.gather(mine) if each]
+
+
+def _first_batch(run: Run) -> tuple[Tensor, Tensor]:
+    args = run.args
+    inputs, targets = Text(args.data, args.sequence).batch(args.seed, 0, args.batch)
+    return inputs.to(run.job.device), targets.to(run.job.device)
+
+
+def _step(run: Run, config: GPTConfig, axis: Axis) -> Held:
+    model, optimizer = build(run, config, axis, layers.parallelize)
+    use_masks(model, SampleMasks(run.args.seed))
+    inputs, targets = _first_batch(run)
+    saved = SavedActivations([*model.parameters(), inputs, targets])
+    with saved:
+        mean = loss.token_loss(model(inputs), targets, targets.numel(), axis, config.vocabulary)
+    activations = saved.live
+    mean.backward()
+    optimizer.step()
+    return Held(*_trained_bytes(model, optimizer), activations, mean.item())
+
+
+def _loss_of_one_process(run: Run, config: GPTConfig) -> float:
+    model = materialize(GPT(config), run.args.seed, run.job.device, run.dtype)
+    use_masks(model, SampleMasks(run.args.seed))
+    inputs, targets = _first_batch(run)
+    return token_loss(model(inputs), targets, targets.numel()).item()
+
+
+def _trained_bytes(model: GPT, optimizer: object) -> tuple[int, int, int]:
+    states = (value for p in model.parameters() for value in optimizer.state[p].values())
+    return (
+        live_bytes(model.parameters()),
+        live_bytes(p.grad for p in model.parameters()),
+        live_bytes(value for value in states if value.dim()),  # not the count of steps
+    )
+
+
+def show_memory(run: Run, held: Sizes) -> None:
+    if not held[1]:
+        return
+    one_process = held[1][0].total
+    rows = []
+    for t, ranks in held.items():
+        most = max(ranks, key=lambda rank: rank.total)
+        sizes = (*most[:4], most.total, one_process / t)
+        rows.append((t, *(size / 1e6 for size in sizes), most.total / (one_process / t)))
+    header = ("tp", "weights", "gradients", "Adam", "activations", "total", "ideal", "x ideal")
+    run.say("one step: what a rank holds, in MB; ideal is the total of one process / tp")
+    run.say(tabulate(rows, header, floatfmt=".2f", intfmt=",") + "\n")
+    if run.args.plot:
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(header) if 1 <= i <= 6}
+        bars(run.args.plot, "What a rank holds", "MB", [f"tp {t}" for t in held], columns)
+
+
+def parameters(config: GPTConfig, axis: Axis) -> int:
+    """Elements of this rank's shards; takes no memory."""
+    return sum(p.numel() for p in layers.parallelize(GPT(config), axis).parameters())
+
+
+def claim_parameters(run: Run, config: GPTConfig, axis: Axis, sizes: Sizes) -> None:
+    """How many parameters each rank has, for every number of ranks."""
+    if run.job.rank:
+        return
+    for t in sizes:
+        expected, source = parameters_on_a_rank(config, t), "sharded / t + replicated"
+        if config == COURSE and t in COURSE_PARAMETERS:
+            expected, source = COURSE_PARAMETERS[t], "the course's figure"
+        ranks = (replace(axis, ranks=(*range(t),), index=rank, group=None) for rank in range(t))
+        measured = [parameters(config, rank) for rank in ranks]
+        run.evidence.on_ranks(f"parameters at tp {t}", f"{source}: {expected:,}", expected, measured)
+
+
+def claim_memory(run: Run, config: GPTConfig, sizes: Sizes, trained: Replica) -> None:
+    """Bytes on each rank, for every number of ranks, and of the model that has been trained on all of them."""
+    in_training = run.job.gather(sum(_trained_bytes(trained.model, trained.optimizer)))
+    if run.job.rank:
+        return
+    on_ranks = run.evidence.on_ranks
+    for t, ranks in sizes.items():
+        expected = 4 * parameters_on_a_rank(config, t) * run.dtype.itemsize
+        name, formula = f"bytes of weights, gradients and Adam, tp {t}", f"4 x parameters = {expected:,}"
+        on_ranks(name, formula, expected, [held.trained for held in ranks])
+    on_ranks(f"the same of the model trained at tp {t}", formula, expected, in_training)
+    even = [t for t in sizes if config.vocabulary % t == 0]  # elsewhere the logits are padded
+    if len(even) > 2:  # from two sizes what is sharded and what is replicated are both known
+        second = even[1]
+        one, two = (max(rank.activations for rank in sizes[t]) for t in even[:2])
+        sharded = (one - two) / (1 - 1 / second)
+        for t in even[2:]:
+            expected = sharded / t + one - sharded
+            on_ranks(
+                f"bytes saved for backward at tp {t}",
+                f"sharded / t + replicated, from tp 1 and {second}: {expected:,.0f}",
+                expected,
+                [rank.activations for rank in sizes[t]],
+                1e-9 * expected,
+            )
+    expected = _loss_of_one_process(run, replace(config, layers=2))
+    worst = max(relative_difference(rank.loss, expected) for ranks in sizes.values() for rank in ranks)
+    name = f"first loss at tp {', '.join(map(str, sizes))}, of two layers"
+    run.evidence.claim(name, "one process's", 0, worst, TOLERANCE[run.dtype].loss, correctness=True)

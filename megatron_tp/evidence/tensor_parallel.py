@@ -1,0 +1,152 @@
+"""Lecture 05: which parameter is sharded how, what a step sends, what a rank holds, and the loss with smoothing."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor
+
+from core import comm
+from core.ledger import Traffic
+from core.mesh import Axis
+from core.model.gpt import GPT, GPTConfig
+from core.model.text import Text
+from core.proof.lesson import Run
+from core.proof.memory import live_bytes
+from core.proof.oracle import TOLERANCE
+from core.proof.plot import bars
+from core.shards import Shard, shard_of
+from megatron_tp.engine.loss import vocab_parallel_cross_entropy
+from megatron_tp.evidence.training import Version, parameters_on_a_rank
+
+SMOOTHING = 0.1
+Sent = dict[tuple[str, str], Traffic]
+Versions = Mapping[str, Version]
+
+
+def show_shards(run: Run, full: GPT, sharded: GPT) -> None:
+    """Which parameter is sharded how; the first layer stands for all."""
+    shapes = {name: _shape(p) for name, p in full.named_parameters()}
+    rows = [
+        (name, shapes[name], _shape(p), _how(p))
+        for name, p in sharded.named_parameters()
+        if not name.startswith("blocks.") or name.startswith("blocks.0.")
+    ]
+    run.say(tabulate(rows, ("parameter", "full", f"on each of {run.job.world_size} ranks", "sharded")) + "\n")
+
+
+def _shape(p: Tensor) -> str:
+    return " x ".join(map(str, p.shape))
+
+
+def _how(p: Tensor) -> str:
+    mark = shard_of(p)
+    if mark is None:
+        return "no"
+    padding = mark.length * mark.count - mark.size
+    return f"by {'rows' if mark.dim == 0 else 'columns'}" + (f", {padding} rows of padding" if padding else "")
+
+
+def claim_traffic(run: Run, config: GPTConfig, versions: Versions) -> None:
+    """The all-reduces of a layer, and of both ends of the model."""
+    everyone = run.job.gather({name: (v.forward.traffic, v.axis.ledger.traffic) for name, v in versions.items()})
+    if not everyone:
+        return
+    t, h, bs = run.job.world_size, config.hidden, run.args.batch * run.args.sequence
+    ring = 2 * (t - 1) / t  # elements that a rank sends to all-reduce one
+
+    def each(claim: str, formula: str, expected: float, measure: Callable[[Sent, Sent], float]) -> None:
+        cases = [
+            (f"{claim} ({name}), rank {rank}", expected, measure(*sent[name]) / run.args.steps)
+            for name in versions
+            for rank, sent in enumerate(everyone)
+        ]
+        run.evidence.each(claim, formula, cases, 1e-9 * expected)
+
+    def of(sent: Sent, label: str) -> Traffic:
+        return sent["all-reduce", f"tp {label}"]
+
+    def in_layer(sent: Sent) -> float:
+        return of(sent, "layers").messages / config.layers
+
+    n = 2 if t > 1 else 0  # one rank sends nothing
+    each("all-reduces of a layer, forward", "2, the paper's g", n, lambda forward, _: in_layer(forward))
+    each("and backward", "2, the paper's f", n, lambda forward, both: in_layer(both) - in_layer(forward))
+    layer = 4 * ring * bs * h
+    each(
+        "elements a layer sends a micro-batch",
+        f"8bsh(t-1)/t = {layer:,.0f}",
+        layer,
+        lambda _, both: of(both, "layers").elements / config.layers,
+    )
+    reduced, gathered = 3 * ring * bs, ring / 2 * bs * config.vocabulary
+    each(
+        "elements the loss sends",
+        f"3bs, each reduced: {reduced:,.0f}; to gather bsV logits: {gathered:,.0f}",
+        reduced,
+        lambda _, both: of(both, "loss").elements,
+    )
+    for label, name in (("embedding", "g"), ("head", "f")):
+        each(
+            f"elements the {label} sends",
+            f"bsh, reduced once, by {name}: {ring * bs * h:,.0f}",
+            ring * bs * h,
+            lambda _, both, label=label: of(both, label).elements,
+        )
+    each(
+        "messages other than all-reduces",
+        "0: nothing is gathered",
+        0,
+        lambda _, both: sum(traffic.messages for (operation, _), traffic in both.items() if operation != "all-reduce"),
+    )
+    if run.args.plot:
+        labels, (forward, both) = ("embedding", "layers", "head", "loss"), everyone[0]["plain"]
+        ahead, total = ([of(sent, label).bytes / run.args.steps / 1e6 for label in labels] for sent in (forward, both))
+        series = {"forward": ahead, "backward": [b - a for a, b in zip(ahead, total, strict=True)]}
+        bars(run.args.plot, f"All-reduced by each of {t} ranks in a step", "MB sent", labels, series)
+
+
+def claim_memory(run: Run, config: GPTConfig, versions: Versions) -> None:
+    """Bytes of parameters and optimizer state on a rank."""
+
+    def measured(replica: object) -> tuple[int, int]:
+        parameters, state = [*replica.model.parameters()], replica.optimizer.state
+        moments = [value for p in parameters for value in state[p].values() if value.shape == p.shape]
+        return live_bytes(parameters), live_bytes(moments)
+
+    everyone = run.job.gather({name: measured(version.replica) for name, version in versions.items()})
+    expected = parameters_on_a_rank(config, run.job.world_size) * run.dtype.itemsize
+    for i, (what, times) in enumerate((("parameters", 1), ("Adam's two moments", 2))):
+        cases = [
+            (f"bytes of {what} ({name}), rank {rank}", times * expected, found[name][i])
+            for name in versions
+            for rank, found in enumerate(everyone)
+        ]
+        run.evidence.each(f"bytes of {what}", f"sharded / t + replicated = {times * expected:,}", cases)
+
+
+def claim_smoothing(run: Run, axis: Axis, model: GPT) -> None:
+    """The engine's loss with label smoothing is torch's, of gathered logits; the last column is taken for padding."""
+    inputs, targets = (t.to(run.job.device) for t in Text(run.args.data, run.args.sequence).batch(run.args.seed, 0, 2))
+    with torch.no_grad():
+        logits = model.eval()(inputs)
+    vocabulary = logits.shape[-1] * axis.size - 1
+    targets, mark = targets % vocabulary, Shard(2, axis.index, axis.size, vocabulary)
+    logits = logits[..., : mark.length]  # shorter on one rank only
+    full = comm.all_gather(logits, axis, -1)[..., :vocabulary].requires_grad_()
+    ours = vocab_parallel_cross_entropy(logits.requires_grad_(), targets, axis, vocabulary, SMOOTHING)
+    theirs = F.cross_entropy(full.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=SMOOTHING)
+    gradient = torch.autograd.grad(ours.square().sum(), logits)[0]
+    expected = mark.local(torch.autograd.grad(theirs.square().sum(), full)[0])
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        return ((a - b).norm() / b.norm()).item()
+
+    everyone = run.job.gather((apart(ours.flatten(), theirs), apart(gradient, expected)))
+    if everyone:
+        losses, gradients = zip(*everyone, strict=True)
+        on_ranks, formula, tolerance = run.evidence.on_ranks, "torch's, of gathered logits", TOLERANCE[run.dtype]
+        name = f"loss with label smoothing {SMOOTHING}"
+        on_ranks(name, formula, 0, losses, tolerance.loss, correctness=True)
+        on_ranks("and its gradient", formula, 0, gradients, tolerance.gradient, correctness=True)

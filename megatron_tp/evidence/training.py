@@ -1,0 +1,87 @@
+"""What lecture 05 and CODE 02 share: train a tensor-parallel GPT in several versions beside one process."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from core.gradients import clip_and_total
+from core.ledger import Ledger
+from core.mesh import Axis
+from core.model.gpt import GPT, GPTConfig, materialize, use_masks
+from core.model.seeded import SampleMasks
+from core.proof.lesson import Run
+from core.proof.oracle import Oracle
+from core.proof.training import Replica, claim_equal, claim_replicated_parameters, train
+from core.shards import counted_once
+
+Parallelize = Callable[[GPT, Axis], GPT]
+
+
+@dataclass
+class Version:
+    """One way to train: the plain one, or the engine's."""
+
+    replica: Replica  # this rank's shards, and how they are trained
+    axis: Axis  # with a ledger of its own
+    forward: Ledger  # what was sent in the forward passes
+
+    @property
+    def model(self) -> GPT:
+        return self.replica.model
+
+
+def build(run: Run, config: GPTConfig, axis: Axis, parallelize: Parallelize) -> tuple[GPT, torch.optim.Optimizer]:
+    """This rank's shards of the GPT, and an ordinary optimizer over them."""
+    model = materialize(parallelize(GPT(config), axis), run.args.seed, run.job.device, run.dtype)
+    return model, torch.optim.AdamW(model.parameters(), lr=run.args.lr)
+
+
+def version(
+    run: Run, config: GPTConfig, axis: Axis, parallelize: Parallelize, token_loss: Callable[..., Tensor]
+) -> Version:
+    """Train what `parallelize` makes with `token_loss`, clipped by the norm of the full model's gradient."""
+    args, axis, forward = run.args, replace(axis, ledger=Ledger()), Ledger()
+    model, optimizer = build(run, config, axis, parallelize)
+    loss_of = partial(token_loss, tokens=args.batch * args.sequence, axis=axis, vocabulary=config.vocabulary)
+    masks = use_masks(model, SampleMasks(args.seed))
+
+    def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
+        masks.seek(step)
+        with axis.ledger.recording_to(forward):
+            loss = loss_of(model(inputs), targets)
+        loss.backward()
+        # Every rank has the same loss: one of them counts it.
+        return loss.detach() if axis.index == 0 else torch.zeros_like(loss)
+
+    def clip(largest: float, share: Tensor) -> tuple[float, float]:
+        return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], largest, share)
+
+    return Version(Replica(model, optimizer, forward_backward, clip), axis, forward)
+
+
+def train_beside_one_process(run: Run, config: GPTConfig, replicas: Mapping[str, Replica]) -> None:
+    """Train every version, and claim that it equals one process, and that what is replicated stays equal."""
+    args, job = run.args, run.job
+    run.mesh = {"tp": job.world_size}
+    optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
+    oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
+    compared = train(run, replicas, oracle)
+    if oracle:
+        claim_equal(run, compared)
+    claim_replicated_parameters(run, nn.ModuleDict({name: replica.model for name, replica in replicas.items()}))
+
+
+def parameters_on_a_rank(config: GPTConfig, ranks: int) -> int:
+    """By the slide's arithmetic: 1/t of what is sharded, and all of what is replicated."""
+    h, f, layers = config.hidden, config.feed_forward, config.layers
+    vocabulary = -(-config.vocabulary // ranks) * ranks  # with padding
+    qkv, out, up, down = 3 * h * h + 3 * h, h * h, f * h + f, h * f  # biases of the row-parallel ones are replicated
+    ends = vocabulary * h if config.tied else 2 * vocabulary * h
+    if config.head_bias:
+        ends += vocabulary
+    sharded = layers * (qkv + out + up + down) + ends
+    norms, biases, positions = (2 * layers + 1) * 2 * h, 2 * layers * h, config.sequence * h
+    return sharded // ranks + norms + biases + positions

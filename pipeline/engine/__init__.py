@@ -1,0 +1,1 @@
+"""The fast runtime, and what builds, checks, times and searches schedules."""

@@ -1,0 +1,290 @@
+"""The fast runtime: any schedule on real processes, and what `cluster/` trains with. Lecture 09.
+
+To `pipeline/runtime.py` it adds:
+
+    receives posted ahead    one action before the one that needs the message, which so travels while that computes
+    only what is needed      of an output, once it is sent, the place in the graph where its gradient enters
+    deferred wgrads          the parameters are marked, and any kind of layer can leave its weights for later
+    frozen parameters        stages in which nothing is trained
+    forward alone            for an evaluation
+    measurement              a virtual clock that messages carry along, and bytes of saved activations
+
+M micro-batches, B samples in a micro-batch, S sequence, H hidden
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from core.mesh import Axis
+from core.model.linear import Deferred, Later
+from core.model.seeded import SampleMasks
+from core.p2p import PointToPoint
+from core.proof.clock import VirtualClock
+from core.proof.memory import SavedActivations
+from pipeline.engine.actions import (
+    UNIT_COSTS,
+    Action,
+    Schedule,
+    input_of,
+    output_of,
+    placement,
+    routes,
+    sender_of,
+    size,
+    stage_share,
+    stages_of_ranks,
+    with_communication,
+)
+from pipeline.engine.validator import validate
+
+
+@dataclass
+class Kept:
+    """What a stage keeps of one micro-batch between its forward and its backward.
+
+    Not the output: once it is sent, only the place in the graph where its gradient enters is needed. (Megatron-LM
+    gets the same by shrinking the output's storage, `deallocate_output_tensor`.)
+    """
+
+    input: Tensor
+    exit: GradientEdge | None  # None where nothing on this stage or before it is trained
+
+
+@dataclass
+class Trace:
+    """The measurements of traced steps."""
+
+    clock: VirtualClock
+    saved: SavedActivations
+    by_stage: dict[int, int] = field(default_factory=dict)  # bytes that autograd saved for one micro-batch
+    deferred_layers: int = 0  # layers whose weight gradients a W has computed
+
+
+@dataclass
+class Step:
+    """What is worked on now."""
+
+    inputs: Tensor  # (M, B, S)
+    targets: Tensor  # (M, B, S)
+    loss: Tensor  # of the micro-batches so far, a scalar
+    trace: Trace | None = None
+    saved: SavedActivations | None = None  # counts what is kept for backward
+
+
+class Pipeline:
+    """One rank of a pipeline.
+
+    Args:
+        stages: those of this rank, by number; called as stage(x). Each maps (B, S) tokens or (B, S, H) activations to
+            the next stage's input, or to logits on the last stage.
+        loss: maps (logits, targets) of one micro-batch to its share of the global loss, a scalar: the shares add up.
+        schedule: what every rank computes, in order; validated here.
+        axis: the ranks of the pipeline.
+        shape: (B, S, H) of the activation that travels.
+        masks: of the stages' dropouts; told which micro-batch is computed.
+
+    Raises:
+        ScheduleError: the schedule cannot run.
+        ValueError: it is for another number of ranks, or puts other stages on this one.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, nn.Module],
+        loss: Callable[[Tensor, Tensor], Tensor],
+        schedule: Schedule,
+        axis: Axis,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        masks: SampleMasks | None = None,
+    ):
+        validate(schedule)
+        if len(schedule) != axis.size:
+            raise ValueError(f"the schedule is for {len(schedule)} ranks, the pipeline has {axis.size}")
+        here = stages_of_ranks(schedule)[axis.index]
+        if sorted(stages) != here:
+            raise ValueError(f"the schedule puts stages {here} here, not {sorted(stages)}")
+        self.stages, self.loss, self.axis = stages, loss, axis
+        self.shape, self.dtype, self.device, self.masks = shape, dtype, device, masks
+        count, self.microbatches = size(schedule)
+        self.last = count - 1
+        self.program = with_communication(schedule)[axis.index]
+        self.in_flight_peak = 0
+        self._share = stage_share(schedule)
+        self._rank_of = placement(schedule)
+        self._messages = PointToPoint(axis, routes(schedule), device)
+        self._kept: dict[tuple[int, int], Kept] = {}  # by (stage, micro-batch): forward done, backward not yet
+        self._pending: dict[tuple[int, int], list[Later]] = {}  # input gradient done, weight gradients not yet
+        self._arriving: dict[Action, Callable[[], Tensor]] = {}  # by its receive: wait for a message, and get it
+        self._leaving: Tensor | None = None  # the result of the last action, until it is sent
+        self._split = {(a.stage, a.microbatch) for a in schedule[axis.index] if a.kind == "I"}
+        self._deferred = Deferred(p for stage in stages.values() for p in stage.parameters()) if self._split else None
+        self._carry_out = {
+            "RECV_F": self._post_receive,
+            "RECV_B": self._post_receive,
+            "F": self._forward,
+            "B": self._backward,
+            "I": self._backward_input,
+            "W": self._backward_weights,
+            "SEND_F": self._send,
+            "SEND_B": self._send,
+        }
+
+    def step(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        trace: Trace | None = None,
+        saved: SavedActivations | None = None,
+    ) -> Tensor:
+        """Forward and backward of all micro-batches; gradients are added to the parameters' `.grad`.
+
+        Args:
+            inputs, targets: (M, B, S); only the first stage reads inputs, only the last reads targets.
+            trace: measure this step. Each message is then followed by a small one that carries the sender's clock.
+            saved: count what is kept for backward, and nothing else; a trace has its own.
+
+        Returns:
+            this rank's share of the loss, a scalar: on the ranks of the last stage; 0 elsewhere.
+
+        Raises:
+            PeerError: a neighbour died or was silent for the whole timeout.
+            ValueError: the batch does not have the schedule's number of micro-batches.
+        """
+        saved = trace.saved if trace else saved
+        if self._deferred:
+            self._deferred.account = saved
+        total = self._run(self.program, inputs, targets, trace, saved)
+        assert {**self._kept, **self._pending} == {}, "a valid schedule leaves nothing behind"
+        return total
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss alone, as `step` gives it: the forwards of the schedule and their messages, without gradients."""
+        forwards = [action for action in self.program if action.kind in ("RECV_F", "F", "SEND_F")]
+        return self._run(forwards, inputs, targets, None, None)
+
+    def close(self) -> None:
+        """End the thread that sends."""
+        self._messages.close()
+
+    def _run(
+        self, program: Sequence[Action], inputs: Tensor, targets: Tensor, trace: Trace | None,
+        saved: SavedActivations | None,
+    ) -> Tensor:  # fmt: skip
+        if not len(inputs) == len(targets) == self.microbatches:
+            raise ValueError(f"{len(inputs)} microbatches for a schedule of {self.microbatches}")
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)  # not self.dtype: many small shares
+        self._now = Step(inputs, targets, loss, trace, saved)
+        for action in program:
+            self._carry_out[action.kind](action)
+        self._messages.flush()
+        return loss
+
+    # ---- Compute
+
+    def _forward(self, action: Action) -> None:
+        stage, _, m = action
+        now, trace = self._now, self._now.trace
+        x = now.inputs[m] if stage == 0 else self._wait_for_input(action).requires_grad_()
+        if self.masks:
+            self.masks.at(m * now.inputs.shape[1])
+        if self._deferred:
+            self._deferred.expected = (stage, m) in self._split
+        before = trace.saved.live if trace else 0
+        with self._measured(action), now.saved or nullcontext():
+            y = self.stages[stage](x)
+            if stage == self.last:
+                y = self.loss(y, now.targets[m])
+        if trace:
+            trace.by_stage.setdefault(stage, trace.saved.live - before)
+        if stage == self.last:
+            now.loss += y.detach()
+        if torch.is_grad_enabled():
+            self._kept[stage, m] = Kept(x, get_gradient_edge(y) if y.requires_grad else None)
+            self.in_flight_peak = max(self.in_flight_peak, len(self._kept) + len(self._pending))
+        self._pass_on(action, y)
+
+    def _backward(self, action: Action) -> None:
+        if self._deferred:  # for what is computed again in a backward
+            self._deferred.expected = False
+        self._pass_on(action, self._gradient_of_input(action, nullcontext()))
+
+    def _backward_input(self, action: Action) -> None:
+        """All but what leads to the gradients of the linear layers' weights."""
+        self._deferred.expected = True
+        gradient = self._gradient_of_input(action, self._deferred)
+        self._pending[action.stage, action.microbatch] = self._deferred.take()
+        self._pass_on(action, gradient)
+
+    def _gradient_of_input(self, action: Action, deferring: AbstractContextManager) -> Tensor | None:
+        gradient = None if action.stage == self.last else self._wait_for_input(action)
+        kept = self._kept.pop((action.stage, action.microbatch))
+        if kept.exit is not None:
+            with self._measured(action), deferring:
+                torch.autograd.backward(kept.exit, gradient)
+        return kept.input.grad
+
+    def _backward_weights(self, action: Action) -> None:
+        pending = self._pending.pop((action.stage, action.microbatch))
+        if self._now.trace:
+            self._now.trace.deferred_layers += len(pending)
+        with self._measured(action):
+            while pending:
+                pending.pop().add()  # and forget what it read
+
+    def _measured(self, action: Action) -> AbstractContextManager:
+        trace = self._now.trace
+        return trace.clock.action(action, self._share * UNIT_COSTS[action.kind]) if trace else nullcontext()
+
+    # ---- Messages. One is known on both sides by the action that receives it.
+
+    def _post_receive(self, receive: Action) -> None:
+        sender, trace = self._rank_of[sender_of(receive)], self._now.trace
+        into = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        message = self._messages.receive(into, sender, receive.kind[-1], self._tag(receive))
+        if trace is None:
+            self._arriving[receive] = message
+            return
+        stamp = self._messages.receive(trace.clock.stamp(), sender, "clock", self._tag(receive, clock=True))
+
+        def arrive() -> Tensor:
+            value = message()
+            trace.clock.receive(stamp())
+            return value
+
+        self._arriving[receive] = arrive
+
+    def _wait_for_input(self, action: Action) -> Tensor:
+        return self._arriving.pop(input_of(action))()
+
+    def _pass_on(self, action: Action, result: Tensor | None) -> None:
+        """Hand the result to the next stage, or leave it for the SEND that follows."""
+        receive = output_of(action)
+        receiver = self._rank_of.get((receive.stage, receive.microbatch))  # none at the ends of the pipeline
+        if receiver == self.axis.index:
+            value = result.detach()
+            self._arriving[receive] = lambda: value
+        elif receiver is not None:
+            self._leaving = result.detach()
+
+    def _send(self, send: Action) -> None:
+        x, self._leaving = self._leaving, None
+        assert x.shape == self.shape, f"{send}: {tuple(x.shape)} is not the {self.shape} that the next stage expects"
+        receive = output_of(send._replace(kind=send.kind[-1]))
+        receiver = self._rank_of[receive.stage, receive.microbatch]
+        self._messages.send(x, receiver, send.kind[-1], self._tag(receive))
+        if trace := self._now.trace:
+            self._messages.send(trace.clock.stamp(), receiver, "clock", self._tag(receive, clock=True))
+
+    def _tag(self, receive: Action, clock: bool = False) -> int:
+        """Tells apart the messages from one rank to another."""
+        kinds = ("RECV_F", "RECV_F clock", "RECV_B", "RECV_B clock")
+        kind = f"{receive.kind} clock" if clock else receive.kind
+        return len(kinds) * (receive.stage * self.microbatches + receive.microbatch) + kinds.index(kind)

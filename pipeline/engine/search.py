@@ -1,0 +1,276 @@
+"""Find a schedule for given costs and a given memory, instead of writing one down. Lecture 08, further.
+
+Three steps. The named schedules that fit the memory are candidates. So are those of a greedy rule, which lets a rank
+that is free do the most urgent thing it can: an input gradient, else a forward if memory allows, else what weight
+gradients are left over; with several placements of the stages and several settings of the rule. The best of all are
+improved by moving single actions, as long as that shortens the step. (2401.10241, section 3, does the same.)
+
+p ranks, m micro-batches, S stages
+"""
+
+import heapq
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import inf
+
+from pipeline.engine.actions import (
+    Action,
+    Schedule,
+    ScheduleError,
+    most_in_flight,
+    placement,
+    size,
+    stage_share,
+    stages_of_ranks,
+)
+from pipeline.schedules import SCHEDULES, build
+
+Costs = dict[str, list[float]]  # the time of F, I and W on each of 2p equal stages of the model, in order
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a schedule is wanted for.
+
+    Args:
+        costs: see `Costs`.
+        message: time a message between two ranks travels.
+        memory: activations that a rank can hold, in microbatches of 1/p of the model: 1F1B needs p.
+        copies: how often the ranks together can hold the model's parameters: DualPipe needs 2.
+    """
+
+    ranks: int
+    microbatches: int
+    costs: Costs
+    message: float
+    memory: float
+    copies: int = 1
+
+    def of(self, stages: int) -> Costs:
+        """The costs of each of S = p or 2p stages, of the full backward (B) too."""
+        each = 2 * self.ranks // stages
+        merged = {kind: [sum(c[s * each : (s + 1) * each]) for s in range(stages)] for kind, c in self.costs.items()}
+        return merged | {"B": [i + w for i, w in zip(merged["I"], merged["W"], strict=True)]}
+
+    def fits(self, schedule: Schedule) -> bool:
+        """Whether memory and copies are enough."""
+        copies = sum(map(len, stages_of_ranks(schedule))) / size(schedule)[0]
+        return copies <= self.copies and max(map(most_in_flight, schedule)) * stage_share(schedule) <= self.memory
+
+
+@dataclass(frozen=True)
+class Found:
+    """A schedule, how it was found, and how long a step takes."""
+
+    name: str
+    schedule: Schedule
+    makespan: float
+
+
+def named(problem: Problem) -> Iterator[Found]:
+    """The schedules of the lessons that exist for these sizes and fit."""
+    for name in SCHEDULES:
+        try:
+            schedule = build(name, problem.ranks, problem.microbatches)
+        except ScheduleError:
+            continue
+        if problem.fits(schedule):
+            yield Found(name, schedule, makespan(schedule, problem))
+
+
+def search(problem: Problem, tries: int | None = None, seed: int = 0) -> Found:
+    """The best schedule found; never worse than a named one that fits.
+
+    Args:
+        tries: changes tried on each of the few best candidates; None: as many as take some seconds, at most 3000.
+
+    Raises:
+        ScheduleError: nothing fits the memory.
+    """
+    candidates = list(named(problem))
+    p = problem.ranks
+    if tries is None:
+        tries = max(50, min(3000, 1_500_000 // (6 * p * problem.microbatches)))
+    placements = {"one stage a rank": [*range(p)], "V": [*range(p), *reversed(range(p))], "round": [*range(p)] * 2}
+    settings = product((True, False), (True, False), (0.0, 0.5, 1.0))
+    limits = {problem.memory, (problem.memory + p) / 2, float(p)}
+    for (place, where), setting, memory in product(placements.items(), settings, limits):
+        if memory <= problem.memory and (schedule := greedy(problem, where, memory, *setting)):
+            candidates.append(Found(f"greedy, {place}", schedule, makespan(schedule, problem)))
+    draw = random.Random(seed)
+    for _ in range(20 * tries // (p * problem.microbatches)):  # and with a choice left to chance now and then
+        place, where = draw.choice([*placements.items()])
+        setting = draw.random() < 0.8, draw.random() < 0.5, draw.random()
+        if schedule := greedy(problem, where, problem.memory, *setting, draw):
+            candidates.append(Found(f"greedy, {place}", schedule, makespan(schedule, problem)))
+    if not candidates:
+        raise ScheduleError(f"no schedule holds at most {problem.memory:g} microbatches on a rank")
+    best = sorted(candidates, key=lambda found: found.makespan)
+    of_placement = {str(stages_of_ranks(found.schedule)): found for found in reversed(best)}  # the best of each
+    improved = [improve(found, problem, tries, seed) for found in of_placement.values()]
+    return min([best[0], *improved], key=lambda found: found.makespan)
+
+
+def greedy(
+    problem: Problem,
+    where: list[int],
+    memory: float,
+    backward_first: bool,
+    late_stage_first: bool,
+    patience: float,
+    draw: random.Random | None = None,
+) -> Schedule | None:
+    """What free ranks do if each takes the most urgent thing; None where that ends in a dead end.
+
+    Args:
+        where: the rank of each stage.
+        patience: a W is not begun if something more urgent arrives before this share of it is done.
+        draw: now and then any action that is possible, or none, is taken instead.
+    """
+    p, m, stages = problem.ranks, problem.microbatches, len(where)
+    cost, slots = problem.of(stages), int(memory * stages / p)
+    mine = [[s for s in range(stages) if where[s] == r] for r in range(p)]
+    arrives = {"F": [[inf] * m for _ in where], "I": [[inf] * m for _ in where]}
+    arrives["F"][0] = [0.0] * m
+    following = {"F": [0] * stages, "I": [0] * stages}  # the next microbatch
+    pending: list[list[Action]] = [[] for _ in range(p)]  # W whose I is done
+    free, used = [0.0] * p, [0] * p
+    rows: Schedule = [[] for _ in range(p)]
+    events = [(0.0, r) for r in range(p)]
+
+    def ready(rank: int, kind: str, now: float) -> list[int]:
+        return [s for s in mine[rank] if following[kind][s] < m and arrives[kind][s][following[kind][s]] <= now]
+
+    def has_room(rank: int, stage: int) -> bool:
+        first, last = mine[rank][0], mine[rank][-1]
+        between = following["F"][first] - following["F"][last]  # microbatches that still need the last stage
+        return used[rank] < slots and (stage == last or between < slots - 1)  # one slot is for that
+
+    def choose(rank: int, now: float) -> Action | float:
+        """What to do, or when to look again."""
+        options = {"I": ready(rank, "I", now), "F": [s for s in ready(rank, "F", now) if has_room(rank, s)]}
+        by_chance = draw is not None and draw.random() < 0.2
+        for kind in () if by_chance else "IF" if backward_first else "FI":
+            if options[kind]:
+                stage = max(options[kind]) if late_stage_first or kind == "I" else min(options[kind])
+                return Action(stage, kind, following[kind][stage])
+        soon = min((arrives[k][s][following[k][s]] for k in "FI" for s in mine[rank]
+                    if following[k][s] < m and arrives[k][s][following[k][s]] > now), default=inf)  # fmt: skip
+        if by_chance:
+            possible = [Action(s, kind, following[kind][s]) for kind in "IF" for s in options[kind]]
+            chosen = draw.choice([*possible, *pending[rank][:1], soon])
+            if chosen != inf:
+                return pending[rank].pop(0) if chosen in pending[rank] else chosen
+        if pending[rank] and now + patience * cost["W"][pending[rank][0].stage] <= soon:
+            return pending[rank].pop(0)
+        return soon
+
+    while events:
+        now, rank = heapq.heappop(events)
+        if now < free[rank]:
+            continue
+        action = choose(rank, now)
+        if not isinstance(action, Action):
+            if action < inf:
+                heapq.heappush(events, (action, rank))
+            continue
+        stage, kind, microbatch = action
+        rows[rank].append(action)
+        end = free[rank] = now + cost[kind][stage]
+        heapq.heappush(events, (end, rank))
+        used[rank] += {"F": 1, "I": 0, "W": -1}[kind]
+        if kind == "W":
+            continue
+        following[kind][stage] += 1
+        if kind == "I":
+            pending[rank].append(Action(stage, "W", microbatch))
+        turned = kind == "F" and stage == stages - 1
+        to, what = (stage, "I") if turned else (stage + (1 if kind == "F" else -1), kind)
+        if to >= 0:
+            arrives[what][to][microbatch] = end + (problem.message if where[to] != rank else 0.0)
+            heapq.heappush(events, (arrives[what][to][microbatch], where[to]))
+    return rows if sum(map(len, rows)) == 3 * stages * m else None
+
+
+def improve(found: Found, problem: Problem, tries: int, seed: int) -> Found:
+    """Move one action at a time, into an idle gap or anywhere near; less and less often keep what is worse."""
+    rows, draw = [list(row) for row in found.schedule], random.Random(seed)
+    best, kept, length = found.makespan, found.schedule, found.makespan
+    action = sum(map(sum, problem.costs.values())) / (6 * problem.ranks)  # mean time of one
+    stages = size(rows)[0]
+    slots, cost, rank_of = problem.memory * stages / problem.ranks, problem.of(stages), placement(rows)
+    starts = _starts(rows, cost, rank_of, problem.message)
+    for i in range(tries):
+        heat = 0.15 * action * (1 - i / tries) ** 2
+        rank = draw.randrange(len(rows))
+        row, start = rows[rank], starts[rank]
+        idle = [
+            i for i in range(1, len(row)) if start[i] > start[i - 1] + cost[row[i - 1].kind][row[i - 1].stage] + 1e-9
+        ]
+        if idle and draw.random() < 0.8:
+            new = draw.choice(idle)
+            old = min(len(row) - 1, new + 1 + int(draw.expovariate(0.3)))
+        else:
+            old = draw.randrange(len(row))
+            new = max(0, min(len(row) - 1, old + draw.randint(-4, 4)))
+        row.insert(new, row.pop(old))
+        tried = _starts(rows, cost, rank_of, problem.message) if most_in_flight(row) <= slots else None
+        new_length = _end(rows, cost, tried) if tried else inf
+        if new_length <= length + draw.random() * heat:
+            length, starts = new_length, tried
+            if length < best - 1e-12:
+                best, kept = length, [list(row) for row in rows]
+        else:
+            row.insert(old, row.pop(new))
+    return Found(found.name + (", improved" if best < found.makespan else ""), kept, best)
+
+
+def makespan(schedule: Schedule, problem: Problem) -> float:
+    """How long a step takes; infinite if the ranks wait for each other for ever."""
+    cost = problem.of(size(schedule)[0])
+    starts = _starts(schedule, cost, placement(schedule), problem.message)
+    return _end(schedule, cost, starts) if starts else inf
+
+
+def _end(schedule: Schedule, cost: Costs, starts: list[list[float]]) -> float:
+    return max(start[-1] + cost[row[-1].kind][row[-1].stage] for row, start in zip(schedule, starts, strict=True))
+
+
+def _starts(
+    schedule: Schedule, cost: Costs, rank_of: dict[tuple[int, int], int], message: float
+) -> list[list[float]] | None:
+    """When each action starts: as the validator, but quick, for orders of the right actions; None for a dead end."""
+    last = len(cost["F"]) - 1
+    done: dict[tuple[int, str, int], float] = {}
+    starts: list[list[float]] = [[] for _ in schedule]
+    now = [0.0] * len(schedule)
+    waiting = list(range(len(schedule)))
+    while waiting:
+        still, moved = [], False
+        for rank in waiting:
+            row, start = schedule[rank], starts[rank]
+            while len(start) < len(row):
+                stage, kind, m = row[len(start)]
+                clock = now[rank]
+                if kind != "F":
+                    own = done.get((stage, "I" if kind == "W" else "F", m))
+                    if own is None:
+                        break
+                before = (stage - 1, "F", m) if kind == "F" else (stage + 1, "I", m)
+                if kind != "W" and 0 <= before[0] <= last:
+                    arrived = done.get(before)
+                    if arrived is None:
+                        break
+                    clock = max(clock, arrived + (message if rank_of[before[0], m] != rank else 0.0))
+                start.append(clock)
+                now[rank] = clock + cost[kind][stage]
+                done[stage, "I" if kind == "B" else kind, m] = now[rank]
+                moved = True
+            if len(start) < len(row):
+                still.append(rank)
+        if still and not moved:
+            return None
+        waiting = still
+    return starts

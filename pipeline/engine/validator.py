@@ -1,0 +1,247 @@
+"""A strict validator: check a schedule and run it on virtual devices, with no process.
+
+A schedule that passes can be carried out, every micro-batch exactly once on every stage, and the times are those of
+devices that have nothing else to do.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+from core.proof.clock import Event
+from pipeline.engine.actions import (
+    UNIT_COSTS,
+    Action,
+    Schedule,
+    ScheduleError,
+    placement,
+    size,
+    stage_share,
+    stages_of_ranks,
+)
+
+Costs = Mapping[str, float | list[float]]
+Timeline = list[list[Event]]  # one row a rank; an event's label is its action
+Block = tuple[Action, ...]  # what a device does as one: an action, or a forward and a backward that overlap
+Result = tuple[int, str, int]  # (stage, "F" or "B", micro-batch) of what is computed and passed on; an I makes it too
+
+
+def bubble(timeline: Timeline, model: int = 0) -> tuple[float, float]:
+    """Idle time over wall time, and over computing time, of a timeline under one of its cost models.
+
+    (p-1)/(m+p-1) and (p-1)/m on the slides of GPipe and 1F1B.
+    """
+    busy = sum(e.end[model] - e.start[model] for row in timeline for e in row)
+    wall = len(timeline) * max(row[-1].end[model] for row in timeline)
+    return 1 - busy / wall, wall / busy - 1
+
+
+def bubbles_within(timeline: Timeline) -> list[float]:
+    """Idle time between the first and the last action of each rank.
+
+    Of the rank that has most it is what is lost in a step when no rank waits for another between steps: the zero-bubble
+    paper's measure. It is all that 1F1B loses, too, whose first rank starts first and ends last.
+    """
+    return [row[-1].end[0] - row[0].start[0] - sum(e.end[0] - e.start[0] for e in row) for row in timeline]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a valid schedule costs on devices of its own.
+
+    Times are in the units of the costs given. A micro-batch is in flight on a stage from its forward to the end of its
+    backward, the wgrad included.
+    """
+
+    events: Timeline  # times are 1-tuples
+    makespan: float
+    busy: list[float]  # per rank
+    in_flight: list[int]  # per rank: most at a time, over all its stages
+
+    @property
+    def bubble_of_wall(self) -> float:
+        return bubble(self.events)[0]
+
+    @property
+    def bubble_of_ideal(self) -> float:
+        return bubble(self.events)[1]
+
+    @property
+    def own_bubble(self) -> float:
+        """Of the rank with most, see `bubbles_within`."""
+        return max(bubbles_within(self.events))
+
+
+def validate(schedule: Schedule, costs: Costs = UNIT_COSTS, message: float = 0.0, together: bool = False) -> Verdict:
+    """Check that the schedule is complete and can run, and run it on virtual devices.
+
+    Args:
+        costs: time of each kind of action on 1/p of the model; where stages are smaller it is less in proportion. Or a
+            list: the time on each stage.
+        message: time a message between ranks travels.
+        together: take the pairs that are meant to overlap as one block: it starts when both can, and both results are
+            there at its end, after the sum of their times.
+
+    Raises:
+        ScheduleError: a stage missing, or on three ranks; a micro-batch without exactly one forward and one backward,
+            in one or in two parts, on every stage; a backward before its forward; ranks that wait for each other for
+            ever.
+    """
+    check_complete(schedule)
+    stages, share = size(schedule)[0], stage_share(schedule)
+    each = {kind: c if isinstance(c, list) else [c * share] * stages for kind, c in costs.items()}
+    devices = [_Device(_blocks(row, together)) for row in schedule]
+    _run(devices, each, message, placement(schedule), stages)
+    if waiting := [(rank, device) for rank, device in enumerate(devices) if device.waits_for]:
+        reasons = []
+        for rank, device in waiting:
+            stage, kind, microbatch = device.waits_for
+            action = schedule[rank][len(device.events)]
+            reasons.append(f"{_position(rank, len(device.events), action)} waits for {stage}{kind}{microbatch}")
+        raise ScheduleError("deadlock: " + "; ".join(reasons))
+    busy = [sum(e.end[0] - e.start[0] for e in device.events) for device in devices]
+    return Verdict([d.events for d in devices], max(d.now for d in devices), busy, [d.most for d in devices])
+
+
+@dataclass
+class _Device:
+    """A rank on virtual time."""
+
+    blocks: deque[Block]  # still to do
+    now: float = 0.0
+    in_flight: int = 0
+    most: int = 0
+    events: list[Event] = field(default_factory=list)
+    waits_for: Result | None = None
+
+    def carry_out(self, block: Block, start: float, costs: Mapping[str, list[float]]) -> None:
+        self.now = start
+        for action in block:
+            end = self.now + costs[action.kind][action.stage]
+            self.events.append(Event(action, (self.now,), (end,)))
+            self.now = end
+            if action.kind == "F":
+                self.in_flight += 1
+                self.most = max(self.most, self.in_flight)
+            elif action.kind != "I":
+                self.in_flight -= 1
+
+
+def _blocks(row: list[Action], together: bool) -> deque[Block]:
+    pairs = getattr(row, "pairs", set()) if together else set()
+    blocks: deque[Block] = deque()
+    for action in row:
+        if blocks and (*blocks[-1], action) in pairs:
+            blocks[-1] = (*blocks[-1], action)
+        else:
+            blocks.append((action,))
+    return blocks
+
+
+def _run(
+    devices: list[_Device],
+    costs: Mapping[str, list[float]],
+    message: float,
+    rank_of: dict[tuple[int, int], int],
+    stages: int,
+) -> None:
+    """Let every device carry out its blocks in order. Those left with `waits_for` set are in a deadlock."""
+    done: dict[Result, float] = {}  # when each result is there, on its own rank
+    waiting: dict[Result, int] = {}  # the rank that waits for a result
+    ready = deque(range(len(devices)))
+
+    def start_of(block: Block, rank: int) -> float:
+        """When the device can start the block; or what it waits for is noted."""
+        device = devices[rank]
+        start = device.now
+        for action in block:
+            if needed := _needed(action, stages):
+                if needed not in done:
+                    device.waits_for = needed
+                    waiting[needed] = rank
+                    return inf
+                away = rank_of[needed[0], needed[2]] != rank
+                start = max(start, done[needed] + message if away else done[needed])
+        return start
+
+    while ready:
+        rank = ready.popleft()
+        device = devices[rank]
+        device.waits_for = None
+        while device.blocks and (start := start_of(device.blocks[0], rank)) < inf:
+            block = device.blocks.popleft()
+            device.carry_out(block, start, costs)
+            for result in map(_result, block):
+                done[result] = device.now
+                if result in waiting:
+                    ready.append(waiting.pop(result))
+
+
+def _result(action: Action) -> Result:
+    return action.stage, "B" if action.kind == "I" else action.kind, action.microbatch
+
+
+def _needed(action: Action, stages: int) -> Result | None:
+    """What comes from a neighbouring stage; all else was done on this stage before, as `check_complete` has seen."""
+    stage, kind, microbatch = action
+    if kind == "F":
+        return (stage - 1, "F", microbatch) if stage > 0 else None
+    return (stage + 1, "B", microbatch) if kind != "W" and stage < stages - 1 else None
+
+
+# ---- Complete: every micro-batch exactly once forward and once backward on every stage -------------------------------
+
+BEFORE = {"B": "F", "I": "F", "W": "I"}  # what a stage must have done before
+SAME_WORK = {"F": "F", "B": "BIW", "I": "IB", "W": "WB"}  # actions of which one stage does only one for a micro-batch
+
+
+def check_complete(schedule: Schedule) -> None:
+    """Raises ScheduleError unless all that must be done is done once, in an order possible on each stage."""
+    if not any(schedule):
+        raise ScheduleError("the schedule has no action")
+    done: dict[Action, tuple[int, int]] = {}  # rank and position
+    rank_of: dict[tuple[int, int], int] = {}  # by (stage, micro-batch)
+    for rank, row in enumerate(schedule):
+        if not row:
+            raise ScheduleError(f"rank {rank} has no action")
+        for position, action in enumerate(row):
+            if why := _impossible(action, rank, done, rank_of):
+                raise ScheduleError(f"{_position(rank, position, action)}: {why}")
+            done[action] = rank, position
+    stages, microbatches = size(schedule)
+    stages = min(stages, 1 + len(rank_of))  # whatever number a stage has: one is missing before it
+    of_ranks = stages_of_ranks(schedule)
+    for stage in range(stages):
+        ranks = [rank for rank, stages_here in enumerate(of_ranks) if stage in stages_here]
+        if len(ranks) > 2:
+            raise ScheduleError(f"stage {stage} is on ranks {', '.join(map(str, ranks))}; at most two have a copy")
+        for microbatch in range(microbatches):
+            kinds = "FIW" if (stage, "I", microbatch) in done else "FB"
+            if missing := [kind for kind in kinds if (stage, kind, microbatch) not in done]:
+                there = rank_of.get((stage, microbatch), ranks[0] if ranks else None)
+                where = "every rank" if there is None else f"rank {there}"
+                raise ScheduleError(f"{where}: {stage}{missing[0]}{microbatch} is missing")
+
+
+def _impossible(
+    action: Action, rank: int, done: dict[Action, tuple[int, int]], rank_of: dict[tuple[int, int], int]
+) -> str | None:
+    """Why the action cannot come after those done, if it cannot."""
+    stage, kind, microbatch = action
+    if kind not in UNIT_COSTS:
+        return "not F, B, I or W, the compute actions; messages are added by rule"
+    if stage < 0 or microbatch < 0:
+        return "stages and microbatches count from 0"
+    if rank_of.setdefault((stage, microbatch), rank) != rank:
+        return f"stage {stage} of microbatch {microbatch} is already on rank {rank_of[stage, microbatch]}"
+    for same in (action._replace(kind=other) for other in SAME_WORK[kind]):
+        if same in done:
+            return f"done twice, first as {_position(*done[same], same)}"
+    if kind in BEFORE and action._replace(kind=BEFORE[kind]) not in done:
+        return f"before its {BEFORE[kind]}"
+    return None
+
+
+def _position(rank: int, position: int, action: Action) -> str:
+    return f"rank {rank}, position {position}, {action}"

@@ -1,0 +1,1 @@
+"""What the pipeline lessons claim, and how it is measured and drawn."""

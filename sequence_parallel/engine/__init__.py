@@ -1,0 +1,1 @@
+"""Fast versions of lecture 06: gathers again in backward, messages during computation, deferred weight gradients."""

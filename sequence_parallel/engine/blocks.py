@@ -1,0 +1,101 @@
+"""Attention over a block of keys, by torch's kernel. Liu et al. 2023 (2310.01889); Dao et al. 2022 (2205.14135).
+
+What it adds to the plain block of `ring_attention.py`: on a CPU torch's fused kernel, which makes no (N, M) matrix and
+is five times faster in float64; and fewer heads of keys and values than of queries.
+
+B batch, A heads, K key and value heads (a divisor of A), N queries, M keys, D head size
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """softmax(QK^T / sqrt(D)) V and its lse, (B, A, N, D) and (B, A, N).
+
+    On a CPU by torch's fused kernel, elsewhere as `attend_in_products`.
+
+    Args:
+        q: (B, A, N, D).
+        k, v: (B, K, M, D).
+        causal: query i sees the keys up to i; N = M.
+
+    Raises:
+        ValueError: K does not divide A.
+    """
+    k, v = for_each_head(k, q), for_each_head(v, q)
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(*map(by_rows, (q, k, v)), 0.0, causal)
+    return attend_in_products(q, k, v, causal)
+
+
+def attend_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What this block adds to the gradients of q, k and v, in their shapes, unrounded as far as the kernel allows.
+
+    Args:
+        gradient: of the merged output, (B, A, N, D).
+        out, lse: merged over all blocks of keys.
+    """
+    each_k, each_v = for_each_head(k, q), for_each_head(v, q)
+    if q.device.type == "cpu":
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        of_q, of_k, of_v = backward(gradient, *map(by_rows, (q, each_k, each_v, out)), lse, 0.0, causal)
+    else:
+        of_q, of_k, of_v = backward_in_products(gradient, q, each_k, each_v, out, lse, causal)
+    return of_q, of_all_heads(of_k.to(lse.dtype), k), of_all_heads(of_v.to(lse.dtype), v)
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Add to `out` and `lse`, in place, what the same queries have found among more keys."""
+    total = torch.logaddexp(lse, more_lse)
+    out.mul_((lse - total).exp_().unsqueeze(-1)).add_((more_lse - total).exp_().unsqueeze(-1) * more)
+    lse.copy_(total)
+
+
+def attend_in_products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """`attend` in a few products, with K = A and an (N, M) matrix for each head."""
+    scores = _scores(q, k, causal)
+    lse = scores.logsumexp(-1)
+    return ((scores - lse.unsqueeze(-1)).exp_() @ v.to(lse.dtype)).to(q.dtype), lse
+
+
+def backward_in_products(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_backward` in a few products: the softmax over all keys is known from the lse."""
+    softmax = (_scores(q, k, causal) - lse.unsqueeze(-1)).exp_()
+    q, k, v, out, gradient = (x.to(lse.dtype) for x in (q, k, v, out, gradient))
+    of_scores = softmax * (gradient @ v.mT - (gradient * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+    return of_scores @ k, of_scores.mT @ q, softmax.mT @ gradient
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).mT / math.sqrt(q.shape[-1])
+    if causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -math.inf)
+    return scores
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """`x`, each row of D numbers contiguous: torch's kernel takes that for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def for_each_head(x: Tensor, q: Tensor) -> Tensor:
+    """(B, K, M, D) to (B, A, M, D): query head i uses key and value head i // (A/K)."""
+    heads, shared = q.shape[1], x.shape[1]
+    if heads % shared:  # torch's kernel would read beyond the last
+        raise ValueError(f"{heads} heads cannot share {shared} of keys and values equally; use a divisor of {heads}")
+    return x if heads == shared else x.repeat_interleave(heads // shared, 1)
+
+
+def of_all_heads(gradient: Tensor, x: Tensor) -> Tensor:
+    """The backward of `for_each_head`."""
+    return gradient if gradient.shape[1] == x.shape[1] else gradient.unflatten(1, (x.shape[1], -1)).sum(2)

@@ -1,0 +1,162 @@
+"""The ring whose messages travel while blocks are computed. Liu et al. 2023 (2310.01889).
+
+What it adds to the plain ring of `ring_attention.py`: the next block is on its way while the attention over the present
+one is computed, and in backward the sums of the gradients one step behind it; blocks by torch's kernel, with fewer
+heads of keys and values where there are; and a virtual clock, which shows who computes what, and when.
+
+B batch, A heads, K key and value heads (a divisor of A), N = S/c tokens of a rank, D head size, c ranks of the axis
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.mesh import Axis
+from core.p2p import PointToPoint
+from core.proof.clock import VirtualClock
+from sequence_parallel.context import SequenceAttention, check_length
+from sequence_parallel.engine.blocks import attend, attend_backward, merge
+
+PLACEMENTS = ("zigzag", "contiguous")
+KV, GRADIENTS = "KV", "dKV"  # what travels
+BACKWARD = 2.5  # five matrix products for a forward's two
+
+
+class Tile(NamedTuple):
+    """The queries and the keys of a step that attend to each other."""
+
+    rows: slice
+    columns: slice
+    causal: bool  # by their order here; otherwise every query sees every key
+
+    def area(self, tokens: int) -> float:
+        """In units of (N, N)."""
+        rows, columns = (len(range(tokens)[each]) for each in self[:2])
+        return rows * columns / tokens**2 / (2 if self.causal else 1)
+
+
+class OverlappedRing(SequenceAttention):
+    """Attention of this rank's tokens, with keys and values that travel round the ranks of `axis`.
+
+    Args:
+        zigzag: rank r has chunks r and 2c-1-r of 2c; otherwise chunk r of c.
+
+    Attributes:
+        clock: where it is set, records what is done in which order.
+    """
+
+    clock: VirtualClock | None = None
+
+    def __init__(self, axis: Axis, device: torch.device, zigzag: bool = True):
+        self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
+        self.multiple = 2 * axis.size if self.zigzag else axis.size
+        routes = [(rank, (rank + 1) % axis.size, kind) for rank in range(axis.size) for kind in (KV, GRADIENTS)]
+        self.messages = PointToPoint(axis, routes, device) if axis.size > 1 else None
+
+    def positions(self, sequence: int) -> Tensor:
+        check_length(sequence, self.multiple)
+        chunks, r = torch.arange(sequence).chunk(self.multiple), self.axis.index
+        return torch.cat([chunks[r], chunks[-1 - r]]) if self.zigzag else chunks[r]
+
+    def tile(self, step: int, tokens: int) -> Tile | None:
+        """What to compute of rank r's queries and rank (r - step)'s keys, `tokens` each; None: all keys are later."""
+        everything, early, late = slice(None), slice(tokens // 2), slice(tokens // 2, None)
+        owner = (self.axis.index - step) % self.axis.size
+        if step == 0:
+            return Tile(everything, everything, causal=True)
+        if owner < self.axis.index:  # zigzag: its second chunk is later than both of ours
+            return Tile(everything, early if self.zigzag else everything, causal=False)
+        return Tile(late, everything, causal=False) if self.zigzag else None  # only our second is later than theirs
+
+    def pass_on(self, x: Tensor, kind: str, step: int) -> Callable[[], Tensor]:
+        """Post the send of contiguous `x` to the next rank, and the receive of the previous rank's.
+
+        Call the result to wait, and get what has arrived.
+        """
+        before, after = (self.axis.index - 1) % self.ranks, (self.axis.index + 1) % self.ranks
+        tag = 4 * step + 2 * (kind == GRADIENTS)  # and the clock's, one more
+        arrive = self.messages.receive(torch.empty_like(x), before, kind, tag)
+        self.messages.send(x, after, kind, tag)
+        return self._traced(arrive, f"{kind} {step}", before, after, tag + 1) if self.clock else arrive
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _OverlappedRing.apply(q, k, v, self)
+
+    def close(self) -> None:
+        if self.messages is not None:
+            self.messages.close()
+
+    def computing(self, step: int, cost: float) -> AbstractContextManager:
+        return self.clock.action(f"block {step}", cost) if self.clock else nullcontext()
+
+    def _traced(
+        self, arrive: Callable[[], Tensor], what: str, before: int, after: int, tag: int
+    ) -> Callable[[], Tensor]:
+        stamp = self.messages.receive(self.clock.stamp(), before, "clock", tag)
+        self.messages.send(self.clock.stamp(), after, "clock", tag)
+        self._note(f"send {what}")
+
+        def wait() -> Tensor:
+            self._note(f"wait for {what}")
+            self.clock.receive(stamp())
+            return arrive()
+
+        return wait
+
+    def _note(self, label: str) -> None:
+        with self.clock.action(label, 0.0):
+            pass
+
+
+class _OverlappedRing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: OverlappedRing) -> Tensor:
+        last, wide = ring.ranks - 1, torch.promote_types(q.dtype, torch.float32)
+        block = torch.stack([k, v])  # one message
+        for step in range(ring.ranks):
+            arriving = ring.pass_on(block, KV, step) if step < last else None
+            if tile := ring.tile(step, q.shape[2]):
+                rows, columns, causal = tile
+                with ring.computing(step, tile.area(q.shape[2])):
+                    found = attend(q[:, :, rows], *block[..., columns, :], causal)
+                    if step == 0:  # every query sees a key: itself
+                        out, lse = (x.to(wide) for x in found)
+                    else:
+                        merge(out[:, :, rows], lse[:, :, rows], *found)
+            if arriving:
+                block = arriving()
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.ring = ring
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        ring, last, wide = ctx.ring, ctx.ring.ranks - 1, lse.dtype
+        block, of_q = torch.stack([k, v]), torch.zeros_like(q, dtype=wide)
+        travelling = None  # the sums of a block's gradients, one step behind the block
+        for step in range(ring.ranks):
+            arriving = ring.pass_on(block, KV, step) if step < last else None
+            if tile := ring.tile(step, q.shape[2]):
+                rows, columns, causal = tile
+                ours, merged = (gradient[:, :, rows], q[:, :, rows]), (out[:, :, rows], lse[:, :, rows])
+                with ring.computing(step, BACKWARD * tile.area(q.shape[2])):
+                    of_rows, of_k, of_v = attend_backward(*ours, *block[..., columns, :], *merged, causal)
+                    of_q[:, :, rows] += of_rows
+            sums = travelling() if travelling else torch.zeros_like(block, dtype=wide)
+            if tile:
+                sums[0, :, :, columns] += of_k
+                sums[1, :, :, columns] += of_v
+            if step == 0:
+                own = sums  # stays here; the other ranks' terms arrive at the end
+            else:
+                travelling = ring.pass_on(sums, GRADIENTS, step)
+            if arriving:
+                block = arriving()
+        if travelling:
+            own += travelling()
+        return of_q.to(q.dtype), *own.to(k.dtype), None

@@ -1,0 +1,1 @@
+"""What the lessons 06 claim, and how it is measured."""

@@ -1,0 +1,200 @@
+"""What `long_context.py` measures: one layer in every way, against the formulas; and the table of large cases.
+
+b samples, s tokens in a sample, h hidden, a heads, k heads of keys and values, c = c1 c2 ranks
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from tabulate import tabulate
+
+from core.ledger import Ledger
+from core.mesh import Axis
+from core.model.gpt import GPT, GPTConfig, materialize
+from core.proof.lesson import Run
+from core.proof.memory import SavedActivations
+from core.proof.plot import bars
+from sequence_parallel.context import parallelize
+from sequence_parallel.engine.layers import parallelize_block
+from sequence_parallel.engine.ulysses import context_parallel
+
+TIMES = (1, 4)  # the sequences measured, in units of --sequence
+LARGE = {"h": 8192, "a": 64, "k": 8}  # a model of 70 billion parameters
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a layer, and of the ranks that share it."""
+
+    b: int
+    s: int
+    h: int
+    a: int
+    k: int
+    c: int
+    c1: int  # heads are sharded over so many
+
+    @property
+    def c2(self) -> int:
+        return self.c // self.c1
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to parallelize a layer, and what it sends in forward and backward."""
+
+    degree: Callable[[int, int], int | None]  # c1 for c ranks and a heads; None where it cannot be
+    limit: str
+    messages: Callable[[Sizes], int]
+    counted: str  # the same in words
+    elements: Callable[[Sizes], float]
+    formula: str
+    keeps_output_twice: bool = False  # attention's output before the all-to-all, too: bsh/c
+
+
+class Measured(NamedTuple):
+    """Of one layer on one rank, forward and backward."""
+
+    messages: int
+    elements: float
+    sent: float  # bytes
+    kept: int  # bytes for backward
+    parameters: int
+
+
+Found = dict[str, list[tuple[Sizes, list[Measured]]]]  # by way; of every rank, on rank 0
+
+
+def divisors(ranks: int) -> list[int]:
+    return [c for c in range(2, ranks + 1) if ranks % c == 0]
+
+
+def measure_ways(run: Run, config: GPTConfig, axes: Mapping[int, Axis], ways: Mapping[str, Way]) -> None:
+    """Every way over every number of ranks, for sequences of several lengths: a table, and the claims."""
+    sizes = partial(Sizes, b=run.args.batch, h=config.hidden, a=config.heads, k=config.heads)
+    found: Found = {name: [] for name in ways}
+    dense: dict[int, Measured] = {}
+    for s in (times * run.args.sequence for times in TIMES):
+        dense[s] = measure(run, config, axes[run.job.world_size], "one process", sizes(s=s, c=1, c1=1))
+        for c, axis in axes.items():
+            for name, way in ways.items():
+                if (c1 := way.degree(c, config.heads)) is not None:
+                    z = sizes(s=s, c=c, c1=c1)
+                    found[name].append((z, run.job.gather(measure(run, config, axis, name, z))))
+    if run.job.rank == 0:
+        show(run, found, dense, ways)
+        for name, way in ways.items():
+            claim_formulas(run, name, way, found[name], dense)
+
+
+def measure(run: Run, config: GPTConfig, axis: Axis, way: str, z: Sizes) -> Measured:
+    """The first layer of the model, parallelized in one of the ways, or in "one process"."""
+    model = GPT(replace(config, layers=1))
+    attention = None
+    if way == "Megatron SP":
+        parallelize_block(model.blocks["0"], axis)
+    elif way != "one process":
+        attention = context_parallel(axis, run.job.device, z.c1)
+        parallelize(model, attention)
+    block = materialize(model, run.args.seed, run.job.device, run.dtype).blocks["0"]
+    x = torch.ones(z.b, z.s // z.c, z.h, dtype=run.dtype, device=run.job.device, requires_grad=True)
+    sent, saved = Ledger(), SavedActivations(block.parameters())
+    with axis.ledger.recording_to(sent):
+        with saved:
+            y = block(x)
+        kept = saved.live
+        y.sum().backward()
+    if attention:
+        attention.close()
+    totals = (sum(getattr(t, what) for t in sent.traffic.values()) for what in ("messages", "elements", "bytes"))
+    return Measured(*totals, kept, sum(p.numel() for p in block.parameters()))
+
+
+def show(run: Run, found: Found, dense: Mapping[int, Measured], ways: Mapping[str, Way]) -> None:
+    rows = []
+    for s, one in dense.items():
+        rows.append((s, 1, "one process", "", 0, 0, one.kept / 1e3, one.parameters))
+        at = sorted((z.c, name, z, ranks[0]) for name, cases in found.items() for z, ranks in cases if z.s == s)
+        for c, name, z, m in at:
+            split = f"{z.c1} x {z.c2}" if name == "hybrid" else ""
+            rows.append((s, c, name, split, m.messages, m.sent / 1e3, m.kept / 1e3, m.parameters))
+    head = ("s", "c", "way", "c1 x c2", "messages", "kB sent", "kB kept", "parameters")
+    limits = [(name, way.counted, way.formula, way.limit) for name, way in ways.items()]
+    run.say(tabulate(limits, ("way", "messages", "elements", "limit")))
+    run.say("\nmeasured: one layer on one rank, forward and backward")
+    run.say(tabulate(rows, head, floatfmt=",.1f", intfmt=","))
+    for name, cases in found.items():
+        if missing := sorted(set(divisors(run.job.world_size)) - {z.c for z, _ in cases}):
+            c = " and ".join(map(str, missing))
+            run.say(f"no {name} of {c} ranks: {ways[name].limit}, and there are {run.args.heads} heads")
+    if run.args.plot:
+        s, c = max(dense), run.job.world_size
+        largest = {
+            name: ranks[0].sent / 1e3 for name, cases in found.items() for z, ranks in cases if (z.s, z.c) == (s, c)
+        }
+        columns = {"forward and backward": list(largest.values())}
+        bars(run.args.plot, f"Sent by each of {c} ranks for a layer, {s} tokens", "kB", list(largest), columns)
+
+
+def claim_formulas(
+    run: Run, name: str, way: Way, cases: list[tuple[Sizes, list[Measured]]], dense: Mapping[int, Measured]
+) -> None:
+    """Every case of one way, by its worst rank."""
+
+    def claim(
+        what: str,
+        formula: str,
+        expected: Callable[[Sizes], float],
+        value: Callable[[Measured], float],
+        tolerance: float = 0.0,
+    ) -> None:
+        rows = []
+        for z, ranks in cases:
+            right = expected(z)
+            worst = max(map(value, ranks), key=lambda v: abs(v - right))
+            rows.append((f"{name}: {what}, s {z.s}, c {z.c}", right, worst))
+        if rows:
+            run.evidence.each(f"{name}: {what}", formula, rows, tolerance)
+
+    claim("messages of a layer", way.counted, way.messages, lambda m: m.messages)
+    claim("elements sent", way.formula, way.elements, lambda m: m.elements, 1e-3)
+    if run.job.device.type == "cpu":  # other devices' kernels keep other things
+        more = " and bsh/c: the output before the all-to-all, too" if way.keeps_output_twice else ""
+
+        def kept(z: Sizes) -> float:
+            again = z.b * z.s * z.h * run.dtype.itemsize if way.keeps_output_twice else 0
+            return (dense[z.s].kept + again) / z.c
+
+        claim("bytes kept for backward", f"1/c of one process{more}", kept, lambda m: m.kept)
+
+
+def calculated(
+    ways: Mapping[str, Way],
+    waiting: Callable[[str, Sizes], float],
+    ring_elements: Callable[[Sizes], float],
+    node: int,
+) -> str:
+    """A table of cases for clusters."""
+    rows = []
+    for s in (2**15, 2**17, 2**20):
+        for c in (8, 64, 256):
+            cells, waits = dict.fromkeys(ways, "-"), {}
+            for name, way in ways.items():
+                c1 = way.degree(c, LARGE["a"])
+                if name == "hybrid":
+                    c1 = node if c > node else None
+                if c1 is not None:
+                    z = Sizes(1, s, **LARGE, c=c, c1=c1)
+                    waits[name] = waiting(name, z)
+                    sent = 2 * way.elements(z) + 2 / 3 * ring_elements(z)  # a ring's sums of gradients take 4 bytes
+                    cells[name] = f"{sent / 1e6:,.0f} / {1e3 * waits[name]:.2f}"
+            rows.append((f"{s:,}", c, *cells.values(), min(waits, key=waits.get)))
+    sizes = f"h {LARGE['h']}, {LARGE['a']} heads, {LARGE['k']} of keys and values, bf16, one sample"
+    return (
+        f"calculated, not measured: a layer of {sizes}, on H100s in nodes of {node};\n"
+        "MB that a rank sends / ms that its forward waits for messages that no computing hides\n"
+        + tabulate(rows, ("s", "c", *ways, "waits least"), disable_numparse=True)
+    )

@@ -1,0 +1,178 @@
+"""Versions of a technique in training, beside one process, and what each has sent for a layer."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from core.gradients import clip_and_total, sum_gradients
+from core.ledger import Ledger, Traffic
+from core.mesh import Axis
+from core.model.gpt import GPT, GPTConfig, materialize, use_masks
+from core.model.seeded import SampleMasks
+from core.proof.lesson import Run
+from core.proof.oracle import Oracle
+from core.proof.training import Replica, claim_equal, train
+from core.shards import counted_once, shard_of
+from sequence_parallel.context import SequenceAttention, loss_of, parallelize
+from sequence_parallel.engine import layers, loss
+from sequence_parallel.engine.recompute import recompute
+
+Sent = Mapping[tuple[str, str], Traffic]
+
+
+@dataclass
+class Version:
+    """One version of a technique in training, and what this rank sends for it."""
+
+    replica: Replica
+    forward: Ledger
+    total: Ledger
+
+    @property
+    def model(self) -> GPT:
+        return self.replica.model
+
+
+def version(
+    run: Run,
+    model: GPT,
+    axis: Axis,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    sum_gradients: Callable[[GPT, Axis], None],
+) -> Version:
+    """Make a model that is already parallelized ready to train.
+
+    Args:
+        model: this rank's shards, on the meta device.
+        loss: this rank's share of the loss, of inputs and targets of the global batch.
+        sum_gradients: after backward, over the ranks.
+    """
+    materialize(model, run.args.seed, run.job.device, run.dtype)
+    masks, forward, total = use_masks(model, SampleMasks(run.args.seed)), Ledger(), Ledger()
+
+    def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
+        masks.seek(step)
+        with axis.ledger.recording_to(total):
+            with total.recording_to(forward):
+                share = loss(inputs, targets)
+            share.backward()
+            sum_gradients(model, axis)
+        return share.detach()
+
+    def clip(largest: float, share: Tensor) -> tuple[float, float]:
+        return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], largest, share)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.args.lr)
+    return Version(Replica(model, optimizer, forward_backward, clip), forward, total)
+
+
+def tensor_version(
+    run: Run,
+    config: GPTConfig,
+    axis: Axis,
+    parallelize: Callable[[GPT, Axis], GPT],
+    token_loss: Callable[[Tensor, Tensor, int, Axis, int], Tensor],
+    sum_replicated_gradients: Callable[[GPT, Axis], None],
+) -> Version:
+    """Megatron's sequence parallelism: the model and the sequence between its layers, over `axis`."""
+    model = parallelize(GPT(config), axis)
+
+    def share(inputs: Tensor, targets: Tensor) -> Tensor:
+        return token_loss(model(inputs), targets, targets.numel(), axis, config.vocabulary)
+
+    return version(run, model, axis, share, sum_replicated_gradients)
+
+
+def tensor_engine(run: Run, config: GPTConfig, axis: Axis, kind: str = "none") -> Version:
+    """`tensor_version` of the engine, with its recomputation."""
+
+    def parallelize(model: GPT, axis: Axis) -> GPT:
+        return recompute(layers.parallelize(model, axis), kind)
+
+    return tensor_version(run, config, axis, parallelize, loss.token_loss, layers.sum_replicated_gradients)
+
+
+def context_version(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> Version:
+    """The sequence over `axis`, attention included."""
+    model = parallelize(GPT(config), attention)
+    return version(run, model, axis, partial(loss_of, model, attention), sum_all_gradients)
+
+
+def sum_all_gradients(model: GPT, axis: Axis) -> None:
+    sum_gradients(model.parameters(), axis.labelled("gradients"))
+
+
+def compare(run: Run, config: GPTConfig, axis: Axis, versions: Mapping[str, Version]) -> None:
+    """Train all versions beside one process, and claim that each equals it, and that its ranks stay equal."""
+    run.mesh = {axis.name: axis.size}
+    optimizer = partial(torch.optim.AdamW, lr=run.args.lr)
+    first = run.job.rank == 0
+    oracle = Oracle(config, run.args.seed, run.job.device, run.dtype, optimizer, run.args.clip) if first else None
+    compared = train(run, {name: each.replica for name, each in versions.items()}, oracle)
+    if oracle:
+        claim_equal(run, compared)
+    mine = {name: {n: p.detach().cpu() for n, p in each.model.named_parameters() if shard_of(p) is None}
+            for name, each in versions.items()}  # fmt: skip
+    everyone = run.job.gather(mine)
+    if not everyone:
+        return
+    claim, cases = "replicated parameters stay equal on all ranks", []
+    for name, ours in mine.items():
+        differing = sum((p != other[name][n]).sum().item() for other in everyone for n, p in ours.items())
+        cases.append((f"{claim} ({name})", 0, differing))
+    elements = sum(p.numel() for p in ours.values())
+    run.evidence.each(claim, f"differ in 0 of {elements:,} elements a rank", cases, correctness=True)
+
+
+class LayerTraffic:
+    """What each rank has sent in a step of the training, by version; on rank 0."""
+
+    def __init__(self, run: Run, config: GPTConfig, versions: Mapping[str, Version]):
+        self.run, self.layers = run, config.layers
+        self.everyone: list[dict[str, tuple[Sent, Sent]]] = run.job.gather(
+            {name: (each.forward.traffic, each.total.traffic) for name, each in versions.items()}
+        )
+
+    def claim(
+        self,
+        claim: str,
+        formula: str,
+        expected: float | Mapping[str, float],
+        operations: Collection[str],
+        direction: str = "forward",
+        what: str = "elements",
+        label: str = "",
+    ) -> list[float]:
+        """Claim what is sent for a layer, or over the axis with this `label`, in a step.
+
+        Args:
+            expected: of all versions, or by version of those about which the claim is.
+            direction: "forward", "backward" or "both".
+            what: "elements" or "messages".
+            label: of the axis: of one part of the model; without it all with these operations is for layers.
+
+        Returns:
+            of every rank, in the last version, on rank 0.
+        """
+        cases, measured = [], []
+        names = list(self.everyone[0]) if self.everyone else []
+        by_version = expected if isinstance(expected, Mapping) else dict.fromkeys(names, expected)
+        times = self.run.args.steps * (self.layers if label in ("", "layers") else 1)
+        for name, right in by_version.items() if names else ():
+            measured = []
+            for rank, sent in enumerate(self.everyone):
+                forward, both = (count(each, operations, what, label) / times for each in sent[name])
+                measured.append({"forward": forward, "backward": both - forward, "both": both}[direction])
+                cases.append((f"{claim} ({name}), rank {rank}", right, measured[-1]))
+        if cases:
+            self.run.evidence.each(claim, formula, cases, 1e-9 * max(by_version.values()))
+        return measured
+
+
+def count(sent: Sent, operations: Collection[str], what: str = "elements", label: str = "") -> float:
+    """The elements, or messages, of these operations, over the axes whose name ends with `label`."""
+    found = [traffic for (operation, axis), traffic in sent.items() if operation in operations and axis.endswith(label)]
+    return sum(getattr(traffic, what) for traffic in found)
