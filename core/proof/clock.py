@@ -1,7 +1,7 @@
 """Virtual time: what each rank's clock would read if it had a device of its own."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 class Event(NamedTuple):
     """One action on a virtual clock. `start` and `end` hold one time per cost model, see `VirtualClock.COSTS`."""
 
-    label: str
+    label: Hashable
     start: tuple[float, ...]
     end: tuple[float, ...]
 
@@ -33,7 +33,7 @@ class VirtualClock:
         self._device = device
 
     @contextmanager
-    def action(self, label: str, unit_cost: float) -> Iterator[None]:
+    def action(self, label: Hashable, unit_cost: float) -> Iterator[None]:
         """Run one action under the clock."""
         began = self._seconds()
         yield

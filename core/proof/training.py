@@ -97,9 +97,10 @@ class Comparison:
     def __init__(self) -> None:
         self._before: list[FullTensors] | None = None  # weights and states before this step
 
-    def gather(self, run: Run, trainable: Trainable) -> list[FullTensors]:
-        """Full weights and optimizer states of all ranks, on rank 0."""
-        return gathered(run, trainable.weights(), trainable.states())
+    def begin(self, run: Run, trainable: Trainable) -> None:
+        """Before the first step, on all ranks: with few bits a step is compared from the state before it."""
+        if run.dtype != torch.float64:
+            self._before = gathered(run, trainable.weights(), trainable.states())
 
     def after_step(
         self, run: Run, trainable: Trainable, oracle: Oracle | None, loss: float, norm: float,
@@ -178,9 +179,9 @@ def train(
     """
     args, compared = run.args, {name: Comparison() for name in trainables}
     text = text or Text(args.data, args.sequence)
-    if compare and run.dtype != torch.float64:
+    if compare:
         for name, trainable in trainables.items():
-            compared[name]._before = compared[name].gather(run, trainable)
+            compared[name].begin(run, trainable)
     bar = run.steps()
     bar.update(min(first, args.steps))
     for step in range(first, args.steps):
