@@ -4,10 +4,12 @@
 would, in fresh processes. Both end within a timeout and show what the failing rank said.
 """
 
+import contextlib
 import gc
 import io
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -242,6 +244,10 @@ def _play(script: str, flags: Sequence[str], environment: dict[str, str], log: s
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the system hands out by itself: between this probe and the script's start one of these
+    would now and then be given to a connection of another test."""
+    for port in random.Random().sample(range(20000, 32768), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port from 20000 to 32767")
