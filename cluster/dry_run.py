@@ -46,8 +46,9 @@ from core.ledger import Ledger
 from core.mesh import ORDER, Mesh, axis_groups, axis_sizes
 from core.model.config import ModelConfig
 from core.model.gpt import GPTConfig
+from core.model.precision import POLICIES, Precision
 from core.model.text import VOCABULARY
-from core.proof.lesson import DTYPES, Lesson, Run
+from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations
 from expert_parallel.engine.routing import MoEConfig
 from zero.engine.buckets import BUCKET_ELEMENTS
@@ -71,10 +72,10 @@ class Account(NamedTuple):
 
 
 def one_step(
-    config: GPTConfig, layout: Layout, mesh: Mesh, dtype: torch.dtype, make_optimizer: MakeOptimizer = ADAMW
+    config: GPTConfig, layout: Layout, mesh: Mesh, precision: Precision, make_optimizer: MakeOptimizer = ADAMW
 ) -> Account:
     """One step, but for clipping, of a rank of the process group that there is, real or not."""
-    worker = Worker(TrainSpec(config, None, layout, 0, dtype, CPU, make_optimizer), mesh)
+    worker = Worker(TrainSpec(config, None, layout, 0, precision, CPU, make_optimizer), mesh)
     saved = SavedActivations(worker.model.parameters())
     tokens = torch.zeros(layout.batch, config.sequence, dtype=torch.int64)
     worker.zero_grad()
@@ -105,15 +106,15 @@ def pretended(rank: int, world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def account(config: GPTConfig, layout: Layout, rank: int, dtype: torch.dtype) -> Account:
+def account(config: GPTConfig, layout: Layout, rank: int, precision: Precision) -> Account:
     """`dry_run` in a process that is in no job."""
     with pretended(rank, layout.ranks):
         mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
         with FakeTensorMode():
-            return one_step(config, layout, mesh, dtype)
+            return one_step(config, layout, mesh, precision)
 
 
-def dry_run(config: GPTConfig, moe: MoEConfig | None, layout: Layout, rank: int, dtype: torch.dtype) -> Account:
+def dry_run(config: GPTConfig, moe: MoEConfig | None, layout: Layout, rank: int, precision: Precision) -> Account:
     """What rank `rank` of this layout holds, and sends in a step, without the other ranks, memory or computing.
 
     In a process of its own: this one may be in a job.
@@ -122,7 +123,7 @@ def dry_run(config: GPTConfig, moe: MoEConfig | None, layout: Layout, rank: int,
         ValueError: there are experts, or no such rank.
     """
     refuse(moe is not None, layout, rank)
-    case = json.dumps([asdict(config), asdict(layout), rank, str(dtype).removeprefix("torch.")])
+    case = json.dumps([asdict(config), asdict(layout), rank, precision.name])
     command = [sys.executable, "-c", "import sys; from cluster import dry_run; dry_run.alone(sys.argv[1])", case]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
     if outcome.returncode:
@@ -132,8 +133,8 @@ def dry_run(config: GPTConfig, moe: MoEConfig | None, layout: Layout, rank: int,
 
 def alone(case: str) -> None:
     """The other end of `dry_run`."""
-    config, layout, rank, dtype = json.loads(case)
-    print(json.dumps(account(GPTConfig(**config), Layout(**layout), rank, DTYPES[dtype])))
+    config, layout, rank, precision = json.loads(case)
+    print(json.dumps(account(GPTConfig(**config), Layout(**layout), rank, POLICIES[precision])))
 
 
 def refuse(experts: bool, layout: Layout, rank: int) -> None:
@@ -203,7 +204,7 @@ def show(run: Run, config: GPTConfig, model: ModelConfig, layout: Layout, rank: 
     run.say(f"rank {rank}: {where}; stages {' '.join(map(str, layout.stages_of(index['pp'])))} of {layout.stages}\n")
     if run.job.rank:
         return
-    found, rows = dry_run(config, None, layout, rank, run.dtype), []
+    found, rows = dry_run(config, None, layout, rank, run.precision), []
     padding = bucket_padding(model, layout, index["pp"], itemsize)
     for what, kind, expected, measured in compared(found, model, layout, index["pp"], itemsize):
         elements = f"{found.sent.get(kind, 0.0):,.0f}" if what != "held" else ""

@@ -58,7 +58,7 @@ def lesson(run: Run) -> None:
 
     # This rank's shards of model and optimizer, from where an earlier run has stopped.
     adamw = partial(torch.optim.AdamW, lr=args.lr)
-    spec = TrainSpec(config, moe, layout, args.seed, run.dtype, job.device, adamw, args.bucket)
+    spec = TrainSpec(config, moe, layout, args.seed, run.precision, job.device, adamw, args.bucket)
     worker = Worker(spec, mesh)
     oracle = evidence.one_process(run, spec)
     checkpoints = worker.checkpoints(args.save, job, args.keep) if args.save else None

@@ -84,6 +84,10 @@ class FlatShard:
     shape: torch.Size
     parent: Shard | None = None  # where that tensor is itself a shard
 
+    def local(self, full: Tensor) -> Tensor:
+        """These elements of `full`."""
+        return (self.parent.local(full) if self.parent else full).flatten()[self.first : self.end]
+
 
 class LocalTensor(NamedTuple):
     """What one rank holds of a parameter, its gradient or optimizer state, under the name in the full model."""

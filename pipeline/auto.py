@@ -86,7 +86,7 @@ def lesson(run: Run) -> None:
     memory = args.memory or p
 
     # What F, I and W cost here: a step of a schedule that has them apart, on 2p stages; the one before warms up.
-    few = Run(argparse.Namespace(**vars(args) | {"steps": 2}), run.job, run.dtype)
+    few = Run(argparse.Namespace(**vars(args) | {"steps": 2}), run.job, run.precision)
     axis = pipeline_axis(run)
     engine = Engine(few, zb_v(p, m), axis)
     train(few, {"": engine}, None, compare=False)

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from core.proof.lesson import DTYPES, Lesson, Run
+from core.proof.lesson import Lesson, Run
 from core.proof.rules import check as check_rules
 from core.proof.training import claim_equal
 from pipeline.engine.actions import Schedule, ScheduleError, size, stage_share, stages_of_ranks
@@ -171,7 +171,7 @@ def lesson(run: Run) -> None:
         return
     if args.plot:
         plot(args.plot, {name: plan.events for name, plan in plans.items()})
-    message = args.batch // m * args.sequence * args.hidden * DTYPES[args.dtype].itemsize
+    message = args.batch // m * args.sequence * args.hidden * run.dtype.itemsize
     times = f"F {args.costs[0]:g}, I {args.costs[1]:g}, W {args.costs[2]:g}, a message {args.message:g}"
     run.say(f"\n{p} ranks, {m} microbatches, {times}; activations and parameters: 1/p of the model = 1\n{missing}")
     show(run, rows, message)

@@ -96,7 +96,7 @@ def add_wgrad(layer: nn.Linear, x: Tensor, dy: Tensor) -> None:
 
 def add(parameter: nn.Parameter, gradient: Tensor) -> None:
     if parameter.grad is None:
-        parameter.grad = gradient
+        parameter.grad = gradient.to(parameter.grad_dtype)
     else:
         parameter.grad += gradient
 

@@ -16,6 +16,7 @@ from cluster.run.build import TrainSpec, build_model, loss_function, make_mesh, 
 from core.gradients import clip_and_total, sum_gradients
 from core.ledger import Ledger
 from core.model.gpt import GPT, GPTConfig, use_masks
+from core.model.precision import POLICIES
 from core.model.seeded import SampleMasks
 from core.model.text import Text
 from core.proof.oracle import Oracle, worst_difference
@@ -80,7 +81,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
         microbatch=layout.samples // (layout.dp * m),
         recompute=layout.recompute,
     )
-    spec = TrainSpec(config, layout.moe, planned, SEED, torch.float64, CPU, optimizer_of)
+    spec = TrainSpec(config, layout.moe, planned, SEED, POLICIES["float64"], CPU, optimizer_of)
     mesh = make_mesh(planned, "cpu", Ledger(), 30.0)
     tp, cp, dp, pp, edp, etp = (mesh[name] for name in ("tp", "cp", "dp", "pp", "edp", "etp"))
     data = mesh.joined("cp", "dp")
@@ -149,7 +150,7 @@ def pieces(stage: GPT, of: object) -> list[LocalTensor]:
 def equals_one_process(pool: Pool, config: GPTConfig, layout: Layout) -> None:
     """Losses, norms, every gradient and every updated parameter, to 1e-10."""
     make = (lambda config: to_moe(GPT(config), layout.moe)) if layout.moe else GPT
-    oracle = Oracle(config, SEED, CPU, torch.float64, optimizer_of, CLIP, make)
+    oracle = Oracle(config, SEED, CPU, optimizer_of, CLIP, make)
     skew(oracle.model, layout)
     for name, p in oracle.model.named_parameters():
         if name.startswith(layout.freeze or ("none",)):

@@ -3,8 +3,9 @@
     torchrun --nproc_per_node=8 zero/memory.py
 
 The paper's table, calculated; and beside it the same quantities measured, on a model that runs here: the bytes of
-weights, gradients and optimizer state on each rank after a backward, in mixed precision as in the paper: 2-byte weights
-and gradients, and 4-byte weights, momentum and variance for Adam (K = 12).
+weights, gradients and optimizer state on each rank after a backward. With three policies: the paper's mixed precision,
+weights and gradients of 2 bytes, and for Adam weights, momentum and variance of 4 (2 + 2 + 12); Megatron-LM's, whose
+gradients are added up in 4 bytes (2 + 4 + 12); and float32 (4 + 4 + 8), in which the course's practice runs.
 
 read: memory.py:32-91; then engine/engine.py, evidence/memory.py
 
@@ -13,32 +14,33 @@ read: memory.py:32-91; then engine/engine.py, evidence/memory.py
 
 import sys
 
-import torch
-
 from core.mesh import Axis
 from core.model.gpt import GPT, materialize, token_loss
+from core.model.precision import POLICIES, Precision
 from core.model.text import Text
 from core.proof.arguments import configuration
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations
 from zero.ddp import DataParallel
 from zero.engine.engine import data_parallel, zero1, zero2, zero3
-from zero.evidence.memory import claim_memory, show_paper
+from zero.evidence.memory import claim_memory, show_course, show_paper
 from zero.evidence.training import add_flags, check, data_axis, optimizer_of, teach
 from zero.zero1 import Zero1
 from zero.zero2 import Zero2
 from zero.zero3 import Zero3
 
-WEIGHT, GRADIENT, K = 2, 2, 12  # bytes a parameter; K: master weight, momentum and variance, of 4 bytes each
+PAPER, MEGATRON, FLOAT32 = (POLICIES[name] for name in ("bfloat16-grads", "bfloat16", "float32"))
 
 
-def formula(kind: str, n: int) -> float:
+def formula(kind: str, n: int, precision: Precision = PAPER) -> float:
     """Bytes of model states on each of N ranks, for each of the Ψ parameters."""
+    weight, gradient = precision.parameters.itemsize, precision.gradients.itemsize
+    k = precision.optimizer_bytes  # momentum and variance, and the master weight where there is one
     return {
-        "DP": WEIGHT + GRADIENT + K,
-        "ZeRO-1": WEIGHT + GRADIENT + K / n,
-        "ZeRO-2": WEIGHT + (GRADIENT + K) / n,
-        "ZeRO-3": (WEIGHT + GRADIENT + K) / n,
+        "DP": weight + gradient + k,
+        "ZeRO-1": weight + gradient + k / n,
+        "ZeRO-2": weight + (gradient + k) / n,
+        "ZeRO-3": (weight + gradient + k) / n,
     }[kind]
 
 
@@ -51,15 +53,15 @@ KINDS = {
 }
 
 
-def measure(run: Run, kind: str, axis: Axis) -> dict[str, int]:
-    """Two steps of training in mixed precision; bytes on this rank after the second backward, and the most there were.
+def measure(run: Run, kind: str, axis: Axis, precision: Precision) -> dict[str, int]:
+    """Two steps of training; bytes on this rank after the second backward, and the most there were.
 
     By kind, and the elements of padding.
     """
     args = run.args
-    model = materialize(GPT(configuration(args)), args.seed, run.job.device, torch.bfloat16)
+    model = materialize(GPT(configuration(args)), args.seed, run.job.device, precision)
     make_engine = KINDS[kind][1]
-    engine = make_engine(model, axis, optimizer_of(run), master=torch.float32, elements=args.bucket)
+    engine = make_engine(model, axis, optimizer_of(run), master=precision.master, elements=args.bucket)
     batch = Text(args.data, args.sequence).batch(args.seed, 0, args.batch)
     inputs, targets = (t.to(run.job.device).chunk(axis.size)[axis.index] for t in batch)
     most = {"weights": 0, "all": 0}
@@ -95,8 +97,10 @@ def lesson(run: Run) -> None:
     show_paper(run, formula)
     teach(run, *KINDS[run.args.stage])
     axis = data_axis(run)
-    measured: dict[str, list[dict[str, int]]] = {name: run.job.gather(measure(run, name, axis)) for name in KINDS}
-    claim_memory(run, formula, measured)
+    for precision, whose in ((PAPER, "the paper's"), (MEGATRON, "Megatron-LM's"), (FLOAT32, "the course's")):
+        measured = {name: run.job.gather(measure(run, name, axis, precision)) for name in KINDS}
+        claim_memory(run, precision, whose, formula, measured)
+    show_course(run, formula, FLOAT32)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def layer_saved(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2
     tokens = layout.tokens(model.sequence)
     if kind == "full":
         return tokens * h * w / q  # its input
-    norms = 2 * (2 * h + 2) * w / q  # input, output, mean and deviation
+    norms = 2 * (2 * h * w + 2 * max(4, w)) / q  # input, output, mean and deviation
     masks = 2 * h / q if model.dropout else 0.0  # a byte an element
     return tokens * (norms + masks + attention_saved(model, layout.tp, w, kind) + mlp_saved(model, layout, moe, w))
 
@@ -71,9 +71,10 @@ def stage_saved(model: ModelConfig, layout: Layout, stage: int, itemsize: int = 
         mask = tokens * h / q if model.dropout else 0.0
         saved += lookup + positions + mask
     if stage == layout.stages - 1:
-        norm_and_head = tokens * (2 * h + 2) * w / q
-        log_probabilities = tokens * vocabulary_shard(model, t) * w
-        saved += norm_and_head + log_probabilities + lookup + loss_saved(layout, tokens, w)
+        wide = max(4, w)  # in which the loss is computed
+        norm_and_head = tokens * (2 * h * w + 2 * wide) / q
+        log_probabilities = tokens * vocabulary_shard(model, t) * wide
+        saved += norm_and_head + log_probabilities + lookup + loss_saved(layout, tokens, wide)
     return saved
 
 
@@ -176,5 +177,5 @@ def transient(model: ModelConfig, layout: Layout, rank: int, itemsize: int) -> f
         saved = layer_saved(model, layout, moe, itemsize)
         recomputed = layer_saved(model, layout, moe, itemsize, "none") - saved
     features = 2 * model.feed_forward if model.gated else model.feed_forward  # of a gradient inside the MLP
-    logits = 2 * tokens * vocabulary_shard(model, t) * itemsize if ends_of(layout, rank)[1] else 0.0
+    logits = 2 * tokens * vocabulary_shard(model, t) * max(4, itemsize) if ends_of(layout, rank)[1] else 0.0
     return max(recomputed + tokens * features / t * itemsize, logits)

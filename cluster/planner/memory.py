@@ -77,8 +77,8 @@ def replicated_parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> 
 
 
 def state_sizes(itemsize: int) -> tuple[int, int, int]:
-    """Bytes a parameter of weights, gradients and Adam: mixed precision where weights have 2, else all in one type."""
-    return (2, 2, 12) if itemsize == 2 else (itemsize, itemsize, 2 * itemsize)
+    """Bytes a parameter of weights, gradients and Adam; where weights have 2, of the usual policy for 16 bits."""
+    return (2, 4, 12) if itemsize == 2 else (itemsize, itemsize, 2 * itemsize)
 
 
 def rank_memory(

@@ -41,9 +41,7 @@ def sent(model: ModelConfig, layout: Layout, rank: int = 0) -> dict[str, float]:
         found["cp"] += m * (dense + moe) * layer_cp(model, layout)
         found["ep"] += m * moe * layer_ep(model, layout)
         found["etp"] += m * moe * layer_etp(model, layout)
-    if layout.sp:  # each rank sums its shard of what dp has summed
-        shards = layout.data if layout.zero else 1
-        found["tp"] += 2 * ring_share(layout.tp) * replicated_parameters(model, layout, rank) / shards
+    found["tp"] += summed_over_tp(model, layout, rank)
     found["pp"] = messages(layout, rank) * message(model, layout) + exchanged(model, layout, rank)
     experts, others = parameters(model, layout, rank)
     found["dp"] = times_reduced(layout) * others * ring_share(layout.data)
@@ -52,12 +50,24 @@ def sent(model: ModelConfig, layout: Layout, rank: int = 0) -> dict[str, float]:
 
 
 def sent_bytes(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2) -> dict[str, float]:
-    """The same in bytes, where an element has `itemsize`; but a ring sums gradients in 4 bytes or more."""
+    """The same in bytes, where an element has `itemsize`; but gradients of weights, and what is `wide`, 4 or more."""
     found = {axis: itemsize * elements for axis, elements in sent(model, layout, rank).items()}
-    if "cp" in found:
-        layers = microbatches_a_rank(layout) * layers_by_rank(model, layout)[rank]
-        found["cp"] += layers * around_ring(model, layout) * (max(4, itemsize) - itemsize)
+    for axis, elements in wide(model, layout, rank).items():
+        found[axis] += elements * (max(4, itemsize) - itemsize)
     return found
+
+
+def wide(model: ModelConfig, layout: Layout, rank: int) -> dict[str, float]:
+    """The elements of `sent` that are added up in float32 at least: gradients of weights, a ring's, and the losses."""
+    m, last = microbatches_a_rank(layout), ends_of(layout, rank)[1]
+    found = {"pp": exchanged(model, layout, rank), "tp": summed_over_tp(model, layout, rank)}
+    if last:
+        found["tp"] += m * layout.tokens(model.sequence) * loss_tp(layout) * ring_share(layout.tp)
+    found["cp"] = m * layers_by_rank(model, layout)[rank] * around_ring(model, layout)
+    experts, others = parameters(model, layout, rank)
+    found["dp"] = gradients_reduced(layout) * others * ring_share(layout.data)
+    found["edp"] = gradients_reduced(layout) * experts * ring_share(layout.edp)
+    return {axis: elements for axis, elements in found.items() if elements}
 
 
 # ---- tp --------------------------------------------------------------------------------------------------------------
@@ -85,9 +95,19 @@ def ends_tp(model: ModelConfig, layout: Layout, stage: int) -> float:
     if stage == 0:
         a_token += 2 * model.hidden  # all-reduced forward; or reduce-scattered, and gathered backward
     if stage == layout.stages - 1:
-        head, loss = (3 * model.hidden, 4) if layout.sp else (2 * model.hidden, 6)
-        a_token += head + loss
+        a_token += (3 if layout.sp else 2) * model.hidden + loss_tp(layout)
     return layout.tokens(model.sequence) * a_token * ring_share(layout.tp)
+
+
+def loss_tp(layout: Layout) -> int:
+    """Of the loss of one token."""
+    return 4 if layout.sp else 6
+
+
+def summed_over_tp(model: ModelConfig, layout: Layout, rank: int) -> float:
+    """Gradients of what sequence parallelism replicates: each rank sums its shard of what dp has summed."""
+    shards = layout.data if layout.zero else 1
+    return 2 * ring_share(layout.tp) * replicated_parameters(model, layout, rank) / shards if layout.sp else 0.0
 
 
 # ---- cp --------------------------------------------------------------------------------------------------------------
@@ -159,3 +179,9 @@ def times_reduced(layout: Layout) -> int:
     """How often each parameter's worth is sent, times (N-1)/N: lecture 01. A pipeline reduces once, at its end."""
     m = layout.microbatches if layout.pp == 1 else 1
     return (2, 2, m + 1, 3 * m)[layout.zero]
+
+
+def gradients_reduced(layout: Layout) -> int:
+    """How many of those times it is its gradient, and not its weight."""
+    m = layout.microbatches if layout.pp == 1 else 1
+    return (2, 1, m, m)[layout.zero]

@@ -22,6 +22,7 @@ from cluster.planner.layout import Layout
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.precision import Precision
 from core.model.seeded import SampleMasks
 from expert_parallel.engine.layers import expert_parameters
 from expert_parallel.engine.layers import parallelize as shard_experts
@@ -62,7 +63,7 @@ class TrainSpec:
     moe: MoEConfig | None
     layout: Layout
     seed: int
-    dtype: torch.dtype
+    precision: Precision
     device: torch.device
     make_optimizer: MakeOptimizer
     bucket: int = BUCKET_ELEMENTS
@@ -71,11 +72,6 @@ class TrainSpec:
     def tokens(self) -> int:
         """Targets of the global batch: by their number a rank's loss is divided, so the shares add up."""
         return self.layout.batch * self.config.sequence
-
-    @property
-    def master(self) -> torch.dtype:
-        """Of the weights that the optimizer updates."""
-        return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
 
 
 def make_mesh(layout: Layout, device_type: str, ledger: Ledger, timeout: float) -> Mesh:
@@ -98,7 +94,7 @@ def build_model(spec: TrainSpec, mesh: Mesh, attention: SequenceAttention) -> GP
     model = with_context_parallelism(model, layout, attention)
     model = with_experts(model, spec.moe, layout, mesh)
     model = recompute(model, layout.recompute)
-    return materialize(model, spec.seed, spec.device, spec.dtype)
+    return materialize(model, spec.seed, spec.device, spec.precision)
 
 
 def with_tensor_parallelism(model: GPT, layout: Layout, tp: Axis) -> GPT:
@@ -133,9 +129,8 @@ def loss_function(spec: TrainSpec, tp: Axis) -> Loss:
 def shard_optimizer(model: GPT, spec: TrainSpec, mesh: Mesh) -> tuple[Engine, Engine | None]:
     """ZeRO over dp x cp and, for experts, whose copies are on other ranks, a second one over edp."""
     data = mesh.joined("cp", "dp")
-    engine = partial(
-        ENGINES[spec.layout.zero], model, make_optimizer=spec.make_optimizer, master=spec.master, elements=spec.bucket
-    )
+    options = {"make_optimizer": spec.make_optimizer, "master": spec.precision.master, "elements": spec.bucket}
+    engine = partial(ENGINES[spec.layout.zero], model, **options)
     if spec.moe is None:
         return engine(axis=data), None
     experts = set(expert_parameters(model))
@@ -151,4 +146,4 @@ def make_pipeline(model: GPT, spec: TrainSpec, pp: Axis, loss: Loss, masks: Samp
     here = spec.config.sequence // layout.sequence_shards  # tokens of a sample between the layers
     activations = (layout.microbatch, here, spec.config.hidden)
     mine = each_stage(model, stages_by_rank(layout)[pp.index], layout.stages)
-    return Pipeline(mine, loss, schedule, pp, activations, spec.dtype, spec.device, masks)
+    return Pipeline(mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks)

@@ -51,7 +51,7 @@ def one_process(run: Run, spec: TrainSpec) -> Oracle | None:
     if run.job.rank or not run.args.verify:
         return None
     make = partial(full_model, moe=spec.moe)
-    oracle = Oracle(spec.config, spec.seed, spec.device, spec.dtype, spec.make_optimizer, run.args.clip, make)
+    oracle = Oracle(spec.config, spec.seed, spec.device, spec.make_optimizer, run.args.clip, make)
     oracle.optimizer.register_step_post_hook(lambda *_: end_step(oracle.model))
     return oracle
 
@@ -139,7 +139,7 @@ def write_text(run: Run, worker: Worker) -> None:
     weights = dict(*gathered(run, worker.weights()))
     if run.job.rank:
         return
-    model = materialize(model, spec.seed, spec.device, spec.dtype).eval()
+    model = materialize(model, spec.seed, spec.device, spec.precision).eval()
     for name, p in model.named_parameters():
         p.data.copy_(weights[name])
     text, random = list(b"The "), generator(spec.seed, "sample")

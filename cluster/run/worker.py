@@ -29,8 +29,11 @@ from core.model.gpt import use_masks
 from core.model.seeded import SampleMasks
 from core.proof.checkpoint import Checkpoints, NamedOptimizer
 from core.proof.launch import Job
+from core.proof.lesson import Run
 from core.proof.memory import SavedActivations
+from core.proof.oracle import Oracle
 from core.shards import LocalTensor, shard_of
+from expert_parallel.engine.choices import Choices, follow
 from expert_parallel.engine.experts import Experts
 from expert_parallel.engine.layers import expert_parameters
 from expert_parallel.engine.router import count_ahead, end_step, forget
@@ -55,6 +58,7 @@ class Worker:
         self.attention = context_parallel(mesh["cp"], spec.device, layout.ulysses, layout.placement == "zigzag")
         self.model = build_model(spec, mesh, self.attention)
         self.masks = use_masks(self.model, SampleMasks(spec.seed))
+        self.choices = Choices(self.model, self._rows)
         self.loss_of = loss_function(spec, self.tp)
         self.copies = Copies(self.model, self.pp, stages_by_rank(layout))
         self.experts = set(expert_parameters(self.model))
@@ -66,6 +70,7 @@ class Worker:
     # ---- A step
 
     def zero_grad(self) -> None:
+        self.choices.forget()
         for engine in self.engines:
             engine.zero_grad()
 
@@ -186,6 +191,20 @@ class Worker:
         self.attention.close()
         if self.pipeline:
             self.pipeline.close()
+
+    def guide(self, run: Run, oracle: Oracle | None) -> None:
+        """Mixtures of experts: the one process sends each token where the ranks have sent it."""
+        everyone = run.job.gather(self.choices.found)
+        if oracle:
+            follow(oracle.model, everyone)
+
+    def _rows(self) -> Tensor:
+        """Which tokens of the global batch the micro-batch is of that is computed now: (B, S/cp), with sp S/cp/tp."""
+        batch, sequence = self.layout.batch, self.spec.config.sequence
+        first = self.masks.first_sample + self.masks.offset
+        rows = torch.arange(batch * sequence).view(batch, sequence)[first : first + self.layout.microbatch]
+        rows = context.local(rows, self.attention)
+        return rows.chunk(self.tp.size, 1)[self.tp.index] if self.layout.sp else rows
 
     # ---- What this rank holds, under the names of the full model
 

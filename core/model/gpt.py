@@ -4,6 +4,7 @@ B batch, S sequence, H hidden, A heads, D head size = H/A, F feed-forward, V voc
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from core.model.config import ModelConfig
 from core.model.linear import Linear
+from core.model.precision import Precision, policy_of, wide
 from core.model.seeded import SampleMasks, generator
 from core.model.streams import RandomTracker
 from core.shards import shard_of
@@ -47,6 +49,33 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         return self.dropout(self.token(tokens) + self.position(positions))
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's; of 16 bits computed in 32: the weight's gradient is a sum over all tokens, which 16 would not hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype.itemsize >= 4:
+            return super().forward(x)
+        return _WideLayerNorm.apply(x, self.weight, self.bias, self.eps)
+
+
+class _WideLayerNorm(torch.autograd.Function):
+    """Saves x as it is, where autograd would save it in 32 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, deviation = torch.native_layer_norm(wide(x), weight.shape, wide(weight), wide(bias), eps)
+        ctx.save_for_backward(x, weight, bias, mean, deviation)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, deviation = ctx.saved_tensors
+        gradients = torch.ops.aten.native_layer_norm_backward(
+            wide(gradient), wide(x), weight.shape, mean, deviation, wide(weight), wide(bias), ctx.needs_input_grad[:3]
+        )
+        return *(None if g is None else g.to(x.dtype) for g in gradients), None
 
 
 class Attention(nn.Module):
@@ -94,10 +123,10 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, name: str):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden)
+        self.attention_norm = LayerNorm(config.hidden)
         self.attention = Attention(config, f"{name}.attention")
         self.attention_dropout = Dropout(config.dropout, f"{name}.attention")
-        self.mlp_norm = nn.LayerNorm(config.hidden)
+        self.mlp_norm = LayerNorm(config.hidden)
         self.mlp = MLP(config)
         self.mlp_dropout = Dropout(config.dropout, f"{name}.mlp")
 
@@ -124,7 +153,7 @@ class GPT(nn.Module):
         with torch.device("meta"):
             self.embed: Embedding | None = Embedding(config)
             self.blocks = nn.ModuleDict({str(i): Block(config, f"blocks.{i}") for i in range(config.layers)})
-            self.norm: nn.LayerNorm | None = nn.LayerNorm(config.hidden)
+            self.norm: LayerNorm | None = LayerNorm(config.hidden)
             self.head: Linear | None = Linear(config.hidden, config.vocabulary, config.head_bias)
         if config.tied:
             self.head.weight = self.embed.token.weight
@@ -154,7 +183,7 @@ def token_loss(logits: Tensor, targets: Tensor, tokens: int) -> Tensor:
 
     So the losses, and the gradients, of the parts of a batch add up to those of the whole in every layout.
     """
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / tokens
+    return F.cross_entropy(wide(logits.flatten(0, 1)), targets.flatten(), reduction="sum") / tokens
 
 
 def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) -> Tensor:
@@ -169,11 +198,15 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     return value + 1.0 if name.endswith("norm.weight") else value
 
 
-def materialize(model: GPT, seed: int, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Replace the meta parameters of `model`, or of what was cut from it, by their start values. Ties stay ties.
+def materialize(model: GPT, seed: int, device: torch.device, precision: Precision | torch.dtype) -> GPT:
+    """Replace the meta parameters of `model`, or of what is sharded of it, by their start values. Ties stay ties.
 
     A parameter that has its numbers already keeps them, and its data type.
+
+    Args:
+        precision: a policy, or the data type of parameters for the usual one. Autograd adds up gradients in its type.
     """
+    precision = policy_of(precision)
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, meta in list(module.named_parameters(recurse=False)):
@@ -184,7 +217,9 @@ def materialize(model: GPT, seed: int, device: torch.device, dtype: torch.dtype)
                 name = model.full_name(f"{prefix}.{leaf}")
                 mark = shard_of(meta)  # the whole is drawn, then cut: every layout starts from the same numbers
                 value = initial_value(name, mark.full_shape(meta.shape) if mark else meta.shape, model.config, seed)
-                made[meta] = nn.Parameter((mark.local(value) if mark else value).to(device, dtype), meta.requires_grad)
+                value = (mark.local(value) if mark else value).to(device, precision.parameters)
+                made[meta] = nn.Parameter(value, meta.requires_grad)
+                made[meta].grad_dtype = precision.gradients
                 made[meta].shard = mark
             setattr(module, leaf, made[meta])
     return model

@@ -21,6 +21,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from core.model.precision import POLICIES, Precision
 from core.proof.files import check_writable, write_file
 from core.proof.launch import (
     SHORTEST_TIMEOUT,
@@ -32,7 +33,7 @@ from core.proof.launch import (
     speaks_for_machine,
 )
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float64", "float32", "bfloat16")  # each with its usual policy
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Claim:
     expected: float
     measured: float
     tolerance: float
+    where: str = ""  # of what is compared, the worst
 
     @property
     def holds(self) -> bool:
@@ -66,15 +68,19 @@ class Evidence:
         self.each(claim, formula, [(claim, expected, measured)], tolerance, correctness=correctness)
 
     def each(
-        self, claim: str, formula: str, cases: Iterable[tuple[str, float, float]], tolerance: float = 0.0, *,
-        correctness: bool = False,
-    ) -> None:  # fmt: skip
-        """The same claim of several ranks or sizes, in one row: (name of the case, expected, measured).
+        self, claim: str, formula: str, cases: Iterable[tuple], tolerance: float = 0.0, *, correctness: bool = False
+    ) -> None:
+        """The same claim of several ranks or sizes, in one row.
 
         Args:
+            cases: (name of the case, expected, measured), and what is the worst of all that was compared, if it is
+                known: it is said where the claim does not hold.
             correctness: whether it says that the result is right, and not what the slide says.
         """
-        made = [Claim(name, formula, float(expected), float(measured), tolerance) for name, expected, measured in cases]
+        made = [
+            Claim(name, formula, float(expected), float(measured), tolerance, *where)
+            for name, expected, measured, *where in cases
+        ]
         self.claims += made
         measured = " ".join(_number(c.measured) for c in made)
         rows = self.correctness if correctness else self.slide
@@ -87,6 +93,17 @@ class Evidence:
         """The same claim of every rank; `measured` in rank order."""
         cases = [(f"{claim}, rank {rank}", expected, value) for rank, value in enumerate(measured)]
         self.each(claim, formula, cases, tolerance, correctness=correctness)
+
+    def failed(self) -> str:
+        """The claims that do not hold, a line each; empty where all do."""
+        if not self.claims:
+            return "nothing was claimed"
+        return "\n".join(
+            f"FAILED: {c.claim}: {_number(c.measured)}, not {_number(c.expected)} within {c.tolerance:g}"
+            + (f"; the worst is {c.where}" if c.where else "")
+            for c in self.claims
+            if not c.holds
+        )
 
     def tables(self) -> str:
         made = []
@@ -108,7 +125,7 @@ class Run:
 
     args: argparse.Namespace
     job: Job
-    dtype: torch.dtype
+    precision: Precision
     evidence: Evidence = field(default_factory=Evidence)
     mesh: dict[str, int] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
@@ -116,10 +133,21 @@ class Run:
     training_seconds: float = 0.0
     tokens: int = 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and activations."""
+        return self.precision.parameters
+
     def say(self, text: str = "") -> None:
         """Print on rank 0."""
         if self.job.rank == 0:
             print(text, flush=True)
+
+    def say_course(self, rows: Iterable[tuple[str, str, str, str]]) -> None:
+        """What the course's practice prints, what is right, and why they differ: (of what, printed, right, why)."""
+        header = ("", "the course prints", "right", "why")
+        cells = [[fill(cell, width) for cell, width in zip(row, (16, 24, 20, 44), strict=True)] for row in rows]
+        self.say("\n" + tabulate(cells, header, disable_numparse=True))
 
     def steps(self, what: str = "training") -> tqdm:
         """The steps as a progress bar, on rank 0."""
@@ -151,7 +179,7 @@ class Lesson:
         flag("--steps", type=int, default=20, help="training steps (default %(default)s)")
         flag("--seed", type=int, default=0, help="seed of weights, batches and dropout (default %(default)s)")
         flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where there are enough")
-        flag("--dtype", choices=tuple(DTYPES), default="float64", help="default %(default)s, which proves most")
+        flag("--dtype", choices=DTYPES, default="float64", help="default %(default)s, which proves most")
         flag("--data", metavar="FILE", help="text to train on (default: CPython's help text)")
         flag("--report", metavar="FILE.json", help="write the evidence as JSON")
         flag("--plot", metavar="FILE.svg", help="draw the lesson's diagram; needs the extra 'plot'")
@@ -179,19 +207,17 @@ class Lesson:
             return 0
         began = time.perf_counter()
         with launch(device, args.timeout) as job:
-            run = Run(args, job, DTYPES[args.dtype])
+            run = Run(args, job, POLICIES[args.dtype])
             run.say(f"{self.heading}: {self.title} · {self.title_zh}")
             ranks = f"{here.world_size} rank" + "s" * (here.world_size > 1)
             run.say(f"{self.script} on {ranks}, {job.backend} on {device.type} ({why}), {args.dtype}\n")
             teach(run)
-            held = job.share(
-                all(claim.holds for claim in run.evidence.claims) and bool(run.evidence.claims)
-                if job.rank == 0
-                else None
-            )
             if job.rank == 0:
                 self._conclude(run, time.perf_counter() - began)
-        return 0 if held else 1
+            failed = job.share(run.evidence.failed() if job.rank == 0 else None)
+            if failed:
+                say_last(failed, job.rank)
+        return 1 if failed else 0
 
     def _check_common(self, args: argparse.Namespace, here: ProcessInfo) -> None:
         if here.world_size < self.smallest:
@@ -239,11 +265,25 @@ class Lesson:
                 "config": vars(run.args),
                 "losses": run.losses,
                 "reference_losses": run.reference_losses,
-                "claims": [asdict(claim) | {"holds": claim.holds} for claim in claims],
+                "claims": [_in_report(claim) for claim in claims],
                 "seconds": seconds,
                 "tokens_per_second": run.tokens / run.training_seconds if run.training_seconds else 0.0,
             }
             write_file(run.args.report, json.dumps(_finite(report), indent=1, allow_nan=False))
+
+
+def say_last(what: str, rank: int) -> None:
+    """Say why a run fails, as the last thing on the screen: torchrun's own report ends with what it finds in a file."""
+    if rank == 0:
+        print(what, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(path).write_text(json.dumps({"message": f"\n{what}", "timestamp": int(time.time())}))
+
+
+def _in_report(claim: Claim) -> dict[str, Any]:
+    fields = asdict(claim) | {"holds": claim.holds}
+    del fields["where"]
+    return fields
 
 
 class _Parser(argparse.ArgumentParser):

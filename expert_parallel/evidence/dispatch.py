@@ -100,16 +100,18 @@ def claim_memory(run: Run, trained: Trained, moe: MoEConfig) -> None:
     """Weights of experts, and Adam's two moments, in bytes."""
     full = to_moe(GPT(configuration(run.args)), moe)
     layers = [module.experts for module in full.modules() if isinstance(module, MoE)]
-    size = run.dtype.itemsize * sum(p.numel() for layer in layers for p in layer.parameters())
-    second_bias = run.dtype.itemsize * sum(layer.down.bias.numel() for layer in layers)
+    size = sum(p.numel() for layer in layers for p in layer.parameters())
+    second_bias = sum(layer.down.bias.numel() for layer in layers)
     for name, version in trained.versions.items():
-        states = [s for p in version.experts for s in version.optimizer.state[p].values() if s.dim()]
+        states = [s for p in version.experts for s in version.optimizer.state_of(p).values() if s.dim()]
         everyone = run.job.gather((live_bytes(version.experts), live_bytes(states)))
         if not everyone:
             continue
         etp, shards = version.mesh["etp"].size, version.mesh["ep"].size * version.mesh["etp"].size
         replicated = second_bias * (etp - 1) / shards  # over the ranks of etp
-        for i, (what, times) in enumerate((("weights of experts", 1), ("their Adam moments", 2))):
+        moments = 2 * run.precision.master.itemsize
+        kinds = ("weights of experts", run.dtype.itemsize), ("their Adam moments", moments)
+        for i, (what, times) in enumerate(kinds):
             expected = times * (size / shards + replicated)
             more = " and the second bias" if replicated else ""
             formula = f"{times * size:,} / {shards}{more} = {expected:,.0f}"
@@ -127,7 +129,7 @@ def compare_dispatchers(run: Run, moe: MoEConfig, ep: int) -> None:
     for dispatch in DISPATCHERS:
         mesh = mesh_of(run, ep)
         model = parallelize(to_moe(GPT(config), moe), mesh["ep"], mesh["etp"], Spread((mesh["dp"],)), dispatch)
-        materialize(model, args.seed, run.job.device, run.dtype)
+        materialize(model, args.seed, run.job.device, torch.float64)  # in few bits a sum's order decides on an expert
         with torch.no_grad():
             logits[dispatch] = model.eval()(mine)
         traffic = mesh["ep"].ledger.traffic.items()
@@ -138,8 +140,9 @@ def compare_dispatchers(run: Run, moe: MoEConfig, ep: int) -> None:
         return
     k, tokens, h = args.top_k, mine.numel(), args.hidden
     difference = max(each[0] for each in everyone)
-    run.evidence.claim("logits with all-gather", "those with all-to-all", 0, difference, TOLERANCE[run.dtype].gradient,
-                       correctness=True)  # fmt: skip
+    most = TOLERANCE["float64"].gradient
+    what = "those with all-to-all, in float64"
+    run.evidence.claim("logits with all-gather", what, 0, difference, most, correctness=True)
     numbers = 3 if moe.routing.capacity else 2  # experts and weights come along, and what is dropped
     expected = (ep - 1) * tokens * (2 * h + numbers * k)
     formula = f"2(ep-1)Th, and {numbers}k a token = {expected:,}"

@@ -16,7 +16,7 @@ from expert_parallel.engine.routing import MoEConfig
 
 def first_layer(run: Run, config: GPTConfig, moe: MoEConfig) -> tuple[GPT, MoE]:
     """A real model, and its first mixture."""
-    model = materialize(to_moe(GPT(config), moe), run.args.seed, run.job.device, run.dtype)
+    model = materialize(to_moe(GPT(config), moe), run.args.seed, run.job.device, run.precision)
     return model, next(block.mlp for block in model.blocks.values() if isinstance(block.mlp, MoE))
 
 

@@ -52,10 +52,11 @@ def count_rows(model: GPT) -> list[list[int]]:
 
 
 def work_of(version: Version, rows: list[list[int]]) -> Work:
-    state = version.optimizer.state
+    optimizer = version.optimizer
 
     def size(parameters: list) -> int:
-        return live_bytes([*parameters, *(s for p in parameters for s in state.get(p, {}).values() if s.dim())])
+        states = [s for p in parameters for s in optimizer.state_of(p).values() if s.dim()]
+        return live_bytes([*parameters, *(optimizer.master[p] for p in parameters), *states])
 
     traffic = version.mesh["ep"].ledger.traffic.items()
     ways = {"ep": ("all-to-all", "all-gather", "reduce-scatter"), "etp": ("all-to-all",)}

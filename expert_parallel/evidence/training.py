@@ -1,7 +1,7 @@
 """Train a GPT with mixtures of experts in several versions over the ranks, beside one process."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,13 +13,14 @@ from core.gradients import clip_and_total, sum_gradients
 from core.ledger import Ledger
 from core.mesh import Mesh
 from core.model.gpt import GPT, materialize, token_loss, use_masks
+from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
 from core.proof.arguments import configuration
 from core.proof.lesson import Run
 from core.proof.oracle import TOLERANCE, Oracle, relative_difference
 from core.proof.training import Comparison, Replica, train
 from core.proof.training import claim_equal as claim_compared
-from core.shards import LocalTensor
+from expert_parallel.engine.choices import Choices, follow
 from expert_parallel.engine.layers import counted_once, parallelize, sum_expert_gradients
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import Choice, Spread, end_step
@@ -63,24 +64,13 @@ class MoEOracle(Oracle):
         super().__init__(*arguments, **more)
         self.record = Record(self.model)
 
-    def step(self, inputs: Tensor, targets: Tensor, step: int = 0) -> float:
+    def forward_backward(self, inputs: Tensor, targets: Tensor, step: int) -> None:
         self.record.next_step()
-        loss = super().step(inputs, targets, step)
+        super().forward_backward(inputs, targets, step)
+
+    def update(self, gradients: Iterable[tuple[str, Tensor]] = ()) -> None:
+        super().update(gradients)
         end_step(self.model)
-        return loss
-
-    def follow(self, everyone: list[list[Choice]]) -> None:
-        """Choose in the next step what the ranks chose, who have the samples in their order."""
-        for layer, router in enumerate(routers(self.model)):
-            choices = [rank[layer] for rank in everyone]
-            experts = torch.cat([choice.experts for choice in choices])
-            kept = None if choices[0].kept is None else torch.cat([choice.kept for choice in choices])
-            router.decide = partial(_decided, experts, kept)
-
-
-def _decided(experts: Tensor, kept: Tensor | None, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-    shape = (*scores.shape[:2], experts.shape[1])
-    return experts.view(shape).to(scores.device), None if kept is None else kept.view(shape).to(scores.device)
 
 
 class Version(Replica):
@@ -92,10 +82,11 @@ class Version(Replica):
 
     def __init__(self, run: Run, model: GPT, mesh: Mesh):
         self.run, self.mesh, self.oracle = run, mesh, None
-        self.model = materialize(model, run.args.seed, run.job.device, run.dtype)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=run.args.lr)
+        self.model = materialize(model, run.args.seed, run.job.device, run.precision)
+        adamw = partial(torch.optim.AdamW, lr=run.args.lr)
+        self.optimizer = MasterOptimizer(self.model.parameters(), adamw, run.precision.master)
         self.masks = use_masks(self.model, SampleMasks(run.args.seed))
-        self.record = Record(self.model)
+        self.record, self.choices = Record(self.model), Choices(self.model, self.rows)
         self.forward = Ledger()  # what was sent in the forward passes
         self.experts = [p for name, p in self.model.named_parameters() if ".experts." in name]
         experts = set(self.experts)
@@ -104,6 +95,7 @@ class Version(Replica):
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
         self.record.next_step()
+        self.choices.forget()
 
     def forward_backward(self, step: int, inputs: Tensor, targets: Tensor) -> Tensor:
         dp = self.mesh["dp"]
@@ -119,13 +111,15 @@ class Version(Replica):
         sum_gradients(self.rest, self.mesh["dp"])
         sum_expert_gradients(self.model, self.mesh["edp"], self.mesh["etp"])
 
-    def gradients(self) -> list[LocalTensor]:
-        if self.run.dtype != torch.float64:  # a rounding decides otherwise now and then: one process is to follow
-            everyone = self.run.job.gather([Choice(*(t if t is None else t.cpu() for t in choice))
-                                            for choice in self.record.choices[-1]])  # fmt: skip
-            if self.oracle:
-                self.oracle.follow(everyone)
-        return super().gradients()
+    def rows(self) -> Tensor:
+        """(b/N, S): the tokens of this rank."""
+        args, dp = self.run.args, self.mesh["dp"]
+        return torch.arange(args.batch * args.sequence).view(args.batch, -1).chunk(dp.size)[dp.index]
+
+    def guide(self, run: Run, oracle: Oracle | None) -> None:
+        everyone = run.job.gather(self.choices.found)
+        if oracle:
+            follow(oracle.model, everyone)
 
     def clip(self, largest: float, share: Tensor) -> tuple[float, float]:
         dp = self.mesh["dp"]
@@ -197,7 +191,7 @@ def train_versions(
     if job.rank == 0:
         optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
         make = partial(_one_process, moe)
-        oracle = MoEOracle(configuration(args), args.seed, job.device, run.dtype, optimizer_of, args.clip, make)
+        oracle = MoEOracle(configuration(args), args.seed, job.device, optimizer_of, args.clip, make)
         start(oracle.model)
     for version in versions.values():
         version.oracle = oracle
@@ -235,7 +229,7 @@ def claim_equal(run: Run, *trainings: Trained) -> None:
     if of_routers := [each.of_routers for each in trainings if each.of_routers is not None]:
         what = "the routers' losses, the ranks' shares summed"
         formula = "one process's, of the global batch: difference 0"
-        claim(what, formula, 0, max(of_routers), TOLERANCE[run.dtype].loss)
+        claim(what, formula, 0, max(of_routers), TOLERANCE[run.precision.name].loss)
 
 
 def _worst(comparisons: list[Comparison]) -> Comparison:

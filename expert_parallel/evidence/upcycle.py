@@ -14,6 +14,7 @@ from torch import Tensor
 from core.ledger import Ledger
 from core.mesh import Axis, axis_groups, axis_sizes
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.precision import MasterOptimizer
 from core.model.text import Text
 from core.proof.arguments import configuration
 from core.proof.chunks import Chunks, convert, load_full, read_index, save, write
@@ -81,8 +82,9 @@ def compare_layouts(run: Run, upcycle: Callable[..., Weights], more_experts: Cal
 def train_dense(run: Run, config: GPTConfig) -> tuple[Weights, float]:
     """A few steps in one process; the weights, and the loss after them on the batch of the next step."""
     args = run.args
-    model = materialize(GPT(config), args.seed, run.job.device, run.dtype)
-    optimizer, text = torch.optim.AdamW(model.parameters(), lr=args.lr), Text(args.data, config.sequence)
+    model, text = materialize(GPT(config), args.seed, run.job.device, run.precision), Text(args.data, config.sequence)
+    adamw = partial(torch.optim.AdamW, lr=args.lr)
+    optimizer = MasterOptimizer(model.parameters(), adamw, run.precision.master)
     for step in range(args.steps + 1):
         inputs, targets = (t.to(run.job.device) for t in text.batch(args.seed, step, args.batch))
         loss = token_loss(model(inputs), targets, targets.numel())
@@ -98,7 +100,7 @@ def loss_of(run: Run, config: GPTConfig, moe: MoEConfig, weights: Weights) -> fl
     args, job = run.args, run.job
     mesh = mesh_of(run, ep_of(args, job.world_size))
     model = parallelize(to_moe(GPT(config), moe), mesh["ep"], mesh["etp"], Spread((mesh["dp"],)))
-    load(materialize(model, args.seed, job.device, run.dtype), weights)
+    load(materialize(model, args.seed, job.device, run.precision), weights)
     batch = Text(args.data, config.sequence).batch(args.seed, args.steps, args.batch)
     inputs, targets = (t.chunk(job.world_size)[job.rank].to(job.device) for t in batch)
     with torch.no_grad():
@@ -107,7 +109,7 @@ def loss_of(run: Run, config: GPTConfig, moe: MoEConfig, weights: Weights) -> fl
 
 
 def claim_start(run: Run, config: GPTConfig, moe: MoEConfig, weights: Weights, doubled: Weights, dense: float) -> None:
-    tolerance, claim, routing = TOLERANCE[run.dtype].loss, run.evidence.claim, moe.routing
+    tolerance, claim, routing = TOLERANCE[run.precision.name].loss, run.evidence.claim, moe.routing
     e, k = routing.experts, routing.top_k
     twice = replace(routing, experts=2 * e, top_k=2 * k)
     start = loss_of(run, config, moe, weights)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from core import comm
 from core.mesh import Axis
+from core.model.precision import wide
 from core.shards import Shard
 
 
@@ -86,4 +87,4 @@ def vocab_parallel_cross_entropy(
 
 def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
     """The loss of `core.model.gpt.token_loss`, from sharded logits; equal on all ranks."""
-    return vocab_parallel_cross_entropy(logits, targets, axis.labelled("loss"), vocabulary).sum() / tokens
+    return vocab_parallel_cross_entropy(wide(logits), targets, axis.labelled("loss"), vocabulary).sum() / tokens

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from tabulate import tabulate
 from torch import Tensor
 
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
+from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
 from core.model.text import Text
 from core.proof.lesson import Run
@@ -77,19 +79,15 @@ def _step(run: Run, config: GPTConfig, axis: Axis) -> Held:
 
 
 def _loss_of_one_process(run: Run, config: GPTConfig) -> float:
-    model = materialize(GPT(config), run.args.seed, run.job.device, run.dtype)
+    model = materialize(GPT(config), run.args.seed, run.job.device, torch.float64)
     use_masks(model, SampleMasks(run.args.seed))
     inputs, targets = _first_batch(run)
     return token_loss(model(inputs), targets, targets.numel()).item()
 
 
-def _trained_bytes(model: GPT, optimizer: object) -> tuple[int, int, int]:
-    states = (value for p in model.parameters() for value in optimizer.state[p].values())
-    return (
-        live_bytes(model.parameters()),
-        live_bytes(p.grad for p in model.parameters()),
-        live_bytes(value for value in states if value.dim()),  # not the count of steps
-    )
+def _trained_bytes(model: GPT, optimizer: MasterOptimizer) -> tuple[int, int, int]:
+    gradients = live_bytes(p.grad for p in model.parameters())
+    return live_bytes(model.parameters()), gradients, live_bytes(optimizer.tensors())
 
 
 def show_memory(run: Run, held: Sizes) -> None:
@@ -134,8 +132,9 @@ def claim_memory(run: Run, config: GPTConfig, sizes: Sizes, trained: Replica) ->
         return
     on_ranks = run.evidence.on_ranks
     for t, ranks in sizes.items():
-        expected = 4 * parameters_on_a_rank(config, t) * run.dtype.itemsize
-        name, formula = f"bytes of weights, gradients and Adam, tp {t}", f"4 x parameters = {expected:,}"
+        expected = parameters_on_a_rank(config, t) * run.precision.bytes
+        name = f"bytes of weights, gradients and Adam, tp {t}"
+        formula = f"{run.precision.bytes} bytes a parameter: {expected:,}"
         on_ranks(name, formula, expected, [held.trained for held in ranks])
     on_ranks(f"the same of the model trained at tp {t}", formula, expected, in_training)
     even = [t for t in sizes if config.vocabulary % t == 0]  # elsewhere the logits are padded
@@ -155,4 +154,4 @@ def claim_memory(run: Run, config: GPTConfig, sizes: Sizes, trained: Replica) ->
     expected = _loss_of_one_process(run, replace(config, layers=2))
     worst = max(relative_difference(rank.loss, expected) for ranks in sizes.values() for rank in ranks)
     name = f"first loss at tp {', '.join(map(str, sizes))}, of two layers"
-    run.evidence.claim(name, "one process's", 0, worst, TOLERANCE[run.dtype].loss, correctness=True)
+    run.evidence.claim(name, "one process's", 0, worst, TOLERANCE[run.precision.name].loss, correctness=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from textwrap import fill
 
 import torch
@@ -13,6 +14,7 @@ from core import comm
 from core.gradients import clip_and_total
 from core.ledger import Ledger
 from core.mesh import Axis
+from core.model.precision import MasterOptimizer, wide
 from core.proof.lesson import Run
 from core.proof.oracle import TOLERANCE, worst_difference
 from core.proof.plot import bars
@@ -84,16 +86,16 @@ def _row(run: Run, experiment: Experiment, axis: Axis) -> tuple[str, ...]:
     if not everyone:
         return ()
 
-    full = {n: full_tensor(run, n).requires_grad_() for n in w}
+    full = {n: full_tensor(run, n).double().requires_grad_() for n in w}
     y = experiment.dense(full["X"], full)
-    expected = torch.autograd.grad(y, [*full.values()], full_tensor(run, f"d {result}"))
+    expected = torch.autograd.grad(y, [*full.values()], full_tensor(run, f"d {result}").double())
     expected = dict(zip(full, expected, strict=True))
-    tolerance = TOLERANCE[run.dtype]
-    for what, difference, most in (
-        ("result equals", worst_difference(results, {result: y.detach()}), tolerance.loss),
-        ("all gradients equal", worst_difference(gradients, expected), tolerance.gradient),
+    tolerance = TOLERANCE[run.precision.name].gradient
+    for what, difference in (
+        ("result equals", worst_difference(results, {result: y.detach()})),
+        ("all gradients equal", worst_difference(gradients, expected)),
     ):
-        run.evidence.claim(f"{name}: {what} dense", SAME, 0, difference, most, correctness=True)
+        run.evidence.claim(f"{name}: {what} dense", SAME, 0, difference, tolerance, correctness=True)
     shapes, *counts, elements = zip(*everyone, strict=True)
     directions = ("forward", "g", experiment.forward), ("backward", "f", experiment.backward)
     for (direction, letter, n), measured in zip(directions, counts, strict=True):
@@ -132,30 +134,36 @@ class Parameters(nn.ParameterDict):
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(wide(logits.flatten(0, 1)), targets.flatten())
 
 
 class DenseTraining:
     """The one layer in one process: what `core.proof.training.train` needs of an oracle. Plain SGD hides no scale."""
 
     def __init__(self, run: Run, names: Iterable[str], model: Logits):
-        self.weights = {name: full_tensor(run, name).requires_grad_() for name in names}
+        self.weights = {name: full_tensor(run, name).double().requires_grad_() for name in names}
         self.model, self.lr = model, run.args.lr
         self.loss = self.norm = 0.0
         self.gradients: dict[str, Tensor] = {}
 
-    def step(self, inputs: Tensor, targets: Tensor, step: int) -> float:
+    def step(self, inputs: Tensor, targets: Tensor, step: int) -> None:
+        self.forward_backward(inputs, targets, step)
+        self.update(self.gradients.items())
+
+    def forward_backward(self, inputs: Tensor, targets: Tensor, step: int) -> None:
         loss = mean_loss(self.model(self.weights, inputs), targets)
         gradients = torch.autograd.grad(loss, [*self.weights.values()])
         self.gradients = dict(zip(self.weights, gradients, strict=True))
-        self.norm = torch.stack([g.double().norm() for g in gradients]).norm().item()
-        with torch.no_grad():
-            for name, gradient in self.gradients.items():
-                self.weights[name] -= self.lr * gradient
         self.loss = loss.item()
-        return self.loss
 
-    def adopt(self, weights: Iterable[tuple[str, Tensor]], states: object) -> None:
+    @torch.no_grad()
+    def update(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
+        gradients = dict(gradients)
+        self.norm = torch.stack([g.double().norm() for g in gradients.values()]).norm().item()
+        for name, gradient in gradients.items():
+            self.weights[name] -= self.lr * gradient.to(self.weights[name])
+
+    def adopt(self, weights: Iterable[tuple[str, Tensor]], states: object = ()) -> None:
         """Go on from these weights; SGD has no state."""
         for name, value in weights:
             self.weights[name].data.copy_(value)
@@ -170,6 +178,7 @@ def train_one_layer(run: Run, axis: Axis, shards: Shards, model: Logits, dense: 
     w = Parameters()
     for name, dim in shards.items():
         w[name] = nn.Parameter(local_tensor(run, name, dim, axis))
+        w[name].grad_dtype = run.precision.gradients
         w[name].shard = shard_mark(w[name], dim, axis)
 
     def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -180,7 +189,7 @@ def train_one_layer(run: Run, axis: Axis, shards: Shards, model: Logits, dense: 
     def norm_and_loss(largest: float, share: Tensor) -> tuple[float, float]:
         return clip_and_total(w.parameters(), counted_once(w.parameters(), axis), [axis], largest, share)
 
-    sgd = torch.optim.SGD(w.parameters(), lr=args.lr)
+    sgd = MasterOptimizer(w.parameters(), partial(torch.optim.SGD, lr=args.lr), run.precision.master)
     oracle = DenseTraining(run, shards, dense) if run.job.rank == 0 else None
     compared = train(run, {"": Replica(w, sgd, forward_backward, norm_and_loss)}, oracle)
     traffic = axis.ledger.traffic

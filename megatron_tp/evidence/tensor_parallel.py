@@ -111,19 +111,20 @@ def claim_memory(run: Run, config: GPTConfig, versions: Versions) -> None:
     """Bytes of parameters and optimizer state on a rank."""
 
     def measured(replica: object) -> tuple[int, int]:
-        parameters, state = [*replica.model.parameters()], replica.optimizer.state
-        moments = [value for p in parameters for value in state[p].values() if value.shape == p.shape]
+        parameters, state_of = [*replica.model.parameters()], replica.optimizer.state_of
+        moments = [value for p in parameters for value in state_of(p).values() if value.shape == p.shape]
         return live_bytes(parameters), live_bytes(moments)
 
     everyone = run.job.gather({name: measured(version.replica) for name, version in versions.items()})
-    expected = parameters_on_a_rank(config, run.job.world_size) * run.dtype.itemsize
-    for i, (what, times) in enumerate((("parameters", 1), ("Adam's two moments", 2))):
+    size, precision = parameters_on_a_rank(config, run.job.world_size), run.precision
+    kinds = ("parameters", precision.parameters.itemsize), ("Adam's two moments", 2 * precision.master.itemsize)
+    for i, (what, times) in enumerate(kinds):
         cases = [
-            (f"bytes of {what} ({name}), rank {rank}", times * expected, found[name][i])
+            (f"bytes of {what} ({name}), rank {rank}", times * size, found[name][i])
             for name in versions
             for rank, found in enumerate(everyone)
         ]
-        run.evidence.each(f"bytes of {what}", f"sharded / t + replicated = {times * expected:,}", cases)
+        run.evidence.each(f"bytes of {what}", f"sharded / t + replicated = {times * size:,}", cases)
 
 
 def claim_smoothing(run: Run, axis: Axis, model: GPT) -> None:
@@ -146,7 +147,8 @@ def claim_smoothing(run: Run, axis: Axis, model: GPT) -> None:
     everyone = run.job.gather((apart(ours.flatten(), theirs), apart(gradient, expected)))
     if everyone:
         losses, gradients = zip(*everyone, strict=True)
-        on_ranks, formula, tolerance = run.evidence.on_ranks, "torch's, of gathered logits", TOLERANCE[run.dtype]
+        on_ranks, formula = run.evidence.on_ranks, "torch's, of gathered logits"
+        tolerance = TOLERANCE[run.precision.name]
         name = f"loss with label smoothing {SMOOTHING}"
         on_ranks(name, formula, 0, losses, tolerance.loss, correctness=True)
         on_ranks("and its gradient", formula, 0, gradients, tolerance.gradient, correctness=True)

@@ -11,6 +11,7 @@ from core.gradients import clip_and_total
 from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig, materialize, use_masks
+from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
@@ -33,10 +34,10 @@ class Version:
         return self.replica.model
 
 
-def build(run: Run, config: GPTConfig, axis: Axis, parallelize: Parallelize) -> tuple[GPT, torch.optim.Optimizer]:
+def build(run: Run, config: GPTConfig, axis: Axis, parallelize: Parallelize) -> tuple[GPT, MasterOptimizer]:
     """This rank's shards of the GPT, and an ordinary optimizer over them."""
-    model = materialize(parallelize(GPT(config), axis), run.args.seed, run.job.device, run.dtype)
-    return model, torch.optim.AdamW(model.parameters(), lr=run.args.lr)
+    model = materialize(parallelize(GPT(config), axis), run.args.seed, run.job.device, run.precision)
+    return model, MasterOptimizer(model.parameters(), partial(torch.optim.AdamW, lr=run.args.lr), run.precision.master)
 
 
 def version(
@@ -67,7 +68,7 @@ def train_beside_one_process(run: Run, config: GPTConfig, replicas: Mapping[str,
     args, job = run.args, run.job
     run.mesh = {"tp": job.world_size}
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
-    oracle = Oracle(config, args.seed, job.device, run.dtype, optimizer_of, args.clip) if job.rank == 0 else None
+    oracle = Oracle(config, args.seed, job.device, optimizer_of, args.clip) if job.rank == 0 else None
     compared = train(run, replicas, oracle)
     if oracle:
         claim_equal(run, compared)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.proof.clock import Event
 from core.proof.files import write_file
-from core.proof.lesson import DTYPES, Run
+from core.proof.lesson import Run
 from pipeline.engine.actions import Action, Schedule, most_in_flight, placement, size, stages_of_ranks
 from pipeline.engine.validator import Timeline, Verdict, bubble, bubbles_within
 from pipeline.evidence.timeline import plot, to_trace
@@ -87,7 +87,7 @@ def messages_by_rule(schedule: Schedule) -> list[int]:
 def claim_messages(run: Run, schedule: Schedule, measured: list[Measured]) -> None:
     args, expected = run.args, messages_by_rule(schedule)
     stages, microbatches = size(schedule)
-    of_one = args.batch // microbatches * args.sequence * args.hidden * DTYPES[args.dtype].itemsize
+    of_one = args.batch // microbatches * args.sequence * args.hidden * run.dtype.itemsize
     rule = "m forward but on the last rank, m backward but on the first"
     if any(len(stages_here) > 1 for stages_here in stages_of_ranks(schedule)):
         rule = f"m = {microbatches} for each end of the {stages} stages with a neighbour on another rank"

@@ -17,6 +17,7 @@ from core.gradients import clip_and_total
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, materialize, token_loss, use_masks
+from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
 from core.proof.arguments import add_model_flags, check_model, configuration
 from core.proof.clock import VirtualClock
@@ -74,8 +75,9 @@ class Stages(Replica):
         args, job = run.args, run.job
         of_ranks, (stages, microbatches) = stages_of_ranks(schedule), size(schedule)
         mine = of_ranks[axis.index]
-        model = materialize(partition(GPT(configuration(args)), mine, stages), args.seed, job.device, run.dtype)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+        model = materialize(partition(GPT(configuration(args)), mine, stages), args.seed, job.device, run.precision)
+        adamw = partial(torch.optim.AdamW, lr=args.lr)
+        optimizer = MasterOptimizer(model.parameters(), adamw, run.precision.master)
         super().__init__(model, optimizer, self._forward_backward, self._clip)
         self.axis, self.microbatches, self.last_step = axis, microbatches, args.steps - 1
         self.masks = use_masks(model, SampleMasks(args.seed))
@@ -179,7 +181,7 @@ def train_beside_one_process(run: Run, trained: Mapping[str, Stages]) -> Compare
     args, job, oracle = run.args, run.job, None
     if job.rank == 0:
         optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
-        oracle = Oracle(configuration(args), args.seed, job.device, run.dtype, optimizer_of, args.clip)
+        oracle = Oracle(configuration(args), args.seed, job.device, optimizer_of, args.clip)
     compared = train(run, trained, oracle)
     for each in trained.values():
         each.runtime.close()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from core import comm
 from core.mesh import Axis
+from core.model.precision import wide
 from core.shards import Shard
 
 
@@ -75,4 +76,4 @@ def cross_entropy(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int) 
 
 def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
     """This rank's share of the loss of `core.model.gpt.token_loss`: summed over its tokens, divided by all `tokens`."""
-    return cross_entropy(logits, targets, axis.labelled("loss"), vocabulary).sum() / tokens
+    return cross_entropy(wide(logits), targets, axis.labelled("loss"), vocabulary).sum() / tokens

@@ -11,6 +11,7 @@ from core.gradients import clip_and_total, sum_gradients
 from core.ledger import Ledger, Traffic
 from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig, materialize, use_masks
+from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
@@ -50,7 +51,7 @@ def version(
         loss: this rank's share of the loss, of inputs and targets of the global batch.
         sum_gradients: after backward, over the ranks.
     """
-    materialize(model, run.args.seed, run.job.device, run.dtype)
+    materialize(model, run.args.seed, run.job.device, run.precision)
     masks, forward, total = use_masks(model, SampleMasks(run.args.seed)), Ledger(), Ledger()
 
     def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -65,7 +66,8 @@ def version(
     def clip(largest: float, share: Tensor) -> tuple[float, float]:
         return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], largest, share)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.args.lr)
+    adamw = partial(torch.optim.AdamW, lr=run.args.lr)
+    optimizer = MasterOptimizer(model.parameters(), adamw, run.precision.master)
     return Version(Replica(model, optimizer, forward_backward, clip), forward, total)
 
 
@@ -110,7 +112,7 @@ def compare(run: Run, config: GPTConfig, axis: Axis, versions: Mapping[str, Vers
     run.mesh = {axis.name: axis.size}
     optimizer = partial(torch.optim.AdamW, lr=run.args.lr)
     first = run.job.rank == 0
-    oracle = Oracle(config, run.args.seed, run.job.device, run.dtype, optimizer, run.args.clip) if first else None
+    oracle = Oracle(config, run.args.seed, run.job.device, optimizer, run.args.clip) if first else None
     compared = train(run, {name: each.replica for name, each in versions.items()}, oracle)
     if oracle:
         claim_equal(run, compared)

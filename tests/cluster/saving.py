@@ -26,6 +26,7 @@ from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.model.gpt import GPTConfig
+from core.model.precision import POLICIES
 from core.model.text import Text
 from core.proof.checkpoint import Checkpoints
 from core.proof.launch import Job, launch
@@ -100,7 +101,7 @@ class Training:
         layout = Layout(dp=2, zero=1, microbatch=2)
         mesh = make_mesh(layout, "cpu", Ledger(), job.timeout)
         adamw = partial(torch.optim.AdamW, lr=1e-3)
-        self.worker = Worker(TrainSpec(CONFIG, None, layout, 0, torch.float64, CPU, adamw, bucket=500), mesh)
+        self.worker = Worker(TrainSpec(CONFIG, None, layout, 0, POLICIES["float64"], CPU, adamw, bucket=500), mesh)
         self.job = job
 
     def say(self, what: str, *more: object) -> None:

@@ -146,7 +146,7 @@ def one_process() -> dict[bool, tuple[list[float], Oracle]]:
     found = {}
     for moe in (False, True):
         make = (lambda config: to_moe(GPT(config), MOE)) if moe else GPT
-        oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP, make)
+        oracle = Oracle(CONFIG, SEED, CPU, optimizer_of, CLIP, make)
         losses = []
         for step in range(2):
             losses.append(oracle.step(*Text(None, 16).batch(SEED, step, 16), step))
@@ -529,7 +529,7 @@ def with_each_bug(folder: str) -> dict[str, float | str]:
     padded, tied, second = Layout(tp=2, dp=2, zero=1), Layout(pp=2, dp=2, microbatches=2, zero=1), Layout(dp=4, zero=2)
     firsts = [worker_of(samples_of(layout), None, bucket=10_000) for layout in (padded, tied)]  # the tied with others
     second = worker_of(samples_of(second), None, ELSEWHERE)
-    oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP)
+    oracle = Oracle(CONFIG, SEED, CPU, optimizer_of, CLIP)
     for step in (0, 1):
         oracle.step(*Text(None, 16).batch(SEED, step, 16), step)
     for worker in firsts:

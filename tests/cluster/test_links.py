@@ -21,6 +21,7 @@ from cluster.links.links import APART, Links, domains, same_domain
 from cluster.topology import fit
 from core import p2p
 from core.mesh import Axis
+from core.model.precision import POLICIES
 from core.proof.launch import Job
 from core.proof.lesson import Run
 from tests.pool import Pool
@@ -172,7 +173,7 @@ class Measured:
 def lesson(rounds: int, recorded: dict[int, np.ndarray] | None = None) -> tuple[dict[str, Any], list[str]]:
     """The measured part of the lesson, or what follows from times recorded before; and the claims that failed."""
     job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
-    run = Run(Namespace(steps=rounds, largest=2**18, plot=None, json=None, file=None), job, torch.float64)
+    run = Run(Namespace(steps=rounds, largest=2**18, plot=None, json=None, file=None), job, POLICIES["float64"])
     again = patch.object(topology, "measure", lambda *_: recorded) if recorded is not None else nullcontext()
     with again:
         result = topology.measured(run)

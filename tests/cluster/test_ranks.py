@@ -23,6 +23,7 @@ from cluster.evidence.ranks import by_definition, coordinates
 from cluster.ranks import KINDS, SLIDE, all_groups, groups_of
 from core import comm
 from core.mesh import ORDER, axis_groups, axis_sizes, check_pipelines, is_expert
+from core.model.precision import POLICIES
 from core.proof.launch import Job
 from core.proof.lesson import Lesson, Run
 from tests.pool import Pool
@@ -152,7 +153,7 @@ def test_the_script(pool: Pool, tmp_path: Path) -> None:
     "flags", [(), ("--world=96", "--tp=4", "--cp=3", "--pp=4", "--ep=6", "--etp=2", "--order=cp-tp-ep-dp-pp")]
 )
 def test_alone_it_calculates(flags: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
-    run = Run(arguments(*flags), Job(0, 1, torch.device("cpu"), "gloo", 30.0), torch.float64)
+    run = Run(arguments(*flags), Job(0, 1, torch.device("cpu"), "gloo", 30.0), POLICIES["float64"])
     ranks.lesson(run)
     assert len(run.evidence.claims) == 6 + 2 * len(KINDS) - 1
     assert all(claim.holds for claim in run.evidence.claims)
@@ -288,7 +289,7 @@ def failing_claims(cases: list[tuple[Bug | None, tuple[str, ...]]]) -> list[list
     """Run the lesson inside a worker, with each bug and its flags; the claims that failed, on rank 0."""
     job, failed = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), []
     for bug, flags in cases:
-        run = Run(arguments(*flags), job, torch.float64)
+        run = Run(arguments(*flags), job, POLICIES["float64"])
         with bug() if bug else nullcontext():
             ranks.lesson(run)
         failed.append([claim.claim for claim in run.evidence.claims if not claim.holds])

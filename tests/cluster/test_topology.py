@@ -12,6 +12,7 @@ import torch
 from cluster import topology
 from cluster.evidence.topology import show_processors
 from cluster.links.machine import nvidia_smi_topology, processors
+from core.model.precision import POLICIES
 from core.proof.launch import Job
 from core.proof.lesson import Lesson, Run
 from tests.pool import Pool
@@ -94,7 +95,7 @@ def test_bad_input_is_refused(case: str) -> None:
 
 
 def test_what_sys_says_is_checked() -> None:
-    run = Run(arguments(), Job(0, 1, torch.device("cpu"), "gloo", 30.0), torch.float64)
+    run = Run(arguments(), Job(0, 1, torch.device("cpu"), "gloo", 30.0), POLICIES["float64"])
     right = processors()
     show_processors(run, right)
     assert [claim.holds for claim in run.evidence.claims] == [True] * len(run.evidence.claims)

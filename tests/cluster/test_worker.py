@@ -12,6 +12,7 @@ from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.model.gpt import GPT, GPTConfig
+from core.model.precision import POLICIES
 from core.model.text import Text
 from core.proof.oracle import Oracle, worst_difference
 from core.shards import LocalTensor, full_tensors
@@ -69,7 +70,7 @@ def samples_of(layout: Layout) -> Layout:
 
 def train(layout: Layout, moe: bool) -> Result:
     mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
-    spec = TrainSpec(CONFIG, MOE if moe else None, layout, SEED, torch.float64, CPU, optimizer_of, bucket=3000)
+    spec = TrainSpec(CONFIG, MOE if moe else None, layout, SEED, POLICIES["float64"], CPU, optimizer_of, bucket=3000)
     worker = Worker(spec, mesh)
     losses, norms, gradients = [], [], []
     for step in range(2):
@@ -91,7 +92,7 @@ def one_process() -> dict[bool, tuple[list[float], list[float], Oracle, float]]:
     found = {}
     for moe in (False, True):
         make = (lambda config: to_moe(GPT(config), MOE)) if moe else GPT
-        oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP, make)
+        oracle = Oracle(CONFIG, SEED, CPU, optimizer_of, CLIP, make)
         losses, norms = [], []
         for step in range(2):
             losses.append(oracle.step(*Text(None, 16).batch(SEED, step, 16), step))

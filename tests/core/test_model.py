@@ -171,7 +171,7 @@ def test_bad_sizes_are_refused(options: dict, hint: str) -> None:
 
 
 def test_the_oracle_learns_and_keeps_gradients_unclipped() -> None:
-    oracle = Oracle(GPTConfig(**SMALL), 0, CPU, torch.float64, partial(torch.optim.AdamW, lr=1e-2), 0.1)
+    oracle = Oracle(GPTConfig(**SMALL), 0, CPU, partial(torch.optim.AdamW, lr=1e-2), 0.1)
     losses = [oracle.step(*batch(0)) for _ in range(30)]
     assert losses[-1] < losses[0] / 2, "one batch can be learnt by heart"
     norm = torch.stack([g.norm() for g in oracle.gradients.values()]).norm().item()

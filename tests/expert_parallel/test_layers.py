@@ -156,7 +156,7 @@ def with_zero(kind: str) -> tuple[list[float], list[float], list[LocalTensor], l
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_zero_over_the_expert_data_parallel_ranks(pool: Pool, kind: str) -> None:
-    oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP, lambda config: to_moe(GPT(config), MOE))
+    oracle = Oracle(CONFIG, SEED, CPU, optimizer_of, CLIP, lambda config: to_moe(GPT(config), MOE))
     losses, norms = [], []
     for step in range(2):
         losses.append(oracle.step(*Text(None, 8).batch(SEED, step, SAMPLES), step))

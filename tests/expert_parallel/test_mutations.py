@@ -17,6 +17,7 @@ import tests.layouts
 from core import comm
 from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig
+from core.model.precision import POLICIES
 from core.proof.launch import Job
 from core.proof.lesson import Lesson, Run
 from core.shards import Shard
@@ -553,7 +554,7 @@ def failing_claims(lesson: str, bug: Bug | None, more: list[str]) -> list[str]:
     if bug is balancing_in_the_wrong_direction:
         ways = {name: way for name, way in evidence.ways(args).items() if name in only}
         bug = partial(both, bug, partial(patch.object, evidence, "ways", lambda _: ways))
-    run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), torch.float64)
+    run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), POLICIES["float64"])
     with bug() if bug else nullcontext():
         LESSONS[lesson].lesson(run)
     return [claim.claim for claim in run.evidence.claims if not claim.holds]

@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from core.ledger import Ledger
 from core.mesh import Axis
+from core.model.precision import POLICIES
 from core.proof.arguments import add_model_flags
 from core.proof.launch import Job
-from core.proof.lesson import DTYPES, Lesson, Run
+from core.proof.lesson import Lesson, Run
 from megatron_tp import tensor_parallel, train
 from megatron_tp.evidence.memory import COURSE, COURSE_PARAMETERS, parameters
 from megatron_tp.evidence.training import parameters_on_a_rank
@@ -58,7 +59,7 @@ def failing_claims() -> list[list[str]]:
     failed = []
     for flags in OPTIONS:
         args = frame.parser.parse_args([*QUICK, *flags])
-        run = Run(args, job, DTYPES[args.dtype])
+        run = Run(args, job, POLICIES[args.dtype])
         tensor_parallel.lesson(run)
         failed.append([claim.claim for claim in run.evidence.claims if not claim.holds])
     return failed

@@ -15,6 +15,7 @@ from core import comm
 from core.mesh import Axis
 from core.model import gpt
 from core.model import streams as rng
+from core.model.precision import POLICIES
 from core.model.seeded import SampleMasks
 from core.proof.arguments import add_model_flags
 from core.proof.launch import Job, Stop
@@ -378,7 +379,7 @@ Bug = Callable[[], AbstractContextManager]
 
 def failing_claims(lesson: Callable[[Run], None], frame: Lesson, flags: list[str], bug: Bug) -> list[str]:
     args = frame.parser.parse_args(flags)
-    run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), torch.float64)
+    run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), POLICIES["float64"])
     with bug():
         try:
             lesson(run)

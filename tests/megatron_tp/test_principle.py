@@ -14,8 +14,9 @@ from torch import Tensor
 
 from core import comm
 from core.mesh import Axis
+from core.model.precision import POLICIES
 from core.proof.launch import Job
-from core.proof.lesson import DTYPES, Lesson, Run
+from core.proof.lesson import Lesson, Run
 from megatron_tp import principle
 from megatron_tp.evidence import dense
 from megatron_tp.evidence import principle as evidence
@@ -206,7 +207,7 @@ def failing_claims(bugs: list[Callable[[], AbstractContextManager]], flags: list
     job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
     failed = []
     for bug in bugs:
-        run = Run(args, job, DTYPES[args.dtype])
+        run = Run(args, job, POLICIES[args.dtype])
         with bug():
             principle.lesson(run)
         failed.append([claim.claim for claim in run.evidence.claims if not claim.holds])

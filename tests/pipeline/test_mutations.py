@@ -14,6 +14,7 @@ from torch import Tensor
 from core import comm, p2p
 from core.mesh import Axis
 from core.model import gpt, linear
+from core.model.precision import POLICIES
 from core.model.seeded import SampleMasks
 from core.proof import clock
 from core.proof.launch import Job, Stop
@@ -431,7 +432,8 @@ def failing_claims(
     dropout = ["--dropout=0.2"] if bug is dropout_equal_in_all_microbatches else []
     more = [] if name == "1f1b" else ["--layers=8", "--timeout=10"]
     args = frame.parser.parse_args(FLAGS + dropout + more)
-    run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", timeout), torch.float64)
+    job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", timeout)
+    run = Run(args, job, POLICIES["float64"])
     with bug() if bug else nullcontext():
         try:
             importlib.import_module(f"pipeline.{module}").lesson(run)

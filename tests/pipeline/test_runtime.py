@@ -85,7 +85,7 @@ def train(
 
 @cache
 def one_process(config: GPTConfig, microbatches: int, freeze: tuple[str, ...], steps: int) -> tuple[list, list, Oracle]:
-    oracle = Oracle(config, 7, CPU, torch.float64, optimizer_of, CLIP)
+    oracle = Oracle(config, 7, CPU, optimizer_of, CLIP)
     for name, p in oracle.model.named_parameters():
         p.requires_grad_(not frozen(name, freeze))
     losses, norms = [], []

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 import core.proof.arguments
+from core.model.precision import POLICIES
 from core.proof.launch import Job, Stop
-from core.proof.lesson import DTYPES, Lesson, Run
+from core.proof.lesson import Lesson, Run
 from sequence_parallel import activations, hybrid, long_context, megatron_sp, ring_attention, ulysses
 from tests.pool import Pool
 
@@ -32,7 +33,8 @@ def run_lesson(lesson: str, flags: Sequence[str], bug: Bug | None = None) -> Run
     frame.parser.add_argument("--ulysses", type=int, default=0)
     frame.parser.add_argument("--recompute", default="full")
     args = frame.parser.parse_args(flags)
-    run = Run(args, Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0), DTYPES[args.dtype])
+    job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
+    run = Run(args, job, POLICIES[args.dtype])
     with bug() if bug else nullcontext(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         LESSONS[lesson].lesson(run)
     return run

@@ -106,7 +106,7 @@ def zero(kind: str, tp_size: int, cp_size: int, dp_size: int) -> tuple[list, ...
     [(kind, 1, 2, 2) for kind in ENGINES] + [("ddp", 1, 4, 1), ("zero1", 2, 2, 2), ("zero3", 2, 2, 2)],
 )
 def test_zero(pool: Pool, kind: str, tp: int, cp: int, dp: int) -> None:
-    oracle = Oracle(SIZES, SEED, CPU, torch.float64, optimizer_of, CLIP)
+    oracle = Oracle(SIZES, SEED, CPU, optimizer_of, CLIP)
     losses, norms = [], []
     for step in range(STEPS):
         losses.append(oracle.step(*Text(None, 24).batch(SEED, step, SAMPLES), step))

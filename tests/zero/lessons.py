@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from core.model.precision import POLICIES
 from core.proof.launch import Job, Stop
-from core.proof.lesson import DTYPES, Lesson, Run
+from core.proof.lesson import Lesson, Run
 from zero import ddp, memory, offload, zero1, zero2, zero3, zeropp
 from zero.evidence import training
 
@@ -35,7 +36,7 @@ def play(name: str, flags: Sequence[str], bug: Bug | None = None) -> Outcome:
     args = frame.parser.parse_args(flags)
     training.check(args, dist.get_world_size())
     job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
-    run = Run(args, job, DTYPES[args.dtype])
+    run = Run(args, job, POLICIES[args.dtype])
     with bug() if bug else nullcontext():
         try:
             LESSONS[name].lesson(run)

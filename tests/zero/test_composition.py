@@ -97,7 +97,7 @@ def pp_and_dp(name: str) -> tuple[list[float], list[float], list[LocalTensor], l
 
 
 def one_process() -> tuple[list[float], list[float], Oracle]:
-    oracle = Oracle(CONFIG, SEED, CPU, torch.float64, optimizer_of, CLIP)
+    oracle = Oracle(CONFIG, SEED, CPU, optimizer_of, CLIP)
     losses, norms = [], []
     for step in range(STEPS):
         losses.append(oracle.step(*Text(None, 8).batch(SEED, step, SAMPLES), step))

@@ -70,6 +70,7 @@ class Bucket:
         if len(kinds) > 1:
             raise ValueError(f"{self.members[0].name} and what is sent with it differ in data type or device: {kinds}")
         ((self.dtype, self.device),) = kinds
+        self.gradient_dtype = self.members[0].parameter.grad_dtype  # in which gradients are added up and reduced
 
     def shard(self, index: int) -> slice:
         """Where shard `index` is in the buffer."""
@@ -89,7 +90,7 @@ class Bucket:
 
     def flatten_weights(self) -> Tensor:
         """Move the parameters into one buffer, of which they become views."""
-        flat = self._zeros()
+        flat = self._zeros(self.dtype)
         for member in self.members:
             member.view(flat).copy_(member.parameter.detach())
             member.parameter.data = member.view(flat)
@@ -97,7 +98,7 @@ class Bucket:
 
     def flatten_gradients(self) -> Tensor:
         """One buffer for the gradients, into which autograd adds: each parameter's `.grad` becomes a view of it."""
-        flat = self._zeros()
+        flat = self._zeros(self.gradient_dtype)
         for member in self.members:
             member.parameter.grad = member.view(flat)
         return flat
@@ -105,15 +106,17 @@ class Bucket:
     def take_gradients(self) -> Tensor:
         """The gradients in a new buffer, zeros where there are none. The parameters lose theirs."""
         flat = [
-            m.parameter.new_zeros(m.parameter.numel()) if m.parameter.grad is None else m.parameter.grad.flatten()
+            torch.zeros(m.parameter.numel(), dtype=self.gradient_dtype, device=self.device)
+            if m.parameter.grad is None
+            else m.parameter.grad.flatten()
             for m in self.members
         ]
         for member in self.members:
             member.parameter.grad = None
         return torch.cat([*flat, flat[0].new_zeros(self.padded - self.size)])
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.padded, dtype=self.dtype, device=self.device)
+    def _zeros(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.padded, dtype=dtype, device=self.device)
 
 
 def buckets_of(named: Iterable[tuple[str, nn.Parameter]], count: int, elements: int) -> list[Bucket]:

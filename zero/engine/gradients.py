@@ -59,7 +59,7 @@ class DeviceShards:
     """Beside the model."""
 
     def __init__(self, buckets: list[Bucket]):
-        self.own = [torch.zeros(bucket.length, dtype=bucket.dtype, device=bucket.device) for bucket in buckets]
+        self.own = [torch.zeros(bucket.length, dtype=bucket.gradient_dtype, device=bucket.device) for bucket in buckets]
 
     def add(self, i: int, gradient: Tensor) -> None:
         self.own[i] += gradient

@@ -23,7 +23,7 @@ class HostShards:
     """This rank's shards of the gradients, in host memory."""
 
     def __init__(self, buckets: list[Bucket], ledger: Ledger):
-        self.own = [torch.zeros(bucket.length, dtype=bucket.dtype, device=HOST) for bucket in buckets]
+        self.own = [torch.zeros(bucket.length, dtype=bucket.gradient_dtype, device=HOST) for bucket in buckets]
         self.in_flight: list[tuple[int, Tensor, torch.Event | None]] = []
         self._ledger = ledger
         device = buckets[0].device

@@ -1,9 +1,7 @@
 """What moves between device and host in ZeRO-Offload, and what is on each of them."""
 
-import torch
-
 from core.proof.lesson import Run
-from zero.evidence.training import Fast, Plain, master_of
+from zero.evidence.training import Fast, Plain
 
 
 def claim_offload(run: Run, trained: dict[str, Plain | Fast]) -> None:
@@ -18,9 +16,10 @@ def claim_offload(run: Run, trained: dict[str, Plain | Fast]) -> None:
 
 def claim_one(run: Run, which: str, size: int, everyone: list[tuple[float, ...]]) -> None:
     shard, m = size // len(everyone), run.args.microbatches
-    on_device, on_host = run.dtype.itemsize, master_of(run).itemsize
-    rounded = on_device if run.dtype == torch.bfloat16 else 0  # what goes up, where it is not the master weights
-    host = shard * (on_device + 3 * on_host + rounded)
+    on_device, on_host = run.dtype.itemsize, run.precision.master.itemsize
+    # The engine keeps a buffer for what goes up, where it is not the master weights.
+    rounded = on_device if on_device < on_host and "engine" in which else 0
+    host = shard * (run.precision.gradients.itemsize + 3 * on_host + rounded)
     down, up, weights, rest = zip(*everyone, strict=True)
     on_ranks = run.evidence.on_ranks
     on_ranks(f"elements to the host in a step{which}", f"mΨ/N = {m * shard:,}", m * shard, down)

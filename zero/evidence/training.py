@@ -85,7 +85,7 @@ class Plain:
         self.model, self.data, self.axis = *make_model(run, axis), axis
         names = {p: name for name, p in self.model.named_parameters()}
         self.dtype = run.dtype
-        self.technique = technique(self.model, axis, optimizer_of(run), master_of(run))
+        self.technique = technique(self.model, axis, optimizer_of(run), run.precision.master)
         self.step = self.technique.step
         self.shards = [p for group in self.technique.optimizer.param_groups for p in group["params"]]
         units = getattr(self.technique, "units", None)  # where each is gathered by itself; else all are replicated
@@ -114,6 +114,12 @@ class Plain:
         if self.replicated:
             return [LocalTensor(name, p.detach(), shard_of(p)) for name, p in self.model.named_parameters()]
         return self._local(p.detach().to(self.dtype) for p in self.shards)
+
+    def master_weights(self) -> list[LocalTensor]:
+        return self._local(p.detach() for p in self.shards)
+
+    def guide(self, run: Run, oracle: Oracle | None) -> None:
+        """There is nothing discrete."""
 
     def states(self) -> list[LocalTensor]:
         found = []
@@ -148,13 +154,17 @@ class Fast:
 
     def __init__(self, run: Run, axis: Axis, make_engine: Callable[..., Engine]):
         self.model, self.data, self.axis = *make_model(run, axis), axis
-        options = {"master": master_of(run), "elements": run.args.bucket}
+        options = {"master": run.precision.master, "elements": run.args.bucket}
         self.engine = engine = make_engine(self.model, axis, optimizer_of(run), **options)
         self.buckets = engine.buckets
         self.zero_grad, self.step, self.clip = engine.zero_grad, engine.step, engine.clip_and_total
         self.gradients, self.weights, self.states = engine.gradients, engine.weights, engine.states
+        self.master_weights = engine.master_weights
         self.memory_bytes = engine.memory_bytes
         self.most_weights = watch_weights(self.model)
+
+    def guide(self, run: Run, oracle: Oracle | None) -> None:
+        """There is nothing discrete."""
 
     def forward_backward(self, step: int, inputs: Tensor, targets: Tensor) -> Tensor:
         share = torch.zeros((), device=inputs.device)
@@ -182,7 +192,7 @@ def data_axis(run: Run) -> Axis:
 
 
 def make_model(run: Run, axis: Axis) -> tuple[GPT, Data]:
-    model = materialize(GPT(configuration(run.args)), run.args.seed, run.job.device, run.dtype)
+    model = materialize(GPT(configuration(run.args)), run.args.seed, run.job.device, run.precision)
     return model, Data(run, axis, use_masks(model, SampleMasks(run.args.seed)))
 
 
@@ -191,15 +201,11 @@ def make_oracle(run: Run) -> Oracle | None:
     if run.job.rank:
         return None
     args = run.args
-    return Oracle(configuration(args), args.seed, run.job.device, run.dtype, optimizer_of(run), args.clip)
+    return Oracle(configuration(args), args.seed, run.job.device, optimizer_of(run), args.clip)
 
 
 def optimizer_of(run: Run) -> MakeOptimizer:
     return partial(torch.optim.AdamW, lr=run.args.lr)
-
-
-def master_of(run: Run) -> torch.dtype:
-    return torch.float32 if run.dtype == torch.bfloat16 else run.dtype
 
 
 # ---- What is claimed -------------------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ def train_exact(run: Run, nodes: Nodes, technique: Callable[..., Technique], mak
 
 def train_quantised(run: Run, nodes: Nodes, technique: Callable[..., Technique], make_engine: MakeEngine) -> Trained:
     trained = trainables(run, nodes, technique, make_engine)
-    compared = train(Run(run.args, run.job, run.dtype), trained, make_oracle(run))  # the report is of the exact ones
+    unreported = Run(run.args, run.job, run.precision)  # the report is of the exact ones
+    compared = train(unreported, trained, make_oracle(run))
     if run.job.rank == 0:
         claim = "losses, all steps, against one process"
         cases = [(f"{claim} ({name})", 0.0, each.loss) for name, each in compared.items()]
