@@ -3,7 +3,7 @@
     python cluster/dry_run.py
     python cluster/dry_run.py --tp 8 --sp --pp 16 --zero 1 --schedule interleaved --chunks 6 --batch 1536
 
-read: dry_run.py:65-136; then run/worker.py
+read: dry_run.py:68-139; then run/worker.py
 
 A rank knows of the others only what it sends them and what they send back. So one process can be rank k of any job: the
 same code trains (`run/worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers
@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster import rules
+from cluster.evidence.dry_run import BUILT, RULES
 from cluster.plan import lacking
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout, given, layout_from
@@ -50,6 +52,7 @@ from core.model.precision import POLICIES, Precision
 from core.model.text import VOCABULARY
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations
+from core.proof.rules import check as check_rules
 from expert_parallel.engine.routing import MoEConfig
 from zero.engine.buckets import BUCKET_ELEMENTS
 from zero.engine.optimizer import MakeOptimizer
@@ -139,13 +142,7 @@ def alone(case: str) -> None:
 
 def refuse(experts: bool, layout: Layout, rank: int) -> None:
     """Raises ValueError where there is no dry run, or no such rank."""
-    if experts:
-        raise ValueError(
-            "--experts: which rank a token is sent to depends on its numbers, and a dry run has none; "
-            "leave out the flags of experts, or use python -m cluster.plan, which takes tokens to choose evenly"
-        )
-    if not 0 <= rank < layout.ranks:
-        raise ValueError(f"--rank {rank}: the ranks are 0 to {layout.ranks - 1}; use --rank {layout.ranks - 1}")
+    check_rules(SimpleNamespace(experts=experts, rank=rank, last=layout.ranks - 1), RULES)
 
 
 def compared(
@@ -169,9 +166,8 @@ def case(args: argparse.Namespace) -> tuple[ModelConfig, Layout]:
 
 def config_of(model: ModelConfig) -> GPTConfig:
     """Raises ValueError unless the model is of the kind of `core.model.gpt`."""
-    if missing := lacking(replace(model, vocabulary=VOCABULARY)):
-        raise ValueError(f"--model {model.name}: core.model.gpt, which is what is trained, has no {missing}; "
-                         "use --model gpt3-175b")  # fmt: skip
+    missing = lacking(replace(model, vocabulary=VOCABULARY))
+    check_rules(SimpleNamespace(name=model.name, missing=missing), (BUILT,))
     return model
 
 

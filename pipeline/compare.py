@@ -36,7 +36,7 @@ from core.proof.training import claim_equal
 from pipeline.engine.actions import Schedule, ScheduleError, size, stage_share, stages_of_ranks
 from pipeline.engine.validator import Verdict, validate
 from pipeline.evidence.claims import Measured, differing_actions, differing_copies, messages_by_rule
-from pipeline.evidence.rules import CHUNKS, COMPARE, EVERY_SCHEDULE
+from pipeline.evidence.rules import CHUNKS, COMPARE, EVERY_SCHEDULE, OWN
 from pipeline.evidence.timeline import plot, show_schedule
 from pipeline.evidence.training import Engine, add_flags, measure, pipeline_axis, train_beside_one_process
 from pipeline.evidence.training import check as check_stages
@@ -137,13 +137,7 @@ def own_schedule(args: argparse.Namespace, ranks: int) -> Schedule | None:
         raise ValueError(f"--csv {args.csv}: {error.strerror}; {usual}") from None
     except (csv.Error, ValueError) as error:  # a ScheduleError, or no text at all
         raise ValueError(f"--csv {args.csv!r}: {error}; {usual}") from None
-    _, microbatches = size(schedule)
-    if len(schedule) != ranks:
-        raise ValueError(f"--csv {args.csv}: is for {len(schedule)} ranks; use --nproc_per_node {len(schedule)}")
-    if microbatches != args.microbatches:
-        batch = -(-args.batch // microbatches) * microbatches
-        use = f"--microbatches {microbatches} --batch {batch}"
-        raise ValueError(f"--csv {args.csv}: has {microbatches} microbatches; use {use}")
+    check_rules(argparse.Namespace(**vars(args), pp=ranks, own=size(schedule), own_ranks=len(schedule)), OWN)
     return schedule
 
 

@@ -5,13 +5,14 @@ LayerNorm and the head. A rank has one stage or several. The head is the token e
 last stage each have a copy of it, and DualPipe has every stage on two ranks. Copies are equal at the start, and kept
 equal by adding their gradients before every optimizer step.
 
-read: stages.py:26-112; then core/model/gpt.py
+read: stages.py:27-111; then core/model/gpt.py
 """
 
 import copy
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from core import p2p
 from core.mesh import Axis
 from core.model.gpt import GPT
-
-TOO_FEW = "must be a multiple of the {stages} stages, or 2 x {stages} - 2 or more, so that each has a layer"
+from core.proof.rulebook import PP_LAYERS
+from core.proof.rules import check
 
 
 @cache  # a search asks millions of times
@@ -36,9 +37,7 @@ def layers_in(layers: int, stages: int, stage: int) -> range:
     each, longer = divmod(layers, stages)
     if longer == 0 and each:
         return range(stage * each, (stage + 1) * each)
-    if layers + 2 < 2 * stages:
-        usual = max(1, round(layers / stages)) * stages
-        raise ValueError(f"--layers {layers}: {TOO_FEW.format(stages=stages)}; use --layers {usual}")
+    check(SimpleNamespace(layers=layers, stages=stages), (PP_LAYERS,))
     each, longer = divmod(layers + 2, stages)
     first, end = (s * each + max(0, s - (stages - longer)) - 1 for s in (stage, stage + 1))
     return range(max(0, first), min(layers, end))

@@ -8,6 +8,7 @@ from cluster.planner.hardware import Machine
 from cluster.planner.layout import add_flags, layout_from
 from cluster.planner.rulebook import Case
 from core.model.config import ModelConfig
+from core.proof.rulebook import ONE_EXPERT
 from core.proof.rules import at_least, at_most, check
 
 LARGEST = 10**7  # of any size
@@ -66,8 +67,7 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
     if sizes.get("experts") and "top_k" not in sizes and not model.top_k:
         sizes["top_k"] = 2
     model = replace(model, name="custom", **sizes)
-    if model.experts and model.top_k < 1:
-        raise ValueError(f"--top-k {model.top_k}: a token needs an expert; use --top-k 1")
+    check(model, (ONE_EXPERT,))
     return model
 
 

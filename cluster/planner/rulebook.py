@@ -19,8 +19,10 @@ from core.proof.rulebook import (
     DROPOUT,
     EP_EXPERTS,
     EQUAL,
+    ETP_FEATURES,
     EXPERT_RANKS,
     HEADS,
+    ONE_EXPERT,
     PP_LAYERS,
     RANKS,
     SP_SEQUENCE,
@@ -166,14 +168,9 @@ PIPELINE = (
 
 EXPERTS = (
     EXPERT_RANKS,
-    Rule(
-        "experts: etp",
-        "--etp {etp}",
-        lambda x: x.etp == 1 or (x.experts > 0 and x.inside % x.etp == 0 and x.expert_size % x.etp == 0),
-        "must divide the {inside} ranks and the {expert_size} features of an expert",
-        source="CODE 04",
-    ),
+    ETP_FEATURES,
     EP_EXPERTS,
+    ONE_EXPERT,
     TOP_K,
     Rule(
         "experts: sp",

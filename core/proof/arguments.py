@@ -88,7 +88,7 @@ def check_cuts(args: argparse.Namespace, ranks: int, sequence: bool = False) -> 
     fewer = [] if hidden % heads else [t for t in range(2, heads + 1) if not any(size % t for size in sizes)][-8:]
     now = " ".join(f"--{name} {getattr(args, name.replace('-', '_'))}" for name in use)
     raise ValueError(
-        f"{now}: heads must divide --hidden, and {EQUAL.format(tp=ranks)}; "
+        f"{now}: {'heads must divide --hidden, and ' if 'heads' in use else ''}{EQUAL.format(tp=ranks)}; "
         f"use {' '.join(f'--{name} {value}' for name, value in use.items())}"
         + (f", or --nproc_per_node one of {', '.join(map(str, fewer))}" if fewer else "")
     )

@@ -50,6 +50,14 @@ DROPOUT = Rule(
     lambda case: "--attention softmax",
     "core.model.gpt",
 )
+ONE_EXPERT = Rule(
+    "experts: one",
+    "--top-k {top_k}",
+    lambda case: not case.experts or case.top_k >= 1,
+    "a token needs an expert",
+    lambda case: "--top-k 1",
+    "2101.03961, section 2.1",
+)
 TOP_K = Rule(
     "experts: top k",
     "--top-k {top_k}",
@@ -132,17 +140,37 @@ SP_SEQUENCE = Rule(
 PP_LAYERS = Rule(
     "pp: layers",
     "--layers {layers}",
-    lambda case: case.layers % case.stages == 0 or case.layers + 2 >= 2 * case.stages,
+    lambda case: (case.layers >= case.stages and case.layers % case.stages == 0) or case.layers + 2 >= 2 * case.stages,
     "must be a multiple of the {stages} stages, or 2 x {stages} - 2 or more, so that each has a layer",
     lambda case: f"--layers {nearest_multiple(case.layers, case.stages)}",
     "2407.21783, section 3.3.2",
 )
+
+
+def expert_ranks_fit(size: int, ranks: int, among: int) -> bool:
+    """Whether so many of the ranks have equal shards of what an expert layer shards, and are equal groups."""
+    return ranks == 1 or (ranks > 1 and size > 0 and among % ranks == 0 and size % ranks == 0)
+
+
+def usable_etp(case: Any) -> str:
+    """The largest smaller one that fits, beside --ep where it is given."""
+    both = gcd(case.inside, case.expert_size)
+    fitting = [e for e in range(1, case.etp) if both % e == 0 and case.inside // e % max(1, case.ep) == 0]
+    return f"--etp {max(fitting, default=1)}"
+
+
+ETP_FEATURES = Rule(
+    "experts: etp",
+    "--etp {etp}",
+    lambda case: case.etp == 1 or (case.experts > 0 and expert_ranks_fit(case.expert_size, case.etp, case.inside)),
+    "must divide the {inside} ranks and the {expert_size} features of an expert",
+    usable_etp,
+    "CODE 04",
+)
 EP_EXPERTS = Rule(
     "experts: ep",
     "--ep {ep}",
-    lambda case: (
-        case.ep == 1 or (case.experts > 0 and case.inside // case.etp % case.ep == 0 and case.experts % case.ep == 0)
-    ),
+    lambda case: expert_ranks_fit(case.experts, case.ep, case.inside // case.etp),
     "must divide the {inside} ranks / --etp {etp} and the --experts {experts}, so that each rank has as many",
     lambda case: f"--ep {gcd(case.experts, case.inside // case.etp)}",
     "2006.16668, section 3",

@@ -11,6 +11,8 @@ B samples, S tokens of a sample, T tokens of this rank = B S, H hidden, F feed-f
 R rows: routed tokens
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +20,18 @@ from core import comm
 from core.gradients import sum_gradients
 from core.mesh import Axis
 from core.model.gpt import GPT
+from core.proof.rules import Rule, check
 from core.shards import shard
 from expert_parallel.engine.experts import Experts
 from expert_parallel.engine.moe import MoE, order_of, permute, unpermute
 from expert_parallel.engine.router import Choice, Spread
+from expert_parallel.engine.routing import one_of
 
 DISPATCHERS = ("all-to-all", "all-gather")
+ALL_GATHER = Rule(
+    "experts: all-gather", "--dispatch {dispatch}", lambda c: c.dispatch != "all-gather" or c.etp <= 1,
+    "is not for --etp {etp}", lambda c: "--etp 1, or --dispatch all-to-all", "CODE 04",
+)  # fmt: skip
 
 
 # ---- Rows in flight, under autograd ----------------------------------------------------------------------------------
@@ -121,8 +129,7 @@ class ExpertParallelMoE(nn.Module):
         for what, size, ranks in (("experts", count, ep.size), ("features of an expert", features, etp.size)):
             if size % ranks:
                 raise ValueError(f"{size} {what} cannot be sharded equally over {ranks}; use a multiple of {ranks}")
-        if dispatch not in DISPATCHERS or (dispatch == "all-gather" and etp.size > 1):
-            raise ValueError(f"--dispatch {dispatch}: with --etp {etp.size} there is only all-to-all; use it")
+        check(SimpleNamespace(dispatch=dispatch, etp=etp.size), (one_of("dispatch", DISPATCHERS), ALL_GATHER))
         self.ep, self.etp, self.dispatch = ep, etp, dispatch
         self.router, self.shared, self.experts = moe.router, moe.shared, shard_experts(moe.experts, ep, etp)
         self.router.spread = spread

@@ -7,13 +7,14 @@ B samples, S tokens of a sample, E experts, k of them for each token
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from core.proof.rulebook import ONE_EXPERT, TOP_K
 from core.proof.rules import Rule, at_least, check
 
 SCORES = ("softmax-topk", "topk-softmax", "sigmoid")
@@ -27,7 +28,7 @@ def _finite(flag: str, works: str) -> Rule:
                 lambda r: f"--{flag} {works}")  # fmt: skip
 
 
-def _one_of(flag: str, known: tuple[str, ...]) -> Rule:
+def one_of(flag: str, known: tuple[str, ...]) -> Rule:
     reason = f"must be one of {', '.join(known)}"
     return Rule(flag, f"--{flag} {{{flag}}}", lambda r: getattr(r, flag) in known, reason,
                 lambda r: f"--{flag} {known[0]}")  # fmt: skip
@@ -50,23 +51,19 @@ def _enough_groups(case: "Routing") -> bool:
     return case.top_k <= case.top_groups * (case.experts // case.groups) and case.top_groups <= case.groups
 
 
-TOP_K = Rule("experts: top k", "--top-k {top_k}", lambda c: c.top_k <= c.experts,
-             "a token cannot choose more than the --experts {experts}", _fewer_choices,
-             "2101.03961, section 2.1")  # fmt: skip
 ROUTING = (
     Rule("experts", "--experts {experts}", lambda r: r.experts >= 1, "must be at least 1",
          lambda r: f"--experts {max(8, r.top_k)}"),
-    Rule("top k", "--top-k {top_k}", lambda r: r.top_k >= 1, "must be at least 1",
-         lambda r: f"--top-k {min(2, r.experts)}"),
+    replace(ONE_EXPERT, use=lambda r: f"--top-k {min(2, r.experts)}"),
     at_least("groups", 1, 1),
     at_least("top-groups", 1, 1),
     _finite("capacity", "1.25, or 0 to drop nothing"),
     _finite("aux", "0.01"),
     _finite("z", "0.01"),
     _finite("bias-rate", "0.001"),
-    _one_of("score", SCORES),
-    _one_of("drop", DROPS),
-    TOP_K,
+    one_of("score", SCORES),
+    one_of("drop", DROPS),
+    replace(TOP_K, use=_fewer_choices),
     Rule("top k: softmax", "--top-k {top_k}", lambda r: r.top_k > 1 or r.score != "topk-softmax",
          "the softmax over one chosen expert is always 1, and the router would learn nothing",
          lambda r: "--score softmax-topk"),
@@ -75,6 +72,7 @@ ROUTING = (
     Rule("top groups", "--top-groups {top_groups}", _enough_groups,
          "at most the {groups} groups, and with --top-k {top_k} experts in them", lambda r: f"--top-groups {r.groups}"),
 )  # fmt: skip
+MIXTURE = (at_least("feed-forward", 0, 0), at_least("shared", 0, 0), at_least("every", 1, 1))
 
 
 @dataclass(frozen=True)
@@ -124,9 +122,7 @@ class MoEConfig:
     every: int = 1  # in every so manyeth layer, the last of so many
 
     def __post_init__(self) -> None:
-        for name, least in (("feed_forward", 0), ("shared", 0), ("every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}; use {least}")
+        check(self, MIXTURE)
 
 
 def choose(scores: Tensor, routing: Routing) -> Tensor:

@@ -3,14 +3,15 @@
 import argparse
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
 
 from core.proof import rules
 from core.proof.arguments import add_model_flags, check_model
 from core.proof.lesson import Lesson
+from core.proof.rulebook import EP_EXPERTS, ETP_FEATURES
 from core.proof.rules import Rule, at_least, nearest_multiple
-from expert_parallel.engine.layers import DISPATCHERS
-from expert_parallel.engine.routing import DROPS, SCORES, TOP_K, MoEConfig, Routing
+from expert_parallel.engine.layers import ALL_GATHER, DISPATCHERS
+from expert_parallel.engine.routing import DROPS, SCORES, MoEConfig, Routing
 
 
 def add_flags(lesson: Lesson, routing: bool = True, **defaults: object) -> None:
@@ -49,45 +50,15 @@ def ep_of(args: argparse.Namespace, ranks: int) -> int:
     return args.ep or math.gcd(args.experts, ranks // args.etp)
 
 
-# ---- Rules. A case: the flags, `inside` (the ranks of a pipeline stage, tp x cp x dp), `expert_feed_forward` ---------
-
-
-def _ep_fits(case: Any) -> bool:
-    ep = ep_of(case, case.inside)
-    return ep == 1 or (ep > 1 and case.inside // case.etp % ep == 0 and case.experts % ep == 0)
-
-
-def _etp_fits(case: Any) -> bool:
-    return case.etp == 1 or (case.etp > 1 and case.inside % case.etp == 0 and case.expert_feed_forward % case.etp == 0)
-
-
-def _fitting_etp(case: Any) -> str:
-    """The largest smaller one that fits, beside --ep where it is given."""
-    both = math.gcd(case.inside, case.expert_feed_forward)
-    fitting = [e for e in range(1, case.etp) if both % e == 0 and case.inside // e % max(1, case.ep) == 0]
-    return f"--etp {max(fitting, default=1)}"
-
+# ---- Rules. A case: the flags, `inside` (the ranks of a pipeline stage, tp x cp x dp), `expert_size` -----------------
 
 BATCH = Rule(
     "batch: ranks", "--batch {batch}", lambda c: c.batch % c.inside == 0,
     "must be a multiple of the {inside} ranks, so that all get as many samples",
     lambda c: f"--batch {nearest_multiple(c.batch, c.inside)}", "lecture 01",
 )  # fmt: skip
-ALL_GATHER = Rule(
-    "experts: all-gather", "--dispatch {dispatch}", lambda c: c.dispatch != "all-gather" or c.etp <= 1,
-    "is not for --etp {etp}", lambda c: "--etp 1, or --dispatch all-to-all", "CODE 04",
-)  # fmt: skip
-ETP = Rule(
-    "experts: etp", "--etp {etp}", _etp_fits,
-    "must divide the {inside} ranks and the {expert_feed_forward} features of an expert", _fitting_etp, "CODE 04",
-)  # fmt: skip
-EP = Rule(
-    "experts: ep", "--ep {ep}", _ep_fits,
-    "must divide the {inside} ranks / --etp {etp} and the --experts {experts}, so that each rank has as many",
-    lambda c: f"--ep {math.gcd(c.experts, c.inside // c.etp)}", "2006.16668, section 3",
-)  # fmt: skip
-RULES = (at_least("shared", 0, 0), BATCH, ALL_GATHER, ETP, EP)  # in this order
-LAYOUT = (TOP_K, ETP, EP)  # those that are about layouts, for `cluster` too
+EP = replace(EP_EXPERTS, holds=lambda c: c.ep == 0 or EP_EXPERTS.holds(c))  # 0: as many as do
+RULES = (at_least("shared", 0, 0), BATCH, ALL_GATHER, ETP_FEATURES, EP)  # in this order
 
 
 def check(
@@ -106,6 +77,6 @@ def check(
     """
     config = check_model(args)
     usual = {"ep": 0, "etp": 1, "dispatch": DISPATCHERS[0], "shared": 0}
-    case = argparse.Namespace(**(usual | vars(args)), inside=ranks, expert_feed_forward=config.feed_forward)
+    case = argparse.Namespace(**(usual | vars(args)), inside=ranks, expert_size=config.feed_forward)
     ways(case)
     rules.check(case, (*RULES, *more))

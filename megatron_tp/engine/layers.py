@@ -21,9 +21,9 @@ from core import comm
 from core.mesh import Axis
 from core.model.gpt import GPT
 from core.model.linear import of_parameters
+from core.proof.rulebook import TP_FEED_FORWARD, TP_HEADS
 from core.proof.rules import check
 from core.shards import shard, shard_of
-from megatron_tp.evidence.rules import RULES
 
 # ---- The two matrix products -----------------------------------------------------------------------------------------
 
@@ -120,8 +120,8 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
         ValueError: the ranks would not have equally many heads or feed-forward features.
     """
     config = model.config
-    sizes = {"heads": config.heads, "hidden": config.hidden, "feed_forward": config.feed_forward}
-    check(SimpleNamespace(tp=axis.size, **sizes), RULES)
+    sizes = SimpleNamespace(tp=axis.size, heads=config.heads, feed_forward=config.feed_forward)
+    check(sizes, (TP_HEADS, TP_FEED_FORWARD))
     inside = axis.labelled("layers")
     for block in model.blocks.values():
         block.attention.qkv = ColumnParallelLinear(block.attention.qkv, inside)  # its rows are ordered by head

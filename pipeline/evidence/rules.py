@@ -3,6 +3,7 @@
 `cluster` has the same conditions for layouts: the reasons are the same words.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from core.proof.rules import Rule, at_least, nearest_multiple
@@ -90,9 +91,17 @@ COMPARE = (
         f"ranks and microbatches, at least 1 and at most {LARGEST:,} together", lambda case: "--large 64 128",
     ),
 )  # fmt: skip
-EVERY_SCHEDULE = Rule(
-    "layers of every schedule", "--layers {layers}",
-    lambda case: case.layers >= case.stages and case.layers % case.stages == 0,
-    "must be a multiple of {stages}, the stages of every schedule",
-    lambda case: f"--layers {nearest_multiple(case.layers, case.stages)}",
+EVERY_SCHEDULE = replace(
+    EQUAL_STAGES, reason="must be a multiple of {stages}, the stages of every schedule",
+    use=lambda case: f"--layers {nearest_multiple(case.layers, case.stages)}",
+)  # fmt: skip
+OWN = (  # the schedule of --csv: `own` (stages, microbatches), for `own_ranks`
+    Rule(
+        "csv: ranks", "--csv {csv}", lambda case: case.own_ranks == case.pp, "is for {own_ranks} ranks",
+        lambda case: f"--nproc_per_node {case.own_ranks}",
+    ),
+    Rule(
+        "csv: microbatches", "--csv {csv}", lambda case: case.own[1] == case.microbatches, "has {own[1]} microbatches",
+        lambda case: f"--microbatches {case.own[1]} --batch {-(-case.batch // case.own[1]) * case.own[1]}",
+    ),
 )  # fmt: skip

@@ -1,11 +1,13 @@
 """What lecture 06 refuses. A case has tp, cp, ulysses, placement and the flags of a model as attributes."""
 
 import argparse
+from dataclasses import replace
 from math import lcm
 from types import SimpleNamespace
 from typing import Any
 
 from core.proof.arguments import check_cuts, check_model
+from core.proof.rulebook import TP_FEED_FORWARD
 from core.proof.rules import Rule, broken, check
 from sequence_parallel.context import NEEDS_SDPA
 
@@ -22,12 +24,20 @@ def degrees(case: Any) -> str:
     return ", ".join(str(u) for u in range(1, case.cp + 1) if case.cp % u == 0 == heads % u)
 
 
+def several_ranks(case: Any) -> str:
+    """The fewest ranks that have equal shards, or else sizes that two ranks can shard."""
+    sizes = (case.heads, case.sequence, case.feed_forward)
+    usable = (t for t in range(2, max(case.heads, 2) + 1) if not any(size % t for size in sizes))
+    return f"--nproc_per_node {next(usable, '2 --heads 8 --sequence 64')}"
+
+
 SP_RANKS = Rule(
     "sp: tp",
     "--nproc_per_node {tp}",
     lambda case: case.tp > 1,
     "sequence parallelism shards what tensor parallelism replicates, and needs its ranks",
-    source="2205.05198, 4.2.2",
+    several_ranks,
+    "2205.05198, 4.2.2",
 )
 CP_ATTENTION = Rule(
     "cp: attention",
@@ -59,6 +69,12 @@ CP_SEQUENCE = Rule(
     "the sequence is sharded and must be a multiple of {sequence_multiple}",
     source="2310.01889; 2407.21783, 3.3.2",
 )
+SP_FEED_FORWARD = replace(
+    TP_FEED_FORWARD,
+    flags="--feed-forward {feed_forward}",
+    reason="Megatron SP shards it over {tp} ranks",
+    use=lambda case: "--feed-forward 0",  # fits wherever heads do
+)
 PAPER_FEED_FORWARD = Rule(
     "activations: feed-forward",
     "--feed-forward {feed_forward}",
@@ -79,11 +95,7 @@ PAPER_DROPOUT = Rule(
 
 def check_sequence_parallel(args: argparse.Namespace, ranks: int) -> None:
     """Raises ValueError unless heads, feed-forward and samples have equal shards on `ranks` ranks, two or more."""
-    if ranks == 1:
-        sizes = (args.heads, args.sequence, args.feed_forward)
-        usable = next((t for t in range(2, max(args.heads, 2) + 1) if not any(size % t for size in sizes)), None)
-        use = f"--nproc_per_node {usable}" if usable else "--nproc_per_node 2 --heads 8 --sequence 64"
-        raise ValueError(f"{SP_RANKS.message(SimpleNamespace(tp=ranks))}; use {use}")
+    check(SimpleNamespace(**vars(args) | {"tp": ranks}), (SP_RANKS,))
     check_cuts(args, ranks, sequence=True)
 
 
@@ -150,6 +162,5 @@ def long_context(args: argparse.Namespace, ranks: int) -> None:
     check_context(args, ranks, placement="zigzag")  # the most that any way needs
     check_model(args)
     for c in range(2, ranks + 1):
-        if ranks % c == 0 == args.heads % c and args.feed_forward % c:
-            reason = f"Megatron SP shards it over {c} ranks"
-            raise ValueError(f"--feed-forward {args.feed_forward}: {reason}; use --feed-forward 0")
+        if ranks % c == 0 == args.heads % c:
+            check(SimpleNamespace(tp=c, feed_forward=args.feed_forward), (SP_FEED_FORWARD,))

@@ -28,11 +28,36 @@ def imports(path: Path) -> set[str]:
     return names & HOUSE
 
 
+def imports_evidence(text: str, topic: str) -> bool:
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return any(f"{name}.".startswith(f"{topic}.evidence.") for name in names)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_follow_the_house(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     allowed = {"core": {"core"}, "cluster": HOUSE - {"tests"}, "tests": HOUSE}.get(folder, {"core", folder})
     assert imports(path) <= allowed
+
+
+@pytest.mark.parametrize("topic", sorted(TOPICS))
+def test_no_engine_imports_the_evidence(topic: str) -> None:
+    """The evidence is about the engine, which must do without it."""
+    modules = [path for path in FILES if path.is_relative_to(ROOT / topic / "engine")]
+    assert modules
+    assert not [str(path) for path in modules if imports_evidence(path.read_text(), topic)]
+
+
+def test_an_import_of_the_evidence_is_seen() -> None:
+    for line in ("from zero.evidence.rules import R", "from zero import evidence", "import zero.evidence.rules as r"):
+        assert imports_evidence(line, "zero")
+        assert imports_evidence(f"def late():\n    {line}", "zero")
+    assert not imports_evidence("from zero import flat\nfrom core.proof import evidence", "zero")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
