@@ -36,6 +36,9 @@ from core.proof.launch import (
 DTYPES = ("float64", "float32", "bfloat16")  # each with its usual policy
 
 
+SHOWN = 10  # claims that failed
+
+
 @dataclass(frozen=True)
 class Claim:
     """What the slide says and what this run measured."""
@@ -98,12 +101,13 @@ class Evidence:
         """The claims that do not hold, a line each; empty where all do."""
         if not self.claims:
             return "nothing was claimed"
-        return "\n".join(
+        lines = [
             f"FAILED: {c.claim}: {_number(c.measured)}, not {_number(c.expected)} within {c.tolerance:g}"
             + (f"; the worst is {c.where}" if c.where else "")
             for c in self.claims
             if not c.holds
-        )
+        ]
+        return "\n".join(lines[:SHOWN] + [f"and {len(lines) - SHOWN} more"] * (len(lines) > SHOWN))
 
     def tables(self) -> str:
         made = []
@@ -214,9 +218,10 @@ class Lesson:
             teach(run)
             if job.rank == 0:
                 self._conclude(run, time.perf_counter() - began)
-            failed = job.share(run.evidence.failed() if job.rank == 0 else None)
+            failed = run.evidence.failed() if job.rank == 0 else None
             if failed:
-                say_last(failed, job.rank)
+                say_last(failed)
+            failed = job.share(failed)
         return 1 if failed else 0
 
     def _check_common(self, args: argparse.Namespace, here: ProcessInfo) -> None:
@@ -272,12 +277,14 @@ class Lesson:
             write_file(run.args.report, json.dumps(_finite(report), indent=1, allow_nan=False))
 
 
-def say_last(what: str, rank: int) -> None:
-    """Say why a run fails, as the last thing on the screen: torchrun's own report ends with what it finds in a file."""
-    if rank == 0:
-        print(what, file=sys.stderr, flush=True)
+def say_last(what: str) -> None:
+    """Say why a run fails, as the last thing on the screen; on the rank that knows, before another one ends.
+
+    torchrun's own report ends with the rank that failed first, and with what that has written to a file.
+    """
+    print(what, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(path).write_text(json.dumps({"message": f"\n{what}", "timestamp": int(time.time())}))
+        Path(path).write_text(json.dumps({"message": f"\n{what}", "timestamp": int(time.time()) - 1}))
 
 
 def _in_report(claim: Claim) -> dict[str, Any]:
