@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,6 +15,7 @@ from core.proof.files import check_writable, write_file
 from core.proof.launch import ProcessInfo, choose_device
 from core.proof.lesson import Claim, Evidence, Lesson, Run
 
+ROOT = Path(__file__).parents[2]
 HERE = ProcessInfo(0, 4, 0, 4, 0, True)
 
 
@@ -133,3 +136,30 @@ def _gpus(count: int):
         current_accelerator=lambda check_available=False: torch.device("cuda") if count else None,
         device_count=lambda: count,
     )
+
+
+FAILING = """
+import sys
+from core.proof.lesson import Lesson
+
+def teach(run):
+    run.say_course([("of what", "printed", "right", "why")])
+    run.evidence.each("equal", "0", [("equal (plain)", 0, 0.5, "head.bias on rank 1"), ("equal (engine)", 0, 0, "")])
+    run.evidence.on_ranks("on ranks", "1", 1, [2] * 20)
+
+sys.exit(Lesson("topic/failing.py", "00", "A title", "标题", "A summary.").main(lambda args, ranks: None, teach))
+"""
+
+
+def test_failed_claims_are_the_last_thing_that_torchrun_shows(tmp_path: Path) -> None:
+    """Not buried under what torchrun says of a script that exits with 1; and not told again by every rank."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 1
+    shown = [line for line in run.stderr.splitlines() if line.strip("= ")]
+    assert shown[-1] == "and 11 more"
+    assert shown[-11] == "FAILED: equal (plain): 0.5, not 0 within 0; the worst is head.bias on rank 1"
+    assert run.stderr.count("head.bias") == 2  # once by itself
