@@ -62,11 +62,6 @@ class Verdict:
         return max(row[-1].end[0] for row in self.events)
 
     @property
-    def busy(self) -> list[float]:
-        """Of each rank."""
-        return [sum(e.end[0] - e.start[0] for e in row) for row in self.events]
-
-    @property
     def bubble_of_wall(self) -> float:
         return bubble(self.events)[0]
 
