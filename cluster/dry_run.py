@@ -3,7 +3,7 @@
     python cluster/dry_run.py
     python cluster/dry_run.py --tp 8 --sp --pp 16 --zero 1 --schedule interleaved --chunks 6 --batch 1536
 
-read: dry_run.py:68-139; then run/worker.py
+read: dry_run.py:62-132; then run/worker.py
 
 A rank knows of the others only what it sends them and what they send back. So one process can be rank k of any job: the
 same code trains (`run/worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers
@@ -20,7 +20,6 @@ import json
 import subprocess
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -43,17 +42,15 @@ from cluster.planner.memory import parameters, rank_memory, state_sizes
 from cluster.planner.options import add_case_flags, model_of
 from cluster.planner.traffic import sent_bytes
 from cluster.run.build import TrainSpec, make_mesh
-from cluster.run.worker import Worker
+from cluster.run.worker import Worker, sent_by_axis
 from core.ledger import Ledger
 from core.mesh import ORDER, Mesh, axis_groups, axis_sizes
 from core.model.config import ModelConfig
-from core.model.gpt import GPTConfig
 from core.model.precision import POLICIES, Precision
 from core.model.text import VOCABULARY
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations
 from core.proof.rules import check as check_rules
-from expert_parallel.engine.routing import MoEConfig
 from zero.engine.buckets import BUCKET_ELEMENTS
 from zero.engine.optimizer import MakeOptimizer
 
@@ -75,25 +72,24 @@ class Account(NamedTuple):
 
 
 def one_step(
-    config: GPTConfig, layout: Layout, mesh: Mesh, precision: Precision, make_optimizer: MakeOptimizer = ADAMW
+    model: ModelConfig, layout: Layout, mesh: Mesh, precision: Precision, make_optimizer: MakeOptimizer = ADAMW
 ) -> Account:
     """One step, but for clipping, of a rank of the process group that there is, real or not."""
-    worker = Worker(TrainSpec(config, None, layout, 0, precision, CPU, make_optimizer), mesh)
+    worker = Worker(TrainSpec(model, None, layout, 0, precision, CPU, make_optimizer), mesh)
     saved = SavedActivations(worker.model.parameters())
-    tokens = torch.zeros(layout.batch, config.sequence, dtype=torch.int64)
+    tokens = torch.zeros(layout.batch, model.sequence, dtype=torch.int64)
     worker.zero_grad()
     worker.forward_backward(0, tokens, tokens, saved)
     count = worker.dense_engine.memory_bytes()
     worker.step()
     count["optimizer"] = worker.dense_engine.memory_bytes()["optimizer"]  # Adam makes its moments in the first step
     worker.close()
-    elements: Counter[str] = Counter()
-    size: Counter[str] = Counter()
-    for (_, name), entry in mesh["tp"].ledger.traffic.items():
-        axis = "dp" if " x " in name else name.split()[0]  # "tp layers", "cp inner", and "cp x dp", who sum gradients
-        elements[axis] += entry.elements
-        size[axis] += entry.bytes
-    return Account(count | {"activations": saved.peak}, dict(elements), dict(size))
+    sent = sent_by_axis(mesh["tp"].ledger)
+    return Account(
+        count | {"activations": saved.peak},
+        {axis: traffic.elements for axis, traffic in sent.items()},
+        {axis: traffic.bytes for axis, traffic in sent.items()},
+    )
 
 
 @contextmanager
@@ -109,15 +105,15 @@ def pretended(rank: int, world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def account(config: GPTConfig, layout: Layout, rank: int, precision: Precision) -> Account:
+def account(model: ModelConfig, layout: Layout, rank: int, precision: Precision) -> Account:
     """`dry_run` in a process that is in no job."""
     with pretended(rank, layout.ranks):
         mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
         with FakeTensorMode():
-            return one_step(config, layout, mesh, precision)
+            return one_step(model, layout, mesh, precision)
 
 
-def dry_run(config: GPTConfig, moe: MoEConfig | None, layout: Layout, rank: int, precision: Precision) -> Account:
+def dry_run(model: ModelConfig, layout: Layout, rank: int, precision: Precision) -> Account:
     """What rank `rank` of this layout holds, and sends in a step, without the other ranks, memory or computing.
 
     In a process of its own: this one may be in a job.
@@ -125,8 +121,8 @@ def dry_run(config: GPTConfig, moe: MoEConfig | None, layout: Layout, rank: int,
     Raises:
         ValueError: there are experts, or no such rank.
     """
-    refuse(moe is not None, layout, rank)
-    case = json.dumps([asdict(config), asdict(layout), rank, precision.name])
+    refuse(model.experts > 0, layout, rank)
+    case = json.dumps([asdict(model), asdict(layout), rank, precision.name])
     command = [sys.executable, "-c", "import sys; from cluster import dry_run; dry_run.alone(sys.argv[1])", case]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
     if outcome.returncode:
@@ -136,8 +132,8 @@ def dry_run(config: GPTConfig, moe: MoEConfig | None, layout: Layout, rank: int,
 
 def alone(case: str) -> None:
     """The other end of `dry_run`."""
-    config, layout, rank, precision = json.loads(case)
-    print(json.dumps(account(GPTConfig(**config), Layout(**layout), rank, POLICIES[precision])))
+    model, layout, rank, precision = json.loads(case)
+    print(json.dumps(account(ModelConfig(**model), Layout(**layout), rank, POLICIES[precision])))
 
 
 def refuse(experts: bool, layout: Layout, rank: int) -> None:
@@ -164,17 +160,16 @@ def case(args: argparse.Namespace) -> tuple[ModelConfig, Layout]:
     return model_of(args), layout_from(args, args.world, args.batch, microbatch=1)
 
 
-def config_of(model: ModelConfig) -> GPTConfig:
+def check_built(model: ModelConfig) -> None:
     """Raises ValueError unless the model is of the kind of `core.model.gpt`."""
     missing = lacking(replace(model, vocabulary=VOCABULARY))
-    check_rules(SimpleNamespace(name=model.name, missing=missing), (BUILT,))
-    return model
+    check_rules(SimpleNamespace(name=model.name, missing=missing), [BUILT])
 
 
 def check(args: argparse.Namespace, ranks: int) -> None:
     """Raises ValueError when the flags do not fit each other."""
     model, layout = case(args)
-    config_of(model)
+    check_built(model)
     refuse(model.experts > 0, layout, args.rank)
     rules.check(layout, model, world=args.world, batch=args.batch)
 
@@ -188,10 +183,10 @@ def index_on_axes(layout: Layout, rank: int) -> dict[str, int]:
 
 def lesson(run: Run) -> None:
     model, layout = case(run.args)
-    show(run, config_of(model), model, layout, run.args.rank)
+    show(run, model, layout, run.args.rank)
 
 
-def show(run: Run, config: GPTConfig, model: ModelConfig, layout: Layout, rank: int) -> None:
+def show(run: Run, model: ModelConfig, layout: Layout, rank: int) -> None:
     """The dry run of a rank beside the planner's figures, which are claimed."""
     index, itemsize = index_on_axes(layout, rank), run.dtype.itemsize
     run.mesh = {name: getattr(layout, name) for name in index}
@@ -200,7 +195,7 @@ def show(run: Run, config: GPTConfig, model: ModelConfig, layout: Layout, rank: 
     run.say(f"rank {rank}: {where}; stages {' '.join(map(str, layout.stages_of(index['pp'])))} of {layout.stages}\n")
     if run.job.rank:
         return
-    found, rows = dry_run(config, None, layout, rank, run.precision), []
+    found, rows = dry_run(model, layout, rank, run.precision), []
     padding = bucket_padding(model, layout, index["pp"], itemsize)
     for what, kind, expected, measured in compared(found, model, layout, index["pp"], itemsize):
         elements = f"{found.sent.get(kind, 0.0):,.0f}" if what != "held" else ""

@@ -4,7 +4,7 @@
     python cluster/topology.py --file topo.txt
     torchrun --nproc_per_node=8 cluster/topology.py --json machine.json
 
-read: topology.py:57-143; then links/links.py, links/machine.py
+read: topology.py:58-144; then links/links.py, links/machine.py
 
 With torchrun, on one machine or several, the time of a message is measured between every pair of ranks, by ping-pong,
 as a line alpha + beta x bytes: latency, and one over the bandwidth. It shows the fast domains (`links.py`); tensor
@@ -28,6 +28,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,7 +163,7 @@ def describe(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     else:
         found, topology = processors(), nvidia_smi_topology(run.args.timeout)
         evidence.show_processors(run, found)
-        machine["cpu"] = found.as_json()
+        machine["cpu"] = asdict(found)
     if topology is None:
         return {"ranks": 1, "device": "cpu", "domains": [[0]]}, machine
     evidence.show_gpus(run, topology)

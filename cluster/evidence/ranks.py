@@ -13,6 +13,7 @@ from core.ledger import Ledger
 from core.mesh import ORDER, Mesh, axis_groups, axis_names, is_expert
 from core.proof.lesson import Run
 from core.proof.plot import picture
+from core.proof.rulebook import axis
 from core.proof.rules import Rule
 
 Groups = list[list[int]]
@@ -160,22 +161,12 @@ def claim_communication(run: Run, sizes: dict[str, int], order: str, groups: dic
 # ---- What is refused -------------------------------------------------------------------------------------------------
 
 
-def _at_least_one(axis: str) -> Rule:
-    return Rule(
-        axis,
-        f"--{axis} {{{axis}}}",
-        lambda case: getattr(case, axis) >= 1,
-        "an axis has at least one rank",
-        lambda case: f"--{axis} 1",
-    )
-
-
 RULES = (  # of a case: world; ranks, those running; the sizes of AXES; model: tp x cp x pp; given: sizes by flags
     Rule("world", "--world {world}", lambda case: 1 <= case.world <= LARGEST, f"must be in [1, {LARGEST}]",
          lambda case: "--world 16"),
     Rule("running", "--world {world}", lambda case: case.ranks in (1, case.world),
          "{ranks} ranks are running; leave --world out, or run without torchrun"),
-    *map(_at_least_one, AXES),
+    *map(axis, AXES),
     Rule("dp", "--tp x --cp x --pp = {model}", lambda case: case.world % case.model == 0,
          "must divide the {world} ranks, so that the rest is dp",
          lambda case: " ".join(f"--{name} 1" for name in case.given)),

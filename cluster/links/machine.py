@@ -156,11 +156,6 @@ class Processors:
     memory: dict[int, int]  # bytes of each node
     distances: dict[int, list[int]]  # to all nodes; 10 is its own
 
-    def as_json(self) -> dict[str, Any]:
-        caches = [{"name": c.name, "size": c.size, "shared": c.shared} for c in self.caches]
-        return {"cpus": self.cpus, "cores": self.cores, "sockets": self.sockets, "caches": caches,
-                "nodes": self.nodes, "memory": self.memory, "distances": self.distances}  # fmt: skip
-
 
 def numbers(text: str) -> list[int]:
     """The kernel's way to write a set: 0-3,8 is 0, 1, 2, 3 and 8."""

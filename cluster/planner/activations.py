@@ -149,22 +149,16 @@ def filling(schedule: str, pp: int, microbatches: int) -> int:
     return min(microbatches, 2 * even)
 
 
-def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int = 2, quick: bool = False) -> float:
-    """Bytes of activations that a rank of the pipeline holds when it holds most.
-
-    Args:
-        quick: of many microbatches count the first ones, which fill the pipeline.
-    """
-    p, m = layout.pp, layout.microbatches
+def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int = 2) -> float:
+    """Bytes of activations that a rank of the pipeline holds when it holds most."""
     if layout.stages == 1:  # without a pipeline a microbatch's backward follows its forward
         return stage_saved(model, layout, 0, itemsize)
-    if quick:
-        m = filling(layout.schedule, p, m)
     stages = layout.stages_of(rank)
     sizes = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_kept_for_wgrad) for stage in stages]
     last_input = layout.microbatch * model.sequence * model.hidden / layout.sequence_shards * itemsize
     sizes.append(last_input)
-    peaks = in_flight(layout.schedule, p, m, layout.v)[rank]
+    microbatches = filling(layout.schedule, layout.pp, layout.microbatches)
+    peaks = in_flight(layout.schedule, layout.pp, microbatches, layout.v)[rank]
     return max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)
 
 

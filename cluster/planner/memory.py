@@ -81,9 +81,7 @@ def state_sizes(itemsize: int) -> tuple[int, int, int]:
     return (2, 4, 12) if itemsize == 2 else (itemsize, itemsize, 2 * itemsize)
 
 
-def rank_memory(
-    model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2, quick: bool = False
-) -> RankMemory:
+def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2) -> RankMemory:
     """What a rank of the pipeline holds.
 
     Args:
@@ -103,6 +101,6 @@ def rank_memory(
         weights=weight * (shard if layout.zero == 3 else full),
         gradients=gradient * (shard if layout.zero >= 2 else full),
         optimizer=optimizer * (shard if layout.zero >= 1 else full),
-        activations=saved_at_peak(model, layout, rank, itemsize, quick),
+        activations=saved_at_peak(model, layout, rank, itemsize),
         working=working,
     )

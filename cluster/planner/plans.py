@@ -101,7 +101,7 @@ def fits(model: ModelConfig, layout: Layout, machine: Machine) -> RankMemory | N
     """What the rank holds that holds most; None where that is more than there is."""
     most = None
     for rank in distinct_ranks(model, layout):
-        need = rank_memory(model, layout, rank, quick=True)
+        need = rank_memory(model, layout, rank)
         if need.total > USABLE * machine.memory:
             return None
         most = need if most is None or need.total > most.total else most

@@ -1,7 +1,6 @@
 """Which layers each rank of the pipeline has, and which of them the ends of the model. Lectures 07 and 08."""
 
 from collections.abc import Callable
-from functools import cache
 
 from cluster.planner.layout import Layout
 from core.model.config import ModelConfig
@@ -23,31 +22,19 @@ def sum_of_layers(model: ModelConfig, layout: Layout, stage: int, of_layer: Call
 
 def layers_by_rank(model: ModelConfig, layout: Layout) -> list[int]:
     """How many layers each rank of the pipeline has."""
-    return _layers_by_rank(model.layers, Layout(pp=layout.pp, v=layout.v, schedule=layout.schedule))
-
-
-@cache
-def _layers_by_rank(layers: int, layout: Layout) -> list[int]:
-    return [sum(len(layers_in(layers, layout.stages, s)) for s in layout.stages_of(rank)) for rank in range(layout.pp)]
+    return [sum(sum(layers_of(model, layout, stage)) for stage in layout.stages_of(rank)) for rank in range(layout.pp)]
 
 
 def distinct_ranks(model: ModelConfig, layout: Layout) -> list[int]:
     """Ranks of the pipeline of which one holds most: of those with equal stages, the first and the last."""
-    return _distinct_ranks(model.layers, model.moe_layers, Layout(pp=layout.pp, v=layout.v, schedule=layout.schedule))
-
-
-@cache
-def _distinct_ranks(layers: int, moe_layers: int, layout: Layout) -> list[int]:
     alike: dict[tuple, list[int]] = {}
     for rank in range(layout.pp):
-        stages = [layers_in(layers, layout.stages, stage) for stage in layout.stages_of(rank)]
-        moe = [sum(layer >= layers - moe_layers for layer in stage) for stage in stages]
-        alike.setdefault((*map(len, stages), *moe, *ends_of(layout, rank)), []).append(rank)
+        stages = [layers_of(model, layout, stage) for stage in layout.stages_of(rank)]
+        alike.setdefault((*stages, *ends_of(layout, rank)), []).append(rank)
     return sorted({rank for ranks in alike.values() for rank in (ranks[0], ranks[-1])})
 
 
 def ends_of(layout: Layout, rank: int) -> tuple[bool, bool]:
     """Whether a rank of the pipeline has the embedding, and whether it has the head."""
     stages = layout.stages_of(rank)
-    last = (layout.pp if layout.schedule == "dualpipe" else layout.stages) - 1
-    return 0 in stages, last in stages
+    return 0 in stages, layout.stages - 1 in stages

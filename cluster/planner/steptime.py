@@ -93,22 +93,12 @@ def add(*times: Seconds, count: float = 1.0) -> Seconds:
     return {cause: count * sum(seconds[cause] for seconds in times if cause in seconds) for cause in times[0]}
 
 
-@dataclass(frozen=True)
-class Microbatch:
+class Microbatch(NamedTuple):
     """Seconds of one microbatch in the layers of a rank, by cause."""
 
     forward: Seconds
     dgrad: Seconds  # and what is computed again before it
     wgrad: Seconds
-
-    @property
-    def by_cause(self) -> Seconds:
-        return add(self.forward, self.dgrad, self.wgrad)
-
-    @property
-    def f_i_w(self) -> tuple[float, float, float]:
-        """F, I and W."""
-        return sum(self.forward.values()), sum(self.dgrad.values()), sum(self.wgrad.values())
 
 
 def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine, software: Software) -> Microbatch:
@@ -136,19 +126,13 @@ def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine,
     return Microbatch(forward, dgrad, wgrad)
 
 
+# What the times of a layer depend on, so that layouts that differ in something else share them.
+OF_A_LAYER = ("tp", "cp", "ep", "etp", "sp", "ulysses", "microbatch", "recompute")
+
+
 def rank_times(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> Microbatch:
     """Of the rank of a pipeline that has most layers; of them as many have experts as of all."""
-    # Only what these times depend on, so that layouts that differ in something else share them.
-    key = Layout(
-        tp=layout.tp,
-        cp=layout.cp,
-        ep=layout.ep,
-        etp=layout.etp,
-        sp=layout.sp,
-        ulysses=layout.ulysses,
-        microbatch=layout.microbatch,
-        recompute=layout.recompute,
-    )
+    key = Layout(**{field: getattr(layout, field) for field in OF_A_LAYER})
     return _rank_times(model, key, most_layers(model, layout)[0], machine, software)
 
 
@@ -156,12 +140,11 @@ def rank_times(model: ModelConfig, layout: Layout, machine: Machine, software: S
 def _rank_times(model: ModelConfig, layout: Layout, layers: float, machine: Machine, software: Software) -> Microbatch:
     moe_layers = layers * model.moe_layers / model.layers
     kinds = [(layers - moe_layers, False), (moe_layers, True)]
-    times = [(n, layer_times(model, layout, moe, machine, software)) for n, moe in kinds if n]
-    return Microbatch(
-        add(*(add(each.forward, count=n) for n, each in times)),
-        add(*(add(each.dgrad, count=n) for n, each in times)),
-        add(*(add(each.wgrad, count=n) for n, each in times)),
-    )
+    times = []
+    for n, moe in kinds:
+        if n:
+            times.append([add(each, count=n) for each in layer_times(model, layout, moe, machine, software)])
+    return Microbatch(*(add(*of_kinds) for of_kinds in zip(*times, strict=True)))
 
 
 def most_layers(model: ModelConfig, layout: Layout) -> tuple[float, float]:
@@ -204,8 +187,8 @@ def step(model: ModelConfig, layout: Layout, machine: Machine, software: Softwar
     """The time of a step of a layout, of which `cluster.rules.check` has found that it can run."""
     p, m = layout.pp, layout.microbatches
     microbatch = rank_times(model, layout, machine, software)
-    f, i, w = microbatch.f_i_w
-    parts = add(microbatch.by_cause, count=m)
+    f, i, w = (sum(seconds.values()) for seconds in microbatch)
+    parts = add(*microbatch, count=m)
     parts["matrix products"] += m * head_not_hidden(model, layout, machine, software, f + i + w)
     parts["bubble"] = bubble(layout.schedule, p, m, layout.v, f, i, w)
     parts["pp"] = between_stages(model, layout, machine, software, f + i + w)

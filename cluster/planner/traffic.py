@@ -160,8 +160,7 @@ def messages(layout: Layout, rank: int) -> int:
     if layout.pp == 1:
         return 0
     own = layout.stages_of(rank)
-    last = (layout.pp if layout.schedule == "dualpipe" else layout.stages) - 1
-    neighbours = [n for stage in own for n in (stage - 1, stage + 1) if 0 <= n <= last]
+    neighbours = [n for stage in own for n in (stage - 1, stage + 1) if 0 <= n < layout.stages]
     if layout.schedule in FOLDED:  # the two stages at the fold are on one rank
         neighbours = [n for n in neighbours if n not in own]
     return int(len(neighbours) * microbatches_a_rank(layout))

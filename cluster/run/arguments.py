@@ -11,6 +11,7 @@ from typing import Any
 from cluster import dry_run, rules
 from cluster.planner import hardware
 from cluster.planner.layout import Layout, add_flags, given, layout_from
+from cluster.planner.options import machine_of
 from cluster.planner.plans import plans
 from core.model.config import ModelConfig
 from core.model.text import Text
@@ -123,10 +124,7 @@ def layout_of(args: argparse.Namespace, world: int) -> Layout:
 
 def planned(args: argparse.Namespace, world: int, model: ModelConfig, decided: dict[str, Any]) -> Layout:
     """The planner's first choice."""
-    if args.machine:
-        machine = hardware.PRESETS.get(args.machine) or hardware.measured(args.machine)
-    else:
-        machine = hardware.here(world)
+    machine = machine_of(args) if args.machine else hardware.here(world)
     fixed = {name: [value] for name, value in decided.items()}
     found, _ = plans(model, machine, world, args.batch, hardware.Software(), fixed)
     if not found:

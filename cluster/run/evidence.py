@@ -9,7 +9,7 @@ from cluster.planner import hardware, memory, traffic
 from cluster.planner.counting import model_parameters, step_flops
 from cluster.planner.layout import Layout
 from cluster.run.build import TrainSpec
-from cluster.run.worker import Worker
+from cluster.run.worker import Worker, sent_by_axis
 from core.ledger import Ledger
 from core.model.config import ModelConfig
 from core.model.gpt import GPT, GPTConfig, materialize
@@ -72,20 +72,11 @@ def follow(run: Run, worker: Worker, oracle: Oracle | None) -> None:
 # ---- Claims ----------------------------------------------------------------------------------------------------------
 
 
-def sent_by_axis(sent: Ledger, steps: int) -> dict[str, float]:
-    """Elements of a step by axis, without what the planner does not count: norms, and where tokens go."""
-    by_axis: dict[str, float] = {}
-    for (operation, name), entry in sent.traffic.items():
-        if not name.endswith(("norm", "load")) and operation != "token counts":
-            axis = "dp" if name.startswith("cp x dp") else name.split()[0]
-            by_axis[axis] = by_axis.get(axis, 0.0) + entry.elements / max(1, steps)
-    return by_axis
-
-
 def claim_run(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent: Ledger, steps: int) -> None:
     """What each rank has and sends, against the planner. All ranks call it."""
     size = sum(p.numel() for p in worker.model.parameters() if p.requires_grad)
-    everyone = run.job.gather((worker.pp.index, size, sent_by_axis(sent, steps)))
+    elements = {axis: traffic.elements / max(1, steps) for axis, traffic in sent_by_axis(sent).items()}
+    everyone = run.job.gather((worker.pp.index, size, elements))
     if not everyone:
         return
     if layout.zero < 3:  # else parameters are gathered and freed

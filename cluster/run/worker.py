@@ -4,6 +4,7 @@ Gradients are sums, never means: a rank's loss is the sum over its tokens divide
 every layout.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from cluster.run.build import (
     stages_by_rank,
 )
 from core.gradients import norm_and_totals
+from core.ledger import Ledger, Traffic
 from core.mesh import Mesh
 from core.model.gpt import use_masks
 from core.model.seeded import SampleMasks
@@ -42,6 +44,17 @@ from sequence_parallel import context
 from sequence_parallel.engine.ulysses import context_parallel
 
 MAY_CHANGE = {"dropout", "attention", "capacity", "drop", "aux", "z", "bias_rate"}  # in a model that goes on
+
+
+def sent_by_axis(ledger: Ledger) -> dict[str, Traffic]:
+    """By axis, as the planner calls them, without what it does not count: norms, and where tokens go."""
+    by_axis: dict[str, Traffic] = defaultdict(Traffic)
+    for (operation, name), entry in ledger.traffic.items():
+        if not name.endswith(("norm", "load")) and operation != "token counts":
+            axis = "dp" if name.startswith("cp x dp") else name.split()[0]  # "tp layers", "cp inner"
+            by_axis[axis].elements += entry.elements
+            by_axis[axis].bytes += entry.bytes
+    return by_axis
 
 
 class Worker:

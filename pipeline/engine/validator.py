@@ -4,17 +4,18 @@ A schedule that passes can be carried out, every micro-batch exactly once on eve
 devices that have nothing else to do.
 """
 
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 
 from core.proof.clock import Event
 from pipeline.engine.actions import (
     UNIT_COSTS,
     Action,
+    Row,
     Schedule,
     ScheduleError,
+    most_in_flight,
     placement,
     size,
     stage_share,
@@ -23,7 +24,6 @@ from pipeline.engine.actions import (
 
 Costs = Mapping[str, float | list[float]]
 Timeline = list[list[Event]]  # one row a rank; an event's label is its action
-Block = tuple[Action, ...]  # what a device does as one: an action, or a forward and a backward that overlap
 Result = tuple[int, str, int]  # (stage, "F" or "B", micro-batch) of what is computed and passed on; an I makes it too
 
 
@@ -55,9 +55,11 @@ class Verdict:
     """
 
     events: Timeline  # times are 1-tuples
-    makespan: float
-    busy: list[float]  # per rank
     in_flight: list[int]  # per rank: most at a time, over all its stages
+
+    @property
+    def makespan(self) -> float:
+        return max(row[-1].end[0] for row in self.events)
 
     @property
     def bubble_of_wall(self) -> float:
@@ -89,101 +91,81 @@ def validate(schedule: Schedule, costs: Costs = UNIT_COSTS, message: float = 0.0
             ever.
     """
     check_complete(schedule)
-    stages, share = size(schedule)[0], stage_share(schedule)
+    share, (stages, _) = stage_share(schedule), size(schedule)
     each = {kind: c if isinstance(c, list) else [c * share] * stages for kind, c in costs.items()}
-    devices = [_Device(_blocks(row, together)) for row in schedule]
-    _run(devices, each, message, placement(schedule), stages)
-    if waiting := [(rank, device) for rank, device in enumerate(devices) if device.waits_for]:
-        reasons = []
-        for rank, device in waiting:
-            stage, kind, microbatch = device.waits_for
-            action = schedule[rank][len(device.events)]
-            reasons.append(f"{_position(rank, len(device.events), action)} waits for {stage}{kind}{microbatch}")
+    starts = start_times(schedule, each, placement(schedule), message, together)
+    reasons = []
+    for rank, (row, start) in enumerate(zip(schedule, starts, strict=True)):
+        if len(start) < len(row):
+            needed = next(filter(None, (_needed(action, stages) for action in row[len(start) :])))
+            where = _position(rank, len(start), row[len(start)])
+            reasons.append(f"{where} waits for {Action(*needed)}")
+    if reasons:
         raise ScheduleError("deadlock: " + "; ".join(reasons))
-    busy = [sum(e.end[0] - e.start[0] for e in device.events) for device in devices]
-    return Verdict([d.events for d in devices], max(d.now for d in devices), busy, [d.most for d in devices])
+    events = [
+        [Event(a, (start,), (start + each[a.kind][a.stage],)) for a, start in zip(row, of_row, strict=True)]
+        for row, of_row in zip(schedule, starts, strict=True)
+    ]
+    return Verdict(events, [most_in_flight(row) for row in schedule])
 
 
-@dataclass
-class _Device:
-    """A rank on virtual time."""
-
-    blocks: deque[Block]  # still to do
-    now: float = 0.0
-    in_flight: int = 0
-    most: int = 0
-    events: list[Event] = field(default_factory=list)
-    waits_for: Result | None = None
-
-    def carry_out(self, block: Block, start: float, costs: Mapping[str, list[float]]) -> None:
-        self.now = start
-        for action in block:
-            end = self.now + costs[action.kind][action.stage]
-            self.events.append(Event(action, (self.now,), (end,)))
-            self.now = end
-            if action.kind == "F":
-                self.in_flight += 1
-                self.most = max(self.most, self.in_flight)
-            elif action.kind != "I":
-                self.in_flight -= 1
-
-
-def _blocks(row: list[Action], together: bool) -> deque[Block]:
-    pairs = getattr(row, "pairs", set()) if together else set()
-    blocks: deque[Block] = deque()
-    for action in row:
-        if blocks and (*blocks[-1], action) in pairs:
-            blocks[-1] = (*blocks[-1], action)
-        else:
-            blocks.append((action,))
-    return blocks
-
-
-def _run(
-    devices: list[_Device],
+def start_times(
+    schedule: Schedule,
     costs: Mapping[str, list[float]],
-    message: float,
     rank_of: dict[tuple[int, int], int],
-    stages: int,
-) -> None:
-    """Let every device carry out its blocks in order. Those left with `waits_for` set are in a deadlock."""
-    done: dict[Result, float] = {}  # when each result is there, on its own rank
-    waiting: dict[Result, int] = {}  # the rank that waits for a result
-    ready = deque(range(len(devices)))
+    message: float,
+    together: bool = False,
+) -> list[list[float]]:
+    """When each action of each rank starts; the times of a rank that waits for ever end before it does.
 
-    def start_of(block: Block, rank: int) -> float:
-        """When the device can start the block; or what it waits for is noted."""
-        device = devices[rank]
-        start = device.now
+    Args:
+        costs: of each kind, on each stage.
+        rank_of: see `placement`.
+        message, together: see `validate`.
+    """
+    stages = len(costs["F"])
+    done: dict[Result, float] = {}  # when each result is there, on its own rank
+    starts: list[list[float]] = [[] for _ in schedule]
+    now = [0.0] * len(schedule)
+
+    def next_start(rank: int, block: list[Action]) -> float:
+        """When the rank can start the block; infinity where something that it needs is not there yet."""
+        start = now[rank]
         for action in block:
+            stage, kind, microbatch = action
+            if kind != "F" and (stage, "B" if kind == "W" else "F", microbatch) not in done:
+                return inf
             if needed := _needed(action, stages):
                 if needed not in done:
-                    device.waits_for = needed
-                    waiting[needed] = rank
                     return inf
-                away = rank_of[needed[0], needed[2]] != rank
+                away = rank_of[needed[0], microbatch] != rank
                 start = max(start, done[needed] + message if away else done[needed])
         return start
 
-    while ready:
-        rank = ready.popleft()
-        device = devices[rank]
-        device.waits_for = None
-        while device.blocks and (start := start_of(device.blocks[0], rank)) < inf:
-            block = device.blocks.popleft()
-            device.carry_out(block, start, costs)
-            for result in map(_result, block):
-                done[result] = device.now
-                if result in waiting:
-                    ready.append(waiting.pop(result))
-
-
-def _result(action: Action) -> Result:
-    return action.stage, "B" if action.kind == "I" else action.kind, action.microbatch
+    waiting, moved = list(range(len(schedule))), True
+    while waiting and moved:
+        moved = False
+        for rank in waiting:
+            row, times = schedule[rank], starts[rank]
+            pairs = row.pairs if together and isinstance(row, Row) else ()
+            while len(times) < len(row):
+                at = len(times)
+                block = row[at : at + 2] if pairs and tuple(row[at : at + 2]) in pairs else [row[at]]
+                start = next_start(rank, block)
+                if start == inf:
+                    break
+                for action in block:
+                    times.append(start)
+                    start += costs[action.kind][action.stage]
+                for stage, kind, microbatch in block:
+                    done[stage, "B" if kind == "I" else kind, microbatch] = start
+                now[rank], moved = start, True
+        waiting = [rank for rank in waiting if len(starts[rank]) < len(schedule[rank])]
+    return starts
 
 
 def _needed(action: Action, stages: int) -> Result | None:
-    """What comes from a neighbouring stage; all else was done on this stage before, as `check_complete` has seen."""
+    """What comes from a neighbouring stage."""
     stage, kind, microbatch = action
     if kind == "F":
         return (stage - 1, "F", microbatch) if stage > 0 else None

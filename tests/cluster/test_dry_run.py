@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster import rules
-from cluster.dry_run import NEAR, SHOWN, Account, account, compared, config_of, index_on_axes, refuse
+from cluster.dry_run import NEAR, SHOWN, Account, account, check_built, compared, index_on_axes, refuse
 from cluster.planner import models
 from cluster.planner.layout import Layout
 from cluster.run import build
@@ -44,7 +44,8 @@ def test_a_rank_of_a_thousand_is_as_planned(name: str) -> None:
     model, layout, ranks = SCALE[name]
     rules.check(layout, model, world=1024)
     for rank in ranks:
-        found = account(config_of(model), layout, rank, BF16)
+        check_built(model)
+        found = account(model, layout, rank, BF16)
         assert differences(model, layout, rank, found) == {}
         assert found.held["weights"] > 3e7  # so it was none of the small ones
 

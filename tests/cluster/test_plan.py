@@ -225,7 +225,7 @@ def test_the_rank_that_holds_most_is_found(name: str, schedule: str, v: int) -> 
     for pp in (8, 12):
         layout = Layout(tp=8, sp=True, pp=pp, dp=8, ep=8 if name == "deepseek-v3" else 1, v=v, schedule=schedule,
                         zero=1, microbatches=64)  # fmt: skip
-        everyone = [rank_memory(PRESETS[name], layout, rank, quick=True).total for rank in range(pp)]
+        everyone = [rank_memory(PRESETS[name], layout, rank).total for rank in range(pp)]
         assert fits(PRESETS[name], layout, machine).total == max(everyone)
         assert fits(PRESETS[name], layout, replace(machine, memory=max(everyone) * 0.99 / USABLE)) is None
 
