@@ -26,7 +26,7 @@ from core.model.gpt import GPTConfig, use_masks
 from core.model.seeded import SampleMasks
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
-from core.proof.training import Replica
+from core.proof.trainable import Replica
 from core.shards import shard_of
 from megatron_tp.evidence.memory import claim_memory, claim_parameters, measure, show_memory
 from megatron_tp.evidence.rules import check_course

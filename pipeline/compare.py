@@ -30,9 +30,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from core.proof.comparison import claim_equal
 from core.proof.lesson import Lesson, Run
 from core.proof.rules import check as check_rules
-from core.proof.training import claim_equal
 from pipeline.engine.actions import Schedule, ScheduleError, size, stage_share, stages_of_ranks
 from pipeline.engine.validator import Verdict, validate
 from pipeline.evidence.claims import Measured, differing_actions, differing_copies, messages_by_rule

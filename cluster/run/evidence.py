@@ -14,9 +14,9 @@ from core.ledger import Ledger
 from core.model.config import ModelConfig
 from core.model.gpt import GPT, GPTConfig, materialize
 from core.model.seeded import generator
+from core.proof.comparison import gathered
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
-from core.proof.training import gathered
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import end_step
 from expert_parallel.engine.routing import MoEConfig

@@ -58,7 +58,7 @@ def sent_by_axis(ledger: Ledger) -> dict[str, Traffic]:
 
 
 class Worker:
-    """This rank's shards of the model, and how it trains them: a `core.proof.training.Trainable`.
+    """This rank's shards of the model, and how it trains them: a `core.proof.trainable.Trainable`.
 
     All ranks must make it at the same time.
     """

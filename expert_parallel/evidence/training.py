@@ -16,10 +16,12 @@ from core.model.gpt import GPT, materialize, token_loss, use_masks
 from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
 from core.proof.arguments import configuration
+from core.proof.comparison import Comparison
+from core.proof.comparison import claim_equal as claim_compared
 from core.proof.lesson import Run
 from core.proof.oracle import TOLERANCE, Oracle, relative_difference
-from core.proof.training import Comparison, Replica, train
-from core.proof.training import claim_equal as claim_compared
+from core.proof.trainable import Replica
+from core.proof.training import train
 from expert_parallel.engine.choices import Choices, follow
 from expert_parallel.engine.layers import counted_once, parallelize, sum_expert_gradients
 from expert_parallel.engine.moe import to_moe

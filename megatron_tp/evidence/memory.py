@@ -20,7 +20,7 @@ from core.proof.lesson import Run
 from core.proof.memory import SavedActivations, live_bytes
 from core.proof.oracle import TOLERANCE, relative_difference
 from core.proof.plot import bars
-from core.proof.training import Replica
+from core.proof.trainable import Replica
 from megatron_tp.engine import layers, loss
 from megatron_tp.evidence.training import build, parameters_on_a_rank
 

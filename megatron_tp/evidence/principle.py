@@ -15,10 +15,12 @@ from core.gradients import clip_and_total
 from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.precision import MasterOptimizer, wide
+from core.proof.comparison import claim_equal
 from core.proof.lesson import Run
 from core.proof.oracle import TOLERANCE, worst_difference
 from core.proof.plot import bars
-from core.proof.training import Replica, claim_equal, train
+from core.proof.trainable import Replica
+from core.proof.training import train
 from core.shards import counted_once
 from megatron_tp.evidence.dense import (
     COLUMNS,

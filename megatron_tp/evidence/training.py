@@ -13,9 +13,11 @@ from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig, materialize, use_masks
 from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
+from core.proof.comparison import claim_equal, claim_replicated_parameters
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
-from core.proof.training import Replica, claim_equal, claim_replicated_parameters, train
+from core.proof.trainable import Replica
+from core.proof.training import train
 from core.shards import counted_once
 
 Parallelize = Callable[[GPT, Axis], GPT]

@@ -21,13 +21,15 @@ from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
 from core.proof.arguments import add_model_flags, check_model, configuration
 from core.proof.clock import VirtualClock
+from core.proof.comparison import Comparison, claim_equal
 from core.proof.launch import Stop
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations, live_bytes
 from core.proof.oracle import Oracle
 from core.proof.rules import Rule
 from core.proof.rules import check as check_rules
-from core.proof.training import Comparison, Replica, claim_equal, train
+from core.proof.trainable import Replica
+from core.proof.training import train
 from pipeline.engine.actions import Schedule, ScheduleError, size, stages_of_ranks
 from pipeline.engine.runtime import Pipeline, Trace
 from pipeline.engine.validator import Verdict, validate

@@ -13,9 +13,11 @@ from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig, materialize, use_masks
 from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
+from core.proof.comparison import claim_equal
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
-from core.proof.training import Replica, claim_equal, train
+from core.proof.trainable import Replica
+from core.proof.training import train
 from core.shards import counted_once, shard_of
 from sequence_parallel.context import SequenceAttention, loss_of, parallelize
 from sequence_parallel.engine import layers, loss

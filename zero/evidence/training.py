@@ -18,12 +18,13 @@ from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, materialize, token_loss, use_masks
 from core.model.seeded import SampleMasks
 from core.proof.arguments import add_model_flags, check_model, configuration
+from core.proof.comparison import claim_equal
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import live_bytes
 from core.proof.oracle import Oracle
 from core.proof.plot import bars
 from core.proof.rules import check as check_rules
-from core.proof.training import claim_equal, train
+from core.proof.training import train
 from core.shards import LocalTensor, shard_of
 from zero.engine.buckets import Bucket
 from zero.engine.engine import Engine, MakeOptimizer

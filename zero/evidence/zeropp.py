@@ -16,10 +16,11 @@ from torch import Tensor
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.text import Text
+from core.proof.comparison import claim_equal
 from core.proof.lesson import Run
 from core.proof.plot import bars
 from core.proof.rules import check as check_rules
-from core.proof.training import claim_equal, train
+from core.proof.training import train
 from zero.engine.engine import Engine
 from zero.evidence import training
 from zero.evidence.rules import NODES
