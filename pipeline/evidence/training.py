@@ -160,7 +160,8 @@ def show_plan(run: Run, schedule: Schedule) -> Verdict:
         planned = validate(schedule)
     except ScheduleError as error:
         raise Stop(f"this schedule cannot run: {error}") from error
-    run.say(f"{show_schedule(schedule, planned.events)}\n")
+    if run.job.rank == 0:
+        run.say(f"{show_schedule(schedule, planned.events)}\n")
     return planned
 
 
