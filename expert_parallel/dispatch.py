@@ -118,7 +118,7 @@ if __name__ == "__main__":
         "专家并行大规模训练",
         "Tokens go to the ranks of their experts and back: permute, all-to-all, experts, all-to-all, weighted sum.",
     )
-    add_flags(frame, layers=2, sequence=32)
+    add_flags(frame, layers=2)
     add_parallel_flags(frame)
     frame.parser.set_defaults(shared=32)
     sys.exit(frame.main(check, lesson))

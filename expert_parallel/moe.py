@@ -101,5 +101,5 @@ if __name__ == "__main__":
         "专家并行大规模训练",
         "One expert after another, each for the tokens that chose it, beside all experts as one grouped computation.",
     )
-    add_flags(frame, layers=1, batch=8, sequence=32)
+    add_flags(frame, layers=1)
     sys.exit(frame.main(check, lesson))

@@ -73,9 +73,9 @@ class Router(nn.Module):
         tokens = x.shape[0] * x.shape[1] * self.dp.size
         load = experts.flatten().bincount(minlength=E)  # (E): tokens of each expert on this rank
         self.load = comm.all_reduce(load, self.dp.labelled("load"))
-        f = self.load / (r.top_k * tokens)
         P = (scores / scores.sum(-1, keepdim=True)).sum((0, 1)) / tokens
-        self.loss = r.aux * E * (f.to(P) * P).sum()
+        f = self.load.to(P) / (r.top_k * tokens)  # as exact as P: integers divide in float32
+        self.loss = r.aux * E * (f * P).sum()
 
         # z-loss: keeps the logits small.
         self.loss = self.loss + r.z * logits.logsumexp(-1).square().sum() / tokens
@@ -118,7 +118,7 @@ if __name__ == "__main__":
         "专家并行大规模训练",
         "Top-k gating left alone, and balanced by a loss, by a bias and by a capacity: the load of the experts.",
     )
-    add_flags(frame, routing=False, layers=2, hidden=32, heads=2, feed_forward=64)
+    add_flags(frame, routing=False, layers=2, sequence=48, hidden=36, heads=3, feed_forward=72)
     flag = frame.parser.add_argument
     flag("--aux", type=float, help="of the load-balancing loss (default %(default)s)")
     flag("--z", type=float, default=0.001, help="of the router z-loss (default %(default)s)")

@@ -106,7 +106,7 @@ if __name__ == "__main__":
         "专家并行大规模训练",
         "A GPT with mixtures of experts, balanced and unbalanced: loss, load, and what each rank has to do.",
     )
-    add_flags(frame, layers=1, feed_forward=128, sequence=32)
+    add_flags(frame, layers=1)
     add_parallel_flags(frame)
     frame.parser.set_defaults(steps=30, aux=0.05)
     sys.exit(frame.main(refuse, lesson))

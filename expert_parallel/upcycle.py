@@ -84,5 +84,5 @@ if __name__ == "__main__":
         "专家并行大规模训练",
         "A dense model becomes a mixture, a mixture gets more experts, and a checkpoint fits any layout, bit by bit.",
     )
-    add_flags(frame, layers=1, feed_forward=128, sequence=32)
+    add_flags(frame, layers=1)
     sys.exit(frame.main(refuse, lesson))

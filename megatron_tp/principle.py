@@ -121,7 +121,7 @@ def lesson(run: Run) -> None:
 
 
 def add_flags(frame: Lesson) -> None:
-    for name, default in {"batch": 8, "sequence": 32, "hidden": 64, "heads": 8, "lr": 0.1}.items():
+    for name, default in {"batch": 3, "sequence": 48, "hidden": 80, "heads": 16, "lr": 0.1}.items():
         frame.parser.add_argument(f"--{name}", type=type(default), default=default, help="default %(default)s")
     frame.parser.set_defaults(feed_forward=0, clip=math.inf)  # four times hidden; gradients as they are
 

@@ -198,6 +198,6 @@ if __name__ == "__main__":
         "Megatron-LM TP 代码解析",
         "Column- and row-parallel layers, a sharded vocabulary, and two streams of random numbers.",
     )
-    add_model_flags(frame, heads=8, layers=4)
+    add_model_flags(frame, batch=3, layers=4, feed_forward=240)  # 4h / t would be h on 4 ranks
     frame.parser.set_defaults(steps=10)
     sys.exit(frame.main(check_tensor_parallel, lesson))

@@ -152,17 +152,19 @@ def check(args: argparse.Namespace, ranks: int) -> None:
 
 def lesson(run: Run) -> None:
     args, p, m = run.args, run.job.world_size, run.args.microbatches
-    rows, missing = rows_for(p, m, args, own_schedule(args, p))
+    rows, missing = rows_for(p, m, args, own_schedule(args, p)) if run.job.rank == 0 else ([], "")
+    schedules = run.job.share({row.name: row.schedule for row in rows})
     plans = {row.name: validate(row.schedule) for row in rows}  # with unit costs, as the ranks' clocks count
     for row in rows:
         run.say(f"{row.name}: {WHY.get(row.name, 'from --csv')}")
         run.say(show_schedule(row.schedule, plans[row.name].events) + "\n")
     axis = pipeline_axis(run)
-    engines = {row.name: Engine(run, row.schedule, axis.labelled(row.name)) for row in rows}
+    engines = {name: Engine(run, schedule, axis.labelled(name)) for name, schedule in schedules.items()}
     compared = train_beside_one_process(run, engines)
-    trained = [(row, measure(run, engines[row.name])) for row in rows]
+    measured = [measure(run, engine) for engine in engines.values()]
     if run.job.rank:
         return
+    trained = list(zip(rows, measured, strict=True))
     if args.plot:
         plot(args.plot, {name: plan.events for name, plan in plans.items()})
     message = args.batch // m * args.sequence * args.hidden * run.dtype.itemsize

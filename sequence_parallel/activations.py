@@ -115,7 +115,7 @@ if __name__ == "__main__":
         "Megatron-LM SP 代码解析",
         "The bytes that a layer keeps for backward, less with tensor and sequence parallelism and with recomputation.",
     )
-    add_model_flags(frame, heads=8, layers=1, hidden=128, batch=1, attention="softmax", dropout=0.1)
+    add_model_flags(frame, layers=1, batch=1, attention="softmax", dropout=0.1)
     frame.parser.set_defaults(steps=5)
     frame.parser.add_argument("--recompute", choices=KINDS, default="full", help="in training (default %(default)s)")
     sys.exit(frame.main(rules.activations, lesson))

@@ -75,7 +75,7 @@ if __name__ == "__main__":
         "Megatron-LM SP 代码解析",
         "c1 ranks exchange heads for tokens, and c2 such groups are a ring: degrees that neither reaches alone.",
     )
-    add_model_flags(frame, heads=8, layers=2, batch=2)
+    add_model_flags(frame, layers=2, batch=3)
     frame.parser.set_defaults(steps=10)
     flag = frame.parser.add_argument
     flag("--ulysses", type=int, default=0, help="c1 (default: the largest that heads allow and that leaves a ring)")

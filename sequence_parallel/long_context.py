@@ -139,6 +139,6 @@ if __name__ == "__main__":
         "Megatron SP, Ulysses, a ring and the hybrid side by side: messages, bytes, memory and limits, measured.",
         smallest=2,
     )
-    add_model_flags(frame, heads=8, layers=2, batch=2)
+    add_model_flags(frame, layers=2, batch=3)
     frame.parser.set_defaults(steps=3)
     sys.exit(frame.main(rules.long_context, lesson))

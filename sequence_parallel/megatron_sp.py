@@ -169,6 +169,6 @@ if __name__ == "__main__":
         "Megatron-LM SP 代码解析",
         "What tensor parallelism replicates on every rank is sharded along the sequence, for the same bytes.",
     )
-    add_model_flags(frame, heads=8, layers=2, batch=4)
+    add_model_flags(frame, layers=2, batch=3, feed_forward=240)
     frame.parser.set_defaults(steps=10)
     sys.exit(frame.main(rules.megatron_sp, lesson))

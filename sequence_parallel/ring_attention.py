@@ -163,7 +163,7 @@ if __name__ == "__main__":
         "Megatron-LM SP 代码解析",
         "Attention over a sharded sequence: keys and values travel round the ranks while blocks are computed.",
     )
-    add_model_flags(frame, heads=8, layers=2, batch=2)
+    add_model_flags(frame, layers=2, batch=3)
     frame.parser.set_defaults(steps=10)
     flag = frame.parser.add_argument
     flag("--placement", choices=PLACEMENTS, default=PLACEMENTS[0], help="of tokens in training (default %(default)s)")

@@ -94,6 +94,6 @@ if __name__ == "__main__":
         "Megatron-LM SP 代码解析",
         "Attention over a sharded sequence: an all-to-all gives each rank all tokens of some heads.",
     )
-    add_model_flags(frame, heads=8, layers=2, batch=2)
+    add_model_flags(frame, layers=2, batch=3)
     frame.parser.set_defaults(steps=10)
     sys.exit(frame.main(rules.ulysses, lesson))

@@ -25,7 +25,7 @@ HELD_OUT = 0.1  # of the text, for validation
 
 
 def add_all_flags(lesson: Lesson) -> None:
-    add_model_flags(lesson, layers=4, heads=4)
+    add_model_flags(lesson, layers=4, feed_forward=240)  # 4h / t would be h on 4 ranks
     flag = lesson.parser.add_argument_group("experts").add_argument
     flag("--experts", type=int, default=0, help="of each layer; 0: dense (default %(default)s)")
     flag("--top-k", type=int, default=2, help="experts for each token (default %(default)s)")

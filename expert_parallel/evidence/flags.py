@@ -16,7 +16,7 @@ from expert_parallel.engine.routing import DROPS, SCORES, MoEConfig, Routing
 
 def add_flags(lesson: Lesson, routing: bool = True, **defaults: object) -> None:
     """The flags of a lesson of CODE 04; `routing`: also those that say how tokens find experts."""
-    add_model_flags(lesson, **{"layers": 4, "feed_forward": 128, **defaults})
+    add_model_flags(lesson, **{"layers": 4, "hidden": 60, "heads": 5, "feed_forward": 112, "sequence": 24, **defaults})
     lesson.parser.set_defaults(steps=10)
     usual, flag = Routing(), lesson.parser.add_argument
     flag("--experts", type=int, default=usual.experts, help="experts of a layer (default %(default)s)")

@@ -46,7 +46,7 @@ DeferWgrads = Callable[[nn.Module], Wgrads]  # makes a model's linear layers lea
 
 def add_flags(lesson: Lesson, microbatches: int = 8, trace: bool = True) -> None:
     """The flags of a pipeline lesson, that to write a trace where there is one timeline to write."""
-    add_model_flags(lesson)
+    add_model_flags(lesson, hidden=40, heads=4, sequence=24)
     lesson.parser.set_defaults(steps=4)
     flag = lesson.parser.add_argument
     flag("--microbatches", type=int, default=microbatches, help="microbatches in a step (default %(default)s)")
@@ -164,7 +164,8 @@ def show_plan(run: Run, schedule: Schedule) -> Verdict:
         planned = validate(schedule)
     except ScheduleError as error:
         raise Stop(f"this schedule cannot run: {error}") from error
-    run.say(f"{show_schedule(schedule, planned.events)}\n")
+    if run.job.rank == 0:
+        run.say(f"{show_schedule(schedule, planned.events)}\n")
     return planned
 
 

@@ -88,7 +88,7 @@ def test_the_lesson_trains_the_courses_model_by_default() -> None:
 
 REFUSED = {
     "heads": ("tensor_parallel", ("--heads", "4"), "use --heads 8, or --nproc_per_node one of 2, 4"),
-    "heads and hidden": ("tensor_parallel", ("--hidden", "60"), "use --heads 8 --hidden 64"),
+    "heads and hidden": ("tensor_parallel", ("--hidden", "60"), "use --heads 16 --hidden 64"),
     "feed-forward": ("tensor_parallel", ("--feed-forward", "100"), "use --feed-forward 96, or"),
     "negative feed-forward": ("tensor_parallel", ("--feed-forward", "-8"), "use --feed-forward 0"),
     "batch": ("tensor_parallel", ("--batch", "0"), "--batch 0: must be at least 1; use --batch 8"),

@@ -32,7 +32,7 @@ from zero.evidence.rules import RULES
 
 
 def add_flags(lesson: Lesson) -> None:
-    add_model_flags(lesson, layers=4, hidden=32, sequence=32)
+    add_model_flags(lesson, layers=4, hidden=40, heads=4, sequence=24)
     lesson.parser.set_defaults(steps=8)
     flag = lesson.parser.add_argument
     flag("--microbatches", type=int, default=2, help="micro-batches of a rank in a step (default %(default)s)")
