@@ -29,7 +29,7 @@ from core.model.config import ModelConfig
 from core.proof.lesson import Lesson
 from pipeline.engine.validator import validate
 from pipeline.schedules import build
-from zero.memory import formula
+from zero.memory import MEGATRON, formula
 
 H100, A100 = MACHINES["dgx-h100"], MACHINES["dgx-a100"]
 SOFTWARE = Software()
@@ -107,7 +107,7 @@ def test_states_are_those_of_zeros_paper() -> None:
     size = model_parameters(model)
     for zero, name in enumerate(("DP", "ZeRO-1", "ZeRO-2", "ZeRO-3")):
         what = rank_memory(model, Layout(dp=64, zero=zero))
-        assert what.weights + what.gradients + what.optimizer == pytest.approx(size * formula(name, 64), rel=1e-9)
+        assert what.weights + what.gradients + what.optimizer == pytest.approx(size * formula(name, 64, MEGATRON))
 
 
 @pytest.mark.parametrize(
