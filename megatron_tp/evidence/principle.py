@@ -30,6 +30,7 @@ from megatron_tp.evidence.dense import (
     shard_mark,
 )
 
+MOST_BANDS = 8
 SAME = "largest relative difference 0"
 WAYS = {COLUMNS: "columns", ROWS: "rows", REPLICATED: "replicated"}
 
@@ -49,10 +50,18 @@ class Experiment:
 
 
 def show_mlp(h: int, t: int) -> str:
-    """The bands of A and B that the ranks have."""
-    bands = "|".join(f" A_{i} " for i in range(t))
-    titles = f"A {h} x {4 * h}: {4 * h // t} columns a rank", f"B {4 * h} x {h}: {4 * h // t} rows a rank"
-    return tabulate([(f"|{bands}|", f"| B_{i} |") for i in range(t)], titles, "plain")
+    """What each rank has: of A its own band of columns, of B its own band of rows."""
+    titles = "rank", f"A {h} x {4 * h}: {4 * h // t} columns a rank", f"B {4 * h} x {h}: {4 * h // t} rows a rank"
+    rows = [(i, _bands(i, t), f"| B_{i} |") for i in range(t)]
+    return tabulate(rows, titles, "plain", disable_numparse=True)
+
+
+def _bands(i: int, t: int) -> str:
+    """The t bands of A's columns, of which rank i has one and other ranks the others, dots here."""
+    name = f" A_{i} "
+    if t <= MOST_BANDS:
+        return "|" + "|".join(name if j == i else ".".center(len(name)) for j in range(t)) + "|"
+    return f"|{f' {i} x . |' * (i > 0)}{name}|{f' {t - 1 - i} x . |' * (i < t - 1)}"  # no wider than a terminal
 
 
 def show_table(run: Run, experiments: Sequence[Experiment], axis: Axis) -> None:
