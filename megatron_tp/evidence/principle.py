@@ -110,7 +110,7 @@ def _row(run: Run, experiment: Experiment, axis: Axis) -> tuple[str, ...]:
         run.evidence.on_ranks(f"{name}: all-reduces {direction}", slide, n if axis.size > 1 else 0, measured)
     if result == "Z":
         n = 4 * y.numel() * (axis.size - 1) // axis.size
-        run.evidence.on_ranks(f"{name}: elements a rank sends", f"4bsh(t-1)/t = {n:,}", n, elements, 1e-9 * n)
+        run.evidence.on_ranks(f"{name}: elements a rank sends", f"4bsh(t-1)/t = {n:,}; counted", n, elements, 1e-9 * n)
     dims = experiment.shards | {result: result_dim}
     of = "\n".join(" x ".join(map(str, full_tensor(run, n).shape)) for n in dims)
     how = "\n".join(WAYS[dim] for dim in dims.values())
@@ -198,5 +198,6 @@ def train_one_layer(run: Run, axis: Axis, shards: Shards, model: Logits, dense: 
     if oracle:
         claim_equal(run, compared)
         n = 8 * args.batch * args.sequence * args.hidden * (t - 1) // t
-        run.evidence.on_ranks("training: elements a layer sends in a step", f"8bsh(t-1)/t = {n:,}", n, sent, 1e-9 * n)
+        formula = f"8bsh(t-1)/t = {n:,}; counted"
+        run.evidence.on_ranks("training: elements a layer sends in a step", formula, n, sent, 1e-9 * n)
         run.evidence.on_ranks("messages other than all-reduces", "0", 0, others)

@@ -72,7 +72,7 @@ def claim_traffic(run: Run, config: GPTConfig, versions: Versions) -> None:
             for name in versions
             for rank, sent in enumerate(everyone)
         ]
-        run.evidence.each(claim, formula, cases, 1e-9 * expected)
+        run.evidence.each(claim, f"{formula}; counted", cases, 1e-9 * expected)
 
     def of(sent: Sent, label: str) -> Traffic:
         return sent["all-reduce", f"tp {label}"]

@@ -178,7 +178,7 @@ class LayerTraffic:
                 measured.append({"forward": forward, "backward": both - forward, "both": both}[direction])
                 cases.append((f"{claim} ({name}), rank {rank}", right, measured[-1]))
         if cases:
-            self.run.evidence.each(claim, formula, cases, 1e-9 * max(by_version.values()))
+            self.run.evidence.each(claim, f"{formula}; counted", cases, 1e-9 * max(by_version.values()))
         return measured
 
 

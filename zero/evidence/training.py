@@ -253,7 +253,7 @@ def claim_elements(run: Run, which: str, buckets: list[Bucket], expected: float,
     unit = padded * (n - 1) / n
     run.evidence.on_ranks(
         f"elements sent a step{which}",
-        f"{expected:g}Ψ(N-1)/N = {expected * unit:,.0f}, Ψ = {size:,} + {padded - size} of padding",
+        f"{expected:g}Ψ(N-1)/N = {expected * unit:,.0f}, Ψ = {size:,} + {padded - size} of padding; counted",
         expected * unit,
         measured,
         1e-9 * unit,
