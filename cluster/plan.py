@@ -2,10 +2,10 @@
 
     python -m cluster.plan --model gpt3-175b --machine dgx-a100 --world 1024 --batch 1536
 
-Every layout that keeps the rules (`rulebook.py`) and fits the memory (`memory.py`) gets the time of its step
-(`steptime.py`); the fastest are shown, what bounds the best, and what it would cost to choose otherwise. Then the
-command that starts it. A flag of the layout fixes that choice. The constants of time are those that ten published runs
-give, see `accuracy.py`; ours are not Megatron's programs, so trust the order more than the seconds.
+Every layout that keeps the rules (`planner/rulebook.py`) and fits the memory (`planner/memory.py`) gets the time of its
+step (`planner/steptime.py`); the fastest are shown, what bounds the best, and what it would cost to choose otherwise.
+Then the command that starts it. A flag of the layout fixes that choice. The constants of time are those that ten
+published runs give, see `accuracy.py`; ours are not Megatron's programs, so trust the order more than the seconds.
 
 read: planner/plans.py:21-104; planner/search.py:20-56; then planner/memory.py, planner/steptime.py
 """

@@ -2,8 +2,8 @@
 
     python -m cluster.rules --model gpt3-175b --machine dgx-a100 --world 64 --batch 512 --tp 3 --pp 2
 
-`rulebook.py` has the rules. `check` is what a training calls before any process group exists; `explain` says which
-rules hold, and what would do instead of a layout that breaks one.
+`planner/rulebook.py` has the rules. `check` is what a training calls before any process group exists; `explain` says
+which rules hold, and what would do instead of a layout that breaks one.
 
 read: planner/rulebook.py:77-200; then planner/search.py
 """

@@ -7,9 +7,9 @@
 read: topology.py:58-144; then links/links.py, links/machine.py
 
 With torchrun, on one machine or several, the time of a message is measured between every pair of ranks, by ping-pong,
-as a line alpha + beta x bytes: latency, and one over the bandwidth. It shows the fast domains (`links.py`); tensor
-parallelism belongs inside one. And the machine describes itself (`machine.py`): CPU cores, caches and NUMA nodes by
-/sys, GPUs and links by `nvidia-smi topo -m`, or by a file with what that printed on another machine.
+as a line alpha + beta x bytes: latency, and one over the bandwidth. It shows the fast domains (`links/links.py`);
+tensor parallelism belongs inside one. And the machine describes itself (`links/machine.py`): CPU cores, caches and NUMA
+nodes by /sys, GPUs and links by `nvidia-smi topo -m`, or by a file with what that printed on another machine.
 
 `--json` writes, for a planner; indices are ranks, times are of one way, and 0 from a rank to itself:
 

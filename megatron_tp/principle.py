@@ -92,9 +92,10 @@ def lesson(run: Run) -> None:
     d = h // heads
     run.mesh = {"tp": t}
     axis = Mesh(run.job.device.type, Ledger(), run.job.timeout, tp=t)["tp"]
-    run.say(f"The MLP: rank i has A_i and B_i.\n\n{show_mlp(h, t)}\n")
+    run.say(f"The MLP: rank i has A_i and B_i and nothing else of A and B.\n\n{show_mlp(h, t)}\n")
     run.say(f"Attention: Q, K and V like A, {heads // t} of {heads} heads a rank; O like B.")
-    run.say("f: identity forward, all-reduce backward. g: all-reduce forward, identity backward.\n")
+    run.say("f: identity forward, all-reduce backward. g: all-reduce forward, identity backward (1909.08053).")
+    run.say("(In lecture 06, as in 2205.05198, g is an all-gather forward, and this g is called f̄.)\n")
     experiments = [
         Experiment(
             "column", "Y_i = f(X) A_i", column, dense.product,

@@ -29,7 +29,9 @@ def lesson(run: Run) -> None:
     if not measured:
         return
     idle, _ = bubble(timeline_of(measured))
-    run.evidence.claim("idle share of the time of all ranks", f"(p-1)/p = {p - 1}/{p}", (p - 1) / p, idle, 1e-12)
+    run.evidence.claim(
+        "idle share of the time of all ranks", f"(p-1)/p = {p - 1}/{p}, virtual time", (p - 1) / p, idle, 1e-12
+    )
     claim_in_flight(run, measured, "1 on every rank", [1] * p)
 
 

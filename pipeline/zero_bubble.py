@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 pipeline/zero_bubble.py --schedule zb-v
 
 A backward computes two things: the gradient of the stage's input (I, dgrad), for which the rank before waits, and those
-of the weights (W, wgrad), for which nobody does. Split in two, layer by layer, the W fill the bubbles. (The paper calls
-them B and W; here B is both.)
+of the weights (W, wgrad), for which nobody does. Split in two, layer by layer, the W fill the bubbles. The letters: the
+paper's B, the input gradient only, is our I; its W is our W; our B, as in lecture 08 and DualPipe, is both.
 
     zb-h1   1F1B's memory: bubble (p-1)(F+I-W)
     zb-h2   2p-1 micro-batches in flight, nearly twice the memory: (p-1)(F+I-2W), none if all three cost the same
@@ -163,6 +163,7 @@ def check(args: argparse.Namespace, ranks: int) -> None:
 
 def lesson(run: Run) -> None:
     name, p, m = run.args.schedule, run.job.world_size, run.args.microbatches
+    run.say("I, the input gradient (dgrad), is B in the paper (2401.10241); W is W; our B is both, I and W.\n")
     measured = teach(run, SCHEDULES[name](p, m), defer_wgrads)
     if not measured:
         return

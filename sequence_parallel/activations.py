@@ -98,7 +98,7 @@ def lesson(run: Run) -> None:
         return recompute(megatron_sp.parallelize(model, axis), kind)
 
     plain = tensor_version(run, config, axis, parallelize, megatron_sp.token_loss, megatron_sp.sum_replicated_gradients)
-    versions = {"plain": plain, "engine": tensor_engine(run, config, axis, kind)}
+    versions = {"plain": plain, "engine": tensor_engine(run, config, axis, megatron_sp.token_loss, kind)}
     computed = {name: activations.count_computed(version.model) for name, version in versions.items()}
     compare(run, config, axis, versions)
     activations.claim_computed(run, config, computed)

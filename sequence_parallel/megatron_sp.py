@@ -6,12 +6,13 @@ Tensor parallelism shards what is inside attention and MLP, and replicates what 
 residual stream. Here that is sharded too, along the sequence. The all-reduce at each border becomes its two halves,
 and moves the same bytes. The paper's names, forward / backward:
 
-    tensor parallelism     f  identity / all-reduce         f̄  all-reduce / identity
+    tensor parallelism     f  identity / all-reduce         f̄  all-reduce / identity (g in 1909.08053, lecture 05)
     with sequence          g  all-gather / reduce-scatter   ḡ  reduce-scatter / all-gather
 
-What it saves in memory is measured by `activations.py`.
+The output layer gathers the sequence, and the loss is lecture 05's, unchanged, as in Megatron-LM. A cheaper one of our
+own (`engine/loss.py`) is trained beside it. What this saves in memory is measured by `activations.py`.
 
-read: megatron_sp.py:36-148; then engine/layers.py, engine/loss.py
+read: megatron_sp.py:39-164; then engine/layers.py, engine/loss.py
 
 B batch (paper: b), S sequence (s), H hidden (h), I and O in and out features, V vocabulary, t ranks of the axis
 """
@@ -20,6 +21,7 @@ import sys
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,10 +32,16 @@ from core.model.gpt import GPT
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
 from core.shards import shard, shard_of
+from sequence_parallel.engine import loss
 from sequence_parallel.evidence import megatron, rules
 from sequence_parallel.evidence.training import compare, tensor_engine, tensor_version
 
 S = 1  # the dimension of (B, S, ...) that is sharded
+
+
+def f_bar(x: Tensor, axis: Axis) -> Tensor:
+    """All-reduce forward, identity backward: lecture 05's g."""
+    return comm.reduce_from(x, axis)
 
 
 def g(x: Tensor, axis: Axis) -> Tensor:
@@ -121,24 +129,32 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     return model
 
 
-def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
-    """This rank's share of the loss: of its own S/t tokens, divided by the `tokens` of the global batch.
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int) -> Tensor:
+    """-log softmax(logits)[target] of each token, (B, S), equal on all ranks: lecture 05's, with g by its name here.
 
     Args:
-        logits: (B, S, V/t), all tokens for this rank's shard of the vocabulary.
-        targets: (B, S), the same on all ranks.
+        logits: (B, S, V/t): the head's g has gathered the sequence, as Megatron-LM does before its output layer.
+        targets: (B, S), equal on all ranks.
     """
-    axis = axis.labelled("loss")
-    first, rows = axis.index * logits.shape[-1], logits.shape[-1]
-    padding = torch.arange(first, first + rows, device=logits.device) >= vocabulary
-    logits = logits.masked_fill(padding, -torch.inf)  # V rounded up to a multiple of t
-    elsewhere = (targets < first) | (targets >= first + rows)
-    row = (targets - first).masked_fill(elsewhere, 0)
-    target = logits.gather(-1, row.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)  # (B, S)
-    target = g_bar(target, axis)  # (B, S/t): the one rank that has the target's row, and zeros
-    lse = comm.gather_for(logits.logsumexp(-1)[None], axis, 0)  # (t, B, S): the logarithms of all ranks' sums
-    lse = lse.chunk(axis.size, 2)[axis.index].logsumexp(0)  # (B, S/t): of the sum over the full vocabulary
-    return (lse - target).sum() / tokens
+    length = logits.shape[-1]
+    start = axis.index * length
+    padding = torch.arange(start, start + length, device=logits.device) >= vocabulary
+    logits = logits.masked_fill(padding, float("-inf"))  # V rounded up to a multiple of t: exp is 0
+
+    largest = comm.all_reduce(logits.detach().amax(-1), axis, dist.ReduceOp.MAX)
+    logits = logits - largest.unsqueeze(-1)  # so that no exponential overflows
+    total = f_bar(logits.exp().sum(-1), axis)
+
+    row = targets - start
+    elsewhere = (row < 0) | (row >= length)
+    logit = logits.gather(-1, row.masked_fill(elsewhere, 0).unsqueeze(-1)).squeeze(-1)
+    logit = f_bar(logit.masked_fill(elsewhere, 0.0), axis)
+    return total.log() - logit
+
+
+def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
+    """The sum over these tokens, divided by the `tokens` of the global batch; equal on all ranks."""
+    return vocab_parallel_cross_entropy(logits, targets, axis.labelled("loss"), vocabulary).sum() / tokens
 
 
 def sum_replicated_gradients(model: GPT, axis: Axis) -> None:
@@ -156,9 +172,14 @@ def lesson(run: Run) -> None:
     axis = Mesh(run.job.device.type, Ledger(), run.job.timeout, tp=run.job.world_size)["tp"]
     megatron.show_shapes(run, parallelize(GPT(config), replace(axis, ledger=Ledger())))
     plain = tensor_version(run, config, axis, parallelize, token_loss, sum_replicated_gradients)
-    versions = {"plain": plain, "engine": tensor_engine(run, config, axis)}
+    versions = {
+        "plain": plain,
+        "engine": tensor_engine(run, config, axis, token_loss),
+        "our loss": tensor_engine(run, config, axis, loss.token_loss, of_all_tokens=False),
+    }
     compare(run, config, axis, versions)
     megatron.claim_traffic(run, config, axis.size, versions)
+    megatron.claim_loss(run, axis.size, versions)
 
 
 if __name__ == "__main__":

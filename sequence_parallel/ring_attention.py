@@ -3,14 +3,15 @@
     torchrun --nproc_per_node=8 sequence_parallel/ring_attention.py
 
 Each rank keeps its queries. Keys and values travel round the ring of ranks; the outputs over one block of keys after
-another are merged exactly, by the logarithms of the sums of their exponentials (lse). Backward sends keys and values
-round again, and with them the sums of their gradients, which end at the rank that has the keys.
+another are merged exactly, by the logarithms of the sums of their exponentials (lse). Of the (S, S) scores a rank holds
+a block at a time: (S/c, S/c) a head here, none in the engine on a CPU (`engine/blocks.py`). Backward sends keys and
+values round again, and with them the sums of their gradients, which end at the rank that has the keys.
 
 A query sees no later key, so where a rank's tokens are contiguous the first rank has next to nothing to do and the last
 computes every block: all wait for it. Zigzag (as in zhuzilin's ring-flash-attention) gives rank r chunk r from the
 beginning and chunk r from the end, and every rank the same work in every step.
 
-read: ring_attention.py:36-138; context.py:71-109; then engine/ring.py, engine/blocks.py
+read: ring_attention.py:37-139; context.py:71-109; then engine/ring.py, engine/blocks.py
 
 B batch (paper: b), A heads (a), S sequence (s), N = S/c tokens of a rank, D head size, H = A D hidden (h), c ranks
 """

@@ -6,7 +6,7 @@ ZeRO-1 keeps full gradients, of whose sum it uses 1/N. Here every micro-batch re
 frees them; what stays is this rank's shard of the sum. 2Ψ + (2+K)Ψ/N bytes, K = 12, and what is in flight: all of one
 micro-batch's gradients in the plain version, two buckets in the engine. mΨ + Ψ elements with m micro-batches.
 
-read: zero2.py:29-63; flat.py:16-37; then engine/buckets.py, engine/gradients.py, engine/engine.py
+read: zero2.py:30-64; flat.py:16-37; then engine/buckets.py, engine/gradients.py, engine/engine.py
 
 Ψ parameters, N ranks, m micro-batches a step, K bytes of optimizer state a parameter
 """
@@ -22,6 +22,7 @@ from core.mesh import Axis
 from core.model.gpt import GPT, token_loss
 from core.proof.lesson import Lesson, Run
 from zero.engine.engine import MakeOptimizer, zero2
+from zero.evidence.events import Order
 from zero.evidence.training import add_flags, check, teach
 from zero.flat import flatten, own_shard, set_data
 
@@ -64,7 +65,9 @@ class Zero2:
 
 
 def lesson(run: Run) -> None:
-    teach(run, Zero2, zero2, elements=lambda m, n: m + 1)
+    order = Order()
+    teach(run, Zero2, zero2, elements=lambda m, n: m + 1, observe=order.watch)
+    order.claim_gradients(run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ The plain version keeps the input of each layer and computes the layer again in 
 saved in forward would keep alive the weights that it needs. The engine frees the storage under what autograd has saved
 (as FSDP does), so it computes nothing twice, and it prefetches the next layer while this one computes.
 
-read: zero3.py:33-112; flat.py:16-37; then engine/weights.py, engine/gradients.py, engine/engine.py
+read: zero3.py:34-113; flat.py:16-37; then engine/weights.py, engine/gradients.py, engine/engine.py
 
 Ψ parameters, N ranks, m micro-batches a step, K bytes of optimizer state a parameter
 """
@@ -26,6 +26,7 @@ from core.mesh import Axis
 from core.model.gpt import GPT, token_loss
 from core.proof.lesson import Lesson, Run
 from zero.engine.engine import MakeOptimizer, zero3
+from zero.evidence.events import Order
 from zero.evidence.training import add_flags, check, claim_gathered, teach
 from zero.flat import flatten, own_shard, set_data
 
@@ -113,7 +114,10 @@ class Zero3:
 
 
 def lesson(run: Run) -> None:
-    claim_gathered(run, teach(run, Zero3, zero3, elements=lambda m, n: 3 * m))
+    order = Order()
+    claim_gathered(run, teach(run, Zero3, zero3, elements=lambda m, n: 3 * m, observe=order.watch))
+    order.claim_weights(run)
+    order.claim_gradients(run)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A device multiplies matrices tile by tile, all its processors at once, and the last wave of tiles may leave most of them
 idle: so small products are less efficient. Everything between the products is bound by memory. What messages add is
-in `messages.py`.
+in `links/messages.py`.
 
 F forward, I dgrad, W wgrad, of all layers of a rank; m microbatches, p pipeline ranks. Where stages are not equal all
 wait for the rank with most layers.

@@ -92,7 +92,7 @@ def claim_run(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent
             for rank, (index, _, found) in enumerate(everyone)
         ]
         most = max(expected for _, expected, _ in cases)
-        formula = f"the planner's, {most:,.0f} at most"
+        formula = f"the planner's, {most:,.0f} at most; counted"
         run.evidence.each(f"elements sent a step over {axis}", formula, cases, 0.02 * most)
 
 

@@ -84,7 +84,8 @@ def claim_traffic(run: Run, trained: Trained) -> None:
                     combined[other] += everyone[rank].chosen[to]
         share = sum(dispatched) / (job.world_size * k * tokens * layers)
         expected = [h * (a + b) for a, b in zip(dispatched, combined, strict=True)]
-        formula = f"2kTh x off-rank share, a layer 2 x {k} x {tokens} x {h} x {share:.4f} on average; each rank's own"
+        formula = f"2kTh x off-rank share, a layer 2 x {k} x {tokens} x {h} x {share:.4f} on average"
+        formula += "; each rank's own; counted"
         for way, measured in (("forward", [e.forward for e in everyone]), ("backward", [e.backward for e in everyone])):
             what = f"elements in the all-to-alls, {way} ({name})"
             pairs = zip(expected, measured, strict=True)
@@ -92,7 +93,7 @@ def claim_traffic(run: Run, trained: Trained) -> None:
         few, several = args.experts * (ep.size - 1) / ep.size, 1.0 if ep.size > 1 else 0.0
         run.evidence.on_ranks(f"exchanges of token counts, a layer ({name})", "1 forward, 0 backward", several,
                               [each.counts.messages / layers for each in everyone])  # fmt: skip
-        run.evidence.on_ranks(f"their elements ({name})", f"E(ep-1)/ep = {few:g}", few,
+        run.evidence.on_ranks(f"their elements ({name})", f"E(ep-1)/ep = {few:g}; counted", few,
                               [each.counts.elements / layers for each in everyone])  # fmt: skip
 
 
@@ -145,7 +146,7 @@ def compare_dispatchers(run: Run, moe: MoEConfig, ep: int) -> None:
     run.evidence.claim("logits with all-gather", what, 0, difference, most, correctness=True)
     numbers = 3 if moe.routing.capacity else 2  # experts and weights come along, and what is dropped
     expected = (ep - 1) * tokens * (2 * h + numbers * k)
-    formula = f"2(ep-1)Th, and {numbers}k a token = {expected:,}"
+    formula = f"2(ep-1)Th, and {numbers}k a token = {expected:,}; counted"
     run.evidence.on_ranks("elements with all-gather, forward, a layer", formula, expected, [e[2] for e in everyone])
     crossover(run, k, h, ep, [sum(e[i] for e in everyone) / len(everyone) / (tokens * h) for i in (1, 2)])
 

@@ -34,6 +34,7 @@ from megatron_tp.evidence.dense import (
     shard_mark,
 )
 
+MOST_BANDS = 8
 SAME = "largest relative difference 0"
 WAYS = {COLUMNS: "columns", ROWS: "rows", REPLICATED: "replicated"}
 
@@ -53,10 +54,18 @@ class Experiment:
 
 
 def show_mlp(h: int, t: int) -> str:
-    """The bands of A and B that the ranks have."""
-    bands = "|".join(f" A_{i} " for i in range(t))
-    titles = f"A {h} x {4 * h}: {4 * h // t} columns a rank", f"B {4 * h} x {h}: {4 * h // t} rows a rank"
-    return tabulate([(f"|{bands}|", f"| B_{i} |") for i in range(t)], titles, "plain")
+    """What each rank has: of A its own band of columns, of B its own band of rows."""
+    titles = "rank", f"A {h} x {4 * h}: {4 * h // t} columns a rank", f"B {4 * h} x {h}: {4 * h // t} rows a rank"
+    rows = [(i, _bands(i, t), f"| B_{i} |") for i in range(t)]
+    return tabulate(rows, titles, "plain", disable_numparse=True)
+
+
+def _bands(i: int, t: int) -> str:
+    """The t bands of A's columns, of which rank i has one and other ranks the others, dots here."""
+    name = f" A_{i} "
+    if t <= MOST_BANDS:
+        return "|" + "|".join(name if j == i else ".".center(len(name)) for j in range(t)) + "|"
+    return f"|{f' {i} x . |' * (i > 0)}{name}|{f' {t - 1 - i} x . |' * (i < t - 1)}"  # no wider than a terminal
 
 
 def show_table(run: Run, experiments: Sequence[Experiment], axis: Axis) -> None:
@@ -105,7 +114,7 @@ def _row(run: Run, experiment: Experiment, axis: Axis) -> tuple[str, ...]:
         run.evidence.on_ranks(f"{name}: all-reduces {direction}", slide, n if axis.size > 1 else 0, measured)
     if result == "Z":
         n = 4 * y.numel() * (axis.size - 1) // axis.size
-        run.evidence.on_ranks(f"{name}: elements a rank sends", f"4bsh(t-1)/t = {n:,}", n, elements, 1e-9 * n)
+        run.evidence.on_ranks(f"{name}: elements a rank sends", f"4bsh(t-1)/t = {n:,}; counted", n, elements, 1e-9 * n)
     dims = experiment.shards | {result: result_dim}
     of = "\n".join(" x ".join(map(str, full_tensor(run, n).shape)) for n in dims)
     how = "\n".join(WAYS[dim] for dim in dims.values())
@@ -200,5 +209,6 @@ def train_one_layer(run: Run, axis: Axis, shards: Shards, model: Logits, dense: 
     if oracle:
         claim_equal(run, compared)
         n = 8 * args.batch * args.sequence * args.hidden * (t - 1) // t
-        run.evidence.on_ranks("training: elements a layer sends in a step", f"8bsh(t-1)/t = {n:,}", n, sent, 1e-9 * n)
+        formula = f"8bsh(t-1)/t = {n:,}; counted"
+        run.evidence.on_ranks("training: elements a layer sends in a step", formula, n, sent, 1e-9 * n)
         run.evidence.on_ranks("messages other than all-reduces", "0", 0, others)

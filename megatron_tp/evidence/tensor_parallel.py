@@ -29,23 +29,33 @@ def show_shards(run: Run, full: GPT, sharded: GPT) -> None:
     """Which parameter is sharded how; the first layer stands for all."""
     shapes = {name: _shape(p) for name, p in full.named_parameters()}
     rows = [
-        (name, shapes[name], _shape(p), _how(p))
+        (name, shapes[name], _shape(p), _how(name, p))
         for name, p in sharded.named_parameters()
         if not name.startswith("blocks.") or name.startswith("blocks.0.")
     ]
-    run.say(tabulate(rows, ("parameter", "full", f"on each of {run.job.world_size} ranks", "sharded")) + "\n")
+    run.say(tabulate(rows, ("parameter", "full", f"on each of {run.job.world_size} ranks", "sharded")))
+    run.say("\nThe slide's Y = XA has A as (in, out); torch stores its transpose, a weight of (out, in).")
+    run.say("g, as in 1909.08053: all-reduce forward, identity backward; f: the reverse.")
+    run.say("(In lecture 06, as in 2205.05198, g is an all-gather forward, and this g is called f̄.)\n")
 
 
 def _shape(p: Tensor) -> str:
     return " x ".join(map(str, p.shape))
 
 
-def _how(p: Tensor) -> str:
+def _how(name: str, p: Tensor) -> str:
+    """As the slide says it: of its A, the transpose of torch's weight."""
     mark = shard_of(p)
     if mark is None:
         return "no"
     padding = mark.length * mark.count - mark.size
-    return f"by {'rows' if mark.dim == 0 else 'columns'}" + (f", {padding} rows of padding" if padding else "")
+    if name.startswith("embed."):
+        how = "rows of the table, a token each"
+    elif mark.dim == 0:
+        how = "columns of A, rows in torch" if p.dim() == 2 else "as the columns of A"
+    else:
+        how = "rows of A, columns in torch"
+    return how + (f", {padding} of padding" if padding else "")
 
 
 def claim_traffic(run: Run, config: GPTConfig, versions: Versions) -> None:
@@ -62,7 +72,7 @@ def claim_traffic(run: Run, config: GPTConfig, versions: Versions) -> None:
             for name in versions
             for rank, sent in enumerate(everyone)
         ]
-        run.evidence.each(claim, formula, cases, 1e-9 * expected)
+        run.evidence.each(claim, f"{formula}; counted", cases, 1e-9 * expected)
 
     def of(sent: Sent, label: str) -> Traffic:
         return sent["all-reduce", f"tp {label}"]

@@ -1,12 +1,15 @@
 """A pipeline schedule is plain data: for each rank, the list of actions that it carries out in order.
 
+Kinds: F forward; B backward, both halves; I its input gradient alone (dgrad), which the zero-bubble paper (2401.10241)
+calls B; W its weight gradients alone (wgrad).
+
 p ranks, S stages, m micro-batches
 """
 
 from collections import defaultdict, deque
 from typing import NamedTuple
 
-# The slides count a backward B as two forwards: input gradient I (dgrad), weight gradient W (wgrad).
+# The slides count a backward B as two forwards: one for I, one for W.
 UNIT_COSTS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 
 

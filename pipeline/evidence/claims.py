@@ -99,7 +99,7 @@ def claim_messages(run: Run, schedule: Schedule, measured: list[Measured]) -> No
             messages.append((f"messages sent a step on rank {rank}{note}", expected[rank], number))
             message_bytes.append((f"bytes sent a step on rank {rank}{note}", expected[rank] * of_one, sent_bytes))
     run.evidence.each(f"messages sent per rank and step{_by(measured[0].sent)}", rule, messages)
-    rule = f"messages x b·s·h elements = messages x {of_one:,}"
+    rule = f"messages x b·s·h elements = messages x {of_one:,}; counted"
     run.evidence.each(f"bytes sent per rank and step{_by(measured[0].sent)}", rule, message_bytes)
 
 
@@ -160,6 +160,7 @@ def claim_split(run: Run, schedule: Schedule, measured: list[Measured]) -> None:
 def claim_bubble(run: Run, measured: list[Measured], of_ideal: float, formula: str, formula_of_wall: str) -> None:
     """The bubble over ideal time, and so over wall time, from the timeline of the executed step."""
     wall, ideal = bubble(timeline_of(measured))
+    formula, formula_of_wall = f"{formula}, in virtual time", f"{formula_of_wall}, in virtual time"
     run.evidence.claim("bubble over wall time", formula_of_wall, of_ideal / (1 + of_ideal), wall, 1e-12)
     run.evidence.claim("bubble over ideal time", formula, of_ideal, ideal, 1e-12)
 
@@ -167,6 +168,7 @@ def claim_bubble(run: Run, measured: list[Measured], of_ideal: float, formula: s
 def claim_own_bubble(run: Run, measured: list[Measured], formula: str, expected: float) -> None:
     """The most idle time between the first and last action of a rank; a unit is a forward of 1/p of the model."""
     most = max(bubbles_within(timeline_of(measured)))
+    formula = f"{formula}, in virtual time"
     run.evidence.claim("bubble within the step, of the rank with most", formula, expected, most, 1e-9)
     wall = max(m.events[-1].end[0] for m in measured)
     busy = sum(e.end[0] - e.start[0] for e in measured[0].events)

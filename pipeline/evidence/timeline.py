@@ -46,7 +46,7 @@ def _legend(schedule: Schedule) -> str:
     """What the numbered cells mean."""
     split = any(action.kind == "I" for row in schedule for action in row)
     parts = ["forward of microbatch 0: 0"]
-    parts.append("backward: [0 ], or of the input <0 and of the weights w0" if split else "its backward: [0 ]")
+    parts.append("backward: [0 ], or of the input (I) <0 and of the weights (W) w0" if split else "its backward: [0 ]")
     if max(map(len, stages_of_ranks(schedule))) > 1:
         parts.append("a, b, ... : which of the rank's stages, in order")
     same = f"one forward lasts {len(schedule) / size(schedule)[0]:.3g}, one backward twice that"

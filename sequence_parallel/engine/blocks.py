@@ -1,7 +1,15 @@
 """Attention over a block of keys, by torch's kernel. Liu et al. 2023 (2310.01889); Dao et al. 2022 (2205.14135).
 
-What it adds to the plain block of `ring_attention.py`: on a CPU torch's fused kernel, which makes no (N, M) matrix and
-is five times faster in float64; and fewer heads of keys and values than of queries.
+What it adds to the plain block of `ring_attention.py`: on a CPU torch's fused kernel, and fewer heads of keys and
+values than of queries. What is held of the scores while one block is computed:
+
+    CPU, any type       nothing that grows with N M: the kernel goes through them in tiles of a fixed size. It returns
+                        the log-sum-exp, has a backward from it, and is five times faster in float64
+    other devices       the (N, M) scores and their softmax for every head, twice that in backward; N = M = s/c, less
+                        with zigzag. The fused kernels there have no float64
+
+torch's public attention that returns the log-sum-exp, `flex_attention`, has no backward on a CPU, and without
+torch.compile it makes the matrix too.
 
 B batch, A heads, K key and value heads (a divisor of A), N queries, M keys, D head size
 """

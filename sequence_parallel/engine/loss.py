@@ -1,9 +1,10 @@
 """Cross entropy where the logits are sharded along the vocabulary and the tokens along the sequence.
 
-What it adds to the plain one of `megatron_sp.py`: a rank sends each token's two numbers (logarithm of the sum of
-exponentials, logit of the target) only to the rank that has the token, both in one all-to-all. Backward needs two
-numbers a token on all ranks, the logarithm of the full sum and the loss's gradient: one all-gather. 4bs(t-1)/t
-elements, where the three all-reduces of lecture 05 send 6bs(t-1)/t.
+An improvement of ours, not Megatron-LM's, whose loss is lecture 05's (`megatron_sp.py` has it). A rank sends each
+token's two numbers (logarithm of the sum of exponentials, logit of the target) only to the rank that has the token,
+both in one all-to-all. Backward needs two numbers a token on all ranks, the logarithm of the full sum and the loss's
+gradient: one all-gather. 4bs(t-1)/t elements, where the three all-reduces of lecture 05 send 6bs(t-1)/t. The combined
+run (`cluster/train.py --sp`) uses this one, and its planner counts it.
 
 B batch, S sequence, V vocabulary padded to a multiple of t, t ranks of the axis
 """

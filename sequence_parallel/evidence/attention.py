@@ -45,15 +45,15 @@ class Shape(NamedTuple):
 
 
 class LargestTensor(TorchDispatchMode):
-    """How many elements the largest tensor has that an operation makes within."""
+    """How many bytes the largest tensor has that an operation makes within; not the scratch of a kernel of torch's."""
 
-    elements = 0
+    nbytes = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         given = {storage_of(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         new = [t for t in tree_iter(made) if isinstance(t, Tensor) and storage_of(t) not in given]
-        self.elements = max([self.elements, *(t.untyped_storage().nbytes() // t.element_size() for t in new)])
+        self.nbytes = max([self.nbytes, *(t.untyped_storage().nbytes() for t in new)])
         return made
 
 
@@ -68,7 +68,7 @@ class Measured:
     forward: Sent
     both: Sent
     saved: int  # bytes that autograd keeps for backward
-    largest: int  # elements of the largest tensor made
+    largest: int  # bytes of the largest tensor made
     squares: Tensor  # of the differences from dense attention, and of that: the output and three gradients, (4, 2)
     ahead: list[Event]  # of a ring in forward, in virtual time
     back: list[Event]  # and in backward
@@ -101,7 +101,7 @@ def measure(run: Run, attention: SequenceAttention, axis: Axis, shape: Shape, dt
     compared = [(x.double() - y[:, :, here].double(), y[:, :, here].double()) for x, y in pairs]
     squares = torch.stack([torch.stack([x.square().sum() for x in each]) for each in compared]).cpu()
     return Measured(
-        forward.traffic, both.traffic, kept, largest.elements, squares, clock.events[:ahead], clock.events[ahead:]
+        forward.traffic, both.traffic, kept, largest.nbytes, squares, clock.events[:ahead], clock.events[ahead:]
     )
 
 

@@ -159,8 +159,8 @@ def claim_formulas(
         if rows:
             run.evidence.each(f"{name}: {what}", formula, rows, tolerance)
 
-    claim("messages of a layer", way.counted, way.messages, lambda m: m.messages)
-    claim("elements sent", way.formula, way.elements, lambda m: m.elements, 1e-3)
+    claim("messages of a layer", f"{way.counted}; counted", way.messages, lambda m: m.messages)
+    claim("elements sent", f"{way.formula}; counted", way.elements, lambda m: m.elements, 1e-3)
     if run.job.device.type == "cpu":  # other devices' kernels keep other things
         more = " and bsh/c: the output before the all-to-all, too" if way.keeps_output_twice else ""
 

@@ -13,7 +13,7 @@ from core.model.seeded import SampleMasks
 from core.model.text import Text
 from core.proof.lesson import Run
 from core.proof.plot import bars
-from sequence_parallel.evidence.training import LayerTraffic, Version
+from sequence_parallel.evidence.training import LayerTraffic, Version, count
 
 
 def show_shapes(run: Run, model: GPT) -> None:
@@ -38,6 +38,8 @@ def show_shapes(run: Run, model: GPT) -> None:
     s = run.args.sequence
     run.say(f"one sample of {s} tokens on rank 0: {s // run.job.world_size} of them where the sequence is sharded")
     run.say(tabulate(rows, ("module", "in", "out")) + "\n")
+    run.say("g, as in 2205.05198: all-gather forward, reduce-scatter backward; ḡ: the reverse.")
+    run.say("(In lectures 04 and 05, as in 1909.08053, g is an all-reduce forward. That one is f̄ here: the loss's.)\n")
 
 
 def claim_traffic(run: Run, config: GPTConfig, t: int, versions: Mapping[str, Version]) -> None:
@@ -50,8 +52,8 @@ def claim_traffic(run: Run, config: GPTConfig, t: int, versions: Mapping[str, Ve
     def messages(claim: str, formula: str, n: int, operations: tuple[str, ...], direction: str) -> None:
         traffic.claim(claim, formula, n, operations, direction, "messages", label="layers")
 
-    messages("all-gathers of a layer, forward", "2, the paper's g", 2, gather, "forward")
-    messages("reduce-scatters, forward", "2, the paper's g-bar", 2, scatter, "forward")
+    messages("all-gathers of a layer, forward", "2, this paper's g", 2, gather, "forward")
+    messages("reduce-scatters, forward", "2, this paper's g-bar", 2, scatter, "forward")
     messages("reduce-scatters, backward", "2, g", 2, scatter, "backward")
     messages("all-gathers, backward", "2, g-bar", 2, gather, "backward")
     messages("all-reduces of a layer", "0", 0, ("all-reduce",), "both")
@@ -67,19 +69,10 @@ def claim_traffic(run: Run, config: GPTConfig, t: int, versions: Mapping[str, Ve
     traffic.claim(
         "and to gather again what was not saved",
         f"2bsh(t-1)/t = {gathered:,.0f}; the plain version saves it",
-        {"plain": 0.0, "engine": gathered},
+        {"plain": 0.0, "engine": gathered, "our loss": gathered},
         again,
         "both",
         label="layers",
-    )
-    plain, engine = (2 * t + 2) * half * bs, 4 * half * bs
-    traffic.claim(
-        "elements the loss sends",
-        f"4bs(t-1)/t = {engine:,.0f}, where three all-reduces send 6bs(t-1)/t; plain: (2t+2)bs(t-1)/t = {plain:,.0f}",
-        {"plain": plain, "engine": engine},
-        (*gather, *scatter, "all-to-all"),
-        "both",
-        label="loss",
     )
     replicated = layers * 6 * h + 2 * h + config.sequence * h
     traffic.claim(
@@ -96,3 +89,39 @@ def claim_traffic(run: Run, config: GPTConfig, t: int, versions: Mapping[str, Ve
         ahead, total = ([sent[name, axis].bytes / times for name in names] for sent in (forward, both))
         sent = {"forward": ahead, "backward": [b - a for a, b in zip(ahead, total, strict=True)]}
         bars(run.args.plot, f"Sent by each of {t} ranks for a layer, in a step", "MB", names, sent)
+
+
+def claim_loss(run: Run, t: int, versions: Mapping[str, Version]) -> None:
+    """Megatron-LM's loss, in the plain version and the engine, and ours beside it; with the bytes of each."""
+    traffic = LayerTraffic(run, versions["plain"].model.config, versions)
+    one = (t - 1) / t * run.args.batch * run.args.sequence
+    loss, reduced, ours = {"direction": "both", "label": "loss"}, ("all-reduce",), ("all-to-all", "all-gather")
+    traffic.claim(
+        "elements Megatron-LM's loss sends",
+        f"3bs, each all-reduced, as in lecture 05: 6bs(t-1)/t = {6 * one:,.0f}",
+        {"plain": 6 * one, "engine": 6 * one},
+        reduced,
+        **loss,
+    )
+    traffic.claim(
+        "elements our loss sends in its place",
+        f"not the paper's: 2bs all-to-all, 2bs gathered: 4bs(t-1)/t = {4 * one:,.0f}",
+        {"our loss": 4 * one},
+        ours,
+        **loss,
+    )
+    for names, others, whose in ((("plain", "engine"), ours, "Megatron-LM's"), (("our loss",), reduced, "ours")):
+        claim, none = f"messages of any other kind, {whose}", dict.fromkeys(names, 0.0)
+        traffic.claim(claim, "0", none, (*others, "reduce-scatter"), **loss, what="messages")
+    if not traffic.everyone or t == 1:
+        return
+    sent = {name: count(both, (*reduced, *ours), "bytes", "loss") / run.args.steps
+            for name, (_, both) in traffic.everyone[0].items()}  # fmt: skip
+    ways = {"plain": "Megatron-LM's, plain", "engine": "Megatron-LM's, engine", "our loss": "ours"}
+    how = "all-reduces of maximum, sum, target"
+    hows = {"plain": how, "engine": how, "our loss": "all-to-all of lse and target; all-gather of lse and gradient"}
+    rows = [(ways[name], hows[name], f"{size:,.0f}") for name, size in sent.items()]
+    run.say("\n" + tabulate(rows, ("the loss", "collectives", "bytes a rank sends a step"), disable_numparse=True,
+                            colalign=("left", "left", "right")))  # fmt: skip
+    ratio = sent["our loss"] / sent["engine"]
+    run.evidence.claim("bytes of our loss / Megatron-LM's", "4bs / 6bs = 0.667; counted", 2 / 3, ratio, 1e-9)

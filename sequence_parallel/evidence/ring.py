@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from tabulate import tabulate
 
+from core.mesh import Axis
 from core.model.gpt import GPTConfig
 from core.proof.clock import Event
 from core.proof.lesson import Run
@@ -65,27 +66,37 @@ def claim_placements(
     if run.job.rank == 0:
         for name, everyone in found.items():
             claim_dense(run, name, everyone, run.dtype)
-        claim_memory(run, found[args.placement], shape, c)
+        claim_saved(run, found[args.placement], shape, c)
         claim_work(run, found, c)
         claim_overlap(run, found["zigzag"], c)
+    claim_scores(run, {"plain": plain[args.placement], "engine": chosen}, axis, shape)
     for name, each in plain.items():
         claim_difference(run, f"{name}, plain", each, axis, shape, run.dtype)
     one = claim_difference(run, "one head of keys and values", chosen, axis, shape._replace(kv_heads=1), torch.float64)
     if one:
         expected = 2 * args.batch * args.sequence // c * config.hidden // a * (c - 1)
         sent = [count(each.forward, (SEND_KV,)) for each in one]
-        run.evidence.on_ranks("elements sent then, forward", f"1/a of it = {expected:,}", expected, sent)
+        run.evidence.on_ranks("elements sent then, forward", f"1/a of it = {expected:,}; counted", expected, sent)
     claim_difference(run, "bfloat16", chosen, axis, shape, torch.bfloat16)
 
 
-def claim_memory(run: Run, everyone: list[Measured], shape: Shape, c: int) -> None:
-    claim_saved(run, everyone, shape, c)
-    b, a, _, s, d = shape
-    expected = 2 * b * s // c * a * d
-    if run.job.device.type != "cpu":  # a block of scores too: see `engine.blocks.attend`
-        expected = max(expected, b * a * (s // c) ** 2)
-    formula = f"K and V of a block = {expected:,}; all scores would be bas^2 = {b * a * s * s:,}"
-    run.evidence.on_ranks("elements of the largest tensor", formula, expected, [each.largest for each in everyone])
+def claim_scores(run: Run, versions: Mapping[str, SequenceAttention], axis: Axis, shape: Shape) -> None:
+    """What is held of the scores: with s/c = 4d tokens a rank a block of them is larger than its keys and values."""
+    b, a, _, _, d = shape
+    c, n, w = axis.size, 4 * d, torch.promote_types(run.dtype, torch.float32).itemsize
+    block, kv = b * a * n * n * w, 2 * b * n * a * d * w
+    fused = run.job.device.type == "cpu"  # see `engine/blocks.py`
+    explicit = f"a block of scores, ba(s/c)^2 = {block:,}; all are ba s^2 = {block * c * c:,}"
+    expected = {
+        "plain": (block, explicit),
+        "engine": (kv, f"K and V of a block, no scores = {kv:,}") if fused else (block, explicit),
+    }
+    for name, attention in versions.items():
+        everyone = run.job.gather(measure(run, attention, axis, shape._replace(sequence=n * c), run.dtype))
+        if everyone:
+            nbytes, formula = expected[name]
+            claim = f"bytes of the largest tensor, s = 4dc, {name}"
+            run.evidence.on_ranks(claim, formula, nbytes, [each.largest for each in everyone])
 
 
 # ---- Who computes what, and when -------------------------------------------------------------------------------------
@@ -120,9 +131,10 @@ def claim_work(run: Run, found: dict[str, list[Measured]], c: int) -> None:
     claim("zigzag: blocks of work, most of any rank and step", "1/2", 0.5, max(steps))
     for name, formula, blocks in (("contiguous", "c - 1/2", c - 0.5), ("zigzag", "c/2", c / 2)):
         expected = (1 + BACKWARD) * blocks
-        formula = f"(1 + {BACKWARD})({formula}) = {expected:g}"
+        formula = f"(1 + {BACKWARD})({formula}) = {expected:g}, in virtual time"
         claim(f"{name}: virtual time, messages free", formula, expected, ends[name], 1e-9)
-    claim("contiguous / zigzag", f"2 - 1/c = {2 - 1 / c:g}", 2 - 1 / c, ends["contiguous"] / ends["zigzag"], 1e-9)
+    formula, ratio = f"2 - 1/c = {2 - 1 / c:g}, in virtual time", ends["contiguous"] / ends["zigzag"]
+    claim("contiguous / zigzag", formula, 2 - 1 / c, ratio, 1e-9)
     if run.args.plot:
         columns = {name: [sum(steps) for steps in ranks] for name, ranks in units.items()}
         bars(run.args.plot, "Forward work", "blocks of (s/c, s/c)", [f"rank {r}" for r in range(c)], columns)

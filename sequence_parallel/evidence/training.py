@@ -20,7 +20,7 @@ from core.proof.trainable import Replica
 from core.proof.training import train
 from core.shards import counted_once, shard_of
 from sequence_parallel.context import SequenceAttention, loss_of, parallelize
-from sequence_parallel.engine import layers, loss
+from sequence_parallel.engine import layers
 from sequence_parallel.engine.recompute import recompute
 
 Sent = Mapping[tuple[str, str], Traffic]
@@ -45,6 +45,7 @@ def version(
     axis: Axis,
     loss: Callable[[Tensor, Tensor], Tensor],
     sum_gradients: Callable[[GPT, Axis], None],
+    counts: bool = True,
 ) -> Version:
     """Make a model that is already parallelized ready to train.
 
@@ -52,6 +53,7 @@ def version(
         model: this rank's shards, on the meta device.
         loss: this rank's share of the loss, of inputs and targets of the global batch.
         sum_gradients: after backward, over the ranks.
+        counts: whether this rank's loss is counted. Of a loss that is equal on all ranks one is.
     """
     materialize(model, run.args.seed, run.job.device, run.precision)
     masks, forward, total = use_masks(model, SampleMasks(run.args.seed)), Ledger(), Ledger()
@@ -63,7 +65,7 @@ def version(
                 share = loss(inputs, targets)
             share.backward()
             sum_gradients(model, axis)
-        return share.detach()
+        return share.detach() if counts else torch.zeros_like(share)
 
     def clip(largest: float, share: Tensor) -> tuple[float, float]:
         return clip_and_total(model.parameters(), counted_once(model.parameters(), axis), [axis], largest, share)
@@ -80,23 +82,31 @@ def tensor_version(
     parallelize: Callable[[GPT, Axis], GPT],
     token_loss: Callable[[Tensor, Tensor, int, Axis, int], Tensor],
     sum_replicated_gradients: Callable[[GPT, Axis], None],
+    of_all_tokens: bool = True,
 ) -> Version:
-    """Megatron's sequence parallelism: the model and the sequence between its layers, over `axis`."""
+    """Megatron's sequence parallelism: the model and the sequence between its layers, over `axis`.
+
+    Args:
+        of_all_tokens: whether `token_loss` is that of all tokens, equal on all ranks; or of this rank's only.
+    """
     model = parallelize(GPT(config), axis)
 
     def share(inputs: Tensor, targets: Tensor) -> Tensor:
         return token_loss(model(inputs), targets, targets.numel(), axis, config.vocabulary)
 
-    return version(run, model, axis, share, sum_replicated_gradients)
+    return version(run, model, axis, share, sum_replicated_gradients, not of_all_tokens or axis.index == 0)
 
 
-def tensor_engine(run: Run, config: GPTConfig, axis: Axis, kind: str = "none") -> Version:
+def tensor_engine(
+    run: Run, config: GPTConfig, axis: Axis, token_loss: Callable[..., Tensor], kind: str = "none",
+    of_all_tokens: bool = True,
+) -> Version:  # fmt: skip
     """`tensor_version` of the engine, with its recomputation."""
 
     def parallelize(model: GPT, axis: Axis) -> GPT:
         return recompute(layers.parallelize(model, axis), kind)
 
-    return tensor_version(run, config, axis, parallelize, loss.token_loss, layers.sum_replicated_gradients)
+    return tensor_version(run, config, axis, parallelize, token_loss, layers.sum_replicated_gradients, of_all_tokens)
 
 
 def context_version(run: Run, config: GPTConfig, attention: SequenceAttention, axis: Axis) -> Version:
@@ -172,7 +182,7 @@ class LayerTraffic:
                 measured.append({"forward": forward, "backward": both - forward, "both": both}[direction])
                 cases.append((f"{claim} ({name}), rank {rank}", right, measured[-1]))
         if cases:
-            self.run.evidence.each(claim, formula, cases, 1e-9 * max(by_version.values()))
+            self.run.evidence.each(claim, f"{formula}; counted", cases, 1e-9 * max(by_version.values()))
         return measured
 
 

@@ -74,7 +74,7 @@ def claim_attention(
         if everyone:
             travel = lcm(kv, c) if c > 1 else kv
             expected = 2 * b * s * d / c * (c - 1) / c * (a + travel)
-            formula = f"2bs(a + {travel})(h/a)/c (c-1)/c = {expected:,.0f}"
+            formula = f"2bs(a + {travel})(h/a)/c (c-1)/c = {expected:,.0f}; counted"
             sent = [count(each.forward, SWITCH) for each in everyone]
             claim = f"elements sent forward, {kv} heads of them"
             run.evidence.on_ranks(claim, formula, expected, sent, 1e-9 * expected)

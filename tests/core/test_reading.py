@@ -126,6 +126,39 @@ def test_the_glossary_has_names_of_the_code() -> None:
     check(offenders)
 
 
+FILE = re.compile(r"[\w/.-]*\w\.(?:py|md|sh|toml)\b")
+FOREIGN = {  # of Megatron-LM, whose name stands beside each
+    "pretrain_gpt.py",
+    "tensor_parallel/layers.py",
+    "examples/sc21/run_table_1.sh",
+}
+
+
+def missing(name: str, module: str) -> bool:
+    """Whether a file is neither beside the module, nor at the top of its topic, nor at the root."""
+    folders = (ROOT / module).parent, ROOT / module.split("/")[0], ROOT
+    return not any((folder / name).is_file() for folder in folders)
+
+
+def test_every_file_that_a_docstring_names_exists() -> None:
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    offenders = []
+    for module in MODULES:
+        documented = [ast.get_docstring(node) or "" for node in ast.walk(tree(module)) if isinstance(node, kinds)]
+        named = {name for docstring in documented for name in FILE.findall(docstring)} - FOREIGN
+        offenders += [f"{module}: there is no {name}" for name in sorted(named) if missing(name, module)]
+    check(offenders)
+
+
+def test_a_file_that_does_not_exist_is_found() -> None:
+    assert FILE.findall("the loss (`engine/loss.py`), see run_all.sh, and 3.py-like numbers 1.5") == [
+        "engine/loss.py", "run_all.sh", "3.py"
+    ]  # fmt: skip
+    assert missing("engine/cross_entropy.py", "megatron_tp/tensor_parallel.py")
+    assert not missing("engine/loss.py", "megatron_tp/tensor_parallel.py")
+    assert not missing("tensor_parallel.py", "megatron_tp/engine/layers.py")
+
+
 # ---- Budgets ---------------------------------------------------------------------------------------------------------
 
 

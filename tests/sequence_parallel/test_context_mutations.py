@@ -19,6 +19,7 @@ from core.model.gpt import GPT
 from core.p2p import PointToPoint
 from sequence_parallel import context, hybrid, ring_attention, ulysses
 from sequence_parallel.engine import ring
+from sequence_parallel.engine.blocks import attend_in_products
 from sequence_parallel.engine.ring import GRADIENTS, OverlappedRing, Tile
 from sequence_parallel.engine.ulysses import OverlappedUlysses
 from sequence_parallel.evidence import training
@@ -32,6 +33,22 @@ ALL = slice(None)
 
 
 # ---- The bugs of everything around attention
+
+
+def scores_are_kept_in_full() -> AbstractContextManager:
+    """The engine's blocks by explicit products: right, and a matrix for every head."""
+    return patch.object(ring, "attend", attend_in_products)
+
+
+def plain_scores_are_of_all_keys() -> AbstractContextManager:
+    """Made for the keys of all ranks before this rank's are taken."""
+    right = ring_attention.probabilities
+
+    def wrong(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        _ = q @ k.repeat(1, 1, RANKS, 1).mT
+        return right(q, k, *rest)
+
+    return patch.object(ring_attention, "probabilities", wrong)
 
 
 def gradients_are_not_summed_because_dp_is_1() -> AbstractContextManager:
@@ -357,8 +374,11 @@ ZIGZAG: dict[Callable, set[str]] = AROUND | PLAIN_RING | {
     contiguous_chunks_are_dealt_from_the_end: {"contiguous: output and gradients"},
     keys_and_values_are_gathered: {
         "messages of a layer, forward (engine)", "messages, backward (engine)", "elements of a layer, forward (engine)",
-        "bytes attention keeps", "elements of the largest tensor", "elements sent then",
+        "bytes attention keeps",
+        "bytes of the largest tensor, s = 4dc, engine", "elements sent then",
     },
+    scores_are_kept_in_full: {"bytes of the largest tensor, s = 4dc, engine"},
+    plain_scores_are_of_all_keys: {"bytes of the largest tensor, s = 4dc, plain"},
 }  # fmt: skip
 CONTIGUOUS: dict[Callable, set[str]] = {
     only_the_diagonal_has_a_mask: {LOSS, GRADIENT, ALONE, "contiguous: blocks"},

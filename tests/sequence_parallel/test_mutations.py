@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sequence_parallel.evidence.activations
 from core import comm
+from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.gpt import GPT, Dropout
 from core.model.seeded import SampleMasks
@@ -250,12 +251,26 @@ def plain_positions_are_the_first_on_every_rank() -> AbstractContextManager:
 
 
 def plain_loss_knows_its_shard_of_the_vocabulary() -> AbstractContextManager:
-    right = comm.gather_for
+    return patch.object(megatron_sp, "f_bar", lambda x, axis: x)
 
-    def wrong(x: Tensor, axis: Axis, dim: int) -> Tensor:
-        return right(x, axis, dim) * 0 + x if axis.name == "tp loss" else right(x, axis, dim)
 
-    return patch.object(comm, "gather_for", wrong)
+def the_loss_overlooks_the_target() -> AbstractContextManager:
+    """The target's logit is that of the shard's first row, where another rank has the target."""
+    return patch.object(Tensor, "masked_fill", lambda self, mask, value, right=Tensor.masked_fill: (
+        self.clone() if value == 0.0 and isinstance(value, float) and self.dim() == 2 else right(self, mask, value)
+    ))  # fmt: skip
+
+
+def the_papers_loss_is_ours() -> AbstractContextManager:
+    """As it was once: the number of tokens times fewer elements, and not what Megatron-LM does."""
+    return patch.object(megatron_sp, "token_loss", lambda *args: comm.reduce_from(
+        loss.token_loss(*args), replace(args[3], ledger=Ledger())
+    ))  # fmt: skip
+
+
+def every_rank_counts_the_loss() -> AbstractContextManager:
+    right = training.version
+    return patch.object(training, "version", lambda *args: right(*args[:-1], True))
 
 
 def the_plain_training_does_not_recompute() -> AbstractContextManager:
@@ -273,6 +288,7 @@ def plain_recomputation_stops_the_gradient() -> AbstractContextManager:
 
 
 LOSS, GRADIENT, NORM, PARAMETER, REPLICAS = equal("engine")
+OUR_LOSS, OUR_GRADIENT, *_ = equal("our loss")
 PLAIN_LOSS, PLAIN_GRADIENT, PLAIN_NORM, PLAIN_PARAMETER, PLAIN_REPLICAS = equal("plain")
 SP: dict[Callable, set[str]] = {
     nothing_is_summed: {GRADIENT, PARAMETER, REPLICAS, "elements of replicated"},
@@ -295,8 +311,14 @@ SP: dict[Callable, set[str]] = {
         "all-reduces of a layer (engine)",
         "elements a layer sends a microbatch (engine)",
     },
-    tokens_of_the_loss_out_of_order: {LOSS, GRADIENT},
-    the_loss_gathers_its_numbers: {"elements the loss sends (engine)"},
+    tokens_of_the_loss_out_of_order: {OUR_LOSS, OUR_GRADIENT},
+    the_loss_gathers_its_numbers: {"elements our loss sends in its place", "bytes of our loss / Megatron-LM's"},
+    the_papers_loss_is_ours: {
+        "elements Megatron-LM's loss sends (plain)", "elements Megatron-LM's loss sends (engine)",
+        "messages of any other kind, Megatron-LM's",
+    },
+    the_loss_overlooks_the_target: {LOSS, PLAIN_LOSS},
+    every_rank_counts_the_loss: {LOSS, PLAIN_LOSS},
     one_ranks_layernorm_drifts: {REPLICAS, PLAIN_REPLICAS},
     replicated_parameters_counted_by_every_rank: {NORM, PARAMETER, PLAIN_NORM, PLAIN_PARAMETER},
     plain_replicated_gradients_are_not_summed: {
@@ -306,7 +328,9 @@ SP: dict[Callable, set[str]] = {
     plain_g_takes_its_shard_in_backward: {PLAIN_GRADIENT, "reduce-scatters, backward (plain)"},
     plain_row_bias_once_a_rank: {PLAIN_LOSS, PLAIN_GRADIENT},
     plain_positions_are_the_first_on_every_rank: {PLAIN_LOSS, PLAIN_GRADIENT},
-    plain_loss_knows_its_shard_of_the_vocabulary: {PLAIN_LOSS, PLAIN_GRADIENT},
+    plain_loss_knows_its_shard_of_the_vocabulary: {
+        LOSS, GRADIENT, PLAIN_LOSS, PLAIN_GRADIENT, "elements Megatron-LM's loss sends (plain)"
+    },
 }  # fmt: skip
 ACTIVATIONS: dict[Callable, set[str]] = {
     the_gathered_input_is_saved: {

@@ -168,6 +168,23 @@ def no_layer_is_freed_in_forward() -> AbstractContextManager:
     return patch.object(GatheredWeights, "forward_reaches", wrong)
 
 
+def the_next_layer_is_not_prefetched() -> AbstractContextManager:
+    """Each layer is gathered as its forward begins, which waits for it."""
+    right = GatheredWeights._prefetch
+    return patch.object(GatheredWeights, "_prefetch", lambda self, stop: right(self, stop - 1))
+
+
+def a_prefetch_is_waited_for_at_once() -> AbstractContextManager:
+    """The same collectives in the same order, and nothing is overlapped."""
+    right = Unit.gather
+
+    def wrong(self: Unit, forward: bool) -> None:
+        right(self, forward)
+        self.wait()
+
+    return patch.object(Unit, "gather", wrong)
+
+
 def one_microbatch_stays_on_the_device() -> AbstractContextManager:
     right = HostShards.arrived
     return patch.object(HostShards, "arrived", lambda self, but: right(self, max(but, 1)))
@@ -288,9 +305,22 @@ def plain_layers_are_not_freed() -> AbstractContextManager:
     return patch.object(zero3.Zero3, "free", lambda self, unit: None)
 
 
+def plain_gathered_buffers_are_kept() -> AbstractContextManager:
+    """The parameters let go of them, and something else has a hold of them: no memory is saved."""
+    right, kept = zero3.set_data, []
+
+    def wrong(parameters: list[nn.Parameter], flat: Tensor) -> None:
+        kept.append(flat)
+        right(parameters, flat)
+
+    return patch.object(zero3, "set_data", wrong)
+
+
 LOSS, GRADIENT, NORM, PARAMETER = "losses equal", "every gradient equals", "the global gradient norm", "every parameter"
 STATE, SENT, STATES = "the optimizer's state", "elements sent a step", "bytes of model states"
 PEAK = "bytes of weights at the peak"
+ORDER, LEFT = "layers gathered, used, freed, forward and back", "bytes of full gradients after a micro-batch"
+AHEAD, AHEAD_BACK = "next layer in flight all through a forward", "layer before in flight as a backward begins"
 PLAIN, ENGINE = "plain", "engine"
 BOTH = (PLAIN, ENGINE)
 MUST_FAIL: dict[tuple[str, Bug], tuple[tuple[str, ...], set[str]]] = {  # of which versions
@@ -324,11 +354,16 @@ MUST_FAIL: dict[tuple[str, Bug], tuple[tuple[str, ...], set[str]]] = {  # of whi
     ("ddp", plain_gradients_are_not_reduced): ((PLAIN,), {GRADIENT, NORM, SENT}),
     ("zero1", plain_shards_are_shifted): ((PLAIN,), {PARAMETER, LOSS}),
     ("zero1", plain_weights_are_not_gathered): ((PLAIN,), {PARAMETER, LOSS, SENT}),
-    ("zero2", plain_gradients_stay_after_a_microbatch): ((PLAIN,), {GRADIENT, NORM}),
+    ("zero2", plain_gradients_stay_after_a_microbatch): ((PLAIN,), {GRADIENT, NORM, LEFT}),
+    ("zero2", full_gradients_stay): ((ENGINE,), {GRADIENT, LEFT}),
+    ("zero3", full_gradients_stay): ((ENGINE,), {GRADIENT, LEFT}),
     ("zero3", plain_microbatches_overwrite_each_other): ((PLAIN,), {GRADIENT, NORM}),
-    ("zero3", plain_weights_stay_gathered): ((PLAIN,), {SENT}),
-    ("zero3", plain_layers_are_not_freed): ((PLAIN,), {PEAK}),
+    ("zero3", plain_weights_stay_gathered): ((PLAIN,), {SENT, ORDER}),
+    ("zero3", plain_layers_are_not_freed): ((PLAIN,), {PEAK, ORDER}),
+    ("zero3", plain_gathered_buffers_are_kept): ((PLAIN,), {ORDER}),
     ("zero3", no_layer_is_freed_in_forward): ((ENGINE,), {PEAK}),
+    ("zero3", the_next_layer_is_not_prefetched): ((ENGINE,), {AHEAD}),
+    ("zero3", a_prefetch_is_waited_for_at_once): ((ENGINE,), {AHEAD, AHEAD_BACK}),
 }
 
 

@@ -22,8 +22,8 @@ def claim_one(run: Run, which: str, size: int, everyone: list[tuple[float, ...]]
     host = shard * (run.precision.gradients.itemsize + 3 * on_host + rounded)
     down, up, weights, rest = zip(*everyone, strict=True)
     on_ranks = run.evidence.on_ranks
-    on_ranks(f"elements to the host in a step{which}", f"mΨ/N = {m * shard:,}", m * shard, down)
-    on_ranks(f"elements to the device in a step{which}", f"Ψ/N = {shard:,}", shard, up)
+    on_ranks(f"elements to the host in a step{which}", f"mΨ/N = {m * shard:,}; counted", m * shard, down)
+    on_ranks(f"elements to the device in a step{which}", f"Ψ/N = {shard:,}; counted", shard, up)
     on_ranks(f"bytes on the device: weights{which}", f"{on_device}Ψ = {on_device * size:,}", on_device * size, weights)
     formula = f"gradients, weights, Adam / N: {host:,}, within 1 %"
     on_ranks(f"bytes on the host{which}", formula, host, rest, 0.01 * host)

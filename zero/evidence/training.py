@@ -217,11 +217,13 @@ def teach(
     technique: Callable[..., Technique],
     make_engine: Callable[..., Engine],
     elements: Callable[[int, int], float],
+    observe: Callable[[str, Plain | Fast], None] = lambda name, version: None,
 ) -> dict[str, Plain | Fast]:
     """Train both versions, and claim that they equal one process, and what they send.
 
     Args:
         elements: what the paper says that a rank sends in a step, in units of Ψ(N-1)/N, for (m, N).
+        observe: called with each version before it trains.
     """
     axis = data_axis(run)
     run.mesh = {"dp": axis.size}
@@ -229,6 +231,8 @@ def teach(
         "plain": Plain(run, replace(axis, ledger=Ledger()), technique),
         "engine": Fast(run, replace(axis, ledger=Ledger()), make_engine),
     }
+    for name, each in trained.items():
+        observe(name, each)
     compared = train(run, trained, make_oracle(run))
     sent = {name: run.job.gather(sent_in_a_step(run, each.axis)) for name, each in trained.items()}
     if run.job.rank == 0:
@@ -256,7 +260,7 @@ def claim_elements(run: Run, which: str, buckets: list[Bucket], expected: float,
     unit = padded * (n - 1) / n
     run.evidence.on_ranks(
         f"elements sent a step{which}",
-        f"{expected:g}Ψ(N-1)/N = {expected * unit:,.0f}, Ψ = {size:,} + {padded - size} of padding",
+        f"{expected:g}Ψ(N-1)/N = {expected * unit:,.0f}, Ψ = {size:,} + {padded - size} of padding; counted",
         expected * unit,
         measured,
         1e-9 * unit,

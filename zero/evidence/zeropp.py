@@ -129,7 +129,7 @@ def _claim_bytes(run: Run, which: str, each: Plain | Fast, packed: Callable[[int
     rows = []
     parameters = sum(bucket.size for bucket in each.buckets)
     for (claim, (_, _, expected, formula)), measured in zip(claims.items(), zip(*everyone, strict=True), strict=True):
-        formula = f"{formula}, and scales = {expected:,}"
+        formula = f"{formula}, and scales = {expected:,}; counted"
         run.evidence.on_ranks(f"bytes of {claim}, {which}", formula, expected, measured, 1e-6)
         # hpZ's are neither quantised nor, where --dtype is not bfloat16, in 16 bits.
         in_16_bits = 2 / size if claim.startswith("hpZ") else 1
