@@ -26,7 +26,7 @@ class Tolerance(NamedTuple):
 TOLERANCE = {
     "float64": Tolerance(1e-10, 1e-10, 1e-10, 1e-10),
     "float32": Tolerance(1e-6, 1e-5, 1e-9, 1e-6),
-    "bfloat16": Tolerance(2e-3, 2e-2, 1e-9, 1e-6),
+    "bfloat16": Tolerance(2e-4, 2e-2, 1e-9, 1e-6),
 }
 
 
