@@ -29,6 +29,7 @@ from core import comm
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT
+from core.model.precision import wide
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
 from core.shards import shard, shard_of
@@ -139,7 +140,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: Axis, vo
     length = logits.shape[-1]
     start = axis.index * length
     padding = torch.arange(start, start + length, device=logits.device) >= vocabulary
-    logits = logits.masked_fill(padding, float("-inf"))  # V rounded up to a multiple of t: exp is 0
+    logits = wide(logits).masked_fill(padding, float("-inf"))  # V rounded up to a multiple of t: exp is 0
 
     largest = comm.all_reduce(logits.detach().amax(-1), axis, dist.ReduceOp.MAX)
     logits = logits - largest.unsqueeze(-1)  # so that no exponential overflows

@@ -67,7 +67,7 @@ def vocab_parallel_cross_entropy(
     """Cross entropy of each token, equal on all ranks: the shape of `targets`.
 
     Args:
-        logits: (..., V/t), this rank's shard.
+        logits: (..., V/t), this rank's shard; computed in float32 at least.
         targets: (...), int64 in [0, vocabulary), equal on all ranks. Not checked: that would wait for the device.
         vocabulary: the size without padding.
         smoothing: label smoothing, as in `torch.nn.functional.cross_entropy`.
@@ -81,10 +81,10 @@ def vocab_parallel_cross_entropy(
             f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)}: each of the {axis.size} ranks holds "
             f"{shard.length} of a vocabulary of {vocabulary}"
         )
-    losses = _CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), axis, shard, smoothing)
+    losses = _CrossEntropy.apply(wide(logits.flatten(0, -2)), targets.flatten(), axis, shard, smoothing)
     return losses.view(targets.shape)
 
 
 def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
     """The loss of `core.model.gpt.token_loss`, from sharded logits; equal on all ranks."""
-    return vocab_parallel_cross_entropy(wide(logits), targets, axis.labelled("loss"), vocabulary).sum() / tokens
+    return vocab_parallel_cross_entropy(logits, targets, axis.labelled("loss"), vocabulary).sum() / tokens

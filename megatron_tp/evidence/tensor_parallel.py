@@ -145,7 +145,7 @@ def claim_smoothing(run: Run, axis: Axis, model: GPT) -> None:
     vocabulary = logits.shape[-1] * axis.size - 1
     targets, mark = targets % vocabulary, Shard(2, axis.index, axis.size, vocabulary)
     logits = logits[..., : mark.length]  # shorter on one rank only
-    full = comm.all_gather(logits, axis, -1)[..., :vocabulary].requires_grad_()
+    full = comm.all_gather(logits, axis, -1)[..., :vocabulary].double().requires_grad_()
     ours = vocab_parallel_cross_entropy(logits.requires_grad_(), targets, axis, vocabulary, SMOOTHING)
     theirs = F.cross_entropy(full.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=SMOOTHING)
     gradient = torch.autograd.grad(ours.square().sum(), logits)[0]
@@ -157,7 +157,7 @@ def claim_smoothing(run: Run, axis: Axis, model: GPT) -> None:
     everyone = run.job.gather((apart(ours.flatten(), theirs), apart(gradient, expected)))
     if everyone:
         losses, gradients = zip(*everyone, strict=True)
-        on_ranks, formula = run.evidence.on_ranks, "torch's, of gathered logits"
+        on_ranks, formula = run.evidence.on_ranks, "torch's, of gathered logits in float64"
         tolerance = TOLERANCE[run.precision.name]
         name = f"loss with label smoothing {SMOOTHING}"
         on_ranks(name, formula, 0, losses, tolerance.loss, correctness=True)

@@ -72,9 +72,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int) 
             f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)}: each of the {axis.size} ranks holds "
             f"{mark.length} of a vocabulary of {vocabulary}"
         )
-    return _CrossEntropy.apply(logits, targets, axis, mark)
+    return _CrossEntropy.apply(wide(logits), targets, axis, mark)
 
 
 def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
     """This rank's share of the loss of `core.model.gpt.token_loss`: summed over its tokens, divided by all `tokens`."""
-    return cross_entropy(wide(logits), targets, axis.labelled("loss"), vocabulary).sum() / tokens
+    return cross_entropy(logits, targets, axis.labelled("loss"), vocabulary).sum() / tokens
