@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 expert_parallel/router.py
 
-    read: router.py:33-87; then engine/router.py
+    read: router.py:34-88; then engine/router.py
 
 Top-k gating: Shazeer et al. 2017 (1701.06538). Auxiliary loss and capacity: Switch (2101.03961), section 2.2. z-loss:
 ST-MoE (2202.08906), section 3. Balancing by a bias: 2408.15664. Groups of experts: DeepSeek-V3 (2412.19437), 2.1.2.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from core import comm
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT
+from core.model.precision import wide
 from core.proof.lesson import Lesson, Run
 from core.proof.rules import Rule
 from expert_parallel.engine.router import Choice
@@ -41,7 +42,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Choice:
         r, E = self.routing, self.routing.experts
-        logits = (x @ self.weight.T).to(torch.promote_types(x.dtype, torch.float32))  # (B, S, E)
+        logits = wide(x) @ wide(self.weight).T  # (B, S, E): rounded to 16 bits, it would choose other experts
         scores = logits.sigmoid() if r.score == "sigmoid" else logits.softmax(-1)
 
         # Selection: the best k by score + bias, within the best groups. The bias is in no weight, and has no gradient.

@@ -3,7 +3,7 @@
 The plain router is for one forward a step and full samples, and its losses are added to the model's. This one adds:
 losses attached to the weights, so that a pipeline's last stage need not know them; a load counted ahead over the
 micro-batches of a step; capacity where samples are sharded along the sequence; nothing counted twice where a forward is
-recomputed; logits in float32.
+recomputed.
 
 B samples, S tokens of a sample, H hidden, E experts, k of them for each token, T tokens of this rank = B S
 """
