@@ -7,7 +7,7 @@ weights, gradients and optimizer state on each rank after a backward. With three
 weights and gradients of 2 bytes, and for Adam weights, momentum and variance of 4 (2 + 2 + 12); Megatron-LM's, whose
 gradients are added up in 4 bytes (2 + 4 + 12); and float32 (4 + 4 + 8), in which the course's practice runs.
 
-read: memory.py:32-91; then engine/engine.py, evidence/memory.py
+read: memory.py:32-93; then engine/engine.py, evidence/memory.py
 
 Ψ parameters, N ranks, K bytes of optimizer state a parameter
 """
