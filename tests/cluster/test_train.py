@@ -207,3 +207,10 @@ def test_a_checkpoint_of_another_model_stops_it(pool: Pool, tmp_path: Path) -> N
     assert outcome.codes == [1, 1]
     assert "its model has layers 4, this run's 6" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_the_one_process_follows_where_a_rounding_decides_on_an_expert(pool: Pool) -> None:
+    """Left to itself it sends some tokens elsewhere, and the biases of selection go apart from there on."""
+    flags = ("--dtype", "bfloat16", "--experts", "8", "--ep", "2", "--dp", "2", "--bias-rate", "0.1", "--batch", "16")
+    run = pool.script(2, "cluster/train.py", *flags, "--steps", "2", "--sample", "0")
+    assert run.codes == [0, 0], run.out + run.err
