@@ -127,7 +127,7 @@ def test_weights_go_out_and_in_and_the_text_is_of_the_trained_model(pool: Pool, 
     into = pool.script(4, "cluster/train.py", *QUICK, "--pp", "2", "--dp", "2", "--lr", "1e-9", "--init", path)
     assert into.codes == [0] * 4, into.err
     assert before_and_after(into.out)[0] == before_and_after(out.out)[1]
-    config = GPTConfig(sequence=16, hidden=16, layers=4, heads=4)
+    config = GPTConfig(sequence=16, hidden=16, layers=4, heads=16, feed_forward=240)
     model = Oracle(config, 0, torch.device("cpu"), torch.float64, torch.optim.SGD, 1.0).model
     inputs, targets = Text(None, 16).split(HELD_OUT)[1].batch(0, 0, 8)
     with torch.no_grad():
