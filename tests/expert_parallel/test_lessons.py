@@ -18,7 +18,22 @@ from expert_parallel.evidence.flags import add_flags, add_parallel_flags, check
 from expert_parallel.evidence.upcycle import shards
 from tests.pool import Pool
 
-QUICK = ("--steps", "2", "--batch", "8", "--sequence", "16", "--hidden", "16", "--layers", "1", "--feed-forward", "16")
+QUICK = (
+    "--steps",
+    "2",
+    "--batch",
+    "8",
+    "--sequence",
+    "16",
+    "--hidden",
+    "16",
+    "--heads",
+    "2",
+    "--layers",
+    "1",
+    "--feed-forward",
+    "16",
+)
 
 
 RANKS = [("router", 2), ("moe", 2), ("dispatch", 8), ("upcycle", 4), ("train", 4), ("dispatch", 1)]
