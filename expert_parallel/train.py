@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 expert_parallel/train.py
 
-    read: train.py:34-65; dispatch.py:33-97; then evidence/training.py
+    read: train.py:35-66; dispatch.py:33-97; then evidence/training.py
 
 Balance is not only a matter of learning. All ranks wait for the one whose experts have the most tokens, and a rank must
 have the memory for what arrives there. So the two trainings are shown by rank: rows computed, rows exchanged, bytes.
@@ -24,6 +24,7 @@ from core.proof.lesson import Lesson, Run
 from core.proof.rules import Rule
 from expert_parallel.dispatch import parallelize
 from expert_parallel.engine.routing import MoEConfig
+from expert_parallel.evidence.course import show_course
 from expert_parallel.evidence.flags import add_flags, add_parallel_flags, check, ep_of, moe_of
 from expert_parallel.evidence.train import claim_work, count_rows, described, show_balance, show_work, work_of
 from expert_parallel.evidence.training import Trained, Version, claim_equal, engine, mesh_of, routers, train_versions
@@ -81,6 +82,7 @@ def lesson(run: Run) -> None:
         show_balance(run, trained)
         show_work(run, work)
         claim_work(run, trained, work)
+        show_course(run)
 
 
 def versions_of(run: Run, moe: MoEConfig) -> dict[str, Version]:

@@ -28,7 +28,7 @@ from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
 from core.proof.trainable import Replica
 from core.shards import shard_of
-from megatron_tp.evidence.memory import claim_memory, claim_parameters, measure, show_memory
+from megatron_tp.evidence.memory import claim_memory, claim_parameters, measure, show_course, show_memory
 from megatron_tp.evidence.rules import check_course
 from megatron_tp.evidence.training import build, train_beside_one_process
 from megatron_tp.tensor_parallel import parallelize, vocab_parallel_cross_entropy
@@ -76,6 +76,7 @@ def lesson(run: Run) -> None:
     train_beside_one_process(run, config, {"plain": replica})
     claim_parameters(run, config, axis, held)
     claim_memory(run, config, held, replica)
+    show_course(run, axis)
 
 
 def course_model(args: argparse.Namespace) -> GPTConfig:

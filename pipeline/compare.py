@@ -1,4 +1,4 @@
-"""Lecture 08 and 09: every schedule side by side, and which to choose (流水并行 1F1B/1F1B Interleaved 原理).
+"""Lecture 08 and 09, CODE 03: every schedule side by side, and which to choose (流水并行 1F1B/1F1B Interleaved 原理).
 
     torchrun --nproc_per_node=8 pipeline/compare.py --costs 1 1 1 --message 0.1 --memory 8
 
@@ -15,7 +15,7 @@ when the virtual devices do. Then a case too large for a laptop, on virtual devi
 `--csv FILE` adds a schedule of your own, in the notation of torch.distributed.pipelining, one row a rank. Print one to
 start from with `python -m pipeline.schedules zb-v --stages 8 --microbatches 16 --csv`.
 
-read: compare.py:58-124; then engine/validator.py
+read: compare.py:59-125; then engine/validator.py
 
 p ranks, m micro-batches
 """
@@ -36,6 +36,7 @@ from core.proof.rules import check as check_rules
 from pipeline.engine.actions import Schedule, ScheduleError, size, stage_share, stages_of_ranks
 from pipeline.engine.validator import Verdict, validate
 from pipeline.evidence.claims import Measured, differing_actions, differing_copies, messages_by_rule
+from pipeline.evidence.course import show_course
 from pipeline.evidence.rules import CHUNKS, COMPARE, EVERY_SCHEDULE, OWN
 from pipeline.evidence.timeline import plot, show_schedule
 from pipeline.evidence.training import Engine, add_flags, measure, pipeline_axis, train_beside_one_process
@@ -182,6 +183,7 @@ def lesson(run: Run) -> None:
     run.say(f"{large} ranks, {microbatches} microbatches, on virtual devices, calculated in {seconds:.1f} s\n{missing}")
     show(run, rows, None)
     run.say(which(rows, args.memory))
+    show_course(run)
 
 
 def claim(run: Run, trained: list[tuple[Row, list[Measured]]], plans: dict[str, Verdict]) -> None:

@@ -55,6 +55,9 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int) 
     assert outcome.out.count("CODE 04") == 1, "only rank 0 speaks"
     if more:
         assert "<svg" in plot.read_text()
+    if lesson == "train":
+        assert re.search(r"6,973 +4,160 ", outcome.out), "what the course prints, and what is right"
+        assert "entropy 2.0667" in outcome.out
 
 
 @pytest.mark.parametrize(

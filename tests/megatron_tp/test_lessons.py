@@ -1,6 +1,7 @@
 """Lecture 05 and CODE 02 as a reader starts them: claims, options, refusals."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, flags: tuple
     assert f"{len(written['claims'])} of {len(written['claims'])} claims held" in outcome.out
     assert outcome.out.count("TP " if lesson == "tensor_parallel" else "CODE 02") == 1, "only rank 0 speaks"
     assert "<svg" in plot.read_text()
+    if lesson == "train":  # what the course prints, what is computed
+        for course, right in (("26,793,984", "26,793,984"), ("7,110,912", "7,110,912"), ("564.16 MB", "428.70 MB")):
+            assert re.search(rf"{course} +{right} ", outcome.out)
 
 
 OPTIONS = (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,6 +71,9 @@ def test_every_claim_holds_with_several_stages(pool: Pool, tmp_path: Path, case:
     claims = json.loads(report.read_text())["claims"]
     assert claims
     assert all(claim["holds"] for claim in claims)
+    if case == "compare":  # what the course prints of naive and 1F1B, and what is computed
+        assert re.search(r"8\.8 ms, bubble 0\.000, +384 F, bubble 0\.750 ", outcome.out)
+        assert re.search(r"57\.2 ms, bubble 0\.094, +105 F, bubble 0\.086 ", outcome.out)
 
 
 def test_a_schedule_of_ones_own(pool: Pool, tmp_path: Path) -> None:
