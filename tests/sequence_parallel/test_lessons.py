@@ -32,18 +32,18 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int, 
     if lesson == "ring_attention":
         assert claims["contiguous / zigzag"] == pytest.approx(2 - 1 / ranks)
     if lesson == "activations":
-        within_one_percent(claims, ranks)
+        as_in_the_paper(claims, ranks)
 
 
-def within_one_percent(claims: dict[str, float], t: int) -> None:
+def as_in_the_paper(claims: dict[str, float], t: int) -> None:
     """With the lesson's own sizes: the paper's formulas but for the LayerNorms' statistics."""
     a, s, h = 16, 48, 80
-    core = 5 * a * s / h
+    core, statistics = 5 * a * s / h, 2 * 2 * 4 / h  # mean and deviation of a token in two LayerNorms, in float32
     paper = {"one process": 34 + core, "TP": 10 + 24 / t + core / t, "TP + SP": (34 + core) / t, "TP, full": 2,
              "TP, selective": 10 + 24 / t, "TP + SP, selective": 34 / t}  # fmt: skip
     for name, figure in paper.items():
         for rank in range(t):
-            assert figure <= claims[f"bytes saved / sbh, {name}, rank {rank}"] <= 1.01 * figure
+            assert 0 <= claims[f"bytes saved / sbh, {name}, rank {rank}"] - figure <= statistics + 1e-9
 
 
 DROPOUT = ("--dropout=0.2", "--attention=softmax")
