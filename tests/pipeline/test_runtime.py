@@ -30,6 +30,7 @@ from pipeline.runtime import PlainPipeline
 from pipeline.schedules import SCHEDULES, build, from_csv
 from pipeline.stages import Copies, each_stage, partition
 from pipeline.zero_bubble import defer_wgrads
+from sequence_parallel.engine.recompute import recompute
 from tests.pool import Pool
 
 CPU, SEQUENCE, CLIP = torch.device("cpu"), 8, 0.5
@@ -152,6 +153,57 @@ def test_any_valid_schedule_runs(pool: Pool) -> None:
         for row, cells in zip(build("gpipe", 2, 4), rows, strict=True)
     ]
     check_against_one_process(pool, 2, [(GPTConfig(sequence=SEQUENCE, hidden=16, layers=2, heads=2), schedule)])
+
+
+RECOMPUTED = [("dualpipe", "full"), ("dualpipe", "selective"), ("dualpipev", "full"), ("zb-v", "full")]
+
+
+def recomputed(name: str, kind: str, runtime: str) -> tuple[dict[str, Tensor], int, int]:
+    """Gradients of a step that computes layers again in backward; on 2 ranks.
+
+    And the layers whose weights' gradients W has computed, and those of which it should.
+    """
+    axis, m = Mesh("cpu", Ledger(), 30.0, pp=2)["pp"], 6
+    schedule = build(name, 2, m)
+    count, mine = size(schedule)[0], stages_of_ranks(schedule)[axis.index]
+    config = GPTConfig(sequence=SEQUENCE, hidden=16, layers=count, heads=2, attention="softmax", dropout=0.2)
+    model = recompute(materialize(partition(GPT(config), mine, count), 7, CPU, torch.float64), kind)
+    masks, copies = use_masks(model, SampleMasks(7)), Copies(model, axis, stages_of_ranks(schedule))
+    stages = each_stage(model, mine, count)
+    arguments = (stages, partial(token_loss, tokens=m * SEQUENCE), schedule, axis, (1, SEQUENCE, 16))
+    inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in batch(0, m))
+    trace = Trace(VirtualClock(CPU), SavedActivations([]))
+    if runtime == "engine":
+        pipeline = Pipeline(*arguments, torch.float64, CPU, masks)
+        pipeline.step(inputs, targets, trace=trace)
+    else:
+        pipeline = PlainPipeline(*arguments, torch.float64, CPU, masks, defer_wgrads(model))
+        pipeline.step(inputs, targets)
+    pipeline.close()
+    copies.sum_gradients()
+    linears = {s: sum(isinstance(layer, nn.Linear) for layer in stage.modules()) for s, stage in stages.items()}
+    split = sum(linears[action.stage] for action in schedule[axis.index] if action.kind == "W")
+    gradients = {model.full_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return gradients, trace.deferred_layers, split
+
+
+@pytest.mark.parametrize("runtime", ["plain", "engine"])
+@pytest.mark.parametrize(("name", "kind"), RECOMPUTED)
+def test_recomputation_knows_whether_its_w_comes_later(pool: Pool, name: str, kind: str, runtime: str) -> None:
+    """The bug: a layer that is computed again within an I computes its weights' gradients there, or within a B defers.
+
+    Only a schedule with both kinds of backward, as DualPipe's, tells: the last one before decides.
+    """
+    results = pool.run(2, recomputed, name, kind, runtime)
+    schedule = build(name, 2, 6)
+    layers = size(schedule)[0]
+    config = GPTConfig(sequence=SEQUENCE, hidden=16, layers=layers, heads=2, attention="softmax", dropout=0.2)
+    _, _, oracle = one_process(config, 6, (), 1)
+    found = [(name, gradient) for gradients, _, _ in results for name, gradient in gradients.items()]
+    assert worst_difference(found, oracle.gradients) < 1e-10
+    for _, deferred, split in results:
+        assert split > 0
+        assert runtime == "plain" or deferred == split
 
 
 def misplaced() -> str:
