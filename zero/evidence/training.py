@@ -84,6 +84,7 @@ class Plain:
 
     def __init__(self, run: Run, axis: Axis, technique: Callable[..., Technique]):
         self.model, self.data, self.axis = *make_model(run, axis), axis
+        self.gradient_types = watch_gradient_types(self.model)
         names = {p: name for name, p in self.model.named_parameters()}
         self.dtype = run.dtype
         self.technique = technique(self.model, axis, optimizer_of(run), run.precision.master)
@@ -155,6 +156,7 @@ class Fast:
 
     def __init__(self, run: Run, axis: Axis, make_engine: Callable[..., Engine]):
         self.model, self.data, self.axis = *make_model(run, axis), axis
+        self.gradient_types = watch_gradient_types(self.model)
         options = {"master": run.precision.master, "elements": run.args.bucket}
         self.engine = engine = make_engine(self.model, axis, optimizer_of(run), **options)
         self.buckets = engine.buckets
@@ -186,6 +188,14 @@ def watch_weights(model: GPT) -> Callable[[], int]:
     for block in model.blocks.values():
         block.register_forward_hook(sample)
     return lambda: found[0]
+
+
+def watch_gradient_types(model: GPT) -> set[torch.dtype]:
+    """In which types autograd adds up gradients from now on. Before an engine takes them away: hooks have an order."""
+    found: set[torch.dtype] = set()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: found.add(p.grad.dtype))
+    return found
 
 
 def data_axis(run: Run) -> Axis:
@@ -235,6 +245,7 @@ def teach(
         observe(name, each)
     compared = train(run, trained, make_oracle(run))
     sent = {name: run.job.gather(sent_in_a_step(run, each.axis)) for name, each in trained.items()}
+    types = {name: run.job.gather(each.gradient_types) for name, each in trained.items()}
     if run.job.rank == 0:
         expected = elements(run.args.microbatches, axis.size)
         for name, each in trained.items():
@@ -244,7 +255,16 @@ def teach(
             title = f"Sent by each of {axis.size} ranks in a step"
             bars(run.args.plot, title, "elements", [*sent["plain"][0]], series)
         claim_equal(run, compared)
+        claim_gradient_types(run, types)
     return trained
+
+
+def claim_gradient_types(run: Run, types: dict[str, list[set[torch.dtype]]]) -> None:
+    """A sum of a few micro-batches in 16 bits is off by no more than one of them: only its type tells. On rank 0."""
+    usual = run.precision.gradients
+    claim = f"gradients are added up in {str(usual).removeprefix('torch.')}"
+    cases = [(f"{claim} ({name})", 0, len(set().union(*ranks) - {usual})) for name, ranks in types.items()]
+    run.evidence.each(claim, "0 other types", cases, correctness=True)
 
 
 def sent_in_a_step(run: Run, axis: Axis) -> dict[str, float]:
