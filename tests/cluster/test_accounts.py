@@ -231,7 +231,7 @@ MUTATIONS = {
     "sequence parallelism sends as much": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, sp=False)), {"tp"}),
     "the ends send nothing": (traffic, "ends_tp", lambda *_: 0, {"tp"}),
     "all microbatches are in flight": (activations, "in_flight", as_gpipe, {"activations"}),
-    "no master weights": (memory, "state_sizes", lambda o, size: (size, size, 2 * size), {"optimizer"}),
+    "no master weights": (memory, "state_sizes", lambda o, size: (size, size, 2 * size), {"optimizer", "gradients"}),
     "every stage has both ends": (memory, "ends_of", lambda *_: (True, True), EVERYTHING - {"activations"}),
     "activations are not sharded": (
         activations, "layer_saved", lambda o, m, x, *rest: o(m, replace(x, sp=False), *rest), {"activations"},
