@@ -226,6 +226,7 @@ MUTATIONS = {
     "messages as in 1F1B": (traffic, "messages", as_1f1b, {"pp"}),
     "a message is not sharded": (traffic, "message", lambda o, m, x: o(m, replace(x, sp=False)), {"pp"}),
     "gradients are reduced once": (traffic, "times_reduced", lambda *_: 2, {"dp"}),
+    "gradients are reduced in 16 bits": (traffic, "gradients_reduced", lambda *_: 0, {"dp"}),
     "replicated parameters' gradients are not summed": (traffic, "replicated_parameters", lambda *_: 0, {"tp"}),
     "nothing is computed again": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, recompute="none")), {"tp"}),
     "sequence parallelism sends as much": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, sp=False)), {"tp"}),
