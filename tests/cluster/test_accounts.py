@@ -20,6 +20,7 @@ from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.model.gpt import GPT, GPTConfig
+from core.model.precision import POLICIES, Precision
 from core.model.text import Text
 from core.proof.memory import SavedActivations
 from expert_parallel.engine.routing import MoEConfig, Routing
@@ -27,16 +28,16 @@ from pipeline.evidence.claims import messages_by_rule
 from pipeline.schedules import build
 from tests.pool import Pool
 
-CPU, FLOAT64 = torch.device("cpu"), torch.float64
+CPU, FLOAT64, BF16 = torch.device("cpu"), POLICIES["float64"], POLICIES["bfloat16"]
 PLAIN = partial(torch.optim.AdamW, lr=1e-3)
 
 
-def accounts(cases: list[tuple[GPTConfig, Layout, torch.dtype]]) -> list[tuple[int, Account]]:
+def accounts(cases: list[tuple[GPTConfig, Layout, Precision]]) -> list[tuple[int, Account]]:
     """One step of each case on one rank: its index in the pipeline, and what it held and sent."""
     found = []
-    for config, layout, dtype in cases:
+    for config, layout, precision in cases:
         mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
-        found.append((mesh["pp"].index, one_step(config, layout, mesh, dtype, PLAIN)))
+        found.append((mesh["pp"].index, one_step(config, layout, mesh, precision, PLAIN)))
     return found
 
 
@@ -119,9 +120,35 @@ def test_what_a_rank_with_experts_holds_and_sends(pool: Pool) -> None:
             assert mean == pytest.approx(value, rel=near), (layout, what)
 
 
+SPLIT_EXPERTS = Layout(pp=2, dp=2, ep=2, schedule="zb-h1", microbatch=4, microbatches=4)
+SHARED = {"feed_forward": 16, "shared": 96}  # so large that it shows where it is left out
+
+
+def activations_of_experts(config: GPTConfig) -> tuple[int, int]:
+    """Index in the pipeline and peak of activations, with a shared expert and backward split into dgrad and wgrad."""
+    mesh = make_mesh(SPLIT_EXPERTS, "cpu", Ledger(), 30.0)
+    moe = MoEConfig(Routing(experts=EXPERTS, top_k=2, aux=0.0, z=0.0), **SHARED)
+    worker = Worker(TrainSpec(config, moe, SPLIT_EXPERTS, 0, FLOAT64, CPU, PLAIN), mesh)
+    saved = SavedActivations(worker.model.parameters())
+    worker.forward_backward(0, *Text(None, config.sequence).batch(0, 0, SPLIT_EXPERTS.batch), saved)
+    worker.close()
+    return mesh["pp"].index, saved.peak
+
+
+def test_what_a_split_backward_keeps_of_experts(pool: Pool) -> None:
+    """Bug: what a W still needs leaves out the shared expert , or the routed ones. Tokens choose nearly evenly."""
+    config = GPTConfig(**SMALL)
+    model = replace(config, experts=EXPERTS, top_k=2, expert_feed_forward=16, shared_feed_forward=96)
+    everyone = pool.run(4, activations_of_experts, config)
+    for rank in range(SPLIT_EXPERTS.pp):
+        peaks = [peak for index, peak in everyone if index == rank]
+        formula = rank_memory(model, SPLIT_EXPERTS, rank, itemsize=8).activations
+        assert sum(peaks) / len(peaks) == pytest.approx(formula, rel=0.05), rank
+
+
 # Every second one in bfloat16.
 RUNS = {
-    name: (GPTConfig(**SMALL | sizes), layout, (torch.bfloat16, FLOAT64)[i % 2])
+    name: (GPTConfig(**SMALL | sizes), layout, (BF16, FLOAT64)[i % 2])
     for i, (name, (sizes, layout)) in enumerate(CASES.items())
 }
 Measured = dict[str, list[tuple[int, Account]]]
@@ -142,14 +169,14 @@ def measured(pool: Pool) -> Measured:
 def differences(measured: Measured) -> set[tuple]:
     """Where formula and measurement differ: (case, what, rank, measured, formula)."""
     wrong = set()
-    for name, (config, layout, dtype) in RUNS.items():
+    for name, (config, layout, precision) in RUNS.items():
         for rank, (index, count) in enumerate(measured[name]):
-            for _, what, formula, value in compared(count, config, layout, index, dtype.itemsize):
+            for _, what, formula, value in compared(count, config, layout, index, precision.parameters.itemsize):
                 near = 0.001
                 if what == "activations" and name in SPLIT:
                     near = 0.01
                 if what == "tp" and layout.sp and layout.zero:  # a shard has more or fewer replicated parameters
-                    near = 0.01
+                    near = 0.015
                 positions = 8 * config.sequence * (what == "activations" and layout.cp > 1)  # or only this rank's
                 if value != pytest.approx(formula, rel=near, abs=positions):
                     wrong.add((name, what, rank, value, formula))
@@ -176,9 +203,9 @@ PRETENDED = (
 def test_a_dry_run_equals_real_ranks(measured: Measured) -> None:
     """What a rank holds and sends does not depend on numbers, nor on whether somebody answers."""
     for i, name in enumerate(PRETENDED):
-        config, layout, dtype = RUNS[name]
+        config, layout, precision = RUNS[name]
         rank = 3 * i % layout.ranks
-        assert account(config, layout, rank, dtype) == measured[name][rank][1], (layout, rank)
+        assert account(config, layout, rank, precision) == measured[name][rank][1], (layout, rank)
 
 
 def twice(original: Callable, *sizes: object) -> object:
@@ -199,12 +226,13 @@ MUTATIONS = {
     "messages as in 1F1B": (traffic, "messages", as_1f1b, {"pp"}),
     "a message is not sharded": (traffic, "message", lambda o, m, x: o(m, replace(x, sp=False)), {"pp"}),
     "gradients are reduced once": (traffic, "times_reduced", lambda *_: 2, {"dp"}),
+    "gradients are reduced in 16 bits": (traffic, "gradients_reduced", lambda *_: 0, {"dp"}),
     "replicated parameters' gradients are not summed": (traffic, "replicated_parameters", lambda *_: 0, {"tp"}),
     "nothing is computed again": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, recompute="none")), {"tp"}),
     "sequence parallelism sends as much": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, sp=False)), {"tp"}),
     "the ends send nothing": (traffic, "ends_tp", lambda *_: 0, {"tp"}),
     "all microbatches are in flight": (activations, "in_flight", as_gpipe, {"activations"}),
-    "no master weights": (memory, "state_sizes", lambda o, size: (size, size, 2 * size), {"optimizer"}),
+    "no master weights": (memory, "state_sizes", lambda o, size: (size, size, 2 * size), {"optimizer", "gradients"}),
     "every stage has both ends": (memory, "ends_of", lambda *_: (True, True), EVERYTHING - {"activations"}),
     "activations are not sharded": (
         activations, "layer_saved", lambda o, m, x, *rest: o(m, replace(x, sp=False), *rest), {"activations"},

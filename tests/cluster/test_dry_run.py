@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import torch
 
 from cluster import rules
 from cluster.dry_run import NEAR, SHOWN, Account, account, check_built, compared, index_on_axes, refuse
@@ -14,22 +13,25 @@ from cluster.run import build
 from core import comm
 from core.model.gpt import GPTConfig
 from core.model.linear import Deferred
+from core.model.precision import POLICIES
 from core.proof.memory import SavedActivations
 from pipeline.stages import Copies
 from tests.pool import Pool
 from zero.engine.engine import Engine, data_parallel
 
-BF16, FLOAT64 = torch.bfloat16, torch.float64
+BF16 = POLICIES["bfloat16"]
 GPT3 = models.PRESETS["gpt3-175b"]
 
 
 def differences(model: GPTConfig, layout: Layout, rank: int, found: Account) -> dict[tuple[str, str], float]:
     """Relative, where they are more than the tolerance."""
-    cases = compared(found, model, layout, index_on_axes(layout, rank)["pp"], BF16.itemsize)
+    cases = compared(found, model, layout, index_on_axes(layout, rank)["pp"], BF16.parameters.itemsize)
     apart = {
         (what, kind): abs(measured / expected - 1) if expected else 1.0 for what, kind, expected, measured in cases
     }
-    return {name: difference for name, difference in apart.items() if not difference <= NEAR}
+    # Of what sp sums a shard of ZeRO has more or fewer; in a small model that is more than elsewhere.
+    tp = 2 * NEAR if layout.sp and layout.zero and model.hidden < 128 else NEAR
+    return {name: apart for name, apart in apart.items() if not apart <= (tp if name[1] == "tp" else NEAR)}
 
 
 FEWER = replace(GPT3, name="an eighth of its layers", layers=12)  # where there is no pipeline, to save time

@@ -1,0 +1,129 @@
+"""Put each known bug into the combined run, and see which of its claims fail: a check that cannot fail proves nothing.
+
+Tiny runs on 4 ranks, all in one call: with experts and sequence parallelism, without, and with a pipeline.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cluster import train
+from cluster.planner import traffic
+from cluster.run import build, worker
+from cluster.run.arguments import add_all_flags
+from cluster.run.worker import Worker
+from core.model.precision import POLICIES
+from core.model.seeded import SampleMasks
+from core.proof.launch import Job, Stop
+from core.proof.lesson import Lesson, Run
+from pipeline.stages import Copies
+from tests.pool import Pool
+from zero.engine.engine import Engine
+
+SIZES = {"steps": 2, "batch": 8, "sequence": 8, "hidden": 16, "heads": 4, "layers": 2, "sample": 0, "clip": 0.05,
+         "warmup": 3, "lr": 0.01, "dropout": 0.2, "attention": "softmax", "dtype": "float64"}  # fmt: skip
+LAYOUTS = {
+    "experts": "--tp 2 --dp 2 --sp --zero 1 --microbatches 2 --experts 4 --ep 4 --bias-rate 0.01",
+    "dense": "--tp 2 --dp 2 --zero 1 --microbatches 2",
+    "pipeline": "--pp 2 --dp 2 --zero 1 --microbatches 2",
+}
+LOSS, NORM, GRADIENT, PARAMETER, SENT = (
+    "losses",
+    "the global gradient norm",
+    "every gradient",
+    "every param",
+    "elements",
+)
+
+
+def instead(owner: Any, name: str, wrong: Callable) -> AbstractContextManager:
+    """`wrong` is called with what was there, and the arguments."""
+    right = getattr(owner, name)
+    return patch.object(owner, name, lambda *arguments, **named: wrong(right, *arguments, **named))
+
+
+def twice(right: Callable, *arguments: Any) -> None:
+    right(*arguments)
+    right(*arguments)
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def samples_of_the_first(right: Callable, self: Worker, batch: Any) -> Any:
+    half = [t[: len(t) // self.mesh["dp"].size].repeat(self.mesh["dp"].size, 1) for t in batch]
+    return right(self, half)
+
+
+Bug = tuple[str, Callable[[], AbstractContextManager], str]
+BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
+    "the norm misses the experts": ("experts", lambda: instead(worker, "hypot", lambda _, a, b: a), NORM),
+    "an evaluation leaves the router's load": ("experts", lambda: instead(worker, "forget", nothing), PARAMETER),
+    "replicated gradients are not summed under sp": (
+        "experts", lambda: instead(Worker, "_sum_over_tp", nothing), GRADIENT,
+    ),
+    "experts' gradients over the wrong axis": (
+        "experts", lambda: instead(build, "expert_parameters", lambda *_: []), GRADIENT,
+    ),
+    "masks of the first micro-batch in all": (
+        "dense", lambda: instead(SampleMasks, "at", lambda right, self, _: right(self, 0)), LOSS,
+    ),
+    "the loss of every rank of tp": ("dense", lambda: instead(Worker, "_once_over_tp", lambda _, __, x: x), LOSS),
+    "the norm counts what is replicated twice": ("dense", lambda: instead(Worker, "_counted", lambda *_: True), NORM),
+    "the learning rate of the step before": (
+        "dense", lambda: instead(Worker, "set_lr", lambda right, self, lr: right(self, lr - 0.01 / 3)), PARAMETER,
+    ),
+    "gradients are not zeroed": ("dense", lambda: instead(Engine, "zero_grad", nothing), GRADIENT),
+    "clipped by half of the norm": (
+        "dense", lambda: instead(Engine, "clip_by", lambda right, self, c, norm: right(self, c, norm / 2)), PARAMETER,
+    ),
+    "every rank of dp takes the first samples": (
+        "dense", lambda: instead(Worker, "split", samples_of_the_first), LOSS,
+    ),
+    "the planner reduces gradients twice": (
+        "dense", lambda: instead(traffic, "times_reduced", lambda right, x: 2 * right(x)), SENT,
+    ),
+    "tied copies are summed twice": ("pipeline", lambda: instead(Copies, "sum_gradients", twice), GRADIENT),
+    "tied copies are not summed": ("pipeline", lambda: instead(Copies, "sum_gradients", nothing), GRADIENT),
+    "the norm counts both tied copies": ("pipeline", lambda: instead(Copies, "counted_here", lambda *_: True), NORM),
+}  # fmt: skip
+
+
+def failing_claims(layout: str, bug: Callable[[], AbstractContextManager]) -> list[str]:
+    frame = Lesson("cluster/train.py", "02", "", "", "")
+    add_all_flags(frame)
+    args = frame.parser.parse_args([*(f"--{name}={value}" for name, value in SIZES.items()), *LAYOUTS[layout].split()])
+    job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
+    run = Run(args, job, POLICIES["float64"])
+    with bug():
+        try:
+            train.lesson(run)
+        except Stop as stop:
+            return [f"stopped: {stop}"]
+    return [claim.claim for claim in run.evidence.claims if not claim.holds]
+
+
+def with_every_bug() -> dict[str, list[str]]:
+    found = {layout: failing_claims(layout, nullcontext) for layout in LAYOUTS}
+    return found | {name: failing_claims(layout, bug) for name, (layout, bug, _) in BUGS.items()}
+
+
+@pytest.fixture(scope="module")
+def failed(pool: Pool) -> dict[str, list[str]]:
+    return pool.run(4, with_every_bug, timeout=100)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_a_bug_every_claim_holds(failed: dict[str, list[str]], layout: str) -> None:
+    assert failed[layout] == []
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_claims_catch(failed: dict[str, list[str]], name: str) -> None:
+    assert any(claim.startswith(BUGS[name][2]) for claim in failed[name]), failed[name]
