@@ -21,7 +21,7 @@ sys.argv = [script, *flags]
 runpy.run_path(tree + "/" + script, run_name="__main__")
 """
 RANKS = 2
-FLAGS = ("--steps=2", "--batch=8", "--sequence=8", "--hidden=16", "--layers=2")
+FLAGS = ("--steps=2", "--batch=8", "--sequence=8", "--hidden=16", "--heads=4", "--layers=2")
 
 
 class Break(NamedTuple):
