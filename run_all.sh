@@ -52,7 +52,8 @@ lessons=(
 if ((NPROC % 4 == 0)); then  # what the defaults have not got: experts, sp, cp and dropout
   lessons+=(
     "cluster/train.py --tp 2 --sp --experts 4 --ep 2 --bias-rate 0.01 --zero 1 --dtype float64"
-    "cluster/train.py --cp 2 --pp 2 --attention softmax --dropout 0.1 --schedule zb-h1"
+    "cluster/train.py --cp 2 --pp 2 --schedule zb-h1"
+    "cluster/train.py --tp 2 --dp 2 --zero 1 --microbatches 2 --attention softmax --dropout 0.1"
   )
 fi
 if ((NPROC % 8 == 0)); then

@@ -106,10 +106,10 @@ def claim_losses(run: Run, first: int, before: float, after: float) -> None:
     run.say(f"validation loss {before:.4f} before, {after:.4f} after")
     if run.job.rank:
         return
-    if first:
+    if first or run.args.save:  # also where a run that should go on has begun at 0
         done = max(first, run.args.steps)
         run.evidence.claim("losses, with those of the checkpoint", "one a step", done, len(run.losses))
-    elif run.args.steps >= FALLS and not run.args.init:
+    if not first and run.args.steps >= FALLS and not run.args.init:
         run.evidence.claim("validation loss has fallen", "0 above that before", 0, max(0.0, after - before))
 
 

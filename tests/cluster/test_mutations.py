@@ -5,6 +5,7 @@ Tiny runs on 4 ranks, all in one call: with experts and sequence parallelism, wi
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -95,10 +96,38 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
 }  # fmt: skip
 
 
-def failing_claims(layout: str, bug: Callable[[], AbstractContextManager]) -> list[str]:
+RESUMED: dict[str, tuple[Callable[[], AbstractContextManager], str]] = {  # bugs where a run goes on, and what fails
+    "it goes on one step too early": (
+        lambda: instead(train, "resume", lambda right, *arguments: right(*arguments) - 1), LOSS,
+    ),
+    "and one too late": (lambda: instead(train, "resume", lambda right, *arguments: right(*arguments) + 1), LOSS),
+    "weights are not published": (lambda: instead(Engine, "publish", nothing), LOSS),
+}  # fmt: skip
+
+
+def resumed_with_every_bug(folder: str) -> dict[str, list[str]]:
+    """One step, saved; then on to the third, with and without each bug."""
+    found = {}
+    for name, bug in {"": nullcontext, **{name: bug for name, (bug, _) in RESUMED.items()}}.items():
+        save = ["--save", f"{folder}/{name}", "--save-every", "1"]
+        first = failing_claims("dense", nullcontext, *save, "--steps", "1")
+        found[name] = first + failing_claims("dense", bug, *save, "--steps", "3")
+    return found
+
+
+def test_the_claims_of_a_run_that_goes_on(pool: Pool, tmp_path: Path) -> None:
+    found = pool.run(4, resumed_with_every_bug, str(tmp_path))[0]
+    assert found[""] == []
+    for name, (_, claim) in RESUMED.items():
+        assert any(failed.startswith(claim) for failed in found[name]), (name, found[name])
+
+
+def failing_claims(layout: str, bug: Callable[[], AbstractContextManager], *more: str) -> list[str]:
     frame = Lesson("cluster/train.py", "02", "", "", "")
     add_all_flags(frame)
-    args = frame.parser.parse_args([*(f"--{name}={value}" for name, value in SIZES.items()), *LAYOUTS[layout].split()])
+    args = frame.parser.parse_args(
+        [*(f"--{name}={value}" for name, value in SIZES.items()), *LAYOUTS[layout].split(), *more]
+    )
     job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo", 30.0)
     run = Run(args, job, POLICIES["float64"])
     with bug():
