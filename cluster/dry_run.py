@@ -40,7 +40,7 @@ from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout, given, layout_from
 from cluster.planner.memory import parameters, rank_memory, state_sizes
 from cluster.planner.options import add_case_flags, model_of
-from cluster.planner.traffic import sent_bytes
+from cluster.planner.traffic import sent_bytes, summed_over_tp
 from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.worker import Worker, sent_by_axis
 from core.ledger import Ledger
@@ -197,12 +197,14 @@ def show(run: Run, model: ModelConfig, layout: Layout, rank: int) -> None:
         return
     found, rows = dry_run(model, layout, rank, run.precision), []
     padding = bucket_padding(model, layout, index["pp"], itemsize)
+    # Of the gradients that sp sums a shard of ZeRO may have any number.
+    uneven = {"tp": max(4, itemsize) * summed_over_tp(model, layout, index["pp"])} if layout.zero else {}
     for what, kind, expected, measured in compared(found, model, layout, index["pp"], itemsize):
         elements = f"{found.sent.get(kind, 0.0):,.0f}" if what != "held" else ""
         apart = f"{measured / expected - 1:+.3%}" if expected else "not planned"
         rows.append((what, kind, elements, measured / 1e9, expected / 1e9, apart))
         formula = f"{expected:,.0f} by the planner, within {NEAR:.0%}"
-        near = NEAR * expected + (padding.get(kind, 0) if what == "held" else 0)
+        near = NEAR * expected + (padding if what == "held" else uneven).get(kind, 0)
         run.evidence.claim(f"bytes {what}: {kind}", formula, expected, measured, near)
     header = ("", "", "elements", "GB, this run", "GB, planner", "difference")
     run.say(tabulate(rows, header, floatfmt=",.4f"))
