@@ -134,7 +134,8 @@ def show(run: Run, problem: Problem, schedules: list[Found]) -> None:
         in_flight = max(verdict.in_flight) * stage_share(found.schedule)
         rows.append((found.name, found.makespan, found.makespan / work - 1, in_flight))
     run.say(f"\nwith the measured times, --message {problem.message:g} and --memory {problem.memory:g}:")
-    run.say(tabulate(rows, ("schedule", "a step, in virtual time", "over equal work, no bubble", "in flight"), floatfmt=".3f"))
+    header = ("schedule", "a step, in virtual time", "over equal work, no bubble", "in flight")
+    run.say(tabulate(rows, header, floatfmt=".3f"))
 
 
 if __name__ == "__main__":
