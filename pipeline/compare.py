@@ -170,7 +170,7 @@ def lesson(run: Run) -> None:
         plot(args.plot, {name: plan.events for name, plan in plans.items()})
     message = args.batch // m * args.sequence * args.hidden * run.dtype.itemsize
     times = f"F {args.costs[0]:g}, I {args.costs[1]:g}, W {args.costs[2]:g}, a message {args.message:g}"
-    run.say(f"\n{p} ranks, {m} microbatches, in virtual time: {times}; of activations and parameters 1/p of the model = 1")
+    run.say(f"\n{p} ranks, {m} microbatches, in virtual time: {times}; activations, parameters: 1/p of the model = 1")
     run.say(missing)
     show(run, rows, message)
     run.say(which(rows, args.memory) + "\n")
