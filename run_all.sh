@@ -4,7 +4,7 @@
 #   ./run_all.sh              8 ranks a lesson
 #   NPROC=4 ./run_all.sh      4 ranks
 # Each rank is a process of its own with torchrun's environment, but forked from one that has imported torch already:
-# on two cores most of the time of a short run is eight imports of torch.
+# on two cores most of the time of a short run is eight imports of torch. Two lessons run at a time, because ranks wait.
 # Goes on after a failure; exits 1 if a lesson failed, 2 if it cannot start at all.
 set -u
 cd "$(dirname "$0")" || exit 2
@@ -53,7 +53,7 @@ if ((NPROC % 4 == 0)); then  # what the defaults have not got: experts, sp, cp a
   lessons+=(
     "cluster/train.py --tp 2 --sp --experts 4 --ep 2 --bias-rate 0.01 --zero 1 --dtype float64"
     "cluster/train.py --cp 2 --pp 2 --schedule zb-h1"
-    "cluster/train.py --tp 2 --dp 2 --zero 1 --microbatches 2 --attention softmax --dropout 0.1"
+    "cluster/train.py --tp 2 --pp 1 --zero 1 --microbatches 2 --attention softmax --dropout 0.1"
   )
 fi
 if ((NPROC % 8 == 0)); then

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from tests.pool import Outcome, Pool
+from tests.pool import Outcome, Pool, Running
 
 STEPS = "2"
+BY_THE_CLOCK = "cluster/topology.py"  # claims what it measures in seconds: runs alone. The others run two at a time
 
 
 def show(lesson: str, ranks: int, outcome: Outcome, report: Path) -> tuple[str, str, str, str]:
@@ -29,17 +30,28 @@ def show(lesson: str, ranks: int, outcome: Outcome, report: Path) -> tuple[str, 
 
 def main(ranks: int, lessons: list[str]) -> int:
     pool, rows = Pool(), []
+    running: list[tuple[str, Running, Path]] = []
+
+    def end_first() -> None:
+        lesson, job, report = running.pop(0)
+        print(f"\n======== torchrun --nproc_per_node={ranks} {lesson} --steps {STEPS}", flush=True)
+        try:
+            rows.append(show(lesson, ranks, job.end(), report))
+        except AssertionError as hung:
+            print(hung, flush=True)
+            rows.append((lesson, "hung", "300", "FAILED"))
+
     with tempfile.TemporaryDirectory() as folder:
         for i, lesson in enumerate(lessons):
-            print(f"\n======== torchrun --nproc_per_node={ranks} {lesson} --steps {STEPS}", flush=True)
+            alone = lesson.startswith(BY_THE_CLOCK)
+            while len(running) > (0 if alone or any(name.startswith(BY_THE_CLOCK) for name, *_ in running) else 1):
+                end_first()
             report = Path(folder, f"{i}.json")
-            try:
-                script, *flags = lesson.split()
-                outcome = pool.script(ranks, script, *flags, "--steps", STEPS, "--report", str(report), timeout=300)
-                rows.append(show(lesson, ranks, outcome, report))
-            except AssertionError as hung:
-                print(hung, flush=True)
-                rows.append((lesson, "hung", "300", "FAILED"))
+            script, *flags = lesson.split()
+            job = pool.start(ranks, script, *flags, "--steps", STEPS, "--report", str(report), timeout=300)
+            running.append((lesson, job, report))
+        while running:
+            end_first()
     pool.close()
     print("\n" + tabulate(rows, ("lesson", "claims held", "seconds", "")))
     return int(any(row[-1] == "FAILED" for row in rows))
