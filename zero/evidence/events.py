@@ -8,6 +8,7 @@ L layers, m micro-batches a step
 """
 
 import re
+import time
 from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class Events:
         self.by_layer: list[list[str]] = [[] for _ in self.layers]
         self.prefetched = {"forward": 0, "backward": 0}
         self.left = 0
+        self._patience = 1.0  # seconds, of all looks together
         self._parameters = list(version.model.parameters())
         self._gathered: list[StorageWeakRef | None] = [None] * len(self.layers)
         weights = version.engine.sharding.weights if isinstance(version, Fast) else None
@@ -89,12 +91,19 @@ class Events:
             here = StorageWeakRef(storage)
             full = storage.nbytes() >= sum(p.numel() * p.element_size() for p in parameters)
             before = self._gathered[i]
-            if before is not None and not (full if before == here else not before.expired()):
+            if before is not None and not (full if before == here else not self._gone(before)):
                 self.by_layer[i].append("freed")
                 self._gathered[i] = before = None
             if before is None and full:
                 self.by_layer[i].append("gathered")
                 self._gathered[i] = here
+
+    def _gone(self, storage: StorageWeakRef) -> bool:
+        """Whether nobody has a hold of it. The backend's thread lets go of a buffer a moment after its collective."""
+        while not storage.expired() and self._patience > 0:
+            time.sleep(0.001)
+            self._patience -= 0.001
+        return storage.expired()
 
     def _in_flight(self, i: int) -> bool:
         """Whether the gathering of layer i has begun and nobody has waited for it yet."""
