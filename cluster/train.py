@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 cluster/train.py --tp 2 --pp 2 --dp 2
 
-read: train.py:44-100; run/build.py:77-149; then run/worker.py
+read: train.py:44-102; run/build.py:77-149; then run/worker.py
 
 Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, because the topics have the rest:
 
@@ -60,6 +60,8 @@ def lesson(run: Run) -> None:
     adamw = partial(torch.optim.AdamW, lr=args.lr)
     spec = TrainSpec(config, moe, layout, args.seed, run.precision, job.device, adamw, args.bucket)
     worker = Worker(spec, mesh)
+    if args.verify and run.dtype != torch.float64:
+        worker.record_choices()
     oracle = evidence.one_process(run, spec)
     checkpoints = worker.checkpoints(args.save, job, args.keep) if args.save else None
     if args.init:

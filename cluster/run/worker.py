@@ -71,7 +71,7 @@ class Worker:
         self.attention = context_parallel(mesh["cp"], spec.device, layout.ulysses, layout.placement == "zigzag")
         self.model = build_model(spec, mesh, self.attention)
         self.masks = use_masks(self.model, SampleMasks(spec.seed))
-        self.choices = Choices(self.model, self._rows)
+        self.choices: Choices | None = None
         self.loss_of = loss_function(spec, self.tp)
         self.copies = Copies(self.model, self.pp, stages_by_rank(layout))
         self.experts = set(expert_parameters(self.model))
@@ -83,7 +83,8 @@ class Worker:
     # ---- A step
 
     def zero_grad(self) -> None:
-        self.choices.forget()
+        if self.choices:
+            self.choices.forget()
         for engine in self.engines:
             engine.zero_grad()
 
@@ -205,8 +206,13 @@ class Worker:
         if self.pipeline:
             self.pipeline.close()
 
+    def record_choices(self) -> None:
+        """Note from now on where each token goes, for `guide`: only where a training is compared, for it costs time."""
+        self.choices = Choices(self.model, self._rows)
+
     def guide(self, run: Run, oracle: Oracle | None) -> None:
         """Mixtures of experts: the one process sends each token where the ranks have sent it."""
+        assert self.choices is not None, "record_choices first"
         everyone = run.job.gather(self.choices.found)
         if oracle:
             follow(oracle.model, everyone)

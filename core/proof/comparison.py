@@ -75,14 +75,12 @@ class Comparison:
             (weights_before, master_before, states_before), self._before = self._before, [weights, master, states]
             oracle.adopt(weights_before)
             again(oracle)
-            self._compare("gradient", full_gradients, oracle.gradients)
             oracle.adopt(master_before, states_before)
             oracle.update(full_gradients)
             if run.dtype != torch.float32:
                 types = {name: value.dtype for name, value in weights}
                 self._compare("rounding", weights, {name: value.to(types[name]) for name, value in master})
-        else:
-            self._compare("gradient", full_gradients, oracle.gradients)
+        self._compare("gradient", full_gradients, oracle.gradients)
         self.loss = max(self.loss, relative_difference(loss, oracle.loss))
         self.norm = max(self.norm, relative_difference(norm, oracle.norm))
         self._compare("parameter", master, oracle.parameters())

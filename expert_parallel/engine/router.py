@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from core import comm
 from core.mesh import Axis
 from core.model.linear import linear
+from core.model.precision import wide
 from expert_parallel.engine.routing import Routing, choose, keep
 
 
@@ -71,8 +72,7 @@ class Router(nn.Module):
         self.loss = 0.0  # this rank's share of the losses below, since the last step
 
     def forward(self, x: Tensor) -> Choice:
-        wide = torch.promote_types(x.dtype, torch.float32)  # a choice must not hang on 8 bits
-        logits = linear(x.to(wide), self.weight.to(wide))
+        logits = linear(wide(x), wide(self.weight))  # a choice must not hang on 8 bits
         scores = logits.sigmoid() if self.routing.score == "sigmoid" else logits.softmax(-1)
         experts, kept = self.decide(scores.detach())
         counts = torch.zeros_like(self.bias, dtype=torch.int64)

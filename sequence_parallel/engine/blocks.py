@@ -19,6 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+from core.model.precision import wide
+
 aten = torch.ops.aten
 
 
@@ -84,8 +86,7 @@ def backward_in_products(
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(wide) @ k.to(wide).mT / math.sqrt(q.shape[-1])
+    scores = wide(q) @ wide(k).mT / math.sqrt(q.shape[-1])
     if causal:
         scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -math.inf)
     return scores
