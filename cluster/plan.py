@@ -130,7 +130,7 @@ srun {line}
 
 def lacking(model: ModelConfig) -> str:
     """What of a model `cluster/train.py`, which trains `core.model.gpt` with or without experts, does not have."""
-    missing = [replace(model, experts=0).unbuilt()]
+    missing = [replace(model, experts=0).unsharded()]
     if model.vocabulary != VOCABULARY:
         missing.append(f"a vocabulary of {model.vocabulary:,}")
     return ", ".join(filter(None, missing))

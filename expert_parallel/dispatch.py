@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 expert_parallel/dispatch.py
 
-    read: dispatch.py:33-97; moe.py:31-52; then router.py, train.py and engine/layers.py
+    read: dispatch.py:33-98; moe.py:31-52; then router.py, train.py and engine/layers.py
 
 Data parallelism for all but the experts: each rank has its own samples. The experts are sharded over ep ranks, so in
 each of their layers the routed tokens are dispatched to the ranks of their experts, and combined where they came from.
@@ -92,6 +92,7 @@ class ExpertParallelMoE(nn.Module):
 
 def parallelize(model: GPT, moe: MoEConfig, mesh: Mesh) -> GPT:
     """The GPT with mixtures in place of its MLPs, their experts sharded over ep."""
+    model.config.check_sharded("a mixture of experts")
     for block in model.blocks.values():
         block.mlp = ExpertParallelMoE(MoE(model.config, moe, mesh["dp"]), mesh["ep"])
     return model

@@ -6,7 +6,7 @@ A column-parallel linear layer followed by a row-parallel one: two matrix produc
 backward (f). The vocabulary is sharded too, and the loss never gathers the logits. The optimizer, and the rest of the
 model, are those of one process.
 
-read: tensor_parallel.py:35-171; then engine/layers.py; engine/loss.py; evidence/streams.py
+read: tensor_parallel.py:35-172; then engine/layers.py; engine/loss.py; evidence/streams.py
 
 B batch, S sequence, H hidden, I and O in and out features, V vocabulary, t ranks; V/t is rounded up, the rest padding
 """
@@ -158,6 +158,7 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     LayerNorms, positions and the biases of row-parallel layers stay replicated: every rank computes the same with
     them, and finds the same gradients. The ledger counts each label's traffic by itself.
     """
+    model.config.check_sharded("tensor parallelism")
     inside = axis.labelled("layers")
     for block in model.blocks.values():
         block.attention.qkv = ColumnParallelLinear(block.attention.qkv, inside)  # A/t heads: the rows are by head

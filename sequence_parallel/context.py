@@ -90,6 +90,7 @@ def parallelize(model: GPT, attention: SequenceAttention) -> GPT:
     Raises:
         ValueError: this rank's heads have no equal shards, or the model computes attention in another way.
     """
+    model.config.check_sharded("context parallelism")
     if model.config.attention != "sdpa":
         raise ValueError(f"--attention {model.config.attention}: {NEEDS_SDPA}; use --attention sdpa --dropout 0")
     for block in model.blocks.values():

@@ -12,7 +12,7 @@ and moves the same bytes. The paper's names, forward / backward:
 The output layer gathers the sequence, and the loss is lecture 05's, unchanged, as in Megatron-LM. A cheaper one of our
 own (`engine/loss.py`) is trained beside it. What this saves in memory is measured by `activations.py`.
 
-read: megatron_sp.py:39-164; then engine/layers.py, engine/loss.py
+read: megatron_sp.py:39-165; then engine/layers.py, engine/loss.py
 
 B batch (paper: b), S sequence (s), H hidden (h), I and O in and out features, V vocabulary, t ranks of the axis
 """
@@ -110,6 +110,7 @@ class PositionShard(nn.Module):
 
 def parallelize(model: GPT, axis: Axis) -> GPT:
     """Shard the GPT over the ranks of `axis`: (B, S) tokens to (B, S, V/t) logits, and (B, S/t, H) in between."""
+    model.config.check_sharded("sequence parallelism")
     on_sequence = (S, axis.index, axis.size)  # what a dropout mask of (B, S/t, H) is a shard of
     layers = axis.labelled("layers")  # so that the ledger counts what the layers send
     model.embed.token = VocabParallelEmbedding(model.embed.token, axis.labelled("embedding"))

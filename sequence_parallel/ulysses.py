@@ -5,7 +5,7 @@
 A rank has some tokens of all heads; for attention it wants all tokens of some heads. An all-to-all of each of Q, K and
 V changes the one into the other, and one of the output changes back.
 
-read: ulysses.py:31-71; context.py:71-109; then engine/ulysses.py
+read: ulysses.py:31-71; context.py:71-110; then engine/ulysses.py
 
 B batch (paper: b), A heads (a), S sequence (s), D head size, H = A D hidden (h), c ranks of the axis
 """

@@ -33,7 +33,8 @@ def attention_matrices(model: ModelConfig) -> list[Matrix]:
     h, heads, bias = model.hidden, model.heads, model.biases
     out = Matrix("out", model.value_size, h, "row", bias)
     if model.latent is None:
-        return [Matrix("qkv", h, model.query_size + model.key_value_size, "column", bias), out]
+        size = model.query_size + model.key_value_size
+        return [Matrix("qkv", h, size, "column", bias or model.qkv_bias), out]
     q, kv, rope, nope, value = model.latent
     return [
         Matrix("q down", h, q, "replicate", bias),
@@ -67,13 +68,14 @@ def expert_matrices(model: ModelConfig) -> list[Matrix]:
 
 def norm(model: ModelConfig, size: int) -> int:
     """Parameters of a norm of so many features."""
-    return 2 * size if model.biases else size
+    return 2 * size if model.biases and model.norm == "layer" else size
 
 
 def norm_parameters(model: ModelConfig) -> int:
     """Of one layer's norms."""
     compressed = model.latent.q_rank + model.latent.kv_rank if model.latent else 0
-    return norm(model, 2 * model.hidden + compressed)
+    of_heads = 2 * model.head_dim if model.qk_norm else 0
+    return norm(model, 2 * model.hidden + compressed) + of_heads
 
 
 def router_parameters(model: ModelConfig, moe: bool) -> int:

@@ -1,16 +1,17 @@
 """What is trained: published models by name, or a Hugging Face `config.json`. Lecture 03.
 
-A preset is the published model; `core.model.gpt` is of one kind only: GPT-2's, with biases, LayerNorms and learned
-positions, and as many key and value heads as heads.
+A preset is the published model. `core.model.gpt` builds the dense ones in one process; the topics shard one kind only:
+GPT-2's, with biases, LayerNorms and learned positions, and as many key and value heads as heads.
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster.planner.ptdp import SEQUENCE, TABLE, VOCABULARY
-from core.model.config import Latent, ModelConfig
+from core.model.config import Latent, Llama3Scaling, ModelConfig, YarnScaling
 
 LLAMA = ModelConfig(
     vocabulary=128_256,
@@ -20,9 +21,11 @@ LLAMA = ModelConfig(
     biases=False,
     learned_positions=False,
     tied=False,
+    norm="rms",
+    rope_theta=500_000.0,
 )
 MIXTRAL_8X7B = replace(
-    LLAMA, layers=32, hidden=4096, heads=32, feed_forward=14336, vocabulary=32_000, experts=8, top_k=2
+    LLAMA, layers=32, hidden=4096, heads=32, feed_forward=14336, vocabulary=32_000, experts=8, top_k=2, rope_theta=1e6
 )
 DEEPSEEK_V3 = replace(
     LLAMA,
@@ -39,6 +42,8 @@ DEEPSEEK_V3 = replace(
     expert_feed_forward=2048,
     shared_feed_forward=2048,
     dense_layers=3,
+    norm_eps=1e-6,
+    rope_theta=10_000.0,
 )
 
 
@@ -51,7 +56,9 @@ PUBLISHED = {
     "gpt3-175b": gpt(96, 12288, 96),
     "llama3-8b": replace(LLAMA, layers=32, hidden=4096, heads=32, feed_forward=14336),
     "llama3-70b": replace(LLAMA, layers=80, hidden=8192, heads=64, feed_forward=28672),
-    "llama3-405b": replace(LLAMA, layers=126, hidden=16384, heads=128, feed_forward=53248),
+    "llama3-405b": replace(
+        LLAMA, layers=126, hidden=16384, heads=128, feed_forward=53248, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    ),
     "mixtral-8x7b": MIXTRAL_8X7B,
     "deepseek-v3": DEEPSEEK_V3,
 } | {row.name: gpt(row.layers, row.hidden, row.heads) for row in TABLE}
@@ -109,6 +116,8 @@ def from_content(content: dict[str, Any], sequence: int | None) -> ModelConfig:
             heads=size("n_head"),
             vocabulary=size("vocab_size"),
             sequence=sequence or size("n_positions"),
+            tied=content.get("tie_word_embeddings", True),
+            norm_eps=float(content.get("layer_norm_epsilon", 1e-5)),
         )
     experts = optional("num_local_experts", "n_routed_experts", "num_experts") or 0
     dense_layers = optional("first_k_dense_replace") or 0
@@ -122,6 +131,7 @@ def from_content(content: dict[str, Any], sequence: int | None) -> ModelConfig:
     if content.get("kv_lora_rank"):
         sizes = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
         latent = Latent(*map(size, sizes))
+    theta, scaling = rotary_of(content)
     return ModelConfig(
         layers=size("num_hidden_layers"),
         hidden=size("hidden_size"),
@@ -141,4 +151,37 @@ def from_content(content: dict[str, Any], sequence: int | None) -> ModelConfig:
         expert_feed_forward=expert_feed_forward,
         shared_feed_forward=shared,
         dense_layers=dense_layers,
+        norm="rms",
+        norm_eps=float(content.get("rms_norm_eps", 1e-6)),
+        qkv_bias=kind in ("qwen2", "qwen2_moe"),
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        rope_theta=theta,
+        rope_scaling=scaling,
     )
+
+
+def rotary_of(content: dict[str, Any]) -> tuple[float, Llama3Scaling | YarnScaling | str | None]:
+    """The base of the frequencies, and how they are scaled: in one group since transformers 5, in two before."""
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or content.get("rope_theta") or 10_000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    original = rope.get("original_max_position_embeddings") or content["max_position_embeddings"]
+    if kind == "llama3":
+        return theta, Llama3Scaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original)
+    if kind != "yarn":
+        return theta, str(kind)
+    factor = rope.get("factor") or content["max_position_embeddings"] / original
+    attention = rope.get("attention_factor")
+    if attention is None:
+        attention = yarn_attention(factor, 1.0)
+        if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
+            attention = yarn_attention(factor, rope["mscale"]) / yarn_attention(factor, rope["mscale_all_dim"])
+    borders = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0, rope.get("truncate", True)
+    return theta, YarnScaling(factor, original, attention, *borders)
+
+
+def yarn_attention(factor: float, scale: float) -> float:
+    """What cosines and sines are multiplied by. 2309.00071, section 3.4."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -27,6 +27,7 @@ from cluster.run.build import (
 from core.gradients import norm_and_totals
 from core.ledger import Ledger, Traffic
 from core.mesh import Mesh
+from core.model.config import ModelConfig
 from core.model.gpt import use_masks
 from core.model.seeded import SampleMasks
 from core.proof.checkpoint import Checkpoints, NamedOptimizer
@@ -43,6 +44,7 @@ from pipeline.stages import Copies
 from sequence_parallel import context
 from sequence_parallel.engine.ulysses import context_parallel
 
+LATER = {"norm", "norm_eps", "qkv_bias", "qk_norm", "rope_theta", "rope_scaling"}  # older checkpoints do not name them
 MAY_CHANGE = {"dropout", "attention", "capacity", "drop", "aux", "z", "bias_rate"}  # in a model that goes on
 
 
@@ -258,7 +260,9 @@ class Worker:
 
     def identity(self) -> dict[str, Any]:
         """The model's configuration and the optimizer's kind, without what may change in a model that goes on."""
+        usual = ModelConfig()
         found = asdict(self.spec.config) | {"experts": 0}
+        found = {k: v for k, v in found.items() if k not in LATER or v != getattr(usual, k)}
         if self.spec.moe:
             moe = asdict(self.spec.moe)
             features = moe.pop("feed_forward") or found["feed_forward"]

@@ -20,6 +20,26 @@ class Latent(NamedTuple):
     value: int
 
 
+class Llama3Scaling(NamedTuple):
+    """Of rotary frequencies, to sequences that are longer than the `original` (2407.21783; Llama 3.1's code)."""
+
+    factor: float  # that the slow ones are divided by
+    low: float  # turns in the original sequence: with fewer a pair is slow,
+    high: float  # with more it stays as it is
+    original: int  # tokens
+
+
+class YarnScaling(NamedTuple):
+    """The same by YaRN (2309.00071)."""
+
+    factor: float
+    original: int
+    attention_factor: float  # of cosines and sines, so its square multiplies the scores
+    fast: float = 32.0  # turns in the original sequence: with more a pair stays as it is,
+    slow: float = 1.0  # with fewer it is slow
+    truncate: bool = True  # the border pairs to whole numbers
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and kinds of a decoder-only transformer.
@@ -41,11 +61,11 @@ class ModelConfig:
     tied: bool = True  # the head is the token embedding
     head_bias: bool = False
     name: str = "gpt"
-    # Kinds that the planner counts, and `core.model.gpt` does not build.
+    # Other kinds than GPT-2's. `unbuilt` says which of them the planner counts, and `core.model.gpt` does not build.
     kv_heads: int | None = None  # grouped-query attention; None: as many as heads
     head_size: int | None = None  # None: hidden / heads
-    gated: bool = False  # SwiGLU: the first matrix of the MLP has 2F columns
-    biases: bool = True  # of linear layers and norms
+    gated: bool = False  # SwiGLU: the MLP has two matrices to F features, gate and up
+    biases: bool = True  # of linear layers and LayerNorms
     learned_positions: bool = True  # else rotary ones, without parameters
     latent: Latent | None = None
     experts: int = 0  # routed, of each layer that has them; `expert_parallel.moe` builds these
@@ -53,6 +73,12 @@ class ModelConfig:
     expert_feed_forward: int | None = None  # None: as feed_forward
     shared_feed_forward: int = 0  # of the shared experts together
     dense_layers: int = 0  # the first ones, which have no experts
+    norm: str = "layer"  # or "rms": RMSNorm, which has no bias
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False  # q, k and v have biases, whatever `biases` says of the others
+    qk_norm: bool = False  # RMSNorm of each head's query and key
+    rope_theta: float = 10_000.0  # the base of rotary frequencies
+    rope_scaling: Llama3Scaling | YarnScaling | str | None = None  # str: the name of a kind that is not built
 
     def __post_init__(self) -> None:
         check(self, MODEL)
@@ -102,16 +128,53 @@ class ModelConfig:
         """Layers with experts."""
         return self.layers - self.dense_layers if self.experts else 0
 
+    @property
+    def fused_qkv(self) -> bool:
+        """One matrix for q, k and v, head by head: GPT's. Else three, which can be sharded in different ways."""
+        return self.learned_positions and self.query_groups == self.heads
+
     def unbuilt(self) -> str:
         """What of this model `core.model.gpt` has not got, in words; "" where it can build it."""
-        kinds = {
-            "grouped key and value heads": self.query_groups != self.heads,
-            "a gated MLP": self.gated,
-            "norms and linear layers without biases": not self.biases,
-            "rotary positions": not self.learned_positions,
-            "latent attention": self.latent is not None,
-            "experts": self.experts > 0,
-            "layers without experts": self.dense_layers > 0,
-            "heads of another size than hidden / heads": self.head_size not in (None, self.hidden // self.heads),
-        }
-        return ", ".join(kind for kind, has in kinds.items() if has)
+        scaling = self.rope_scaling
+        return _those(
+            {
+                "LayerNorm without biases": self.norm == "layer" and not self.biases,
+                f"rotary positions scaled by {scaling}": not isinstance(
+                    scaling, Llama3Scaling | YarnScaling | type(None)
+                ),
+                "latent attention": self.latent is not None,
+                "experts": self.experts > 0,
+                "layers without experts": self.dense_layers > 0,
+            }
+        )
+
+    def unsharded(self) -> str:
+        """What of this model the topics cannot shard over ranks, in words; "" for GPT-2's kind."""
+        return _those(
+            {
+                "grouped key and value heads": self.query_groups != self.heads,
+                "a gated MLP": self.gated,
+                "norms and linear layers without biases": not self.biases or self.norm == "rms",
+                "rotary positions": not self.learned_positions,
+                "latent attention": self.latent is not None,
+                "experts": self.experts > 0,
+                "layers without experts": self.dense_layers > 0,
+                "heads of another size than hidden / heads": self.head_size not in (None, self.hidden // self.heads),
+                "query and key norms": self.qk_norm,
+            }
+        )
+
+    def check_sharded(self, by: str) -> None:
+        """Raises ValueError unless the model is of the kind that the topics can shard.
+
+        Args:
+            by: what would shard it, in words.
+        """
+        if missing := self.unsharded():
+            raise ValueError(
+                f"{self.name}: {by} is not built for {missing}; use a configuration of GPT-2's kind, or one rank of it"
+            )
+
+
+def _those(kinds: dict[str, bool]) -> str:
+    return ", ".join(kind for kind, has in kinds.items() if has)

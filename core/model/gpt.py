@@ -1,10 +1,13 @@
-"""The reference model: a GPT in one process. Every topic parallelises this model from outside; there is no second one.
+"""The reference model: a decoder in one process. Every topic parallelises it from outside; there is no second one.
 
-B batch, S sequence, H hidden, A heads, D head size = H/A, F feed-forward, V vocabulary
+GPT-2's kind unless the configuration says otherwise; with RMSNorm, rotary positions, grouped keys and values and a
+gated MLP it is Llama's, Mistral's or Qwen's. What it has of each is in its configuration, and nowhere else.
+
+B batch, S sequence, H hidden, A heads, K key and value heads (a divisor of A), D head size (H/A if nothing else is
+said), F feed-forward, V vocabulary
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +16,13 @@ from torch import Tensor, nn
 
 from core.model.config import ModelConfig
 from core.model.linear import Linear
+from core.model.norms import LayerNorm, RMSNorm, norm_of
 from core.model.precision import Precision, policy_of, wide
+from core.model.rotary import Rotary
 from core.model.seeded import SampleMasks, generator
 from core.model.streams import RandomTracker
+from core.proof.rulebook import DECODER
+from core.proof.rules import check
 from core.shards import shard_of
 
 GPTConfig = ModelConfig
@@ -38,95 +45,103 @@ class Dropout(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token and learned position embedding: (B, S) int64 to (B, S, H)."""
+    """Token and, unless positions are rotary, learned position embedding: (B, S) int64 to (B, S, H)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.token = nn.Embedding(config.vocabulary, config.hidden)
-        self.position = nn.Embedding(config.sequence, config.hidden)
+        self.position = nn.Embedding(config.sequence, config.hidden) if config.learned_positions else None
         self.dropout = Dropout(config.dropout, "embed")
 
     def forward(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.dropout(self.token(tokens) + self.position(positions))
-
-
-class LayerNorm(nn.LayerNorm):
-    """torch's; of 16 bits computed in 32: the weight's gradient is a sum over all tokens, which 16 would not hold."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype.itemsize >= 4:
-            return super().forward(x)
-        return _WideLayerNorm.apply(x, self.weight, self.bias, self.eps)
-
-
-class _WideLayerNorm(torch.autograd.Function):
-    """Saves x as it is, where autograd would save it in 32 bits."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, deviation = torch.native_layer_norm(wide(x), weight.shape, wide(weight), wide(bias), eps)
-        ctx.save_for_backward(x, weight, bias, mean, deviation)
-        return y.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, deviation = ctx.saved_tensors
-        gradients = torch.ops.aten.native_layer_norm_backward(
-            wide(gradient), wide(x), weight.shape, mean, deviation, wide(weight), wide(bias), ctx.needs_input_grad[:3]
-        )
-        return *(None if g is None else g.to(x.dtype) for g in gradients), None
+        x = self.token(tokens)
+        if self.position is not None:
+            x = x + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+        return self.dropout(x)
 
 
 class Attention(nn.Module):
     """Causal self-attention, (B, S, H) to (B, S, H).
 
     The rows of the fused weight are ordered (head, q|k|v, D): a contiguous block of rows is a set of whole heads,
-    so tensor parallelism can cut it anywhere between heads.
+    so tensor parallelism can cut it anywhere between heads. Of three weights too the rows are ordered by head. Query
+    head i reads key and value head i K/A, rounded down: a contiguous block of the ones reads a contiguous block of the
+    others.
     """
 
     def __init__(self, config: GPTConfig, name: str):
         super().__init__()
         self.head_size = config.head_dim
         self.explicit = config.attention == "softmax"
-        self.qkv = Linear(config.hidden, 3 * config.hidden)
-        self.out = Linear(config.hidden, config.hidden)
+        bias = config.biases or config.qkv_bias
+        self.fused = config.fused_qkv
+        if self.fused:
+            self.qkv = Linear(config.hidden, 3 * config.query_size, bias)
+        else:
+            self.q = Linear(config.hidden, config.query_size, bias)
+            self.k = Linear(config.hidden, config.key_value_size // 2, bias)
+            self.v = Linear(config.hidden, config.key_value_size // 2, bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.rotary = None if config.learned_positions else Rotary(config)
+        self.out = Linear(config.value_size, config.hidden, config.biases)
         self.dropout = Dropout(config.dropout, f"{name}.scores")
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b s (a three d) -> three b a s d", three=3, d=self.head_size)
+        q, k, v = self.heads_of(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k)
         return self.out(rearrange(self.core(q, k, v), "b a s d -> b s (a d)"))
 
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, H) to queries (B, A, S, D), keys and values (B, K, S, D)."""
+        if self.fused:
+            return rearrange(self.qkv(x), "b s (a three d) -> three b a s d", three=3, d=self.head_size).unbind()
+        return tuple(rearrange(part(x), "b s (a d) -> b a s d", d=self.head_size) for part in (self.q, self.k, self.v))
+
     def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(QK^T / sqrt(D)) V, each (B, A, S, D): the part that selective recomputation repeats."""
+        """softmax(QK^T / sqrt(D)) V, (B, A, S, D): the part that selective recomputation repeats.
+
+        Args:
+            q: (B, A, S, D).
+            k, v: (B, K, S, D) each.
+        """
+        groups = q.shape[1] // k.shape[1]  # query heads of one key and value head
         if not self.explicit:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+        if groups > 1:
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_size)
         future = torch.full(scores.shape[-2:], float("-inf"), dtype=q.dtype, device=q.device).triu(1)
         return self.dropout((scores + future).softmax(-1)) @ v  # an addition saves nothing for backward
 
 
 class MLP(nn.Module):
-    """(B, S, H) to (B, S, F), GELU, and back."""
+    """(B, S, H) to (B, S, F), GELU, and back; gated: SwiGLU (2002.05202), silu of one product times another."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.up = Linear(config.hidden, config.feed_forward)
-        self.down = Linear(config.feed_forward, config.hidden)
+        self.gate = Linear(config.hidden, config.feed_forward, config.biases) if config.gated else None
+        self.up = Linear(config.hidden, config.feed_forward, config.biases)
+        self.down = Linear(config.feed_forward, config.hidden, config.biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x)))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
-    """One transformer layer, LayerNorm before attention and before the MLP (pre-LN)."""
+    """One transformer layer, a norm before attention and before the MLP (pre-LN)."""
 
     def __init__(self, config: GPTConfig, name: str):
         super().__init__()
-        self.attention_norm = LayerNorm(config.hidden)
+        self.attention_norm = norm_of(config)
         self.attention = Attention(config, f"{name}.attention")
         self.attention_dropout = Dropout(config.dropout, f"{name}.attention")
-        self.mlp_norm = LayerNorm(config.hidden)
+        self.mlp_norm = norm_of(config)
         self.mlp = MLP(config)
         self.mlp_dropout = Dropout(config.dropout, f"{name}.mlp")
 
@@ -149,11 +164,12 @@ class GPT(nn.Module):
         super().__init__()
         if missing := config.unbuilt():
             raise ValueError(f"{config.name}: core.model.gpt has no {missing}; use a configuration of GPT-2's kind")
+        check(config, DECODER)
         self.config = config
         with torch.device("meta"):
             self.embed: Embedding | None = Embedding(config)
             self.blocks = nn.ModuleDict({str(i): Block(config, f"blocks.{i}") for i in range(config.layers)})
-            self.norm: LayerNorm | None = LayerNorm(config.hidden)
+            self.norm: LayerNorm | RMSNorm | None = norm_of(config)
             self.head: Linear | None = Linear(config.hidden, config.vocabulary, config.head_bias)
         if config.tied:
             self.head.weight = self.embed.token.weight
@@ -189,7 +205,7 @@ def token_loss(logits: Tensor, targets: Tensor, tokens: int) -> Tensor:
 def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) -> Tensor:
     """The float64 start value of the whole parameter `name`: GPT-2's scheme, from a generator of its own.
 
-    Biases and LayerNorms are drawn too, not 0 and 1: a bias added twice must show in the first loss.
+    Biases and norms are drawn too, not 0 and 1: a bias added twice must show in the first loss.
     """
     std = 0.02
     if name.endswith(("attention.out.weight", "down.weight")):

@@ -66,8 +66,33 @@ TOP_K = Rule(
     lambda case: f"--top-k {case.experts}",
     "2101.03961, section 2.1",
 )
+NORM = Rule(
+    "norm",
+    "norm {norm!r}",
+    lambda case: case.norm in ("layer", "rms"),
+    "must be layer or rms",
+    lambda case: "norm 'layer'",
+    "core.model.gpt",
+)
+KV_HEADS = Rule(
+    "key and value heads",
+    "kv_heads {kv_heads}",
+    lambda case: case.heads % case.query_groups == 0,
+    "must divide heads {heads}, so that each is read by as many query heads",
+    lambda case: f"kv_heads {gcd(case.heads, case.query_groups)}",
+    "2305.13245, section 2.2",
+)
+ROTARY_PAIRS = Rule(
+    "rotary positions",
+    "heads {heads}",
+    lambda case: case.learned_positions or case.head_dim % 2 == 0,
+    "the size of a head must be even, because rotary positions turn pairs of features",
+    lambda case: f"head_size {case.head_dim + 1}",
+    "2104.09864, section 3.2",
+)
 SIZES = tuple(at_least(size, 1, 8) for size in ("vocabulary", "sequence", "hidden", "layers", "heads"))
-MODEL = (*SIZES, HEADS, ATTENTION, DROPOUT_SHARE, DROPOUT, at_least("feed-forward", 0, 0))
+MODEL = (*SIZES, HEADS, ATTENTION, DROPOUT_SHARE, DROPOUT, at_least("feed-forward", 0, 0), NORM)
+DECODER = (KV_HEADS, ROTARY_PAIRS)  # of what is built
 
 # ---- Ranks -----------------------------------------------------------------------------------------------------------
 

@@ -84,7 +84,12 @@ class MoE(nn.Module):
 
 
 def to_moe(model: GPT, moe: MoEConfig) -> GPT:
-    """Replace the MLPs of the GPT, or of a pipeline stage of it, by mixtures, before it is materialized."""
+    """Replace the MLPs of the GPT, or of a pipeline stage of it, by mixtures, before it is materialized.
+
+    Raises:
+        ValueError: the model is not of GPT-2's kind.
+    """
+    model.config.check_sharded("a mixture of experts")
     for name, block in model.blocks.items():
         if (int(name) + 1) % moe.every == 0:
             block.mlp = MoE(model.config, moe)

@@ -117,9 +117,11 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     for `vocab_parallel_cross_entropy`.
 
     Raises:
-        ValueError: the ranks would not have equally many heads or feed-forward features.
+        ValueError: the ranks would not have equally many heads or feed-forward features, or the model is not of
+            GPT-2's kind.
     """
     config = model.config
+    config.check_sharded("tensor parallelism")
     sizes = SimpleNamespace(tp=axis.size, heads=config.heads, feed_forward=config.feed_forward)
     check(sizes, (TP_HEADS, TP_FEED_FORWARD))
     inside = axis.labelled("layers")

@@ -142,8 +142,9 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     `engine.loss.token_loss`. After backward, `sum_replicated_gradients`.
 
     Raises:
-        ValueError: heads or feed-forward have no equal shards.
+        ValueError: heads or feed-forward have no equal shards, or the model is not of GPT-2's kind.
     """
+    model.config.check_sharded("sequence parallelism")
     for block in model.blocks.values():
         parallelize_block(block, axis.labelled("layers"))
     if model.embed is not None:

@@ -19,13 +19,13 @@ from cluster.planner.hardware import PRESETS as MACHINES
 from cluster.planner.hardware import Link, Machine, Software, measured
 from cluster.planner.layout import Layout
 from cluster.planner.memory import parameters, rank_memory
-from cluster.planner.models import PRESETS, from_config
+from cluster.planner.models import PRESETS, from_config, from_content
 from cluster.planner.plans import USABLE, fits, plans
 from cluster.planner.rulebook import Case, broken
 from cluster.planner.steptime import bubble, step
 from cluster.planner.steptime import product as matrix_product
 from cluster.run.arguments import add_all_flags, layout_of
-from core.model.config import ModelConfig
+from core.model.config import Llama3Scaling, ModelConfig, YarnScaling
 from core.proof.lesson import Lesson
 from pipeline.engine.validator import validate
 from pipeline.schedules import build
@@ -81,6 +81,32 @@ def test_a_hugging_face_config(tmp_path: Path, name: str) -> None:
     expected = model_parameters(PRESETS[name]) if name in PRESETS else 124_439_808  # GPT-2's
     assert model_parameters(model) == expected
     assert from_config(str(path), sequence=512).sequence == 512
+
+
+ROTARY = [  # what a config.json says, and what it means
+    ({}, (10_000.0, None)),
+    ({"rope_theta": 5e5}, (5e5, None)),
+    ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, (5e5, "linear")),
+    ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                          "high_freq_factor": 4.0, "original_max_position_embeddings": 4096}},
+     (5e5, Llama3Scaling(8.0, 1.0, 4.0, 4096))),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, (1e6, None)),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+     (1e6, YarnScaling(4.0, 8192, 0.1 * math.log(4) + 1))),
+    ({"rope_scaling": {"type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16}},
+     (10_000.0, YarnScaling(40.0, 8192, (0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1), 16))),
+    ({"rope_scaling": {"type": "yarn", "factor": 40.0, "attention_factor": 1.5, "truncate": False}},
+     (10_000.0, YarnScaling(40.0, 8192, 1.5, truncate=False))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("says", "means"), ROTARY)
+def test_the_rotary_positions_of_a_config(
+    says: dict[str, object], means: tuple[float, Llama3Scaling | YarnScaling | str | None]
+) -> None:
+    model = from_content(LLAMA | says, None)
+    assert (model.rope_theta, model.rope_scaling) == means
+    assert bool(model.unbuilt()) == (means[1] == "linear")
 
 
 @pytest.mark.parametrize(

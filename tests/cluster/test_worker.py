@@ -1,7 +1,8 @@
 """All topics together, in every combination: losses, norm, gradients, parameters, moments of one process."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from cluster import rules
 from cluster.planner.layout import Layout
 from cluster.run.build import TrainSpec, make_mesh
-from cluster.run.worker import Worker
+from cluster.run.worker import LATER, Worker
 from core.ledger import Ledger
 from core.model.gpt import GPT, GPTConfig
 from core.model.precision import POLICIES
@@ -118,3 +119,19 @@ def test_equals_one_process(pool: Pool, one_process: dict, layout: Layout, moe: 
         assert rank[5] == pytest.approx(after, rel=1e-10)
     for i, reference in ((2, oracle.gradients), (3, oracle.parameters()), (4, oracle.states())):
         assert worst_difference(full_tensors(piece for rank in results for piece in rank[i]), reference) < 1e-10
+
+
+def test_a_checkpoint_of_before_is_of_the_same_model() -> None:
+    """What GPT-2's kind has not is named only where a model has it: a GPT that was saved before goes on."""
+
+    def identity(config: GPTConfig) -> dict[str, object]:
+        optimizer = torch.optim.AdamW([torch.zeros(1)])
+        worker = SimpleNamespace(
+            spec=SimpleNamespace(config=config, moe=None), named_optimizers=lambda: [(optimizer, {})]
+        )
+        return Worker.identity(worker)
+
+    assert not LATER & identity(CONFIG).keys()
+    assert set(asdict(CONFIG)) - LATER - {"dropout", "attention"} <= identity(CONFIG).keys()
+    other = replace(CONFIG, norm="rms", qk_norm=True)
+    assert LATER & identity(other).keys() == {"norm", "qk_norm"}

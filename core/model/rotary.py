@@ -1,0 +1,74 @@
+"""Rotary positions: features (i, i + D/2) of a query or key are a pair, turned by position x frequency i. 2104.09864.
+
+Frequencies, angles, cosines and sines are float32 in every precision, as in the published implementations, so that
+float64 is of the model that is trained. What is turned is turned in float32, or in float64 if it is that.
+
+S sequence, D head size
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from core.model.config import Llama3Scaling, ModelConfig, YarnScaling
+from core.model.precision import wide
+
+
+class Rotary(nn.Module):
+    """Queries and keys (B, A or K, S, D) to the same, turned. Has no parameters and no state."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+
+    def positions(self, length: int) -> Tensor:
+        """Which tokens of the sample these are, int64 (S). Whoever shards the sequence puts another in its place."""
+        return torch.arange(length)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        radians, factor = frequencies(self.config, q.device)
+        angles = self.positions(q.shape[-2]).to(q.device).unsqueeze(-1) * radians  # (S, D/2)
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        return turned(q, cos, sin), turned(k, cos, sin)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(..., S, D) by the angles of (S, D/2)."""
+    first, second = wide(x).chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
+    """Radians a token of each pair, float32 (D/2), the fastest first; and the factor of cosines and sines."""
+    d, scaling = config.head_dim, config.rope_scaling
+    periods = config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)  # tokens a radian
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3(1.0 / periods, scaling), 1.0
+    if isinstance(scaling, YarnScaling):
+        return _yarn(periods, scaling, config), scaling.attention_factor
+    assert scaling is None, scaling
+    return 1.0 / periods, 1.0
+
+
+def _llama3(radians: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Pairs that turn `high` times or more in the original sequence stay as they are; up to `low`, they are slowed."""
+    turns = scaling.original / (2 * math.pi / radians)
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0.0, 1.0)
+    return (1 - kept) * radians / scaling.factor + kept * radians
+
+
+def _yarn(periods: Tensor, scaling: YarnScaling, config: ModelConfig) -> Tensor:
+    """The same, but linear in the number of the pair instead of its turns. 2309.00071, section 3.2."""
+
+    def pair(turns: float) -> float:
+        """Which pair turns so many times in the original sequence."""
+        return config.head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first, last = pair(scaling.fast), pair(scaling.slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.head_dim - 1)
+    pairs = torch.arange(len(periods), dtype=torch.float32, device=periods.device)
+    kept = 1 - ((pairs - first) / ((last - first) or 0.001)).clamp(0.0, 1.0)
+    return 1.0 / (scaling.factor * periods) * (1 - kept) + 1.0 / periods * kept
