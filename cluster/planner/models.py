@@ -42,6 +42,10 @@ DEEPSEEK_V3 = replace(
     expert_feed_forward=2048,
     shared_feed_forward=2048,
     dense_layers=3,
+    score="sigmoid",
+    weight_scale=2.5,
+    groups=8,
+    top_groups=4,
     norm_eps=1e-6,
     rope_theta=10_000.0,
 )

@@ -73,6 +73,10 @@ class ModelConfig:
     expert_feed_forward: int | None = None  # None: as feed_forward
     shared_feed_forward: int = 0  # of the shared experts together
     dense_layers: int = 0  # the first ones, which have no experts
+    score: str = "topk-softmax"  # of the router: softmax over the chosen; or "softmax-topk", over all; or "sigmoid"
+    weight_scale: float = 1.0  # of the weights of the chosen experts
+    groups: int = 1  # the experts are in so many equal groups,
+    top_groups: int = 1  # and a token's must be in so many of them
     norm: str = "layer"  # or "rms": RMSNorm, which has no bias
     norm_eps: float = 1e-5
     qkv_bias: bool = False  # q, k and v have biases, whatever `biases` says of the others

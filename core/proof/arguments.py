@@ -1,6 +1,7 @@
 """The flags of every lesson that trains, the model that they describe, and what of it can be sharded."""
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +18,17 @@ TRAINING = (at_least("batch", 1, 8), positive("lr", 1e-3), positive("clip", 1.0)
 def add_model_flags(lesson: Lesson, **defaults: Any) -> None:
     """The flags of every lesson that trains the GPT. `defaults` replace the usual ones, by name."""
     flag = partial(_flag, lesson, defaults)
+    flag("model", "gpt", "GPT-2's kind, or a small Llama", choices=("gpt", "llama"))
     flag("batch", 16, "samples in a step")
     flag("layers", 8, "layers of the whole model")
     flag("hidden", 80)
     flag("heads", 16)
+    flag("kv-heads", 0, "of keys and values, for --model llama; 0: a quarter of the heads, if that is a whole number")
     flag("feed-forward", 0, "0: four times hidden")
     flag("sequence", 48, "tokens in a sample")
     flag("attention", "sdpa", choices=("sdpa", "softmax"))
     flag("dropout", 0.0, "needs --attention softmax")
-    lesson.parser.add_argument("--untied", action="store_true", help="give the head a weight of its own")
+    lesson.parser.add_argument("--untied", action="store_true", help="give the head a weight of its own, as llama has")
     flag("lr", 1e-3, "learning rate of AdamW")
     flag("clip", 1.0, "largest global gradient norm")
 
@@ -40,7 +43,8 @@ def _flag(
 
 
 def configuration(args: argparse.Namespace) -> GPTConfig:
-    return GPTConfig(
+    """Of GPT-2's kind, or of Llama's: RMSNorm, rotary positions, grouped keys and values, SwiGLU, a head of its own."""
+    config = GPTConfig(
         vocabulary=VOCABULARY,
         sequence=args.sequence,
         hidden=args.hidden,
@@ -50,6 +54,20 @@ def configuration(args: argparse.Namespace) -> GPTConfig:
         dropout=args.dropout,
         attention=args.attention,
         tied=not args.untied,
+    )
+    if args.model == "gpt":
+        return config
+    usual = args.heads // 4 if args.heads % 4 == 0 else args.heads
+    return replace(
+        config,
+        name="llama",
+        kv_heads=args.kv_heads or usual,
+        gated=True,
+        biases=False,
+        learned_positions=False,
+        tied=False,
+        norm="rms",
+        rope_theta=500_000.0,
     )
 
 
