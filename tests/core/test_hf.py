@@ -70,9 +70,12 @@ class InFloat64(TorchFunctionMode):
 
 
 def theirs_of(case: str) -> Any:
-    """A small random model of transformers, far enough from its start for every nonlinearity to count."""
     kind, options, _ = CASES[case]
-    options = options if kind == "gpt2" else LLAMA | options
+    return built_by(kind, options if kind == "gpt2" else LLAMA | options)
+
+
+def built_by(kind: str, options: dict[str, Any]) -> Any:
+    """A small random model of transformers, far enough from its start for every nonlinearity to count."""
     config = transformers.AutoConfig.for_model(kind, **options)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -82,10 +85,15 @@ def theirs_of(case: str) -> Any:
     return model
 
 
+def read_by_us(theirs: Any, sequence: int | None, folder: Path) -> ModelConfig:
+    """From what transformers writes into `config.json`."""
+    (folder / "config.json").write_text(json.dumps(theirs.config.to_dict()))
+    return from_config(str(folder / "config.json"), sequence)
+
+
 def ours_of(theirs: Any, sequence: int, folder: Path) -> GPT:
     """The same model here, from what transformers writes into `config.json` and from its parameters by their names."""
-    (folder / "config.json").write_text(json.dumps(theirs.config.to_dict()))
-    config = from_config(str(folder / "config.json"), None if theirs.config.model_type == "gpt2" else sequence)
+    config = read_by_us(theirs, None if theirs.config.model_type == "gpt2" else sequence, folder)
     model = materialize(GPT(config), 0, torch.device("cpu"), torch.float64)
     parameters = dict(model.named_parameters())
     names = set()
