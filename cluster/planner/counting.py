@@ -37,10 +37,10 @@ def attention_matrices(model: ModelConfig) -> list[Matrix]:
         return [Matrix("qkv", h, size, "column", bias or model.qkv_bias), out]
     q, kv, rope, nope, value = model.latent
     return [
-        Matrix("q down", h, q, "replicate", bias),
-        Matrix("q up", q, heads * (nope + rope), "column", bias),
+        *([Matrix("q down", h, q, "replicate", bias)] if q else []),
+        Matrix("q up", q or h, heads * (nope + rope), "column", False),
         Matrix("kv down", h, kv + rope, "replicate", bias),
-        Matrix("kv up", kv, heads * (nope + value), "column", bias),
+        Matrix("kv up", kv, heads * (nope + value), "column", False),
         out,
     ]
 

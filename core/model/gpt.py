@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, name: str):
         super().__init__()
-        self.head_size = config.head_dim
+        self.head_size, self.scale = config.head_dim, config.score_scale
         self.explicit = config.attention == "softmax"
         bias = config.biases or config.qkv_bias
         self.fused = config.fused_qkv
@@ -106,16 +106,62 @@ class Attention(nn.Module):
 
         Args:
             q: (B, A, S, D).
-            k, v: (B, K, S, D) each.
+            k, v: (B, K, S, D) each; a latent attention's values are of another size, and so is what is returned.
         """
         groups = q.shape[1] // k.shape[1]  # query heads of one key and value head
         if not self.explicit:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=groups > 1)
         if groups > 1:
             k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_size)
+        scores = q @ k.transpose(-1, -2) * self.scale
         future = torch.full(scores.shape[-2:], float("-inf"), dtype=q.dtype, device=q.device).triu(1)
         return self.dropout((scores + future).softmax(-1)) @ v  # an addition saves nothing for backward
+
+
+class LatentAttention(Attention):
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434, 2.1; 2412.19437, 2.1.1), (B, S, H) to (B, S, H).
+
+    What is kept of a token for its keys and values is a vector of kv_rank features, from which each head's are made,
+    and one key of `rope` features for all heads, which alone is turned; the queries too are made from fewer features.
+    Rows of `q_up` are ordered (head, nope|rope), of `kv_up` (head, nope|value), of `kv_down` (latent, rope).
+    """
+
+    NORM_EPS = 1e-6  # of the compressed features, whatever the configuration says of the layers' norms
+
+    def __init__(self, config: GPTConfig, name: str):
+        nn.Module.__init__(self)
+        self.latent = latent = config.latent
+        self.scale, self.explicit = config.score_scale, config.attention == "softmax"
+        if latent.q_rank:
+            self.q_down = Linear(config.hidden, latent.q_rank, config.biases)
+            self.q_norm = RMSNorm(latent.q_rank, self.NORM_EPS)
+        self.q_up = Linear(latent.q_rank or config.hidden, config.query_size, False)
+        self.kv_down = Linear(config.hidden, latent.kv_rank + latent.rope, config.biases)
+        self.kv_norm = RMSNorm(latent.kv_rank, self.NORM_EPS)
+        self.kv_up = Linear(latent.kv_rank, config.heads * (latent.nope + latent.value), False)
+        self.rotary = Rotary(config)
+        self.out = Linear(config.value_size, config.hidden, config.biases)
+        self.dropout = Dropout(config.dropout, f"{name}.scores")
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.expand(*self.compress(x))
+        return self.out(rearrange(self.core(q, k, v), "b a s d -> b s (a d)"))
+
+    def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, H) to what queries are made from (B, S, q_rank or H), keys and values (B, S, kv_rank), the one key."""
+        q = self.q_norm(self.q_down(x)) if self.latent.q_rank else x
+        kv, key = self.kv_down(x).split((self.latent.kv_rank, self.latent.rope), -1)
+        return q, self.kv_norm(kv), key
+
+    def expand(self, q: Tensor, kv: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """And these to the queries and keys (B, A, S, nope + rope) and values (B, A, S, value) of all heads here."""
+        _, _, rope, nope, value = self.latent
+        q, q_turned = rearrange(self.q_up(q), "b s (a d) -> b a s d", d=nope + rope).split((nope, rope), -1)
+        k, v = rearrange(self.kv_up(kv), "b s (a d) -> b a s d", d=nope + value).split((nope, value), -1)
+        # Its pairs are neighbours (2i, 2i + 1): put in the order of halves, of queries and keys alike, products stay.
+        halves = (rearrange(t, "... (i two) -> ... (two i)", two=2) for t in (q_turned, key.unsqueeze(1)))
+        q_turned, key = self.rotary(*halves)
+        return torch.cat((q, q_turned), -1), torch.cat((k, key.expand(-1, k.shape[1], -1, -1)), -1), v
 
 
 class MLP(nn.Module):
@@ -139,7 +185,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, name: str):
         super().__init__()
         self.attention_norm = norm_of(config)
-        self.attention = Attention(config, f"{name}.attention")
+        self.attention = (LatentAttention if config.latent else Attention)(config, f"{name}.attention")
         self.attention_dropout = Dropout(config.dropout, f"{name}.attention")
         self.mlp_norm = norm_of(config)
         self.mlp = MLP(config)
@@ -221,7 +267,16 @@ def materialize(model: GPT, seed: int, device: torch.device, precision: Precisio
 
     Args:
         precision: a policy, or the data type of parameters for the usual one. Autograd adds up gradients in its type.
+
+    Raises:
+        ValueError: a layer has an MLP where the configuration says experts.
     """
+    lacking = [name for name, block in model.blocks.items() if not _has_its_experts(name, block, model.config)]
+    if lacking:
+        raise ValueError(
+            f"{model.config.name}: layers {', '.join(lacking)} have an MLP where the model has "
+            f"{model.config.experts} experts; use expert_parallel.engine.moe.to_moe before materialize"
+        )
     precision = policy_of(precision)
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
@@ -239,3 +294,7 @@ def materialize(model: GPT, seed: int, device: torch.device, precision: Precisio
                 made[meta].shard = mark
             setattr(module, leaf, made[meta])
     return model
+
+
+def _has_its_experts(name: str, block: nn.Module, config: GPTConfig) -> bool:
+    return not config.experts or int(name) < config.dense_layers or hasattr(block.mlp, "router")

@@ -41,7 +41,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
     """Radians a token of each pair, float32 (D/2), the fastest first; and the factor of cosines and sines."""
-    d, scaling = config.head_dim, config.rope_scaling
+    d, scaling = config.rotary_dim, config.rope_scaling
     periods = config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)  # tokens a radian
     if isinstance(scaling, Llama3Scaling):
         return _llama3(1.0 / periods, scaling), 1.0
@@ -61,14 +61,16 @@ def _llama3(radians: Tensor, scaling: Llama3Scaling) -> Tensor:
 def _yarn(periods: Tensor, scaling: YarnScaling, config: ModelConfig) -> Tensor:
     """The same, but linear in the number of the pair instead of its turns. 2309.00071, section 3.2."""
 
+    d = config.rotary_dim
+
     def pair(turns: float) -> float:
         """Which pair turns so many times in the original sequence."""
-        return config.head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return d * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     first, last = pair(scaling.fast), pair(scaling.slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, config.head_dim - 1)
+    first, last = max(first, 0), min(last, d - 1)
     pairs = torch.arange(len(periods), dtype=torch.float32, device=periods.device)
     kept = 1 - ((pairs - first) / ((last - first) or 0.001)).clamp(0.0, 1.0)
     return 1.0 / (scaling.factor * periods) * (1 - kept) + 1.0 / periods * kept

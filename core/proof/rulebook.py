@@ -85,7 +85,7 @@ KV_HEADS = Rule(
 ROTARY_PAIRS = Rule(
     "rotary positions",
     "heads {heads}",
-    lambda case: case.learned_positions or case.head_dim % 2 == 0,
+    lambda case: case.learned_positions or case.rotary_dim % 2 == 0,
     "the size of a head must be even, because rotary positions turn pairs of features",
     lambda case: f"head_size {case.head_dim + 1}",
     "2104.09864, section 3.2",

@@ -3,7 +3,6 @@
 Their code is run as it is, but for its roundings to float32, in RMSNorm and softmax, which are left out.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cluster.planner.counting import model_parameters
 from cluster.planner.models import from_config
-from core.model.config import ModelConfig
+from core.model.config import Latent, ModelConfig
 from core.model.gpt import GPT, Attention, Block, materialize, token_loss
 from core.model.hf import from_published, to_published
+from expert_parallel.engine.moe import to_moe
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,6 +36,15 @@ LLAMA3 = {"rope_theta": 700.0, "rope_type": "llama3", "factor": 5.0, "low_freq_f
           "original_max_position_embeddings": 32}  # fmt: skip
 YARN = {"rope_theta": 700.0, "rope_type": "yarn", "factor": 5.0, "beta_fast": 4.0, "beta_slow": 0.5,
         "original_max_position_embeddings": 32}  # fmt: skip
+QWEN3_MOE = {"rope_parameters": ROPE, "head_dim": 10, "num_experts": 6, "num_experts_per_tok": 2,
+             "moe_intermediate_size": 20}  # fmt: skip
+DEEPSEEK = {
+    "rope_parameters": ROPE, "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 3,
+    "first_k_dense_replace": 1, "n_routed_experts": 12, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
+    "moe_intermediate_size": 20, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+    "q_lora_rank": 14, "kv_lora_rank": 10, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8, "v_head_dim": 9,
+}  # fmt: skip
+MSCALE = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}
 GPT2 = {"vocab_size": 101, "n_positions": 11, "n_embd": 36, "n_layer": 2, "n_head": 9, "n_inner": 52,
         "activation_function": "gelu", "layer_norm_epsilon": 3e-3, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {  # model type, what its configuration says, tokens of a sample
@@ -50,6 +60,18 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {  # model type, what its co
     "qwen3": ("qwen3", {"rope_parameters": ROPE, "head_dim": 10}, 11),
     "qwen3, tied, scaled by yarn": (
         "qwen3", {"rope_parameters": YARN | {"truncate": False}, "head_dim": 6, "tie_word_embeddings": True}, 7,
+    ),
+    "mixtral": ("mixtral", {"rope_parameters": ROPE, "num_local_experts": 5, "num_experts_per_tok": 2}, 11),
+    "mixtral, 3 experts a token": (
+        "mixtral", {"rope_parameters": ROPE, "num_local_experts": 4, "num_experts_per_tok": 3, "head_dim": 6}, 7,
+    ),
+    "qwen3 moe": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True}, 11),
+    "qwen3 moe, weights as they are": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": False}, 11),
+    "deepseek": ("deepseek_v3", DEEPSEEK, 11),
+    "deepseek, plain queries": ("deepseek_v3", DEEPSEEK | {"q_lora_rank": None, "first_k_dense_replace": 0}, 7),
+    "deepseek, scaled by yarn": ("deepseek_v3", DEEPSEEK | {"rope_parameters": MSCALE}, 11),
+    "deepseek, one expert a group": (
+        "deepseek_v3", DEEPSEEK | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3, "n_shared_experts": 2}, 7,
     ),
     "gpt2": ("gpt2", GPT2, 11),
     "gpt2, untied": ("gpt2", GPT2 | {"tie_word_embeddings": False}, 7),
@@ -79,22 +101,36 @@ def theirs_of(case: str) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)
+    for name, b in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # so that some scores are negative, and decided by it
+            b.data += 0.5 * torch.randn_like(b)
     return model
 
 
-def ours_of(theirs: Any, sequence: int, folder: Path) -> GPT:
-    """The same model here, from what transformers writes into `config.json` and from its parameters by their names."""
-    (folder / "config.json").write_text(json.dumps(theirs.config.to_dict()))
+def saved(theirs: Any, folder: Path) -> dict[str, Tensor]:
+    """What transformers writes of a model, by the names in its file; besides a `config.json`."""
+    theirs.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def ours_of(theirs: Any, sequence: int, folder: Path, experts: Callable[[GPT], GPT] = to_moe) -> GPT:
+    """The same model here, from what transformers writes."""
+    tensors = saved(theirs, folder)
     config = from_config(str(folder / "config.json"), None if theirs.config.model_type == "gpt2" else sequence)
-    model = materialize(GPT(config), 0, torch.device("cpu"), torch.float64)
+    model = GPT(config)
+    model = materialize(experts(model) if config.experts else model, 0, torch.device("cpu"), torch.float64)
+    missing = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.data.fill_(torch.nan)
     parameters = dict(model.named_parameters())
-    names = set()
-    for name, p in theirs.named_parameters():
-        name, value = from_published(name, p.detach(), config)
-        assert parameters[name].shape == value.shape, name
-        parameters[name].data.copy_(value)
-        names.add(name)
-    assert names == parameters.keys()
+    for published, tensor in tensors.items():
+        name, expert, value = from_published(published, tensor, config)
+        here = parameters[name].data if expert is None else parameters[name].data[expert]
+        assert here.shape == value.shape, name
+        here.copy_(value)
+        missing.pop(name, None)
+    assert not missing
+    assert not any(p.isnan().any() for p in model.parameters())
     return model
 
 
@@ -102,10 +138,12 @@ def apart(found: Tensor, exact: Tensor) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
 
-def differences(case: str, folder: Path, bug: Callable[[Block], None] | None = None) -> tuple[float, float, str]:
+def differences(
+    case: str, folder: Path, bug: Callable[[Block], None] | None = None, experts: Callable[[GPT], GPT] = to_moe
+) -> tuple[float, float, str]:
     """Of the logits, the largest of a gradient and the name of its parameter; each relative to theirs."""
     sequence, theirs = CASES[case][2], theirs_of(case)
-    ours = ours_of(theirs, sequence, folder)
+    ours = ours_of(theirs, sequence, folder, experts)
     for block in ours.blocks.values() if bug else ():
         bug(block)
     tokens, targets = torch.randint(101, (2, 3, sequence), generator=torch.Generator().manual_seed(1))
@@ -115,10 +153,13 @@ def differences(case: str, folder: Path, bug: Callable[[Block], None] | None = N
     logits = ours(tokens)
     token_loss(logits, targets, 40).backward()
     assert exact.dtype == logits.dtype == torch.float64
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    found = dict(to_published(name, p.grad, ours.config) for name, p in ours.named_parameters())
-    assert found.keys() == gradients.keys()
-    worst = max((apart(found[name], gradients[name]), name) for name in gradients)
+    for p in theirs.parameters():
+        p.data = p.grad
+    gradients = saved(theirs, folder)  # by the names in the file, as it knows how to write a parameter
+    trained = [(name, p.grad) for name, p in ours.named_parameters() if p.requires_grad]
+    found = dict(pair for name, gradient in trained for pair in to_published(name, gradient, ours.config))
+    assert found.keys() == {name for name in gradients if not name.endswith("e_score_correction_bias")}
+    worst = max((apart(found[name], gradients[name]), name) for name in found)
     return apart(logits, exact), *worst
 
 
@@ -280,12 +321,22 @@ def test_the_planner_counts_its_parameters(case: str, tmp_path: Path) -> None:
 
 
 def test_names_and_values_come_back() -> None:
-    for config in (ModelConfig(layers=12, tied=False), replaced(layers=12)):
-        for name, p in GPT(config).named_parameters():
-            value = torch.randn(p.shape)
-            again, back = from_published(*to_published(name, value, config), config)
-            assert again == name
+    experts = {"experts": 12, "top_k": 2, "qkv_bias": False}
+    latent = {"latent": Latent(4, 4, 2, 2, 2), "kv_heads": None, "qk_norm": False}
+    deepseek = experts | latent | {"score": "sigmoid", "shared_feed_forward": 8, "dense_layers": 1}
+    kinds = {}, experts, experts | {"qk_norm": False}, deepseek, deepseek | {"latent": Latent(0, 4, 2, 2, 2)}
+    for config in (ModelConfig(layers=12, tied=False), *(replaced(layers=12, **kind) for kind in kinds)):
+        model = to_moe(GPT(config)) if config.experts else GPT(config)
+        for name, p in model.named_parameters():
+            value, back = torch.randn(p.shape), torch.zeros(p.shape)
+            for published, tensor in to_published(name, value, config):
+                again, expert, found = from_published(published, tensor, config)
+                assert again == name
+                (back if expert is None else back[expert]).copy_(found)
             assert torch.equal(back, value)
+            if ".experts." in name:  # some of them
+                some = dict(to_published(name, value[3:5], config, first=3))
+                assert [from_published(*each, config).expert for each in some.items()] == [3, 4]
 
 
 def replaced(**options: Any) -> ModelConfig:
