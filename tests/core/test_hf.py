@@ -79,12 +79,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {  # model type, what its co
 
 
 class InFloat64(TorchFunctionMode):
-    """`x.to(torch.float32)` and `softmax(x, dtype=torch.float32)` of a float64 x stay float64."""
+    """`x.to(torch.float32)`, `x.float()` and `softmax(x, dtype=torch.float32)` of a float64 x stay float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(args[0] if args else None, Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.to and args[1:] == (torch.float32,):
+            if func is Tensor.float or (func in (Tensor.to, Tensor.type) and args[1:] == (torch.float32,)):
                 return args[0]
             if func in (F.softmax, Tensor.softmax, torch.softmax):
                 kwargs = kwargs | {"dtype": None}
@@ -96,7 +96,7 @@ def theirs_of(case: str) -> Any:
     kind, options, _ = CASES[case]
     options = options if kind == "gpt2" else LLAMA | options
     config = transformers.AutoConfig.for_model(kind, **options)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
     for p in model.parameters():
