@@ -5,6 +5,7 @@ Their code is run as it is, but for its roundings to float32, in RMSNorm and sof
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -19,10 +20,15 @@ from torch.overrides import TorchFunctionMode
 
 from cluster.planner.counting import model_parameters
 from cluster.planner.models import from_config
+from core.ledger import Ledger
+from core.mesh import Axis
 from core.model.config import Latent, ModelConfig
 from core.model.gpt import GPT, Attention, Block, materialize, token_loss
 from core.model.hf import from_published, to_published
 from expert_parallel.engine.moe import to_moe
+from expert_parallel.engine.router import Router
+from expert_parallel.engine.routing import choose
+from expert_parallel.moe import with_experts
 
 transformers = pytest.importorskip("transformers")
 
@@ -135,7 +141,7 @@ def ours_of(theirs: Any, sequence: int, folder: Path, experts: Callable[[GPT], G
 
 
 def apart(found: Tensor, exact: Tensor) -> float:
-    return ((found - exact).norm() / exact.norm()).item()
+    return ((found - exact).norm() / exact.norm().clamp_min(1e-30)).item()  # an expert may have no token
 
 
 def differences(
@@ -167,6 +173,20 @@ def differences(
 def test_logits_and_gradients_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     of_logits, of_gradient, name = differences(case, tmp_path)
     print(f"{case:32} logits {of_logits:.1e}  gradients {of_gradient:.1e}  {name}")  # pytest -rP
+    assert of_logits < TOLERANCE
+    assert of_gradient < TOLERANCE, name
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("mixtral", "qwen3 moe", "deepseek"))])
+def test_so_are_those_of_the_plain_mixtures(case: str, tmp_path: Path) -> None:
+    """One expert after another; and with every intermediate of attention in sight."""
+
+    def plain(model: GPT) -> GPT:
+        for block in model.blocks.values():
+            block.attention.explicit = True
+        return with_experts(model, None, Axis("dp", (0,), 0, None, Ledger(), timedelta(0)))
+
+    of_logits, of_gradient, name = differences(case, tmp_path, experts=plain)
     assert of_logits < TOLERANCE
     assert of_gradient < TOLERANCE, name
 
@@ -289,7 +309,130 @@ def all_queries_first(block: Block) -> None:
         p.data = rearrange(p.data, "(a three d) ... -> (three a d) ...", three=3, d=4)
 
 
+def routed_otherwise(**routing: Any) -> Callable[[Block], None]:
+    def bug(block: Block) -> None:
+        if hasattr(block.mlp, "router"):
+            block.mlp.router.routing = replace(block.mlp.router.routing, **routing)
+
+    bug.__name__ = "_".join(f"{name}_{value}" for name, value in routing.items())
+    return bug
+
+
+def bias_in_the_weights(block: Block) -> None:
+    if hasattr(block.mlp, "router"):
+        router = block.mlp.router
+        weights = router._weights
+        router._weights = lambda logits, scores, experts: weights(logits, scores + router.bias, experts)
+
+
+def other_groups_get_0(block: Block) -> None:
+    """Not minus infinity: they are chosen where what is in the best groups is negative."""
+
+    def decide(self: Router, scores: Tensor) -> tuple[Tensor, None]:
+        biased, r = scores + self.bias, self.routing
+        open_to = choose(biased, replace(r, top_k=r.experts // r.groups * r.top_groups))  # all of the best groups
+        return torch.zeros_like(biased).scatter(-1, open_to, biased.gather(-1, open_to)).topk(r.top_k).indices, None
+
+    if hasattr(block.mlp, "router"):
+        block.mlp.router.decide = MethodType(decide, block.mlp.router)
+
+
+def groups_by_their_best_expert(block: Block) -> None:
+    if hasattr(block.mlp, "router"):
+        router, top_k = block.mlp.router, block.mlp.router.routing.top_k
+        biased = router._biased
+
+        def first_of_each_group(scores: Tensor) -> Tensor:
+            """Where the other experts of a group are left out of its sum, but can be chosen."""
+            grouped = biased(scores).unflatten(-1, (4, 3))
+            best = grouped.amax(-1).topk(2).indices
+            closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+            return grouped.masked_fill(closed.unsqueeze(-1), -1e9).flatten(-2)
+
+        assert top_k == 4
+        router._biased = first_of_each_group
+
+
+def no_shared_expert(block: Block) -> None:
+    if hasattr(block.mlp, "router"):
+        shared = block.mlp.shared.forward
+        block.mlp.shared.forward = lambda x: 0.0 * shared(x)
+
+
+def shared_expert_scaled(block: Block) -> None:
+    """As if it were one of the routed."""
+    if hasattr(block.mlp, "router"):
+        shared = block.mlp.shared.forward
+        block.mlp.shared.forward = lambda x: 2.5 * shared(x)
+
+
+def gates_of_experts_and_up_exchanged(block: Block) -> None:
+    if hasattr(block.mlp, "router"):
+        experts = block.mlp.experts
+        experts.gate, experts.up = experts.up, experts.gate
+        names = experts._modules
+        names["gate"].weight, names["up"].weight = names["up"].weight, names["gate"].weight
+        experts.forward = lambda rows, counts: experts.down(
+            F.silu(experts.up(rows, counts)) * experts.gate(rows, counts), counts
+        )
+
+
+def pairs_of_halves(block: Block) -> None:
+    """Of latent attention: features (i, i + D/2) of the rotary ones."""
+    rotary = block.attention.rotary.forward
+
+    def halves(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(*(rearrange(x, "... (two i) -> ... (i two)", two=2) for x in (q, k)))
+
+    block.attention.rotary.forward = halves
+
+
+def values_before_keys(block: Block) -> None:
+    """In the rows of a head."""
+    a = block.attention
+    a.kv_up.weight.data = rearrange(a.kv_up.weight.data, "(a d) h -> a d h", a=3).roll(9, 1).flatten(0, 1)
+
+
+def scaled_by_the_size_of_values(block: Block) -> None:
+    block.attention.scale *= (14 / 9) ** 0.5
+
+
+def without_mscale(block: Block) -> None:
+    block.attention.scale = 14**-0.5
+
+
+def eps_of_the_layers(block: Block) -> None:
+    block.attention.q_norm.eps = block.attention.kv_norm.eps = 3e-3
+
+
+def key_is_normed_too(block: Block) -> None:
+    a = block.attention
+    compress = a.compress
+
+    def all_normed(x: Tensor) -> tuple[Tensor, ...]:
+        q, kv, key = compress(x)
+        return q, kv, key * key.square().mean(-1, keepdim=True).rsqrt()
+
+    a.compress = all_normed
+
+
+def latent_is_not_normed(block: Block) -> None:
+    norm = block.attention.kv_norm
+    norm.forward = lambda x: x + 0.0 * norm.weight
+
+
 BUGS = [
+    (routed_otherwise(score="softmax-topk"), "mixtral"), (routed_otherwise(score="softmax-topk"), "qwen3 moe"),
+    (routed_otherwise(score="topk-softmax"), "qwen3 moe, weights as they are"),
+    (routed_otherwise(weight_scale=1.0), "deepseek"), (routed_otherwise(top_groups=4), "deepseek"),
+    (routed_otherwise(groups=2, top_groups=1), "deepseek"), (groups_by_their_best_expert, "deepseek"),
+    (bias_in_the_weights, "deepseek"), (other_groups_get_0, "deepseek"), (no_shared_expert, "deepseek"),
+    (shared_expert_scaled, "deepseek"), (gates_of_experts_and_up_exchanged, "mixtral"),
+    (gates_of_experts_and_up_exchanged, "deepseek"), (pairs_of_halves, "deepseek"),
+    (values_before_keys, "deepseek, plain queries"),
+    (scaled_by_the_size_of_values, "deepseek"), (without_mscale, "deepseek, scaled by yarn"),
+    (without_yarns_factor, "deepseek, scaled by yarn"), (eps_of_the_layers, "deepseek"),
+    (key_is_normed_too, "deepseek"), (latent_is_not_normed, "deepseek"),
     (pairs_of_neighbours, "llama"), (turned_backwards, "llama"), (no_turn, "mistral"), (other_base, "qwen2"),
     (turned_before_the_norms, "qwen3"), (not_scaled, "llama, scaled as llama 3"), (not_scaled, "llama, scaled by yarn"),
     (scaled_wrongly, "llama, scaled as llama 3"), (scaled_wrongly, "llama, scaled by yarn"),
