@@ -111,9 +111,7 @@ def claim_traffic(run: Run, config: GPTConfig, versions: Versions) -> None:
             "elements of keys' and values' weights' gradients",
             f"reduced over the {copies} ranks with the same heads: {summed:,.0f}",
             summed,
-            lambda _, both: (
-                both["all-reduce", "tp inner gradients of heads" if copies < t else "tp gradients of heads"].elements
-            ),
+            lambda _, both: both["all-reduce", "tp inner gradients of heads"].elements,
         )
     each(
         "messages other than all-reduces",
