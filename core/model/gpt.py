@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.model.config import ModelConfig
-from core.model.linear import Linear
+from core.model.linear import Linear, products
 from core.model.norms import LayerNorm, RMSNorm, norm_of
 from core.model.precision import Precision, policy_of, wide
 from core.model.rotary import Rotary
@@ -99,7 +99,8 @@ class Attention(nn.Module):
         """(B, S, H) to queries (B, A, S, D), keys and values (B, K, S, D)."""
         if self.fused:
             return rearrange(self.qkv(x), "b s (a three d) -> three b a s d", three=3, d=self.head_size).unbind()
-        return tuple(rearrange(part(x), "b s (a d) -> b a s d", d=self.head_size) for part in (self.q, self.k, self.v))
+        parts = products(x, self.q, self.k, self.v)
+        return tuple(rearrange(part, "b s (a d) -> b a s d", d=self.head_size) for part in parts)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(QK^T / sqrt(D)) V, (B, A, S, D): the part that selective recomputation repeats.
@@ -176,7 +177,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(F.gelu(self.up(x)))
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = products(x, self.gate, self.up)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
