@@ -23,7 +23,7 @@ from core.model.gpt import GPT
 from core.proof.arguments import configuration
 from core.proof.lesson import Lesson, Run
 from core.shards import shard
-from expert_parallel.engine.routing import MoEConfig
+from expert_parallel.engine.routing import MoEConfig, replace_mlps
 from expert_parallel.evidence.dispatch import claim_memory, claim_traffic, compare_dispatchers, show_dispatch
 from expert_parallel.evidence.flags import add_flags, add_parallel_flags, check, ep_of, moe_of
 from expert_parallel.evidence.training import Plain, claim_equal, engine, mesh_of, train_versions
@@ -45,8 +45,9 @@ class ExpertParallelMoE(nn.Module):
     def __init__(self, moe: MoE, ep: Axis):
         super().__init__()
         self.router, self.shared, self.experts, self.ep = moe.router, moe.shared, moe.experts, ep
-        for linear in (self.experts.up, self.experts.down):  # (E, F, H) to (E/ep, F, H)
-            linear.weight, linear.bias = shard(linear.weight, 0, ep), shard(linear.bias, 0, ep)
+        for linear in self.experts.children():  # gate, up and down: (E, F, H) to (E/ep, F, H)
+            for name, p in list(linear.named_parameters()):
+                setattr(linear, name, shard(p, 0, ep))
 
     def forward(self, x: Tensor) -> Tensor:
         ep, E = self.ep, self.router.routing.experts
@@ -92,10 +93,8 @@ class ExpertParallelMoE(nn.Module):
 
 def parallelize(model: GPT, moe: MoEConfig, mesh: Mesh) -> GPT:
     """The GPT with mixtures in place of its MLPs, their experts sharded over ep."""
-    model.config.check_sharded("a mixture of experts")
-    for block in model.blocks.values():
-        block.mlp = ExpertParallelMoE(MoE(model.config, moe, mesh["dp"]), mesh["ep"])
-    return model
+    make = lambda config, moe: ExpertParallelMoE(MoE(config, moe, mesh["dp"]), mesh["ep"])  # noqa: E731
+    return replace_mlps(model, moe, make)
 
 
 def lesson(run: Run) -> None:

@@ -21,7 +21,7 @@ from core.mesh import Axis
 from core.model.gpt import GPT, MLP, GPTConfig
 from core.proof.arguments import configuration
 from core.proof.lesson import Lesson, Run
-from expert_parallel.engine.routing import MoEConfig
+from expert_parallel.engine.routing import MoEConfig, replace_mlps
 from expert_parallel.evidence.flags import add_flags, check, moe_of
 from expert_parallel.evidence.moe import claim_work, show_routed_tokens
 from expert_parallel.evidence.training import Plain, claim_equal, engine, mesh_of, train_versions
@@ -29,27 +29,30 @@ from expert_parallel.router import Router
 
 
 class Linears(nn.Module):
-    """One linear layer of each of E experts: y = x W_e^T + b_e."""
+    """One linear layer of each of E experts: y = x W_e^T + b_e, or without b_e."""
 
-    def __init__(self, experts: int, inside: int, outside: int):
+    def __init__(self, experts: int, inside: int, outside: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outside, inside, device="meta"))
-        self.bias = nn.Parameter(torch.empty(experts, outside, device="meta"))
+        self.bias = nn.Parameter(torch.empty(experts, outside, device="meta")) if bias else None
 
     def forward(self, x: Tensor, e: int) -> Tensor:
-        return F.linear(x, self.weight[e], self.bias[e])
+        return F.linear(x, self.weight[e], None if self.bias is None else self.bias[e])
 
 
 class Experts(nn.Module):
-    """E MLPs: rows (R, H) through expert e to (R, H)."""
+    """E MLPs of the model's kind, with F features each: rows (R, H) through expert e to (R, H)."""
 
-    def __init__(self, experts: int, hidden: int, feed_forward: int):
+    def __init__(self, config: GPTConfig, experts: int, features: int):
         super().__init__()
-        self.up = Linears(experts, hidden, feed_forward)
-        self.down = Linears(experts, feed_forward, hidden)
+        self.gate = Linears(experts, config.hidden, features, config.biases) if config.gated else None
+        self.up = Linears(experts, config.hidden, features, config.biases)
+        self.down = Linears(experts, features, config.hidden, config.biases)
 
     def forward(self, x: Tensor, e: int) -> Tensor:
-        return self.down(F.gelu(self.up(x, e)), e)
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x, e)), e)
+        return self.down(F.silu(self.gate(x, e)) * self.up(x, e), e)
 
 
 class MoE(nn.Module):
@@ -58,7 +61,7 @@ class MoE(nn.Module):
     def __init__(self, config: GPTConfig, moe: MoEConfig, dp: Axis):
         super().__init__()
         self.router = Router(config.hidden, moe.routing, dp)
-        self.experts = Experts(moe.routing.experts, config.hidden, moe.feed_forward or config.feed_forward)
+        self.experts = Experts(config, moe.routing.experts, moe.feed_forward or config.feed_forward)
         with torch.device("meta"):
             self.shared = MLP(replace(config, feed_forward=moe.shared)) if moe.shared else None
 
@@ -79,10 +82,7 @@ class MoE(nn.Module):
 
 def with_experts(model: GPT, moe: MoEConfig, dp: Axis) -> GPT:
     """The GPT with mixtures in place of its MLPs."""
-    model.config.check_sharded("a mixture of experts")
-    for block in model.blocks.values():
-        block.mlp = MoE(model.config, moe, dp)
-    return model
+    return replace_mlps(model, moe, lambda config, moe: MoE(config, moe, dp))
 
 
 def lesson(run: Run) -> None:

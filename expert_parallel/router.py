@@ -26,7 +26,7 @@ from core.model.precision import wide
 from core.proof.lesson import Lesson, Run
 from core.proof.rules import Rule
 from expert_parallel.engine.router import Choice
-from expert_parallel.engine.routing import DROPS, MoEConfig, Routing
+from expert_parallel.engine.routing import DROPS, TINY, MoEConfig, Routing
 from expert_parallel.evidence.flags import add_flags, check
 from expert_parallel.evidence.router import compare_ways, ways
 
@@ -38,7 +38,8 @@ class Router(nn.Module):
         super().__init__()
         self.routing, self.dp = routing, dp
         self.weight = nn.Parameter(torch.empty(routing.experts, hidden, device="meta"))  # (E, H)
-        self.bias = nn.Parameter(torch.zeros(routing.experts), requires_grad=False)  # (E), of selection
+        bias = nn.Parameter(torch.zeros(routing.experts), requires_grad=False)  # (E), of selection
+        self.bias = bias if routing.biased else None
 
     def forward(self, x: Tensor) -> Choice:
         r, E = self.routing, self.routing.experts
@@ -46,7 +47,7 @@ class Router(nn.Module):
         scores = logits.sigmoid() if r.score == "sigmoid" else logits.softmax(-1)
 
         # Selection: the best k by score + bias, within the best groups. The bias is in no weight, and has no gradient.
-        selection = scores.detach() + self.bias
+        selection = scores.detach() if self.bias is None else scores.detach() + self.bias
         if r.top_groups < r.groups:
             of_group = selection.unflatten(-1, (r.groups, -1)).topk(max(1, r.top_k // r.top_groups)).values.sum(-1)
             best = of_group.topk(r.top_groups).indices  # (B, S, top_groups)
@@ -59,7 +60,8 @@ class Router(nn.Module):
         if r.score == "topk-softmax":
             weights = logits.gather(-1, experts).softmax(-1)
         elif r.score == "sigmoid" and r.top_k > 1:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / (weights.sum(-1, keepdim=True) + TINY)
+        weights = weights * r.weight_scale
 
         # Capacity: of each sample an expert takes its first C tokens, or the C with the highest score.
         kept = torch.ones_like(experts, dtype=torch.bool)
@@ -84,6 +86,8 @@ class Router(nn.Module):
 
     def end_step(self) -> None:
         """The bias moves against the load: up where an expert had fewer tokens than the mean, down where more."""
+        if self.bias is None:
+            return
         error = self.load.double().mean() - self.load
         self.bias.data += self.routing.bias_rate * error.sign().to(self.bias.dtype)
 

@@ -133,8 +133,8 @@ def from_content(content: dict[str, Any], sequence: int | None) -> ModelConfig:
         shared = (optional("n_shared_experts") or 0) * (expert_feed_forward or feed_forward)
     latent = None
     if content.get("kv_lora_rank"):
-        sizes = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-        latent = Latent(*map(size, sizes))
+        sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        latent = Latent(optional("q_lora_rank") or 0, *map(size, sizes))
     theta, scaling = rotary_of(content)
     return ModelConfig(
         layers=size("num_hidden_layers"),
@@ -143,8 +143,8 @@ def from_content(content: dict[str, Any], sequence: int | None) -> ModelConfig:
         feed_forward=feed_forward,
         vocabulary=size("vocab_size"),
         sequence=sequence or min(size("max_position_embeddings"), LONGEST),
-        kv_heads=optional("num_key_value_heads"),
-        head_size=optional("head_dim"),
+        kv_heads=None if latent else optional("num_key_value_heads"),
+        head_size=None if latent else optional("head_dim"),  # transformers writes `rope` there
         gated=True,
         biases=False,
         learned_positions=False,
@@ -155,6 +155,10 @@ def from_content(content: dict[str, Any], sequence: int | None) -> ModelConfig:
         expert_feed_forward=expert_feed_forward,
         shared_feed_forward=shared,
         dense_layers=dense_layers,
+        score=score_of(kind, content),
+        weight_scale=float(content.get("routed_scaling_factor") or 1.0),
+        groups=optional("n_group") or 1,
+        top_groups=optional("topk_group") or 1,
         norm="rms",
         norm_eps=float(content.get("rms_norm_eps", 1e-6)),
         qkv_bias=kind in ("qwen2", "qwen2_moe"),
@@ -162,6 +166,13 @@ def from_content(content: dict[str, Any], sequence: int | None) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
     )
+
+
+def score_of(kind: str, content: dict[str, Any]) -> str:
+    """Of the router: Mixtral's weights always sum to 1, the others' where the file says so."""
+    if kind == "deepseek_v3":
+        return "sigmoid"
+    return "topk-softmax" if kind == "mixtral" or content.get("norm_topk_prob") else "softmax-topk"
 
 
 def rotary_of(content: dict[str, Any]) -> tuple[float, Llama3Scaling | YarnScaling | str | None]:
@@ -177,13 +188,15 @@ def rotary_of(content: dict[str, Any]) -> tuple[float, Llama3Scaling | YarnScali
     if kind != "yarn":
         return theta, str(kind)
     factor = rope.get("factor") or content["max_position_embeddings"] / original
-    attention = rope.get("attention_factor")
+    attention, of_scores = rope.get("attention_factor"), 1.0
     if attention is None:
         attention = yarn_attention(factor, 1.0)
         if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
             attention = yarn_attention(factor, rope["mscale"]) / yarn_attention(factor, rope["mscale_all_dim"])
+    if content.get("kv_lora_rank") and rope.get("mscale_all_dim"):  # with latent attention only
+        of_scores = yarn_attention(factor, rope["mscale_all_dim"]) ** 2
     borders = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0, rope.get("truncate", True)
-    return theta, YarnScaling(factor, original, attention, *borders)
+    return theta, YarnScaling(factor, original, attention, *borders, of_scores)
 
 
 def yarn_attention(factor: float, scale: float) -> float:

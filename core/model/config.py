@@ -3,6 +3,7 @@
 H hidden, A heads, D head size, F feed-forward, V vocabulary, S sequence
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from core.proof.rules import check
 class Latent(NamedTuple):
     """Multi-head latent attention (2412.19437, section 2.1.1): ranks of the compressed q and kv, and head sizes."""
 
-    q_rank: int
+    q_rank: int  # 0: queries are not compressed
     kv_rank: int
     rope: int
     nope: int
@@ -38,6 +39,7 @@ class YarnScaling(NamedTuple):
     fast: float = 32.0  # turns in the original sequence: with more a pair stays as it is,
     slow: float = 1.0  # with fewer it is slow
     truncate: bool = True  # the border pairs to whole numbers
+    score_factor: float = 1.0  # multiplies the scores besides; DeepSeek's mscale_all_dim asks for it
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class ModelConfig:
     biases: bool = True  # of linear layers and LayerNorms
     learned_positions: bool = True  # else rotary ones, without parameters
     latent: Latent | None = None
-    experts: int = 0  # routed, of each layer that has them; `expert_parallel.moe` builds these
+    experts: int = 0  # routed, of each layer that has them; `expert_parallel` puts them in the place of the MLPs
     top_k: int = 0
     expert_feed_forward: int | None = None  # None: as feed_forward
     shared_feed_forward: int = 0  # of the shared experts together
@@ -94,12 +96,27 @@ class ModelConfig:
         """Heads of keys and values: so many groups of query heads share one."""
         return self.kv_heads or self.heads
 
+    def kv_copies(self, ranks: int) -> int:
+        """Neighbouring ranks of tensor parallelism that hold the same head of keys and values."""
+        return max(1, ranks // self.query_groups)
+
     @property
     def head_dim(self) -> int:
         """D: of a query or a key."""
         if self.latent:
             return self.latent.nope + self.latent.rope
         return self.head_size or self.hidden // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that rotary positions turn."""
+        return self.latent.rope if self.latent else self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What queries times keys are multiplied by: 1/sqrt(D) if nothing else is said."""
+        scaling = self.rope_scaling
+        return (scaling.score_factor if isinstance(scaling, YarnScaling) else 1.0) / math.sqrt(self.head_dim)
 
     @property
     def value_dim(self) -> int:
@@ -146,9 +163,8 @@ class ModelConfig:
                 f"rotary positions scaled by {scaling}": not isinstance(
                     scaling, Llama3Scaling | YarnScaling | type(None)
                 ),
-                "latent attention": self.latent is not None,
-                "experts": self.experts > 0,
-                "layers without experts": self.dense_layers > 0,
+                "latent attention with learned positions": self.latent is not None and self.learned_positions,
+                "latent attention with norms of heads": self.latent is not None and self.qk_norm,
             }
         )
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.model.config import ModelConfig as GPTConfig
 from core.model.linear import Gradients, deferring
 
 
@@ -56,29 +57,32 @@ class _GroupedLinear(torch.autograd.Function):
             return of_weight, torch.stack([g.sum(0) for g in gradient.split(counts)]) if trained else None
 
         deferred = deferring(weight)
-        found = deferred.put(weight, bias, wgrad, (gradient, x)) if deferred else wgrad()
+        found = deferred.put((weight, bias), wgrad, (gradient, x)) if deferred else wgrad()
         return dgrad, *found, None
 
 
 class GroupedLinear(nn.Module):
     """Rows (R, I) in the order of their experts to (R, O), each by its expert's weight (E, O, I) and bias (E, O)."""
 
-    def __init__(self, experts: int, inside: int, outside: int):
+    def __init__(self, experts: int, inside: int, outside: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outside, inside, device="meta"))
-        self.bias = nn.Parameter(torch.empty(experts, outside, device="meta"))
+        self.bias = nn.Parameter(torch.empty(experts, outside, device="meta")) if bias else None
 
     def forward(self, x: Tensor, counts: list[int], add_bias: bool = True) -> Tensor:
         return _GroupedLinear.apply(x, self.weight, self.bias if add_bias else None, counts)
 
 
 class Experts(nn.Module):
-    """The MLPs of the model, E at once: rows (R, H) in the order of their experts to (R, H)."""
+    """E MLPs of the model's kind, with F features each: rows (R, H) in the order of their experts to (R, H)."""
 
-    def __init__(self, experts: int, hidden: int, feed_forward: int):
+    def __init__(self, config: GPTConfig, experts: int, features: int):
         super().__init__()
-        self.up = GroupedLinear(experts, hidden, feed_forward)
-        self.down = GroupedLinear(experts, feed_forward, hidden)
+        self.gate = GroupedLinear(experts, config.hidden, features, config.biases) if config.gated else None
+        self.up = GroupedLinear(experts, config.hidden, features, config.biases)
+        self.down = GroupedLinear(experts, features, config.hidden, config.biases)
 
     def forward(self, x: Tensor, counts: list[int], last_bias: bool = True) -> Tensor:
-        return self.down(F.gelu(self.up(x, counts)), counts, last_bias)
+        up = self.up(x, counts)
+        inner = F.gelu(up) if self.gate is None else F.silu(self.gate(x, counts)) * up
+        return self.down(inner, counts, last_bias)

@@ -167,6 +167,8 @@ class ExpertParallelMoE(nn.Module):
         rows = by_expert(gather_rows(rows, self.etp, of_ranks), counts)
         y = self.experts(rows, every.sum(0).tolist(), last_bias=False)  # partial: the bias once, after the sum
         y = scatter_rows(by_source(y, counts), self.etp, of_ranks)
+        if self.experts.down.bias is None:
+            return y
         bias = self.experts.down.bias.repeat(len(received), 1)
         return y + bias.repeat_interleave(received.flatten(), 0, output_size=len(y))
 
@@ -184,11 +186,14 @@ class ExpertParallelMoE(nn.Module):
 
 
 def shard_experts(experts: Experts, ep: Axis, etp: Axis) -> Experts:
-    """This rank's experts, and of each its features: rows of the first weight, columns of the second."""
-    up, down = experts.up, experts.down
-    up.weight, up.bias = (shard(shard(p, 0, ep), 1, etp) for p in (up.weight, up.bias))
-    down.weight = shard(shard(down.weight, 0, ep), 2, etp)
-    down.bias = shard(down.bias, 0, ep)  # replicated over etp: added once, after the partial sums
+    """This rank's experts, and of each its features: rows of the first weights, columns of the second."""
+    for linear in experts.children():
+        for name, p in list(linear.named_parameters()):
+            of_ep = shard(p, 0, ep)
+            if linear is not experts.down:
+                setattr(linear, name, shard(of_ep, 1, etp))
+            else:  # its bias is replicated over etp: added once, after the partial sums
+                setattr(linear, name, shard(of_ep, 2, etp) if name == "weight" else of_ep)
     return experts
 
 
@@ -216,7 +221,8 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def second_biases(model: nn.Module) -> list[nn.Parameter]:
     """Those parameters of experts that every rank of etp holds in full."""
-    return [module.down.bias for module in model.modules() if isinstance(module, Experts)]
+    biases = (module.down.bias for module in model.modules() if isinstance(module, Experts))
+    return [bias for bias in biases if bias is not None]
 
 
 def sum_expert_gradients(model: nn.Module, edp: Axis, etp: Axis) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from core.model.gpt import GPT, MLP, GPTConfig
 from expert_parallel.engine.experts import Experts
 from expert_parallel.engine.router import Choice, Router
-from expert_parallel.engine.routing import MoEConfig
+from expert_parallel.engine.routing import MoEConfig, replace_mlps
 
 
 def order_of(choice: Choice, experts: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class MoE(nn.Module):
     def __init__(self, config: GPTConfig, moe: MoEConfig):
         super().__init__()
         self.router = Router(config.hidden, moe.routing)
-        self.experts = Experts(moe.routing.experts, config.hidden, moe.feed_forward or config.feed_forward)
+        self.experts = Experts(config, moe.routing.experts, moe.feed_forward or config.feed_forward)
         with torch.device("meta"):
             self.shared = MLP(replace(config, feed_forward=moe.shared)) if moe.shared else None
 
@@ -83,14 +83,9 @@ class MoE(nn.Module):
         return (y if self.shared is None else y + self.shared(tokens)).view_as(x)
 
 
-def to_moe(model: GPT, moe: MoEConfig) -> GPT:
+def to_moe(model: GPT, moe: MoEConfig | None = None) -> GPT:
     """Replace the MLPs of the GPT, or of a pipeline stage of it, by mixtures, before it is materialized.
 
-    Raises:
-        ValueError: the model is not of GPT-2's kind.
+    `moe` and errors as of `replace_mlps`.
     """
-    model.config.check_sharded("a mixture of experts")
-    for name, block in model.blocks.items():
-        if (int(name) + 1) % moe.every == 0:
-            block.mlp = MoE(model.config, moe)
-    return model
+    return replace_mlps(model, moe, MoE)

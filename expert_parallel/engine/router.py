@@ -19,7 +19,7 @@ from core import comm
 from core.mesh import Axis
 from core.model.linear import linear
 from core.model.precision import wide
-from expert_parallel.engine.routing import Routing, choose, keep
+from expert_parallel.engine.routing import TINY, Routing, choose, keep
 
 
 class Choice(NamedTuple):
@@ -66,7 +66,7 @@ class Router(nn.Module):
         super().__init__()
         self.routing, self.spread = routing, Spread()
         self.weight = nn.Parameter(torch.empty(routing.experts, hidden, device="meta"))
-        self.bias = nn.Parameter(torch.zeros(routing.experts), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(routing.experts), requires_grad=False) if routing.biased else None
         self.load: Tensor | None = None  # choices of each expert by this rank's tokens, (E), since the last step
         self.share: Tensor | None = None  # of each expert in the global batch, (E), where it was counted ahead
         self.loss = 0.0  # this rank's share of the losses below, since the last step
@@ -75,7 +75,7 @@ class Router(nn.Module):
         logits = linear(wide(x), wide(self.weight))  # a choice must not hang on 8 bits
         scores = logits.sigmoid() if self.routing.score == "sigmoid" else logits.softmax(-1)
         experts, kept = self.decide(scores.detach())
-        counts = torch.zeros_like(self.bias, dtype=torch.int64)
+        counts = experts.new_zeros(self.routing.experts)
         counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())
         if not _again():
             self.load = counts if self.load is None else self.load + counts
@@ -91,20 +91,26 @@ class Router(nn.Module):
         """The experts (B, S, k) of these tokens, and which of the choices are within capacity."""
         routing, sequence = self.routing, self.spread.sequence
         if not routing.capacity:
-            return choose(scores + self.bias, routing), None
+            return choose(self._biased(scores), routing), None
         if sequence:  # what is dropped is decided over the full sample
             scores = comm.all_gather(scores, sequence.labelled("router"), 1)
-        experts = choose(scores + self.bias, routing)
+        experts = choose(self._biased(scores), routing)
         kept = keep(experts, scores, routing)
         if sequence:
             experts, kept = (t.chunk(sequence.size, 1)[sequence.index] for t in (experts, kept))
         return experts, kept
 
+    def _biased(self, scores: Tensor) -> Tensor:
+        return scores if self.bias is None else scores + self.bias
+
     def _weights(self, logits: Tensor, scores: Tensor, experts: Tensor) -> Tensor:
         if self.routing.score == "topk-softmax":
-            return logits.gather(-1, experts).softmax(-1)
-        weights = scores.gather(-1, experts)
-        return weights / weights.sum(-1, keepdim=True) if self.routing.sums_to_one else weights
+            weights = logits.gather(-1, experts).softmax(-1)
+        else:
+            weights = scores.gather(-1, experts)
+            if self.routing.normalised:
+                weights = weights / (weights.sum(-1, keepdim=True) + TINY)
+        return weights * self.routing.weight_scale
 
     def _losses(self, logits: Tensor, scores: Tensor, counts: Tensor) -> Tensor:
         """This rank's share of aux E sum_i f_i P_i + z mean(logsumexp^2): f and the means are of the global batch."""
@@ -167,6 +173,8 @@ def end_step(model: nn.Module) -> Tensor:
     loads = _take(found)
     for router, load in zip(found, loads, strict=True):
         router.share, router.loss = None, 0.0
+        if router.bias is None:
+            continue
         error = load.double().mean() - load
         router.bias.data += router.routing.bias_rate * error.sign().to(router.bias.dtype)
     return loads

@@ -7,13 +7,16 @@ B samples, S tokens of a sample, E experts, k of them for each token
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from core.model.config import ModelConfig
+from core.model.gpt import GPT
 from core.proof.rulebook import ONE_EXPERT, TOP_K
 from core.proof.rules import Rule, at_least, check
 
@@ -72,7 +75,9 @@ ROUTING = (
     Rule("top groups", "--top-groups {top_groups}", _enough_groups,
          "at most the {groups} groups, and with --top-k {top_k} experts in them", lambda r: f"--top-groups {r.groups}"),
 )  # fmt: skip
-MIXTURE = (at_least("feed-forward", 0, 0), at_least("shared", 0, 0), at_least("every", 1, 1))
+MIXTURE = (at_least("feed-forward", 0, 0), at_least("shared", 0, 0))
+OF_MODEL = ("experts", "top_k", "score", "weight_scale", "groups", "top_groups")  # the rest is how it is trained
+TINY = 1e-20  # is added to a sum of scores, which may all be 0 in few bits
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,25 @@ class Routing:
     aux: float = 0.0  # coefficient of Switch's load-balancing loss
     z: float = 0.0  # of the router z-loss
     bias_rate: float = 0.0  # how fast the bias of selection moves against the load
+    weight_scale: float = 1.0  # that the weights are multiplied by in the end
 
     def __post_init__(self) -> None:
         check(self, ROUTING)
 
     @property
+    def normalised(self) -> bool:
+        """Whether the scores of the chosen experts are divided by their sum."""
+        return self.score == "sigmoid" and self.top_k > 1
+
+    @property
     def sums_to_one(self) -> bool:
         """Whether the weights of a token's experts do, if none is dropped."""
-        return self.score == "topk-softmax" or (self.score == "sigmoid" and self.top_k > 1)
+        return (self.score == "topk-softmax" or self.normalised) and self.weight_scale == 1.0
+
+    @property
+    def biased(self) -> bool:
+        """Whether the selection has a bias: DeepSeek's, whose scores are sigmoids, or where it balances the load."""
+        return self.score == "sigmoid" or self.bias_rate > 0
 
     def expert_capacity(self, tokens: int) -> int:
         """Tokens that an expert takes of a sample of so many."""
@@ -110,7 +126,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """What replaces the MLPs.
+    """What replaces the MLPs: what the model's configuration says of its experts, and how they are trained.
 
     Raises:
         ValueError: a size is not possible.
@@ -119,10 +135,52 @@ class MoEConfig:
     routing: Routing = field(default_factory=Routing)
     feed_forward: int = 0  # of an expert; 0: of the MLP it replaces
     shared: int = 0  # feed-forward of a shared expert, an MLP that all tokens go through besides; 0: none
-    every: int = 1  # in every so manyeth layer, the last of so many
 
     def __post_init__(self) -> None:
         check(self, MIXTURE)
+
+    @classmethod
+    def of(cls, config: ModelConfig, **training: float | str) -> "MoEConfig":
+        """Of a model that has experts.
+
+        Args:
+            training: those of `Routing` that are no property of the model: capacity, drop, aux, z, bias_rate.
+        """
+        return cls(
+            Routing(**{name: getattr(config, name) for name in OF_MODEL}, **training),
+            feed_forward=config.expert_size,
+            shared=config.shared_feed_forward,
+        )
+
+    def described(self, config: ModelConfig) -> ModelConfig:
+        """The configuration of the model whose MLPs these have replaced."""
+        return replace(
+            config,
+            **{name: getattr(self.routing, name) for name in OF_MODEL},
+            expert_feed_forward=self.feed_forward or config.feed_forward,
+            shared_feed_forward=self.shared,
+        )
+
+
+def replace_mlps(model: GPT, moe: MoEConfig | None, make: Callable[[ModelConfig, MoEConfig], nn.Module]) -> GPT:
+    """Put a mixture in the place of each MLP of the GPT, or of a pipeline stage of it, but in the first dense layers.
+
+    Args:
+        moe: None: as the model's configuration says, trained without more. Of a model without experts the MLPs are
+            replaced, too, and its configuration says so afterwards.
+
+    Raises:
+        ValueError: the model's configuration has other experts.
+    """
+    moe = moe or MoEConfig.of(model.config)
+    described = moe.described(model.config)
+    if model.config.experts and described != replace(model.config, expert_feed_forward=model.config.expert_size):
+        raise ValueError(f"{model.config.name} has other experts than these; use MoEConfig.of its configuration")
+    model.config = described
+    for name, block in model.blocks.items():
+        if int(name) >= model.config.dense_layers:
+            block.mlp = make(model.config, moe)
+    return model
 
 
 def choose(scores: Tensor, routing: Routing) -> Tensor:

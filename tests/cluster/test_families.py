@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cluster import rules
 from cluster.planner.layout import Layout
+from cluster.planner.models import from_config
 from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.worker import Worker
 from core.ledger import Ledger
@@ -22,27 +23,35 @@ from core.model.hf import from_published
 from core.model.precision import POLICIES
 from core.shards import LocalTensor, full_tensors
 from sequence_parallel import context
-from tests.core.test_hf import GPT2, LLAMA, LLAMA3, ROPE, TOLERANCE, YARN, InFloat64, apart, built_by, read_by_us
+from tests.core.test_hf import DEEPSEEK, GPT2, LLAMA, LLAMA3, QWEN3_MOE, ROPE, TOLERANCE, YARN, InFloat64, apart, built_by, saved
 from tests.pool import Pool
 
 CPU, BATCH, VOCABULARY, SEQUENCE = torch.device("cpu"), 4, 101, 12
 LAYERS = {"num_hidden_layers": 4}
-NINE = LLAMA | LAYERS | {"intermediate_size": 54}  # 9 heads, 3 of keys and values
-SIX = NINE | {"num_attention_heads": 6, "num_key_value_heads": 2}
+NINE = LLAMA | LAYERS | {"intermediate_size": 54, "rope_parameters": ROPE}  # 9 heads, 3 of keys and values
+EXPERTS = {"moe_intermediate_size": 18, "num_experts_per_tok": 2}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # model type, what its configuration says
     "gpt2": ("gpt2", GPT2 | {"n_layer": 4, "n_positions": SEQUENCE, "n_inner": 54}),
     "llama": ("llama", NINE | {"rope_parameters": LLAMA3, "head_dim": 10}),
-    "mistral": ("mistral", NINE | {"rope_parameters": ROPE, "sliding_window": None, "head_dim": 6}),
-    "qwen2": ("qwen2", NINE | {"rope_parameters": ROPE, "tie_word_embeddings": True}),
+    "mistral": ("mistral", NINE | {"sliding_window": None, "head_dim": 6}),
+    "qwen2": ("qwen2", NINE | {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", NINE | {"rope_parameters": YARN | {"truncate": False}, "head_dim": 10}),
+    "mixtral": ("mixtral", NINE | {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "qwen3 moe": ("qwen3_moe", NINE | EXPERTS | {"num_experts": 6, "head_dim": 10, "norm_topk_prob": True}),
+    "deepseek": ("deepseek_v3", NINE | DEEPSEEK | LAYERS | EXPERTS | {"num_attention_heads": 6}),
 }
-EIGHT = {  # the same families, for twice as many ranks of tp as heads of keys and values
-    "gpt2": FAMILIES["gpt2"][1] | {"n_head": 6},
-    "llama": SIX | {"rope_parameters": LLAMA3, "head_dim": 10},
-    "mistral": SIX | {"rope_parameters": ROPE, "sliding_window": None},
-    "qwen2": SIX | {"rope_parameters": ROPE, "tie_word_embeddings": True, "num_key_value_heads": 1},
-    "qwen3": SIX | {"rope_parameters": ROPE, "head_dim": 10, "num_key_value_heads": 1},
+SIX = {"num_attention_heads": 6, "num_key_value_heads": 2}
+ONE_KEY = {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 10}  # for two ranks of tp
+TOGETHER_OPTIONS = {
+    "gpt2": {"n_head": 6},
+    "llama": SIX | {"head_dim": 10},
+    "mistral": SIX,
+    "qwen2": ONE_KEY,
+    "qwen3": ONE_KEY,
+    "mixtral": SIX,
+    "qwen3 moe": ONE_KEY,
+    "deepseek": {},
 }
 DENSE = (  # with 9 heads
     Layout(tp=3, microbatch=4),
@@ -53,9 +62,21 @@ DENSE = (  # with 9 heads
     Layout(dp=4, zero=3),
     Layout(tp=3, sp=True, pp=2, schedule="zb-v", v=2, microbatch=1, microbatches=4, recompute="selective"),
 )
-TOGETHER = (  # with 6
+DENSE_TOGETHER = (  # with 6
     Layout(tp=2, cp=2, pp=2, microbatches=4, sp=True, recompute="full", zero=1),
     Layout(tp=2, pp=2, dp=2, microbatches=2),
+)
+MIXED = (
+    Layout(tp=3, sp=True, microbatch=4),
+    Layout(pp=2, v=2, schedule="interleaved", microbatches=4),
+    Layout(cp=2, dp=2, microbatch=2, ep=2),
+    Layout(dp=2, ep=2, zero=1, microbatch=2),
+    Layout(dp=3, ep=3, etp=1, microbatch=1, zero=2),
+    Layout(tp=3, sp=True, pp=2, etp=3, schedule="zb-h1", microbatches=4, recompute="full"),
+)
+MIXED_TOGETHER = (
+    Layout(tp=2, cp=2, pp=2, ep=2, etp=2, microbatches=4, sp=True, zero=1),
+    Layout(tp=2, sp=True, pp=2, dp=2, ep=4, microbatches=2),
 )
 
 
@@ -68,7 +89,9 @@ class Case(NamedTuple):
 CASES = [
     Case(family, layout, together)
     for family in FAMILIES
-    for together, layouts in ((False, DENSE), (True, TOGETHER))
+    for together, layouts in enumerate(
+        (MIXED, MIXED_TOGETHER) if family in ("mixtral", "qwen3 moe", "deepseek") else (DENSE, DENSE_TOGETHER)
+    )
     for layout in layouts
 ]
 
@@ -88,17 +111,31 @@ class Exact(NamedTuple):
 @cache
 def theirs(family: str, together: bool, folder: Path) -> Exact:
     kind, options = FAMILIES[family]
-    model = built_by(kind, EIGHT[family] if together else options)
-    config = read_by_us(model, None if kind == "gpt2" else SEQUENCE, folder)
+    model = built_by(kind, options | (TOGETHER_OPTIONS[family] if together else {}))
+    weights = saved(model, folder)
+    config = from_config(str(folder / "config.json"), None if kind == "gpt2" else SEQUENCE)
     drawn = torch.Generator().manual_seed(1)
     tokens, targets = torch.randint(VOCABULARY, (2, BATCH, SEQUENCE), generator=drawn)
     with InFloat64():
         logits = model(tokens, use_cache=False).logits
         loss = token_loss(logits, targets, targets.numel())
         loss.backward()
-    weights = dict(from_published(n, p.detach(), config) for n, p in model.named_parameters())
-    gradients = dict(from_published(n, p.grad, config) for n, p in model.named_parameters())
-    return Exact(config, weights, gradients, logits.detach(), loss.item(), tokens, targets)
+    for p in model.parameters():
+        p.data = p.grad
+    gradients = by_our_names({n: g for n, g in saved(model, folder).items() if "correction_bias" not in n}, config)
+    return Exact(config, by_our_names(weights, config), gradients, logits.detach(), loss.item(), tokens, targets)
+
+
+def by_our_names(published: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """What is in a file; experts are single there."""
+    found: dict[str, Tensor | dict[int, Tensor]] = {}
+    for published_name, tensor in published.items():
+        name, expert, value = from_published(published_name, tensor, config)
+        if expert is None:
+            found[name] = value
+        else:
+            found.setdefault(name, {})[expert] = value
+    return {n: torch.stack([v[e] for e in range(len(v))]) if isinstance(v, dict) else v for n, v in found.items()}
 
 
 class Found(NamedTuple):
