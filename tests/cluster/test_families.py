@@ -23,7 +23,19 @@ from core.model.hf import from_published
 from core.model.precision import POLICIES
 from core.shards import LocalTensor, full_tensors
 from sequence_parallel import context
-from tests.core.test_hf import DEEPSEEK, GPT2, LLAMA, LLAMA3, QWEN3_MOE, ROPE, TOLERANCE, YARN, InFloat64, apart, built_by, saved
+from tests.core.test_hf import (
+    DEEPSEEK,
+    GPT2,
+    LLAMA,
+    LLAMA3,
+    ROPE,
+    TOLERANCE,
+    YARN,
+    InFloat64,
+    apart,
+    built_by,
+    saved,
+)
 from tests.pool import Pool
 
 CPU, BATCH, VOCABULARY, SEQUENCE = torch.device("cpu"), 4, 101, 12
