@@ -21,7 +21,8 @@ from core.model.config import ModelConfig
 from core.model.gpt import token_loss
 from core.model.hf import from_published
 from core.model.precision import POLICIES
-from core.shards import LocalTensor, full_tensors
+from core.proof.full import full_tensors
+from core.shards import LocalTensor
 from sequence_parallel import context
 from tests.core.test_hf import (
     DEEPSEEK,
