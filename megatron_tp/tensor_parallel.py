@@ -13,6 +13,7 @@ B batch, S sequence, H hidden, I and O in and out features, V vocabulary, t rank
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT
 from core.model.precision import wide
-from core.model.sharding import check_sizes, column_parallel
+from core.model.sharding import check_sizes, column_parallel, shard_latent
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
 from core.shards import is_copied, shard, shard_of
@@ -170,6 +171,7 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     for block in model.blocks.values():
         for module, name, shards in column_parallel(block):  # qkv, or q, k and v: A/t heads; up, and gate
             setattr(module, name, ColumnParallelLinear(getattr(module, name), inside, shards))
+        shard_latent(block, inside, partial(f, axis=inside))
         block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A, S, S)
         block.attention.out = RowParallelLinear(block.attention.out, inside)
         block.mlp.down = RowParallelLinear(block.mlp.down, inside)

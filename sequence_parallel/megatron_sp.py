@@ -20,6 +20,7 @@ B batch (paper: b), S sequence (s), H hidden (h), I and O in and out features, V
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT
 from core.model.precision import wide
-from core.model.sharding import check_sizes, column_parallel
+from core.model.sharding import check_sizes, column_parallel, shard_latent
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
 from core.shards import is_copied, shard, shard_of
@@ -129,6 +130,7 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     for block in model.blocks.values():  # its norms stay as they are, and see S/t tokens
         for module, name, shards in column_parallel(block):  # qkv, or q, k and v: A/t heads; up, and gate
             setattr(module, name, ColumnParallelLinear(getattr(module, name), layers, shards))
+        shard_latent(block, layers, partial(g, axis=layers))
         block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A/t, S, S)
         block.attention.out = RowParallelLinear(block.attention.out, layers)
         block.mlp.down = RowParallelLinear(block.mlp.down, layers)

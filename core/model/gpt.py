@@ -8,6 +8,7 @@ said), F feed-forward, V vocabulary
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -163,10 +164,10 @@ class LatentAttention(Attention):
         self.scale, self.explicit = config.score_scale, config.attention == "softmax"
         if latent.q_rank:
             self.q_down = Linear(config.hidden, latent.q_rank, config.biases)
-            self.q_norm = RMSNorm(latent.q_rank, self.NORM_EPS)
+            self.q_down_norm = RMSNorm(latent.q_rank, self.NORM_EPS)
         self.q_up = Linear(latent.q_rank or config.hidden, config.query_size, False)
         self.kv_down = Linear(config.hidden, latent.kv_rank + latent.rope, config.biases)
-        self.kv_norm = RMSNorm(latent.kv_rank, self.NORM_EPS)
+        self.kv_down_norm = RMSNorm(latent.kv_rank, self.NORM_EPS)
         self.kv_up = Linear(latent.kv_rank, config.heads * (latent.nope + latent.value), False)
         self.rotary = Rotary(config)
         self.out = Linear(config.value_size, config.hidden, config.biases)
@@ -175,14 +176,18 @@ class LatentAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         starts = self.documents and self.documents.of(len(x), x.device)
-        q, k, v = self.expand(*self.compress(x), starts)
+        q, k, v = self.expand(*self.to_heads(*self.compress(x)), starts)
         return self.out(rearrange(self.core(q, k, v, self.scale, starts), "b a s d -> b s (a d)"))
 
     def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, H) to what queries are made from (B, S, q_rank or H), keys and values (B, S, kv_rank), the one key."""
-        q = self.q_norm(self.q_down(x)) if self.latent.q_rank else x
+        q = self.q_down_norm(self.q_down(x)) if self.latent.q_rank else x
         kv, key = self.kv_down(x).split((self.latent.kv_rank, self.latent.rope), -1)
-        return q, self.kv_norm(kv), key
+        return q, self.kv_down_norm(kv), key
+
+    def to_heads(self, *compressed: Tensor) -> Sequence[Tensor]:
+        """What `expand` reads of what `compress` returns. Whoever shards the heads puts messages in its place."""
+        return compressed
 
     def expand(self, q: Tensor, kv: Tensor, key: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """And these to the queries and keys (B, A, S, nope + rope) and values (B, A, S, value) of all heads here."""

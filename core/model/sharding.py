@@ -1,14 +1,17 @@
 """What of the model tensor parallelism shards over t ranks, and what it replicates; with or without the sequence."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from core.mesh import Axis
 from core.model.config import ModelConfig
-from core.model.gpt import GPT, Block
+from core.model.gpt import GPT, Block, LatentAttention
 from core.proof.rulebook import TENSOR
 from core.proof.rules import check
+from core.shards import shard
 
 
 def check_sizes(config: ModelConfig, ranks: int) -> None:
@@ -20,7 +23,9 @@ def check_sizes(config: ModelConfig, ranks: int) -> None:
 def column_parallel(block: Block) -> Iterator[tuple[nn.Module, str, int | None]]:
     """The layers whose rows are of heads or features: where they are, and how many shards they have at most."""
     attention, mlp = block.attention, block.mlp
-    if attention.fused:
+    if isinstance(attention, LatentAttention):
+        pass  # see `shard_latent`
+    elif attention.fused:
         yield attention, "qkv", None  # its rows are ordered by head
     else:
         groups = attention.k.out_features // attention.head_size
@@ -30,9 +35,32 @@ def column_parallel(block: Block) -> Iterator[tuple[nn.Module, str, int | None]]
     yield mlp, "up", None
 
 
+def shard_latent(block: Block, axis: Axis, to_heads: Callable[[Tensor], Tensor]) -> None:
+    """Latent attention: the products that make each head's queries, keys and values are column-parallel, by head.
+
+    What is before them, with the norms, is of all heads, and replicated: every rank computes it of its tokens. So all
+    that the heads read goes through one `to_heads`: the compressed queries, keys and values, and the key of all heads.
+    That key too is read by the heads of all ranks, and has their gradients added up, as the others.
+
+    Args:
+        block: nothing happens to one with another attention.
+        to_heads: f, or of ranks with different tokens the all-gather g: (B, S or S/t, features) to (B, S, features).
+    """
+    attention = block.attention
+    if not isinstance(attention, LatentAttention):
+        return
+    for up in (attention.q_up, attention.kv_up):
+        up.weight = shard(up.weight, 0, axis)
+
+    def together(*compressed: Tensor) -> Sequence[Tensor]:
+        return to_heads(torch.cat(compressed, -1)).split([part.shape[-1] for part in compressed], -1)
+
+    attention.to_heads = together
+
+
 def heads_norms(model: GPT) -> set[nn.Parameter]:
     """Of queries and keys: replicated, and yet a rank has a part of their gradients, that of its own heads."""
-    attentions = [block.attention for block in model.blocks.values()]
+    attentions = [a for a in (block.attention for block in model.blocks.values()) if not isinstance(a, LatentAttention)]
     return {norm.weight for each in attentions for norm in (each.q_norm, each.k_norm) if norm is not None}
 
 

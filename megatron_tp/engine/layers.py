@@ -12,6 +12,7 @@ B batch, S sequence, H hidden, I and O in and out features, V vocabulary padded 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from core.gradients import sum_gradients
 from core.mesh import Axis
 from core.model.gpt import GPT
 from core.model.linear import of_input, of_parameters
-from core.model.sharding import check_sizes, column_parallel, heads_norms
+from core.model.sharding import check_sizes, column_parallel, heads_norms, shard_latent
 from core.shards import is_copied, shard, shard_of
 
 # ---- The two matrix products -----------------------------------------------------------------------------------------
@@ -147,6 +148,7 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     for block in model.blocks.values():
         for module, name, shards in column_parallel(block):
             setattr(module, name, ColumnParallelLinear(getattr(module, name), inside, shards))
+        shard_latent(block, inside, partial(comm.copy_to, axis=inside))
         block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A, S, S)
         block.attention.out = RowParallelLinear(block.attention.out, inside)
         block.mlp.down = RowParallelLinear(block.mlp.down, inside)

@@ -12,6 +12,7 @@ B batch, S sequence, H hidden, I and O in and out features, V vocabulary padded 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from core.gradients import sum_gradients
 from core.mesh import Axis
 from core.model.gpt import GPT, Block
 from core.model.linear import Gradients, deferring, linear, of_input
-from core.model.sharding import check_sizes, column_parallel
+from core.model.sharding import check_sizes, column_parallel, shard_latent
 from core.shards import is_copied, shard, shard_of
 
 SEQUENCE = 1  # the dimension of (B, S, ...) that is sharded
@@ -136,6 +137,8 @@ def parallelize_block(block: Block, axis: Axis, sequence: bool = True) -> Block:
     """Shard one transformer layer. With `sequence` False only as tensor parallelism does, to compare with."""
     for module, name, shards in column_parallel(block):
         setattr(module, name, ColumnParallelLinear(getattr(module, name), axis, sequence, shards))
+    to_heads = partial(comm.gather_for, axis=axis, dim=SEQUENCE) if sequence else partial(comm.copy_to, axis=axis)
+    shard_latent(block, axis, to_heads)
     block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A, S, S)
     block.attention.out = RowParallelLinear(block.attention.out, axis, sequence)
     block.mlp.down = RowParallelLinear(block.mlp.down, axis, sequence)

@@ -409,7 +409,7 @@ def without_mscale(block: Block) -> None:
 
 
 def eps_of_the_layers(block: Block) -> None:
-    block.attention.q_norm.eps = block.attention.kv_norm.eps = 3e-3
+    block.attention.q_down_norm.eps = block.attention.kv_down_norm.eps = 3e-3
 
 
 def key_is_normed_too(block: Block) -> None:
@@ -424,7 +424,7 @@ def key_is_normed_too(block: Block) -> None:
 
 
 def latent_is_not_normed(block: Block) -> None:
-    norm = block.attention.kv_norm
+    norm = block.attention.kv_down_norm
     norm.forward = lambda x: x + 0.0 * norm.weight
 
 
