@@ -23,6 +23,7 @@ from core.model.hf import from_published
 from core.model.precision import POLICIES
 from core.proof.full import full_tensors
 from core.shards import LocalTensor
+from expert_parallel.engine.routing import MoEConfig
 from sequence_parallel import context
 from tests.core.test_hf import (
     DEEPSEEK,
@@ -42,7 +43,7 @@ from tests.pool import Pool
 CPU, BATCH, VOCABULARY, SEQUENCE = torch.device("cpu"), 4, 101, 12
 LAYERS = {"num_hidden_layers": 4}
 NINE = LLAMA | LAYERS | {"intermediate_size": 54, "rope_parameters": ROPE}  # 9 heads, 3 of keys and values
-EXPERTS = {"moe_intermediate_size": 18, "num_experts_per_tok": 2}
+WIDTH = {"moe_intermediate_size": 18}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # model type, what its configuration says
     "gpt2": ("gpt2", GPT2 | {"n_layer": 4, "n_positions": SEQUENCE, "n_inner": 54}),
@@ -51,8 +52,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # model type, what its conf
     "qwen2": ("qwen2", NINE | {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", NINE | {"rope_parameters": YARN | {"truncate": False}, "head_dim": 10}),
     "mixtral": ("mixtral", NINE | {"num_local_experts": 6, "num_experts_per_tok": 2}),
-    "qwen3 moe": ("qwen3_moe", NINE | EXPERTS | {"num_experts": 6, "head_dim": 10, "norm_topk_prob": True}),
-    "deepseek": ("deepseek_v3", NINE | DEEPSEEK | LAYERS | EXPERTS | {"num_attention_heads": 6}),
+    "qwen3 moe": (
+        "qwen3_moe",
+        NINE | WIDTH | {"num_experts": 6, "num_experts_per_tok": 2, "head_dim": 10, "norm_topk_prob": True},
+    ),
+    "deepseek": (
+        "deepseek_v3",
+        NINE | DEEPSEEK | LAYERS | WIDTH | {"num_attention_heads": 6, "num_key_value_heads": 6},
+    ),
 }
 SIX = {"num_attention_heads": 6, "num_key_value_heads": 2}
 ONE_KEY = {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 10}  # for two ranks of tp
@@ -84,12 +91,12 @@ MIXED = (
     Layout(pp=2, v=2, schedule="interleaved", microbatches=4),
     Layout(cp=2, dp=2, microbatch=2, ep=2),
     Layout(dp=2, ep=2, zero=1, microbatch=2),
-    Layout(dp=3, ep=3, etp=1, microbatch=1, zero=2),
+    Layout(cp=3, ulysses=3, ep=3, microbatch=4, zero=2),
     Layout(tp=3, sp=True, pp=2, etp=3, schedule="zb-h1", microbatches=4, recompute="full"),
 )
 MIXED_TOGETHER = (
     Layout(tp=2, cp=2, pp=2, ep=2, etp=2, microbatches=4, sp=True, zero=1),
-    Layout(tp=2, sp=True, pp=2, dp=2, ep=4, microbatches=2),
+    Layout(tp=2, sp=True, pp=2, dp=2, ep=2, microbatches=2),
 )
 
 
@@ -163,7 +170,8 @@ def ours(exact: Exact, layout: Layout) -> Found:
     """One forward and backward of a rank."""
     mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
     make_optimizer = partial(torch.optim.SGD, lr=0.0)
-    worker = Worker(TrainSpec(exact.config, None, layout, 0, POLICIES["float64"], CPU, make_optimizer), mesh)
+    moe = MoEConfig.of(exact.config) if exact.config.experts else None
+    worker = Worker(TrainSpec(exact.config, moe, layout, 0, POLICIES["float64"], CPU, make_optimizer), mesh)
     for name, value, mark in worker.master_weights():
         value.copy_((mark.local(exact.weights[name]) if mark else exact.weights[name]).view_as(value))
     worker.publish()
