@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.model.config import ModelConfig
+from core.model.documents import Documents, restarted, visible
 from core.model.linear import Linear, products
 from core.model.norms import LayerNorm, RMSNorm, norm_of
 from core.model.precision import Precision, policy_of, wide
@@ -52,11 +53,18 @@ class Embedding(nn.Module):
         self.token = nn.Embedding(config.vocabulary, config.hidden)
         self.position = nn.Embedding(config.sequence, config.hidden) if config.learned_positions else None
         self.dropout = Dropout(config.dropout, "embed")
+        self.documents: Documents | None = None
+
+    def positions(self, length: int) -> Tensor:
+        """Which tokens of the sample these are, int64 (S). Whoever shards the sequence puts another in its place."""
+        return torch.arange(length)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token(tokens)
         if self.position is not None:
-            x = x + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+            here = self.positions(tokens.shape[1]).to(tokens.device)
+            starts = self.documents and self.documents.of(len(tokens), tokens.device)
+            x = x + self.position(here if starts is None else restarted(here, starts))
         return self.dropout(x)
 
 
@@ -86,14 +94,17 @@ class Attention(nn.Module):
         self.rotary = None if config.learned_positions else Rotary(config)
         self.out = Linear(config.value_size, config.hidden, config.biases)
         self.dropout = Dropout(config.dropout, f"{name}.scores")
+        self.documents: Documents | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        starts = self.documents and self.documents.of(len(x), x.device)
         q, k, v = self.heads_of(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary(q, k)
-        return self.out(rearrange(self.core(q, k, v), "b a s d -> b s (a d)"))
+            q, k = self.rotary(q, k, starts)
+        attended = self.core(q, k, v) if starts is None else self.core(q, k, v, starts=starts)
+        return self.out(rearrange(attended, "b a s d -> b s (a d)"))
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, H) to queries (B, A, S, D), keys and values (B, K, S, D)."""
@@ -102,21 +113,38 @@ class Attention(nn.Module):
         parts = products(x, self.q, self.k, self.v)
         return tuple(rearrange(part, "b s (a d) -> b a s d", d=self.head_size) for part in parts)
 
-    def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(QK^T / sqrt(D)) V, (B, A, S, D): the part that selective recomputation repeats.
+    def core(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None) -> Tensor:
+        """softmax(scale QK^T) V, (B, A, S, D of v): the part that selective recomputation repeats.
 
         Args:
             q: (B, A, S, D).
-            k, v: (B, K, S, D) each.
+            k, v: (B, K, S, D) each; v may have another D.
+            scale: None: 1 / sqrt(D).
+            starts: (B, S) of `core.model.documents`, where samples have several.
         """
         groups = q.shape[1] // k.shape[1]  # query heads of one key and value head
         if not self.explicit:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+            return dense_attention(q, k, v, scale, starts)
         if groups > 1:
             k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_size)
+        scores = q @ k.transpose(-1, -2) / (math.sqrt(q.shape[-1]) if scale is None else 1.0 / scale)
         future = torch.full(scores.shape[-2:], float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+        if starts is not None:
+            tokens = torch.arange(q.shape[2])
+            future = torch.zeros_like(future).masked_fill(~visible(starts, tokens, tokens), float("-inf"))
         return self.dropout((scores + future).softmax(-1)) @ v  # an addition saves nothing for backward
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None
+) -> Tensor:
+    """`Attention.core` by torch's own; with documents by a mask (B, 1, S, S), which it keeps for backward."""
+    grouped = q.shape[1] != k.shape[1]
+    if starts is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped, scale=scale)
+    tokens = torch.arange(q.shape[2])
+    seen = visible(starts, tokens, tokens)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped, scale=scale)
 
 
 class MLP(nn.Module):
@@ -175,6 +203,8 @@ class GPT(nn.Module):
             self.head: Linear | None = Linear(config.hidden, config.vocabulary, config.head_bias)
         if config.tied:
             self.head.weight = self.embed.token.weight
+        for block in self.blocks.values():  # all turn by the same table
+            block.attention.rotary = self.blocks["0"].attention.rotary
 
     def forward(self, x: Tensor) -> Tensor:
         if self.embed is not None:

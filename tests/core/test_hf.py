@@ -137,7 +137,7 @@ def pairs_of_neighbours(block: Block) -> None:
     """Features (2i, 2i + 1) are turned, as in GPT-J and in Meta's own files, not (i, i + D/2)."""
     rotary = block.attention.rotary.forward
 
-    def interleaved(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    def interleaved(q: Tensor, k: Tensor, starts: None = None) -> tuple[Tensor, ...]:
         halves = rotary(*(rearrange(x, "... (i two) -> ... (two i)", two=2) for x in (q, k)))
         return tuple(rearrange(x, "... (two i) -> ... (i two)", two=2) for x in halves)
 
@@ -145,11 +145,11 @@ def pairs_of_neighbours(block: Block) -> None:
 
 
 def turned_backwards(block: Block) -> None:
-    block.attention.rotary.positions = lambda length: -torch.arange(length)
+    block.attention.rotary.positions = lambda length: length - 1 - torch.arange(length)
 
 
 def no_turn(block: Block) -> None:
-    block.attention.rotary.forward = lambda q, k: (q, k)
+    block.attention.rotary.forward = lambda q, k, starts=None: (q, k)
 
 
 def turned_before_the_norms(block: Block) -> None:
@@ -157,7 +157,7 @@ def turned_before_the_norms(block: Block) -> None:
     rotary, q_norm, k_norm = attention.rotary.forward, attention.q_norm.forward, attention.k_norm.forward
     attention.q_norm.forward = attention.k_norm.forward = lambda x: x
 
-    def turned_first(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def turned_first(q: Tensor, k: Tensor, starts: None = None) -> tuple[Tensor, Tensor]:
         q, k = rotary(q, k)
         return q_norm(q), k_norm(k)
 
