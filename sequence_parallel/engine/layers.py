@@ -121,7 +121,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class PositionShard(nn.Module):
-    """Positions (S) to the embeddings (S/t, H) of this rank's shard of the sequence; the table is replicated."""
+    """Positions (..., S) to embeddings (..., S/t, H) of this rank's shard of the sequence; the table is replicated."""
 
     def __init__(self, embedding: nn.Embedding, axis: Axis):
         super().__init__()
@@ -129,7 +129,7 @@ class PositionShard(nn.Module):
         self.weight = embedding.weight
 
     def forward(self, positions: Tensor) -> Tensor:
-        return F.embedding(positions.chunk(self.axis.size)[self.axis.index], self.weight)
+        return F.embedding(positions.chunk(self.axis.size, -1)[self.axis.index], self.weight)
 
 
 def parallelize_block(block: Block, axis: Axis, sequence: bool = True) -> Block:

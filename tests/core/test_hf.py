@@ -5,6 +5,7 @@ Their code is run as it is, but for its roundings to float32, in RMSNorm and sof
 
 import json
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -135,6 +136,7 @@ def test_logits_and_gradients_are_those_of_transformers(case: str, tmp_path: Pat
 
 def pairs_of_neighbours(block: Block) -> None:
     """Features (2i, 2i + 1) are turned, as in GPT-J and in Meta's own files, not (i, i + D/2)."""
+    block.attention.rotary = copy(block.attention.rotary)  # layers share one
     rotary = block.attention.rotary.forward
 
     def interleaved(q: Tensor, k: Tensor, starts: None = None) -> tuple[Tensor, ...]:
@@ -154,6 +156,7 @@ def no_turn(block: Block) -> None:
 
 def turned_before_the_norms(block: Block) -> None:
     attention = block.attention
+    attention.rotary = copy(attention.rotary)
     rotary, q_norm, k_norm = attention.rotary.forward, attention.q_norm.forward, attention.k_norm.forward
     attention.q_norm.forward = attention.k_norm.forward = lambda x: x
 
