@@ -26,6 +26,7 @@ class Shard:
     index: int
     count: int
     size: int  # of the full tensor along dim, without padding
+    copy: int | None = None  # which of the ranks that hold this same shard; None: only one does
     parent: "Shard | None" = None  # where that tensor is itself a shard of a larger one
 
     @property
@@ -57,9 +58,14 @@ class Shard:
         return torch.cat([here, full.new_zeros(shape)], self.dim)
 
 
-def shard(parameter: nn.Parameter, dim: int, axis: Axis) -> nn.Parameter:
-    """This rank's shard of `parameter` (on the meta device or not), marked so that `shard_of` knows."""
-    mark = Shard(dim, axis.index, axis.size, parameter.shape[dim])
+def shard(parameter: nn.Parameter, dim: int, axis: Axis, count: int | None = None) -> nn.Parameter:
+    """This rank's shard of `parameter` (on the meta device or not), marked so that `shard_of` knows.
+
+    Of fewer shards than ranks, `count` of them, each is on as many neighbouring ranks.
+    """
+    count = min(count or axis.size, axis.size)
+    index, copy = divmod(axis.index, axis.size // count)
+    mark = Shard(dim, index, count, parameter.shape[dim], copy if count < axis.size else None)
     local = nn.Parameter(mark.local(parameter.detach()), parameter.requires_grad)
     local.shard = replace(mark, parent=shard_of(parameter))
     return local
@@ -70,9 +76,20 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return getattr(parameter, "shard", None)
 
 
+def is_copied(parameter: Tensor) -> bool:
+    """Whether it is a shard that other ranks hold too."""
+    return getattr(shard_of(parameter), "copy", None) is not None
+
+
+def is_first(parameter: Tensor, axis: Axis) -> bool:
+    """Whether this is the first of the ranks of the axis that hold the same of `parameter`."""
+    mark = shard_of(parameter)
+    return not (axis.index if mark is None else mark.copy)
+
+
 def counted_once(parameters: Iterable[nn.Parameter], axis: Axis) -> list[Tensor]:
-    """The gradients this rank adds to the global norm: its shards, and on the first rank what all ranks hold too."""
-    return [p.grad for p in parameters if p.grad is not None and (shard_of(p) or axis.index == 0)]
+    """The gradients this rank adds to the global norm: of what several ranks hold, the first of them."""
+    return [p.grad for p in parameters if p.grad is not None and is_first(p, axis)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,7 @@ def full_tensors(tensors: Iterable[LocalTensor]) -> Iterator[tuple[Hashable, Ten
         elif isinstance(mark, FlatShard):
             flat.setdefault((name, mark.parent), []).append(each)
         else:
-            by_index = shards.setdefault((name, replace(mark, index=0)), [[] for _ in range(mark.count)])
+            by_index = shards.setdefault((name, replace(mark, index=0, copy=None)), [[] for _ in range(mark.count)])
             by_index[mark.index].append(value)
     larger: list[LocalTensor] = []
     for (name, mark), copies in shards.items():

@@ -12,6 +12,8 @@ B batch, S sequence, H hidden, I and O in and out features, V vocabulary, t rank
 """
 
 import sys
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +26,10 @@ from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT
 from core.model.precision import wide
+from core.model.sharding import check_sizes, column_parallel, shard_latent
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
-from core.shards import shard, shard_of
+from core.shards import is_copied, shard, shard_of
 from megatron_tp.engine import layers, loss
 from megatron_tp.evidence.rules import check_tensor_parallel
 from megatron_tp.evidence.streams import claim_streams
@@ -76,14 +79,20 @@ class ColumnParallelLinear(nn.Module):
     The slide's A is (I, O), torch's weight its transpose: a shard of A's columns is one of the weight's rows.
     """
 
-    def __init__(self, linear: nn.Linear, axis: Axis):
+    def __init__(self, linear: nn.Linear, axis: Axis, shards: int | None = None):
         super().__init__()
         self.axis = axis
-        self.weight = shard(linear.weight, 0, axis)  # (O/t, I)
-        self.bias = None if linear.bias is None else shard(linear.bias, 0, axis)  # (O/t)
+        self.weight = shard(linear.weight, 0, axis, shards)  # (O/t, I)
+        self.bias = None if linear.bias is None else shard(linear.bias, 0, axis, shards)  # (O/t)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(f(x, self.axis), self.weight, self.bias)
+        return self.together(x, [self])[0]
+
+    @staticmethod
+    def together(x: Tensor, layers: Sequence["ColumnParallelLinear"]) -> list[Tensor]:
+        """Several layers of one X, as q, k and v: the gradients of X that they find are reduced once, by one f."""
+        x = f(x, layers[0].axis)
+        return [F.linear(x, layer.weight, layer.bias) for layer in layers]
 
 
 class RowParallelLinear(nn.Module):
@@ -155,22 +164,36 @@ def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabul
 def parallelize(model: GPT, axis: Axis) -> GPT:
     """Shard the GPT's heads, feed-forward and vocabulary over the ranks of the axis.
 
-    LayerNorms, positions and the biases of row-parallel layers stay replicated: every rank computes the same with
-    them, and finds the same gradients. The ledger counts each label's traffic by itself.
+    Norms, positions and the biases of row-parallel layers stay replicated: every rank computes the same with them, and
+    finds the same gradients. The ledger counts each label's traffic by itself.
     """
-    model.config.check_sharded("tensor parallelism")
+    check_sizes(model.config, axis.size)
     inside = axis.labelled("layers")
     for block in model.blocks.values():
-        block.attention.qkv = ColumnParallelLinear(block.attention.qkv, inside)  # A/t heads: the rows are by head
+        for module, name, shards in column_parallel(block):  # qkv, or q, k and v: A/t heads; up, and gate
+            setattr(module, name, ColumnParallelLinear(getattr(module, name), inside, shards))
+        shard_latent(block, inside, partial(f, axis=inside))
         block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A, S, S)
         block.attention.out = RowParallelLinear(block.attention.out, inside)
-        block.mlp.up = ColumnParallelLinear(block.mlp.up, inside)
         block.mlp.down = RowParallelLinear(block.mlp.down, inside)
     model.embed.token = VocabParallelEmbedding(model.embed.token, axis.labelled("embedding"))
     model.head = ColumnParallelLinear(model.head, axis.labelled("head"))  # the logits stay sharded
     if model.config.tied:
         model.head.weight = model.embed.token.weight
     return model
+
+
+def sum_partial_gradients(model: GPT, axis: Axis, same_heads: Axis) -> None:
+    """After backward. A rank has a part of a gradient where other ranks' heads share the parameter with its own.
+
+    Args:
+        same_heads: with more ranks than heads of keys and values, those that hold the same one; else one rank.
+    """
+    for name, p in model.named_parameters():
+        if is_copied(p):  # k and v
+            comm.all_reduce(p.grad, same_heads.labelled("gradients of heads"))
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            comm.all_reduce(p.grad, axis.labelled("gradients of heads"))
 
 
 # ---- The lesson ------------------------------------------------------------------------------------------------------
@@ -181,8 +204,8 @@ def lesson(run: Run) -> None:
     axis = Mesh(run.job.device.type, Ledger(), run.job.timeout, tp=t)["tp"]
     show_shards(run, GPT(config), parallelize(GPT(config), axis))
     versions = {
-        "plain": version(run, config, axis, parallelize, token_loss),
-        "engine": version(run, config, axis, layers.parallelize, loss.token_loss),
+        "plain": version(run, config, axis, parallelize, token_loss, sum_partial_gradients),
+        "engine": version(run, config, axis, layers.parallelize, loss.token_loss, layers.sum_partial_gradients),
     }
     train_beside_one_process(run, config, {name: each.replica for name, each in versions.items()})
     claim_traffic(run, config, versions)

@@ -27,11 +27,11 @@ from core.model.seeded import SampleMasks
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
 from core.proof.trainable import Replica
-from core.shards import shard_of
+from core.shards import is_first
 from megatron_tp.evidence.memory import claim_memory, claim_parameters, measure, show_course, show_memory
 from megatron_tp.evidence.rules import check_course
 from megatron_tp.evidence.training import build, train_beside_one_process
-from megatron_tp.tensor_parallel import parallelize, vocab_parallel_cross_entropy
+from megatron_tp.tensor_parallel import parallelize, sum_partial_gradients, vocab_parallel_cross_entropy
 
 
 class TensorParallel(Replica):
@@ -39,6 +39,7 @@ class TensorParallel(Replica):
 
     def __init__(self, run: Run, config: GPTConfig, axis: Axis):
         self.axis, self.vocabulary = axis, config.vocabulary
+        self.same_heads, _ = axis.split(config.kv_copies(axis.size))  # ranks with the same head of keys and values
         model, adam = build(run, config, axis, parallelize)  # Adam over this rank's shards
         self.masks = use_masks(model, SampleMasks(run.args.seed))
         super().__init__(model, adam, self.forward_backward, self.clip)
@@ -48,14 +49,15 @@ class TensorParallel(Replica):
         self.masks.seek(step)
         logits = self.model(tokens)  # (B, S, V/t)
         loss = vocab_parallel_cross_entropy(logits, targets, self.axis, self.vocabulary).mean()
-        loss.backward()  # no gradient needs a sum: a shard's is complete, a replicated parameter's equal on all ranks
+        loss.backward()  # then a shard's gradient is complete, a replicated parameter's equal on all ranks, but for
+        sum_partial_gradients(self.model, self.axis, self.same_heads)  # what a Llama's ranks have parts of
         return loss.detach() if self.axis.index == 0 else torch.zeros_like(loss)
 
     def clip(self, largest: float, share: Tensor) -> tuple[float, float]:
         """Scale the gradients as one process would, by the norm of the full model's; (that norm, the loss)."""
         square = torch.zeros((), dtype=torch.float64, device=share.device)
         for p in self.model.parameters():
-            if shard_of(p) is not None or self.axis.index == 0:  # a replicated gradient counts once
+            if is_first(p, self.axis):  # what several ranks hold counts once
                 square += p.grad.double().square().sum()
         totals = comm.all_reduce(torch.stack([square, share.double()]), self.axis.labelled("norm"))
         norm, loss = totals[0].sqrt().item(), totals[1].item()

@@ -15,6 +15,7 @@ b samples, s tokens in a sample, h hidden, a heads, t ranks
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,9 @@ def recompute(model: GPT, kind: str) -> GPT:
     """Let every layer forget: "selective" the attention core, "full" all but the layer's input, "none" nothing."""
 
     def again(function: Callable[..., Tensor], layer: torch.nn.Module) -> Callable[..., Tensor]:
-        return lambda *inputs: Recompute.apply(function, layer.mlp_dropout.masks, *inputs)
+        return lambda *inputs, **options: Recompute.apply(
+            partial(function, **options), layer.mlp_dropout.masks, *inputs
+        )
 
     for layer in model.blocks.values():
         if kind == "selective":

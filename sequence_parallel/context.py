@@ -1,10 +1,10 @@
 """Lecture 06: context parallelism. The sequence is sharded over the ranks of an axis (cp), attention included.
 
-A GPT treats each token by itself in everything but attention, so a rank can have some of a sample's tokens and compute
-as always. Three things know of the others: positions, the loss (divided by the tokens of the global batch), and
-attention, which is given to `parallelize`: `Ulysses` (ulysses.py), `RingAttention` (ring_attention.py), or both
-(hybrid.py). To everything else cp is like dp: ranks with the same parameters have seen different tokens, so the
-gradients of *all* parameters are summed over dp x cp, whatever the size of dp:
+A model treats each token by itself in all but attention, so a rank can have some of a sample's tokens and compute as
+always. Three things know of the others: positions, the loss (divided by the tokens of the global batch), and attention,
+which is given to `parallelize`: `Ulysses` (ulysses.py), `RingAttention` (ring_attention.py), or both (hybrid.py). To
+everything else cp is like dp: ranks with the same parameters have seen different tokens, so the gradients of *all*
+parameters are summed over dp x cp, whatever the size of dp:
 
     here = attention.positions(sequence)  # this rank's tokens
     loss = token_loss(model(inputs[:, here]), targets[:, here], tokens_of_the_global_batch)
@@ -47,8 +47,15 @@ class SequenceAttention(ABC):
         """
 
     @abstractmethod
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None
+    ) -> Tensor:
         """This rank's (B, A, S/c, D), from q of that shape and k, v of (B, K, S/c, D).
+
+        Args:
+            v: may have another D, and so has the output.
+            scale: of the scores; None: 1 / sqrt(D of q).
+            starts: (B, S) of `core.model.documents`, of all tokens, where samples have several documents.
 
         Raises:
             ValueError: the heads have no equal shards.
@@ -83,28 +90,28 @@ def loss_of(model: GPT, attention: SequenceAttention, inputs: Tensor, targets: T
 
 
 def parallelize(model: GPT, attention: SequenceAttention) -> GPT:
-    """Make the GPT, or a pipeline stage of it, compute on this rank's tokens: (B, S/c) or (B, S/c, H), to the same.
+    """Make the model, or a pipeline stage of it, compute on this rank's tokens: (B, S/c) or (B, S/c, H), to the same.
 
     After tensor parallelism, Megatron's sequence parallelism included; before recomputation.
 
     Raises:
         ValueError: this rank's heads have no equal shards, or the model computes attention in another way.
     """
-    model.config.check_sharded("context parallelism")
+
+    def positions(length: int) -> Tensor:
+        return attention.positions(length * attention.ranks)
+
     if model.config.attention != "sdpa":
         raise ValueError(f"--attention {model.config.attention}: {NEEDS_SDPA}; use --attention sdpa --dropout 0")
     for block in model.blocks.values():
-        heads = block.attention.qkv.weight.shape[0] // (3 * block.attention.head_size)  # of this rank of tp
+        heads = block.attention.out.weight.shape[1] // model.config.value_dim  # of this rank of tp
         if heads % attention.heads_over:
             raise ValueError(
                 f"{heads} heads have no {attention.heads_over} equal shards; use a multiple of {attention.heads_over}"
             )
         block.attention.core = attention
+        if block.attention.rotary is not None:
+            block.attention.rotary.positions = positions
     if model.embed is not None:
-        embed = model.embed.position.forward  # (S) positions to (S, H); with Megatron's, to (S/t, H)
-
-        def embed_local(first: Tensor) -> Tensor:
-            return embed(attention.positions(len(first) * attention.ranks).to(first.device))
-
-        model.embed.position.forward = embed_local
+        model.embed.positions = positions
     return model

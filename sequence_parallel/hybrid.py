@@ -27,7 +27,7 @@ from sequence_parallel.engine.ulysses import context_parallel
 from sequence_parallel.evidence import hybrid, rules
 from sequence_parallel.evidence.training import compare, context_version
 from sequence_parallel.ring_attention import RingAttention
-from sequence_parallel.ulysses import to_heads, to_tokens
+from sequence_parallel.ulysses import for_ranks, to_heads, to_tokens
 
 
 class Hybrid(SequenceAttention):
@@ -44,9 +44,12 @@ class Hybrid(SequenceAttention):
         check_length(sequence, self.multiple)
         return self.ring.positions(sequence).chunk(self.inner.size)[self.inner.index]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        k, v = (for_ranks(x, self.inner.size) for x in (k, v))
         q, k, v = (to_heads(x, self.inner) for x in (q, k, v))  # (B, A, S/c, D) to (B, A/c1, S/c2, D)
-        o = self.ring(q, k, v)  # K and V of A/c1 heads travel past the c2 groups
+        o = self.ring(q, k, v, scale, starts)  # K and V of these heads travel past the c2 groups
         return to_tokens(o, self.inner)  # (B, A, S/c, D)
 
 

@@ -18,7 +18,9 @@ B batch (paper: b), S sequence (s), H hidden (h), I and O in and out features, V
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -30,9 +32,10 @@ from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT
 from core.model.precision import wide
+from core.model.sharding import check_sizes, column_parallel, shard_latent
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
-from core.shards import shard, shard_of
+from core.shards import is_copied, shard, shard_of
 from sequence_parallel.engine import loss
 from sequence_parallel.evidence import megatron, rules
 from sequence_parallel.evidence.training import compare, tensor_engine, tensor_version
@@ -58,14 +61,20 @@ def g_bar(x: Tensor, axis: Axis) -> Tensor:
 class ColumnParallelLinear(nn.Module):
     """(B, S/t, I) to (B, S, O/t): from a shard of the sequence to a shard of the features."""
 
-    def __init__(self, linear: nn.Linear, axis: Axis):
+    def __init__(self, linear: nn.Linear, axis: Axis, shards: int | None = None):
         super().__init__()
         self.axis = axis
-        self.weight = shard(linear.weight, 0, axis)  # (O/t, I)
-        self.bias = None if linear.bias is None else shard(linear.bias, 0, axis)
+        self.weight = shard(linear.weight, 0, axis, shards)  # (O/t, I)
+        self.bias = None if linear.bias is None else shard(linear.bias, 0, axis, shards)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(g(x, self.axis), self.weight, self.bias)
+        return self.together(x, [self])[0]
+
+    @staticmethod
+    def together(x: Tensor, layers: Sequence["ColumnParallelLinear"]) -> list[Tensor]:
+        """Several layers of one input, as q, k and v, which one g gathers."""
+        x = g(x, layers[0].axis)
+        return [F.linear(x, layer.weight, layer.bias) for layer in layers]
 
 
 class RowParallelLinear(nn.Module):
@@ -78,7 +87,8 @@ class RowParallelLinear(nn.Module):
         self.bias = linear.bias  # replicated: added after the sum, to each token once
 
     def forward(self, x: Tensor) -> Tensor:
-        return g_bar(F.linear(x, self.weight), self.axis) + self.bias
+        y = g_bar(F.linear(x, self.weight), self.axis)
+        return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -97,7 +107,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class PositionShard(nn.Module):
-    """Positions (S) to the embeddings (S/t, H) of this rank's shard of the sequence. The table is replicated."""
+    """Positions (..., S) to embeddings (..., S/t, H) of this rank's shard of the sequence. The table is replicated."""
 
     def __init__(self, embedding: nn.Embedding, axis: Axis):
         super().__init__()
@@ -105,26 +115,26 @@ class PositionShard(nn.Module):
         self.weight = embedding.weight
 
     def forward(self, positions: Tensor) -> Tensor:
-        return F.embedding(positions.chunk(self.axis.size)[self.axis.index], self.weight)
+        return F.embedding(positions.chunk(self.axis.size, -1)[self.axis.index], self.weight)
 
 
 def parallelize(model: GPT, axis: Axis) -> GPT:
     """Shard the GPT over the ranks of `axis`: (B, S) tokens to (B, S, V/t) logits, and (B, S/t, H) in between."""
-    model.config.check_sharded("sequence parallelism")
+    check_sizes(model.config, axis.size)
     on_sequence = (S, axis.index, axis.size)  # what a dropout mask of (B, S/t, H) is a shard of
     layers = axis.labelled("layers")  # so that the ledger counts what the layers send
     model.embed.token = VocabParallelEmbedding(model.embed.token, axis.labelled("embedding"))
-    model.embed.position = PositionShard(model.embed.position, axis)
+    if model.embed.position is not None:
+        model.embed.position = PositionShard(model.embed.position, axis)
     model.embed.dropout.split = on_sequence
-    for block in model.blocks.values():  # its LayerNorms stay as they are, and see S/t tokens
-        attention, mlp = block.attention, block.mlp
-        attention.qkv = ColumnParallelLinear(attention.qkv, layers)  # its rows are ordered by head: A/t heads
-        attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A/t, S, S)
-        attention.out = RowParallelLinear(attention.out, layers)
-        block.attention_dropout.split = on_sequence
-        mlp.up = ColumnParallelLinear(mlp.up, layers)
-        mlp.down = RowParallelLinear(mlp.down, layers)
-        block.mlp_dropout.split = on_sequence
+    for block in model.blocks.values():  # its norms stay as they are, and see S/t tokens
+        for module, name, shards in column_parallel(block):  # qkv, or q, k and v: A/t heads; up, and gate
+            setattr(module, name, ColumnParallelLinear(getattr(module, name), layers, shards))
+        shard_latent(block, layers, partial(g, axis=layers))
+        block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A/t, S, S)
+        block.attention.out = RowParallelLinear(block.attention.out, layers)
+        block.mlp.down = RowParallelLinear(block.mlp.down, layers)
+        block.attention_dropout.split = block.mlp_dropout.split = on_sequence
     model.head = ColumnParallelLinear(model.head, axis.labelled("head"))
     if model.config.tied:
         model.head.weight = model.embed.token.weight
@@ -159,11 +169,17 @@ def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabul
     return vocab_parallel_cross_entropy(logits, targets, axis.labelled("loss"), vocabulary).sum() / tokens
 
 
-def sum_replicated_gradients(model: GPT, axis: Axis) -> None:
-    """After backward. Each rank has seen its own tokens only: what is replicated has partial gradients."""
-    for p in model.parameters():  # LayerNorms, biases of the row-parallel layers, positions
+def sum_replicated_gradients(model: GPT, axis: Axis, same_heads: Axis) -> None:
+    """After backward. Each rank has seen its own tokens only: what is replicated has partial gradients.
+
+    Args:
+        same_heads: with more ranks than heads of keys and values, those that hold the same one; else one rank.
+    """
+    for p in model.parameters():  # norms, biases of the row-parallel layers, positions
         if shard_of(p) is None:
             comm.all_reduce(p.grad, axis.labelled("replicated gradients"))
+        elif is_copied(p):  # k and v: of the queries of other ranks
+            comm.all_reduce(p.grad, same_heads.labelled("gradients of heads"))
 
 
 # ---- The lesson ------------------------------------------------------------------------------------------------------

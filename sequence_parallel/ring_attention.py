@@ -13,7 +13,7 @@ beginning and chunk r from the end, and every rank the same work in every step.
 
 read: ring_attention.py:37-139; context.py:71-110; then engine/ring.py, engine/blocks.py
 
-B batch (paper: b), A heads (a), S sequence (s), N = S/c tokens of a rank, D head size, H = A D hidden (h), c ranks
+B batch (paper: b), A heads (a), K of keys and values, S sequence (s), N = S/c tokens of a rank, D head size, c ranks
 """
 
 import sys
@@ -26,6 +26,7 @@ from torch import Tensor
 from core import p2p
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
+from core.model import documents
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
 from sequence_parallel.context import SequenceAttention, check_length
@@ -33,30 +34,40 @@ from sequence_parallel.engine.ring import PLACEMENTS, OverlappedRing
 from sequence_parallel.evidence import ring, rules
 from sequence_parallel.evidence.training import compare, context_version
 
+ALL = slice(None)
 
-def probabilities(q: Tensor, k: Tensor, causal: bool, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """exp(QK^T / sqrt(D) - lse), (B, A, N, M), and the lse; without one, that of this block of keys by itself."""
-    scores = q @ k.mT / sqrt(q.shape[-1])
-    if causal:  # the diagonal block: query i sees keys 0 to i
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -inf)
-    lse = scores.logsumexp(-1, keepdim=True) if lse is None else lse
+
+def probabilities(
+    q: Tensor, k: Tensor, scale: float, seen: Tensor | None, lse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """exp(scale QK^T - lse), (B, K, A/K, N, M), and the lse; without one, that of this block of keys by itself.
+
+    Args:
+        seen: bool, (N, M) or (B, 1, 1, N, M): the keys that a query sees; None: all.
+    """
+    scores = q @ k.mT * scale
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -inf)
+    if lse is None:  # the largest negative number, and not -inf, where a query sees none: its exponentials are 0
+        lse = scores.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
     return (scores - lse).exp(), lse
 
 
-def block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention over one block of keys: the output (B, A, N, D) and the lse (B, A, N, 1)."""
-    p, lse = probabilities(q, k, causal)
+def block(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention over one block of keys: the output (B, K, A/K, N, D) and the lse (B, K, A/K, N, 1)."""
+    p, lse = probabilities(q, k, scale, seen)
     return p @ v, lse
 
 
 def block_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, seen: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one block adds to dQ, dK and dV. With `o` and `lse` over all keys, P is that of the full softmax."""
-    p, _ = probabilities(q, k, causal, lse)
+    p, _ = probabilities(q, k, scale, seen, lse)
     dp = do @ v.mT
-    ds = p * (dp - (do * o).sum(-1, keepdim=True)) / sqrt(q.shape[-1])
-    return ds @ k, ds.mT @ q, p.mT @ do
+    ds = p * (dp - (do * o).sum(-1, keepdim=True)) * scale
+    dk, dv = (x.sum(2, keepdim=True) for x in (ds.mT @ q, p.mT @ do))  # A/K query heads share a key
+    return ds @ k, dk, dv
 
 
 def merge(o: Tensor, lse: Tensor, o_block: Tensor, lse_block: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,40 +98,46 @@ def visible(axis: Axis, step: int, n: int, zigzag: bool) -> tuple[slice, slice] 
 
 
 class _Ring(torch.autograd.Function):
-    """(B, A, N, D) each of Q, K and V to the output."""
+    """Q (B, A, N, D), K and V (B, K, N, D) to the output (B, A, N, D)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, zigzag: bool) -> Tensor:
-        ctx.axis, ctx.zigzag, ctx.dtype = axis, zigzag, q.dtype
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: "RingAttention", scale: float, starts: Tensor | None
+    ) -> Tensor:
+        ctx.ring, ctx.scale, ctx.starts, ctx.dtype = ring, scale, starts, q.dtype
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-        o, lse = block(q, k, v, causal=True)  # this rank's own keys: every query sees one, itself
-        kv = torch.stack([k, v])
-        for step in range(1, axis.size):
-            kv = to_next(kv, axis)
-            if seen := visible(axis, step, q.shape[2], zigzag):
-                rows, keys = seen
-                more = block(q[:, :, rows], *kv[..., keys, :], causal=False)
-                o[:, :, rows], lse[:, :, rows] = merge(o[:, :, rows], lse[:, :, rows], *more)
+        q, k, v = q.unflatten(1, (k.shape[1], -1)), k.unsqueeze(2), v.unsqueeze(2)  # (B, K, A/K or 1, N, D)
+        o, lse = block(q, k, v, scale, ring.seen(0, q, starts))  # this rank's own keys: every query sees one, itself
+        kv = torch.cat([k, v], -1)  # one message
+        for step in range(1, ring.ranks):
+            kv = to_next(kv, ring.axis)
+            if tile := visible(ring.axis, step, q.shape[-2], ring.zigzag):
+                rows, keys = (..., tile[0], ALL), (..., tile[1], ALL)
+                k_block, v_block = kv[keys].split([k.shape[-1], v.shape[-1]], -1)
+                more = block(q[rows], k_block, v_block, scale, ring.seen(step, q, starts, *tile))
+                o[rows], lse[rows] = merge(o[rows], lse[rows], *more)
         ctx.save_for_backward(q, k, v, o, lse)
-        return o.to(ctx.dtype)
+        return o.flatten(1, 2).to(ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v, o, lse), axis, do = ctx.saved_tensors, ctx.axis, do.to(ctx.saved_tensors[0].dtype)
-        dq, dk, dv = block_backward(do, q, k, v, o, lse, causal=True)
-        kv = torch.stack([k, v])
+        (q, k, v, o, lse), ring, scale, starts = ctx.saved_tensors, ctx.ring, ctx.scale, ctx.starts
+        do, sizes = do.to(q.dtype).unflatten(1, q.shape[1:3]), [k.shape[-1], v.shape[-1]]
+        dq, dk, dv = block_backward(do, q, k, v, o, lse, scale, ring.seen(0, q, starts))
+        kv = torch.cat([k, v], -1)
         dkv = torch.zeros_like(kv)  # of the keys and values that are here, the sum so far
-        for step in range(1, axis.size):
-            kv = to_next(kv, axis)
-            if seen := visible(axis, step, q.shape[2], ctx.zigzag):
-                rows, keys = seen
-                of_rows = [x[:, :, rows] for x in (do, q)]
-                merged = [x[:, :, rows] for x in (o, lse)]
-                dq_block, dk_block, dv_block = block_backward(*of_rows, *kv[..., keys, :], *merged, causal=False)
-                dq[:, :, rows] += dq_block
-                dkv[..., keys, :] += torch.stack([dk_block, dv_block])
-            dkv = to_next(dkv, axis)  # to where its keys and values go next; after the last step, home
-        return dq.to(ctx.dtype), (dk + dkv[0]).to(ctx.dtype), (dv + dkv[1]).to(ctx.dtype), None, None
+        for step in range(1, ring.ranks):
+            kv = to_next(kv, ring.axis)
+            if tile := visible(ring.axis, step, q.shape[-2], ring.zigzag):
+                rows, keys = (..., tile[0], ALL), (..., tile[1], ALL)
+                k_block, v_block = kv[keys].split(sizes, -1)
+                seen = ring.seen(step, q, starts, *tile)
+                more = block_backward(do[rows], q[rows], k_block, v_block, o[rows], lse[rows], scale, seen)
+                dq[rows] += more[0]
+                dkv[keys] += torch.cat(more[1:], -1)
+            dkv = to_next(dkv, ring.axis)  # to where its keys and values go next; after the last step, home
+        dk, dv = (x.squeeze(2).to(ctx.dtype) for x in (torch.cat([dk, dv], -1) + dkv).split(sizes, -1))
+        return dq.flatten(1, 2).to(ctx.dtype), dk, dv, None, None, None
 
 
 class RingAttention(SequenceAttention):
@@ -131,12 +148,27 @@ class RingAttention(SequenceAttention):
         self.multiple = 2 * axis.size if self.zigzag else axis.size
 
     def positions(self, sequence: int) -> Tensor:
+        return self.positions_of(self.axis.index, sequence)
+
+    def positions_of(self, r: int, sequence: int) -> Tensor:
         check_length(sequence, self.multiple)
-        chunks, r = torch.arange(sequence).chunk(self.multiple), self.axis.index
+        chunks = torch.arange(sequence).chunk(self.multiple)
         return torch.cat([chunks[r], chunks[-1 - r]]) if self.zigzag else chunks[r]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _Ring.apply(q, k, v, self.axis, self.zigzag)
+    def seen(self, step: int, q: Tensor, starts: Tensor | None, rows: slice = ALL, keys: slice = ALL) -> Tensor | None:
+        """Which of the `keys` that have come `step` ranks far the queries `rows` see; None: all."""
+        if starts is None:
+            if step:
+                return None
+            starts = torch.zeros(1, self.ranks * q.shape[-2], dtype=torch.int64, device=q.device)  # one document
+        sequence, owner = starts.shape[1], (self.axis.index - step) % self.ranks
+        mine, theirs = self.positions(sequence)[rows], self.positions_of(owner, sequence)[keys]
+        return documents.visible(starts, mine, theirs).unsqueeze(1)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        return _Ring.apply(q, k, v, self, scale or 1.0 / sqrt(q.shape[-1]), starts)
 
 
 # ---- The lesson ------------------------------------------------------------------------------------------------------

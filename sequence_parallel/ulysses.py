@@ -7,19 +7,20 @@ V changes the one into the other, and one of the output changes back.
 
 read: ulysses.py:31-71; context.py:71-110; then engine/ulysses.py
 
-B batch (paper: b), A heads (a), S sequence (s), D head size, H = A D hidden (h), c ranks of the axis
+B batch (paper: b), A heads (a), K of keys and values, S sequence (s), D head size, c ranks of the axis
 """
 
 import sys
+from math import lcm
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from core import comm
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
+from core.model.gpt import dense_attention
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
 from sequence_parallel.context import SequenceAttention, check_length
@@ -54,6 +55,11 @@ def to_tokens(x: Tensor, axis: Axis) -> Tensor:
     return comm.conjugate(x, lambda t: heads_to_tokens(t, axis), lambda g: tokens_to_heads(g, axis))
 
 
+def for_ranks(x: Tensor, ranks: int) -> Tensor:
+    """Keys or values (B, K, S/c, D) to (B, lcm(K, c), S/c, D): of fewer heads than ranks, several need the same one."""
+    return x.repeat_interleave(lcm(x.shape[1], ranks) // x.shape[1], 1)
+
+
 class Ulysses(SequenceAttention):
     """For `parallelize`: rank r has the r-th S/c tokens, and the r-th A/c heads while attention is computed."""
 
@@ -65,9 +71,11 @@ class Ulysses(SequenceAttention):
         check_length(sequence, self.multiple)
         return torch.arange(sequence).chunk(self.axis.size)[self.axis.index]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (to_heads(x, self.axis) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # every head by itself, over all tokens
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        q, k, v = (to_heads(x, self.axis) for x in (q, for_ranks(k, self.ranks), for_ranks(v, self.ranks)))
+        o = dense_attention(q, k, v, scale, starts)  # every head by itself, over all tokens
         return to_tokens(o, self.axis)
 
 

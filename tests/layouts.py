@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 import expert_parallel.engine.layers as experts
+import megatron_tp.engine.layers
 import sequence_parallel.engine.layers
 from cluster.planner.layout import FOLDED
 from cluster.planner.layout import Layout as Planned
@@ -85,6 +86,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     mesh = make_mesh(planned, "cpu", Ledger(), 30.0)
     tp, cp, dp, pp, edp, etp = (mesh[name] for name in ("tp", "cp", "dp", "pp", "edp", "etp"))
     data = mesh.joined("cp", "dp")
+    same_heads, _ = tp.split(config.kv_copies(tp.size))
     attention = context_parallel(cp, CPU, layout.ulysses, layout.zigzag)
     stage = build_model(spec, mesh, attention)
     for module in stage.modules():
@@ -114,9 +116,10 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
             count_ahead(stage)
         share = runtime.step(inputs, targets)
         if layout.sequence:
-            sequence_parallel.engine.layers.sum_replicated_gradients(stage, tp)
-        elif tp.index:
-            share = torch.zeros_like(share)  # the same on all ranks of tp
+            sequence_parallel.engine.layers.sum_replicated_gradients(stage, tp, same_heads)
+        else:
+            megatron_tp.engine.layers.sum_partial_gradients(stage, tp, same_heads)
+            share = share if tp.index == 0 else torch.zeros_like(share)  # the same on all ranks of tp
         copies.sum_gradients()
         of_experts = {*experts.expert_parameters(stage)}
         rest = [p for p in stage.parameters() if p not in of_experts]

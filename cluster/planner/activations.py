@@ -20,7 +20,7 @@ from pipeline.schedules import build
 def attention_saved(model: ModelConfig, t: int, w: int, kind: str) -> float:
     """Bytes a token that attention saves: its inputs, its result, and without recomputation what it makes of them."""
     heads = model.heads / t
-    qkv = sum(m.outputs for m in attention_matrices(model) if m.sharding == "column") / t
+    qkv = sum(m.shape(t)[1] for m in attention_matrices(model) if m.sharding == "column")
     if model.latent:  # compressed, before and after their norms; and the keys put together
         qkv += 2 * (model.latent.q_rank + model.latent.kv_rank) + model.latent.rope + heads * model.head_dim
     scores = 0.0
@@ -96,7 +96,7 @@ def layer_kept_for_wgrad(model: ModelConfig, layout: Layout, moe: bool, itemsize
         if matrix.sharding == "row":  # the full gradient of its output has been gathered for dgrad
             kept += matrix.inputs / t + matrix.outputs
         elif matrix.sharding == "column":  # its input is gathered again
-            kept += matrix.inputs / q + matrix.outputs / t
+            kept += matrix.inputs / q + matrix.shape(t)[1]
         else:
             kept += (matrix.inputs + matrix.outputs) / q
     if moe:

@@ -17,12 +17,15 @@ class Matrix(NamedTuple):
     outputs: int
     sharding: str
     bias: bool
+    of_heads: tuple[int, int] = (0, 1)  # of the outputs those of keys and values, and how many heads these have
 
     def shape(self, t: int) -> tuple[int, int]:
         """(inputs, outputs) of a rank's shard."""
         inputs = self.inputs // t if self.sharding == "row" else self.inputs
-        outputs = self.outputs // t if self.sharding == "column" else self.outputs
-        return inputs, outputs
+        if self.sharding != "column":
+            return inputs, self.outputs
+        size, heads = self.of_heads  # fewer heads than ranks are on several each
+        return inputs, (self.outputs - size) // t + size // min(t, heads)
 
     def parameters(self, t: int = 1) -> int:
         """On one rank. A row-parallel layer's bias is replicated."""
@@ -34,7 +37,8 @@ def attention_matrices(model: ModelConfig) -> list[Matrix]:
     out = Matrix("out", model.value_size, h, "row", bias)
     if model.latent is None:
         size = model.query_size + model.key_value_size
-        return [Matrix("qkv", h, size, "column", bias or model.qkv_bias), out]
+        key_values = model.key_value_size, model.query_groups
+        return [Matrix("qkv", h, size, "column", bias or model.qkv_bias, key_values), out]
     q, kv, rope, nope, value = model.latent
     return [
         *([Matrix("q down", h, q, "replicate", bias)] if q else []),

@@ -18,7 +18,6 @@ from core.proof.rulebook import (
     BATCH,
     DROPOUT,
     EP_EXPERTS,
-    EQUAL,
     ETP_FEATURES,
     EXPERT_RANKS,
     HEADS,
@@ -29,6 +28,7 @@ from core.proof.rulebook import (
     TOP_K,
     TP_FEED_FORWARD,
     TP_HEADS,
+    TP_KV_HEADS,
     axis,
 )
 from core.proof.rules import Rule
@@ -100,13 +100,7 @@ BATCHES = (
 
 TENSOR = (
     TP_HEADS,
-    Rule(
-        "tp: key heads",
-        "--tp {tp}, {query_groups} key and value heads",
-        lambda x: x.latent is not None or x.query_groups % x.tp == 0,
-        EQUAL,
-        source="Megatron-LM, num_query_groups",
-    ),
+    TP_KV_HEADS,
     TP_FEED_FORWARD,
     Rule(
         "tp: fast links",

@@ -11,6 +11,7 @@ from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.memory import parameters, replicated_parameters
 from cluster.planner.stages import ends_of, layers_by_rank, layers_of
 from core.model.config import ModelConfig
+from core.model.sharding import copied_parameters, heads_norm_parameters
 
 
 def ring_share(n: int) -> float:
@@ -105,9 +106,14 @@ def loss_tp(layout: Layout) -> int:
 
 
 def summed_over_tp(model: ModelConfig, layout: Layout, rank: int) -> float:
-    """Gradients of what sequence parallelism replicates: each rank sums its shard of what dp has summed."""
-    shards = layout.data if layout.zero else 1
-    return 2 * ring_share(layout.tp) * replicated_parameters(model, layout, rank) / shards if layout.sp else 0.0
+    """Gradients of what sequence parallelism replicates, and of what ranks have with other heads: norms, keys, values.
+
+    Each rank sums its shard of what dp has summed.
+    """
+    layers, copies = layers_by_rank(model, layout)[rank], model.kv_copies(layout.tp)
+    norms = replicated_parameters(model, layout, rank) if layout.sp else layers * heads_norm_parameters(model)
+    copied = ring_share(copies) * layers * copied_parameters(model, layout.tp)
+    return 2 * (ring_share(layout.tp) * norms + copied) / (layout.data if layout.zero else 1)
 
 
 # ---- cp --------------------------------------------------------------------------------------------------------------

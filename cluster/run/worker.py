@@ -31,12 +31,13 @@ from core.mesh import Mesh
 from core.model.config import ModelConfig
 from core.model.gpt import use_masks
 from core.model.seeded import SampleMasks
+from core.model.sharding import heads_norms
 from core.proof.checkpoint import Checkpoints, NamedOptimizer
 from core.proof.launch import Job
 from core.proof.lesson import Run
 from core.proof.memory import SavedActivations
 from core.proof.oracle import Oracle
-from core.shards import LocalTensor, shard_of
+from core.shards import LocalTensor, is_copied, is_first, shard_of
 from expert_parallel.engine.choices import Choices, follow
 from expert_parallel.engine.experts import Experts
 from expert_parallel.engine.layers import expert_parameters
@@ -76,6 +77,7 @@ class Worker:
     def __init__(self, spec: TrainSpec, mesh: Mesh):
         layout, self.spec, self.layout, self.mesh = spec.layout, spec, spec.layout, mesh
         self.tp, self.pp = mesh["tp"], mesh["pp"]
+        self.same_heads, _ = self.tp.split(spec.config.kv_copies(self.tp.size))  # ranks that hold the same k and v
         self.attention = context_parallel(mesh["cp"], spec.device, layout.ulysses, layout.placement == "zigzag")
         self.model = build_model(spec, mesh, self.attention)
         self.masks = use_masks(self.model, SampleMasks(spec.seed))
@@ -152,9 +154,12 @@ class Worker:
         return total
 
     def _sum_over_tp(self) -> None:
-        """What the ranks of tp hold alike, but have seen different tokens with: under sp, and experts' last biases."""
+        """What ranks of tp hold alike, but have seen different tokens or heads with; and experts' last biases."""
         if self.layout.sp:
             self.dense_engine.sum_over(self.tp.labelled("replicated"), lambda p: shard_of(p) is None)
+        else:
+            self.dense_engine.sum_over(self.tp.labelled("heads"), heads_norms(self.model).__contains__)
+        self.dense_engine.sum_over(self.same_heads.labelled("heads"), is_copied)
         if self.expert_engine:
             self.expert_engine.sum_over(self.mesh["etp"], self.last_biases.__contains__)
 
@@ -196,7 +201,7 @@ class Worker:
         """Whether this rank adds a parameter's gradient to the norm: of the ranks that hold it alike, the first."""
         if p in self.experts:
             return self.mesh["etp"].index == 0 or p not in self.last_biases
-        return (self.tp.index == 0 or shard_of(p) is not None) and self.copies.counted_here(p)
+        return is_first(p, self.tp) and self.copies.counted_here(p)
 
     def step(self) -> None:
         for engine in self.engines:

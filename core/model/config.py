@@ -102,6 +102,10 @@ class ModelConfig:
         """Heads of keys and values: so many groups of query heads share one."""
         return self.kv_heads or self.heads
 
+    def kv_copies(self, ranks: int) -> int:
+        """Neighbouring ranks of tensor parallelism that hold the same head of keys and values."""
+        return max(1, ranks // self.query_groups)
+
     @property
     def head_dim(self) -> int:
         """D: of a query or a key."""

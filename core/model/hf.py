@@ -49,10 +49,10 @@ DEEPSEEK = QWEN_MOE | {
     "blocks.{}.mlp.shared.up": "model.layers.{}.mlp.shared_experts.up_proj",
     "blocks.{}.mlp.shared.down": "model.layers.{}.mlp.shared_experts.down_proj",
     "blocks.{}.attention.q_down": "model.layers.{}.self_attn.q_a_proj",
-    "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_a_layernorm",
+    "blocks.{}.attention.q_down_norm": "model.layers.{}.self_attn.q_a_layernorm",
     "blocks.{}.attention.q_up": "model.layers.{}.self_attn.q_b_proj",
     "blocks.{}.attention.kv_down": "model.layers.{}.self_attn.kv_a_proj_with_mqa",
-    "blocks.{}.attention.kv_norm": "model.layers.{}.self_attn.kv_a_layernorm",
+    "blocks.{}.attention.kv_down_norm": "model.layers.{}.self_attn.kv_a_layernorm",
     "blocks.{}.attention.kv_up": "model.layers.{}.self_attn.kv_b_proj",
 }
 DEEPSEEK_PLAIN_QUERIES = DEEPSEEK | {"blocks.{}.attention.q_up": "model.layers.{}.self_attn.q_proj"}

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from core.proof.memory import SavedActivations
 
-Gradients = tuple[Tensor | None, Tensor | None]  # of weight and bias; None where not trained
+Gradients = Sequence[Tensor | None]  # of weight and bias, or of several; None where not trained
 
 
 class Later(NamedTuple):
-    """The gradients of one layer's weight and bias, still to be computed."""
+    """The gradients of the weights and biases of one layer, or of several of one input, still to be computed."""
 
-    parameters: tuple[Tensor, Tensor | None]
+    parameters: Sequence[Tensor | None]
     compute: Callable[[], Gradients]
     account: list[Any]  # keeps what `compute` reads in the count of saved activations, where it is counted
 
@@ -54,13 +54,13 @@ class Deferred:
         self.on = False
 
     def put(
-        self, weight: Tensor, bias: Tensor | None, compute: Callable[[], Gradients], reads: Sequence[Tensor]
+        self, parameters: Sequence[Tensor | None], compute: Callable[[], Gradients], reads: Sequence[Tensor]
     ) -> Gradients:
         """Leave `compute`, which reads these tensors, for later; nothing to return from backward now."""
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if any(p is not None and p.requires_grad for p in parameters):
             account = self.account.keep(reads) if self.account else []
-            self._later.append(Later((weight, bias), compute, account))
-        return None, None
+            self._later.append(Later(parameters, compute, account))
+        return (None,) * len(parameters)
 
     def take(self) -> list[Later]:
         """What has been left since the last call."""
@@ -87,7 +87,7 @@ def of_parameters(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | No
         return of_weight, rows.sum(0) if bias is not None and bias.requires_grad else None
 
     deferred = deferring(weight)
-    return deferred.put(weight, bias, compute, (gradient, x)) if deferred else compute()
+    return deferred.put((weight, bias), compute, (gradient, x)) if deferred else compute()
 
 
 class _Split(torch.autograd.Function):
@@ -110,6 +110,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if deferred is not None and deferred.expected:
         return _Split.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def products(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """Several layers of one input. Those that send messages for it share them, by their `together`."""
+    together = getattr(layers[0], "together", None)
+    return together(x, layers) if together else [layer(x) for layer in layers]
+
+
+def of_input(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The gradient (..., I) of what several layers have read, for those (..., O) of their results."""
+    found = gradients[0].flatten(0, -2) @ weights[0]
+    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+        found.addmm_(gradient.flatten(0, -2), weight)
+    return found.view(*gradients[0].shape[:-1], -1)
 
 
 class Linear(nn.Linear):

@@ -12,29 +12,40 @@ import torch
 from torch import Tensor, nn
 
 from core.model.config import Llama3Scaling, ModelConfig, YarnScaling
+from core.model.documents import restarted
 from core.model.precision import wide
 
 
 class Rotary(nn.Module):
-    """Queries and keys (B, A or K, S, D) to the same, turned. Has no parameters and no state."""
+    """Queries and keys (B, A or K, S, D) to the same, turned. Has no parameters; layers may share one and its table."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.table = torch.empty(2, 0, 0, device="cpu")  # cosines and sines (2, positions, D/2) of the first positions
 
     def positions(self, length: int) -> Tensor:
         """Which tokens of the sample these are, int64 (S). Whoever shards the sequence puts another in its place."""
         return torch.arange(length)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        radians, factor = frequencies(self.config, q.device)
-        angles = self.positions(q.shape[-2]).to(q.device).unsqueeze(-1) * radians  # (S, D/2)
-        cos, sin = angles.cos() * factor, angles.sin() * factor
+    def forward(self, q: Tensor, k: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """With `starts` of `core.model.documents`, (B, all tokens), positions are those in the documents."""
+        here = self.positions(q.shape[-2])
+        self._reach(int(here.max()) + 1, q.device)
+        here = here.to(q.device) if starts is None else restarted(here, starts).unsqueeze(1)
+        cos, sin = self.table[:, here]  # (S, D/2) each, or (B, 1, S, D/2)
         return turned(q, cos, sin), turned(k, cos, sin)
+
+    def _reach(self, length: int, device: torch.device) -> None:
+        """Have so many positions in the table."""
+        if self.table.shape[1] < length or self.table.device != device:
+            radians, factor = frequencies(self.config, device)
+            angles = torch.arange(length, device=device).unsqueeze(-1) * radians
+            self.table = torch.stack((angles.cos() * factor, angles.sin() * factor))
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(..., S, D) by the angles of (S, D/2)."""
+    """(..., S, D) by the angles of (..., S, D/2)."""
     first, second = wide(x).chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 

@@ -9,10 +9,29 @@ from typing import Any
 from core.model.gpt import GPTConfig
 from core.model.text import VOCABULARY, Text
 from core.proof.lesson import Lesson
-from core.proof.rulebook import EQUAL, HEADS, SP_SEQUENCE, TP_FEED_FORWARD, TP_HEADS
-from core.proof.rules import at_least, broken, check, nearest_multiple, positive
+from core.proof.rulebook import (
+    DECODER,
+    EQUAL,
+    HEADS,
+    SP_SEQUENCE,
+    TP_FEED_FORWARD,
+    TP_HEADS,
+    TP_KV_HEADS,
+    fits_kv_heads,
+    usable_kv_heads,
+)
+from core.proof.rules import Rule, at_least, broken, check, nearest_multiple, positive
 
-TRAINING = (at_least("batch", 1, 8), positive("lr", 1e-3), positive("clip", 1.0))
+KV_HEADS_OF_LLAMA = Rule(
+    "key and value heads: model",
+    "--model {model} --kv-heads {kv_heads}",
+    lambda case: case.model == "llama" or not case.kv_heads,
+    "GPT-2's kind has as many as heads",
+    lambda case: "--kv-heads 0, or --model llama",
+)
+TRAINING = (
+    at_least("batch", 1, 8), positive("lr", 1e-3), positive("clip", 1.0), at_least("kv-heads", 0, 0), KV_HEADS_OF_LLAMA,
+)  # fmt: skip
 
 
 def add_model_flags(lesson: Lesson, **defaults: Any) -> None:
@@ -57,7 +76,10 @@ def _flag(
 
 
 def configuration(args: argparse.Namespace) -> GPTConfig:
-    """Of GPT-2's kind, or of Llama's: RMSNorm, rotary positions, grouped keys and values, SwiGLU, a head of its own."""
+    """Of GPT-2's kind, or of Llama's: RMSNorm, rotary positions, grouped keys and values, SwiGLU, a head of its own.
+
+    Rotary positions turn pairs: where hidden / heads is odd, a Llama's head has one feature more.
+    """
     config = GPTConfig(
         vocabulary=VOCABULARY,
         sequence=args.sequence,
@@ -71,11 +93,11 @@ def configuration(args: argparse.Namespace) -> GPTConfig:
     )
     if args.model == "gpt":
         return config
-    usual = args.heads // 4 if args.heads % 4 == 0 else args.heads
     return replace(
         config,
         name="llama",
-        kv_heads=args.kv_heads or usual,
+        kv_heads=kv_heads(args),
+        head_size=config.head_dim + 1 if config.head_dim % 2 else None,
         gated=True,
         biases=False,
         learned_positions=False,
@@ -85,10 +107,18 @@ def configuration(args: argparse.Namespace) -> GPTConfig:
     )
 
 
+def kv_heads(args: argparse.Namespace) -> int:
+    """What `--kv-heads` says, or means where it is not given."""
+    if getattr(args, "model", "gpt") == "gpt":
+        return args.heads
+    return args.kv_heads or (args.heads // 4 if args.heads % 4 == 0 else args.heads)
+
+
 def check_model(args: argparse.Namespace) -> GPTConfig:
     """The model's sizes; raises ValueError when the arguments of `add_model_flags` cannot make a training run."""
-    config = configuration(args)
     check(args, TRAINING)
+    config = configuration(args)
+    check(config, DECODER)
     Text(args.data, args.sequence)
     return config
 
@@ -96,13 +126,16 @@ def check_model(args: argparse.Namespace) -> GPTConfig:
 def check_cuts(args: argparse.Namespace, ranks: int, sequence: bool = False) -> None:
     """Raises ValueError unless heads, feed-forward and (with `sequence`) a sample have equal shards on `ranks` ranks.
 
-    Says what would do for all of them together. Sizes below 1 are left to `ModelConfig`.
+    Fewer heads of keys and values than ranks may be on several each. Says what would do for all of them together. Sizes
+    below 1 are left to `ModelConfig`.
     """
     heads, hidden, feed_forward = args.heads, args.hidden, args.feed_forward
-    if min(heads, hidden) < 1 or feed_forward < 0:
+    if min(heads, hidden, kv_heads(args)) < 1 or feed_forward < 0:
         return
-    case = SimpleNamespace(**vars(args) | {"tp": ranks, "cp": 1, "sp": sequence, "head_size": None})
+    more = {"tp": ranks, "cp": 1, "sp": sequence, "head_size": None, "latent": None, "query_groups": kv_heads(args)}
+    case = SimpleNamespace(**vars(args) | more)
     rules = [HEADS, TP_HEADS, SP_SEQUENCE] + [TP_FEED_FORWARD] * (feed_forward > 0)  # 0, four times hidden, fits
+    rules += [TP_KV_HEADS] * (kv_heads(args) != heads)
     failing = list(broken(case, rules))
     if not failing:
         return
@@ -112,15 +145,22 @@ def check_cuts(args: argparse.Namespace, ranks: int, sequence: bool = False) -> 
         use["heads"] = min(usable, key=lambda a: abs(a - heads), default=nearest_multiple(heads, ranks))
         if hidden % use["heads"]:
             use["hidden"] = nearest_multiple(hidden, use["heads"])
+    case.heads = use.get("heads", heads)
+    case.query_groups = kv_heads(SimpleNamespace(**vars(args) | {"heads": case.heads}))
+    if case.heads % case.query_groups or not TP_KV_HEADS.holds(case):
+        use["kv-heads"] = usable_kv_heads(case)
     if TP_FEED_FORWARD in failing:
         use["feed-forward"] = nearest_multiple(feed_forward, ranks)
     if SP_SEQUENCE in failing:
         use["sequence"] = nearest_multiple(args.sequence, ranks)
     sizes = [heads, feed_forward or heads, args.sequence if sequence else heads]
-    fewer = [] if hidden % heads else [t for t in range(2, heads + 1) if not any(size % t for size in sizes)][-8:]
-    now = " ".join(f"--{name} {getattr(args, name.replace('-', '_'))}" for name in use)
+    fits = partial(fits_kv_heads, kv_heads(args))
+    fewer = [] if hidden % heads else [t for t in range(2, heads + 1) if fits(t) and not any(n % t for n in sizes)][-8:]
+    given = vars(args) | {"kv_heads": kv_heads(args)}
+    now = " ".join(f"--{name} {given[name.replace('-', '_')]}" for name in use)
+    shared = ", or with key and value heads divide them" if "kv-heads" in use else ""
     raise ValueError(
-        f"{now}: {'heads must divide --hidden, and ' if 'heads' in use else ''}{EQUAL.format(tp=ranks)}; "
+        f"{now}: {'heads must divide --hidden, and ' if 'heads' in use else ''}{EQUAL.format(tp=ranks)}{shared}; "
         f"use {' '.join(f'--{name} {value}' for name, value in use.items())}"
         + (f", or --nproc_per_node one of {', '.join(map(str, fewer))}" if fewer else "")
     )

@@ -76,15 +76,15 @@ NORM = Rule(
 )
 KV_HEADS = Rule(
     "key and value heads",
-    "kv_heads {kv_heads}",
+    "--kv-heads {kv_heads}",
     lambda case: case.heads % case.query_groups == 0,
-    "must divide heads {heads}, so that each is read by as many query heads",
-    lambda case: f"kv_heads {gcd(case.heads, case.query_groups)}",
+    "must divide --heads {heads}, so that each is read by as many query heads",
+    lambda case: f"--kv-heads {gcd(case.heads, case.query_groups)}",
     "2305.13245, section 2.2",
 )
 ROTARY_PAIRS = Rule(
     "rotary positions",
-    "heads {heads}",
+    "head_size {head_size}",
     lambda case: case.learned_positions or case.rotary_dim % 2 == 0,
     "the size of a head must be even, because rotary positions turn pairs of features",
     lambda case: f"head_size {case.head_dim + 1}",
@@ -146,6 +146,27 @@ TP_HEADS = Rule(
     lambda case: f"--heads {nearest_multiple(case.heads, case.tp)}",
     "1909.08053, section 3",
 )
+
+
+def fits_kv_heads(kv_heads: int, tp: int) -> bool:
+    """Whether each rank has equally many whole heads of keys and values; several ranks may have the same one."""
+    return kv_heads % tp == 0 or tp % kv_heads == 0
+
+
+def usable_kv_heads(case: Any) -> int:
+    """The nearest number that divides the heads, and fits the ranks."""
+    fitting = [k for k in range(1, case.heads + 1) if case.heads % k == 0 and fits_kv_heads(k, case.tp)]
+    return min(fitting, key=lambda k: abs(k - case.query_groups))
+
+
+TP_KV_HEADS = Rule(
+    "tp: key and value heads",
+    "--tp {tp} --kv-heads {query_groups}",
+    lambda case: case.latent is not None or fits_kv_heads(case.query_groups, case.tp),
+    "must be a multiple of the {tp} ranks or divide them, so that each has whole heads, or as many have the same one",
+    lambda case: f"--kv-heads {usable_kv_heads(case)}",
+    "Megatron-LM, num_query_groups",
+)
 TP_FEED_FORWARD = Rule(
     "tp: feed-forward",
     "--tp {tp} --feed-forward {feed_forward}",
@@ -154,6 +175,7 @@ TP_FEED_FORWARD = Rule(
     lambda case: f"--feed-forward {nearest_multiple(case.feed_forward, case.tp)}",
     "1909.08053, section 3",
 )
+TENSOR = (TP_HEADS, TP_KV_HEADS, TP_FEED_FORWARD)
 SP_SEQUENCE = Rule(
     "sp: sequence",
     "--sp --tp {tp} --cp {cp} --sequence {sequence}",

@@ -57,7 +57,7 @@ class _GroupedLinear(torch.autograd.Function):
             return of_weight, torch.stack([g.sum(0) for g in gradient.split(counts)]) if trained else None
 
         deferred = deferring(weight)
-        found = deferred.put(weight, bias, wgrad, (gradient, x)) if deferred else wgrad()
+        found = deferred.put((weight, bias), wgrad, (gradient, x)) if deferred else wgrad()
         return dgrad, *found, None
 
 

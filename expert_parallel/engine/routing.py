@@ -91,7 +91,6 @@ class Routing:
     experts: int = 8
     top_k: int = 2
     score: str = "topk-softmax"  # softmax over the chosen; or over all, then choose; or sigmoids, divided by their sum
-    weight_scale: float = 1.0  # of the weights, after that
     groups: int = 1  # the experts are in so many equal groups,
     top_groups: int = 1  # and a token's must be in so many of them
     capacity: float = 0.0  # an expert takes at most ceil(capacity k S / E) tokens of a sample; 0: all
@@ -99,6 +98,7 @@ class Routing:
     aux: float = 0.0  # coefficient of Switch's load-balancing loss
     z: float = 0.0  # of the router z-loss
     bias_rate: float = 0.0  # how fast the bias of selection moves against the load
+    weight_scale: float = 1.0  # that the weights are multiplied by in the end
 
     def __post_init__(self) -> None:
         check(self, ROUTING)

@@ -15,6 +15,7 @@ from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
 from core.model.precision import POLICIES, MasterOptimizer
 from core.model.seeded import SampleMasks
+from core.model.sharding import key_value_rows, parameters_on_a_rank
 from core.model.text import Text
 from core.proof.lesson import Run
 from core.proof.memory import SavedActivations, live_bytes
@@ -22,7 +23,7 @@ from core.proof.oracle import TOLERANCE, relative_difference
 from core.proof.plot import bars
 from core.proof.trainable import Replica
 from megatron_tp.engine import layers, loss
-from megatron_tp.evidence.training import build, parameters_on_a_rank
+from megatron_tp.evidence.training import build
 
 COURSE = GPTConfig(1024, 1024, 512, layers=8, heads=8, feed_forward=1024, tied=False, head_bias=True)
 COURSE_PARAMETERS = {1: 18_397_184, 2: 9_473_536, 4: 5_011_712}  # on each rank, by number of ranks
@@ -125,6 +126,14 @@ def claim_parameters(run: Run, config: GPTConfig, axis: Axis, sizes: Sizes) -> N
         run.evidence.on_ranks(f"parameters at tp {t}", f"{source}: {expected:,}", expected, measured)
 
 
+def copied_activations(run: Run, config: GPTConfig, ranks: int) -> float:
+    """Bytes of keys and values that a rank saves beyond its 1/t of them, because other ranks have the same heads."""
+    if config.attention == "softmax":  # saves them as they are repeated, for each of its query heads
+        return 0
+    rows = key_value_rows(config, ranks) - config.key_value_size / ranks
+    return config.layers * run.args.batch * run.args.sequence * rows * run.dtype.itemsize
+
+
 def claim_memory(run: Run, config: GPTConfig, sizes: Sizes, trained: Replica) -> None:
     """Bytes on each rank, for every number of ranks, and of the model that has been trained on all of them."""
     in_training = run.job.gather(sum(_trained_bytes(trained.model, trained.optimizer)))
@@ -140,13 +149,15 @@ def claim_memory(run: Run, config: GPTConfig, sizes: Sizes, trained: Replica) ->
     even = [t for t in sizes if config.vocabulary % t == 0]  # elsewhere the logits are padded
     if len(even) > 2:  # from two sizes what is sharded and what is replicated are both known
         second = even[1]
-        one, two = (max(rank.activations for rank in sizes[t]) for t in even[:2])
+        copied = {t: copied_activations(run, config, t) for t in even}
+        one, two = (max(rank.activations for rank in sizes[t]) - copied[t] for t in even[:2])
         sharded = (one - two) / (1 - 1 / second)
         for t in even[2:]:
-            expected = sharded / t + one - sharded
+            expected = sharded / t + one - sharded + copied[t]
+            and_copies = f" + k and v of {config.query_groups} heads" if copied[t] else ""
             on_ranks(
                 f"bytes saved for backward at tp {t}",
-                f"sharded / t + replicated, from tp 1 and {second}: {expected:,.0f}",
+                f"sharded / t + replicated{and_copies}, from tp 1 and {second}: {expected:,.0f}",
                 expected,
                 [rank.activations for rank in sizes[t]],
                 1e-9 * expected,

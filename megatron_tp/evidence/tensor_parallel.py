@@ -11,6 +11,7 @@ from core import comm
 from core.ledger import Traffic
 from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig
+from core.model.sharding import copied_parameters, parameters_on_a_rank
 from core.model.text import Text
 from core.proof.lesson import Run
 from core.proof.memory import live_bytes
@@ -18,7 +19,7 @@ from core.proof.oracle import TOLERANCE
 from core.proof.plot import bars
 from core.shards import Shard, shard_of
 from megatron_tp.engine.loss import vocab_parallel_cross_entropy
-from megatron_tp.evidence.training import Version, parameters_on_a_rank
+from megatron_tp.evidence.training import Version
 
 SMOOTHING = 0.1
 Sent = dict[tuple[str, str], Traffic]
@@ -103,6 +104,14 @@ def claim_traffic(run: Run, config: GPTConfig, versions: Versions) -> None:
             f"bsh, reduced once, by {name}: {ring * bs * h:,.0f}",
             ring * bs * h,
             lambda _, both, label=label: of(both, label).elements,
+        )
+    if (copies := config.kv_copies(t)) > 1:
+        summed = 2 * (copies - 1) / copies * config.layers * copied_parameters(config, t)
+        each(
+            "elements of keys' and values' weights' gradients",
+            f"reduced over the {copies} ranks with the same heads: {summed:,.0f}",
+            summed,
+            lambda _, both: both["all-reduce", "tp inner gradients of heads"].elements,
         )
     each(
         "messages other than all-reduces",

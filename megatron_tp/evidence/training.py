@@ -43,19 +43,22 @@ def build(run: Run, config: GPTConfig, axis: Axis, parallelize: Parallelize) -> 
 
 
 def version(
-    run: Run, config: GPTConfig, axis: Axis, parallelize: Parallelize, token_loss: Callable[..., Tensor]
-) -> Version:
+    run: Run, config: GPTConfig, axis: Axis, parallelize: Parallelize, token_loss: Callable[..., Tensor],
+    sum_partial_gradients: Callable[[GPT, Axis, Axis], None],
+) -> Version:  # fmt: skip
     """Train what `parallelize` makes with `token_loss`, clipped by the norm of the full model's gradient."""
     args, axis, forward = run.args, replace(axis, ledger=Ledger()), Ledger()
     model, optimizer = build(run, config, axis, parallelize)
     loss_of = partial(token_loss, tokens=args.batch * args.sequence, axis=axis, vocabulary=config.vocabulary)
     masks = use_masks(model, SampleMasks(args.seed))
+    same_heads, _ = axis.split(config.kv_copies(axis.size))
 
     def forward_backward(step: int, inputs: Tensor, targets: Tensor) -> Tensor:
         masks.seek(step)
         with axis.ledger.recording_to(forward):
             loss = loss_of(model(inputs), targets)
         loss.backward()
+        sum_partial_gradients(model, axis, same_heads)
         # Every rank has the same loss: one of them counts it.
         return loss.detach() if axis.index == 0 else torch.zeros_like(loss)
 
@@ -75,16 +78,3 @@ def train_beside_one_process(run: Run, config: GPTConfig, replicas: Mapping[str,
     if oracle:
         claim_equal(run, compared)
     claim_replicated_parameters(run, nn.ModuleDict({name: replica.model for name, replica in replicas.items()}))
-
-
-def parameters_on_a_rank(config: GPTConfig, ranks: int) -> int:
-    """By the slide's arithmetic: 1/t of what is sharded, and all of what is replicated."""
-    h, f, layers = config.hidden, config.feed_forward, config.layers
-    vocabulary = -(-config.vocabulary // ranks) * ranks  # with padding
-    qkv, out, up, down = 3 * h * h + 3 * h, h * h, f * h + f, h * f  # biases of the row-parallel ones are replicated
-    ends = vocabulary * h if config.tied else 2 * vocabulary * h
-    if config.head_bias:
-        ends += vocabulary
-    sharded = layers * (qkv + out + up + down) + ends
-    norms, biases, positions = (2 * layers + 1) * 2 * h, 2 * layers * h, config.sequence * h
-    return sharded // ranks + norms + biases + positions

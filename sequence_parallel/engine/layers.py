@@ -11,6 +11,8 @@ What they add to the plain layers of `megatron_sp.py`:
 B batch, S sequence, H hidden, I and O in and out features, V vocabulary padded to a multiple of t, t ranks of the axis
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,56 +23,72 @@ from core import comm
 from core.gradients import sum_gradients
 from core.mesh import Axis
 from core.model.gpt import GPT, Block
-from core.model.linear import Gradients, deferring, linear
-from core.shards import shard, shard_of
+from core.model.linear import Gradients, deferring, linear, of_input
+from core.model.sharding import check_sizes, column_parallel, shard_latent
+from core.shards import is_copied, shard, shard_of
 
 SEQUENCE = 1  # the dimension of (B, S, ...) that is sharded
 
 
-class _GatherLinear(torch.autograd.Function):
-    """g, then x W^T + b with this rank's rows of W. Saves this rank's shard of x only."""
+class _GatherLinears(torch.autograd.Function):
+    """g, then x W^T + b with this rank's rows of W, for each layer's W and b. Saves this rank's shard of x only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis, layers: Sequence[nn.Module], *_: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.axis = weight, bias, axis
-        return F.linear(comm.all_gather(x, axis, SEQUENCE), weight, bias)
+        ctx.axis, ctx.layers = axis, [(layer.weight, layer.bias) for layer in layers]
+        full = comm.all_gather(x, axis, SEQUENCE)
+        return tuple(F.linear(full, weight, bias) for weight, bias in ctx.layers)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), weight, bias, axis = ctx.saved_tensors, ctx.weight, ctx.bias, ctx.axis
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), axis, layers, of_x = ctx.saved_tensors, ctx.axis, ctx.layers, None
+        weights = [weight for weight, _ in layers]
 
         def gather_again() -> comm.Pending | None:
-            return comm.all_gather_async(x, axis, SEQUENCE, "all-gather again") if weight.requires_grad else None
+            trained = any(weight.requires_grad for weight in weights)
+            return comm.all_gather_async(x, axis, SEQUENCE, "all-gather again") if trained else None
 
         def of_parameters(again: comm.Pending | None) -> Gradients:
-            rows = gradient.flatten(0, -2)
-            of_bias = rows.sum(0) if bias is not None and bias.requires_grad else None
-            return rows.T @ again.wait().flatten(0, -2) if again else None, of_bias
+            full, found = again.wait().flatten(0, -2) if again else None, []
+            for gradient, (weight, bias) in zip(gradients, layers, strict=True):
+                rows = gradient.flatten(0, -2)
+                found.append(rows.T @ full if weight.requires_grad else None)
+                found.append(rows.sum(0) if bias is not None and bias.requires_grad else None)
+            return found
 
-        deferred = deferring(weight)
+        deferred = deferring(weights[0])
         again = None if deferred else gather_again()
-        of_x = comm.reduce_scatter_async(gradient @ weight, axis, SEQUENCE) if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[0]:
+            of_x = comm.reduce_scatter_async(of_input(gradients, weights), axis, SEQUENCE)
         if deferred:
-            found = deferred.put(weight, bias, lambda: of_parameters(gather_again()), (gradient, x))
+            parameters = [p for layer in layers for p in layer]
+            found = deferred.put(parameters, lambda: of_parameters(gather_again()), (*gradients, x))
         else:
             found = of_parameters(again)
-        return of_x.wait() if of_x else None, *found, None
+        return of_x.wait() if of_x else None, None, None, *found
 
 
 class ColumnParallelLinear(nn.Module):
-    """This rank's (B, S/t, I) to its (B, S, O/t)."""
+    """This rank's (B, S/t, I) to its (B, S, O/t); of fewer shards than ranks, to (B, S, O/shards)."""
 
-    def __init__(self, linear: nn.Linear, axis: Axis, sequence: bool = True):
+    def __init__(self, linear: nn.Linear, axis: Axis, sequence: bool = True, shards: int | None = None):
         super().__init__()
         self.axis, self.sequence = axis, sequence
-        self.weight = shard(linear.weight, 0, axis)
-        self.register_parameter("bias", None if linear.bias is None else shard(linear.bias, 0, axis))
+        self.weight = shard(linear.weight, 0, axis, shards)
+        self.register_parameter("bias", None if linear.bias is None else shard(linear.bias, 0, axis, shards))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.sequence:
-            return _GatherLinear.apply(x, self.weight, self.bias, self.axis)
-        return linear(comm.copy_to(x, self.axis), self.weight, self.bias)
+        return self.together(x, [self])[0]
+
+    @staticmethod
+    def together(x: Tensor, layers: Sequence["ColumnParallelLinear"]) -> Sequence[Tensor]:
+        """Several layers of one input, as q, k and v: it is gathered once, and its gradient is scattered once."""
+        axis = layers[0].axis
+        if layers[0].sequence:
+            return _GatherLinears.apply(x, axis, layers, *(p for each in layers for p in (each.weight, each.bias)))
+        x = comm.copy_to(x, axis)
+        return [linear(x, layer.weight, layer.bias) for layer in layers]
 
 
 class RowParallelLinear(nn.Module):
@@ -104,7 +122,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class PositionShard(nn.Module):
-    """Positions (S) to the embeddings (S/t, H) of this rank's shard of the sequence; the table is replicated."""
+    """Positions (..., S) to embeddings (..., S/t, H) of this rank's shard of the sequence; the table is replicated."""
 
     def __init__(self, embedding: nn.Embedding, axis: Axis):
         super().__init__()
@@ -112,23 +130,17 @@ class PositionShard(nn.Module):
         self.weight = embedding.weight
 
     def forward(self, positions: Tensor) -> Tensor:
-        return F.embedding(positions.chunk(self.axis.size)[self.axis.index], self.weight)
+        return F.embedding(positions.chunk(self.axis.size, -1)[self.axis.index], self.weight)
 
 
 def parallelize_block(block: Block, axis: Axis, sequence: bool = True) -> Block:
-    """Shard one transformer layer. With `sequence` False only as tensor parallelism does, to compare with.
-
-    Raises:
-        ValueError: heads or feed-forward have no equal shards.
-    """
-    heads = block.attention.qkv.in_features // block.attention.head_size
-    for name, size in (("heads", heads), ("feed-forward", block.mlp.up.out_features)):
-        if size % axis.size:
-            raise ValueError(f"{size} {name} have no {axis.size} equal shards; use a multiple of {axis.size}")
-    block.attention.qkv = ColumnParallelLinear(block.attention.qkv, axis, sequence)  # its rows are ordered by head
+    """Shard one transformer layer. With `sequence` False only as tensor parallelism does, to compare with."""
+    for module, name, shards in column_parallel(block):
+        setattr(module, name, ColumnParallelLinear(getattr(module, name), axis, sequence, shards))
+    to_heads = partial(comm.gather_for, axis=axis, dim=SEQUENCE) if sequence else partial(comm.copy_to, axis=axis)
+    shard_latent(block, axis, to_heads)
     block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A, S, S)
     block.attention.out = RowParallelLinear(block.attention.out, axis, sequence)
-    block.mlp.up = ColumnParallelLinear(block.mlp.up, axis, sequence)
     block.mlp.down = RowParallelLinear(block.mlp.down, axis, sequence)
     if sequence:
         block.attention_dropout.split = block.mlp_dropout.split = (SEQUENCE, axis.index, axis.size)
@@ -142,14 +154,15 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     `engine.loss.token_loss`. After backward, `sum_replicated_gradients`.
 
     Raises:
-        ValueError: heads or feed-forward have no equal shards, or the model is not of GPT-2's kind.
+        ValueError: heads or feed-forward have no equal shards.
     """
-    model.config.check_sharded("sequence parallelism")
+    check_sizes(model.config, axis.size)
     for block in model.blocks.values():
         parallelize_block(block, axis.labelled("layers"))
     if model.embed is not None:
         model.embed.token = VocabParallelEmbedding(model.embed.token, axis.labelled("embedding"))
-        model.embed.position = PositionShard(model.embed.position, axis)
+        if model.embed.position is not None:
+            model.embed.position = PositionShard(model.embed.position, axis)
         model.embed.dropout.split = (SEQUENCE, axis.index, axis.size)
     if model.head is not None:
         model.head = ColumnParallelLinear(model.head, axis.labelled("head"))
@@ -158,9 +171,14 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     return model
 
 
-def sum_replicated_gradients(model: GPT, axis: Axis) -> None:
-    """Sum over the ranks the gradients of what is replicated: LayerNorms, biases of the row-parallel layers, positions.
+def sum_replicated_gradients(model: GPT, axis: Axis, same_heads: Axis) -> None:
+    """Sum over the ranks the gradients of what is replicated: norms, biases of the row-parallel layers, positions.
 
-    Each rank has seen its own tokens only, so its gradients are partial. One all-reduce for all of them.
+    Each rank has seen its own tokens only, or with the norms of queries and keys its own heads, so its gradients are
+    partial. One all-reduce for all of them, and one for keys' and values' weights, where several ranks have the same.
+
+    Args:
+        same_heads: those ranks, `axis.split(config.kv_copies(axis.size))[0]`.
     """
     sum_gradients((p for p in model.parameters() if shard_of(p) is None), axis.labelled("replicated gradients"))
+    sum_gradients(filter(is_copied, model.parameters()), same_heads.labelled("gradients of heads"))

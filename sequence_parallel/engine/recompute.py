@@ -6,6 +6,8 @@ or the tracker of lecture 05, restores its own.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -34,8 +36,9 @@ def recompute(model: GPT, kind: str) -> GPT:
 
 
 def computed_twice(function: Callable[..., Tensor], dropout: Dropout) -> Callable[..., Tensor]:
-    def call(*activations: Tensor) -> Tensor:
+    def call(*activations: Tensor, **options: Any) -> Tensor:
+        again = partial(function, **options)
         restored = {"context_fn": dropout.masks.contexts} if dropout.masks else {}
-        return checkpoint(function, *activations, use_reentrant=False, preserve_rng_state=False, **restored)
+        return checkpoint(again, *activations, use_reentrant=False, preserve_rng_state=False, **restored)
 
     return call

@@ -1,8 +1,8 @@
 """The ring whose messages travel while blocks are computed. Liu et al. 2023 (2310.01889).
 
 What it adds to the plain ring of `ring_attention.py`: the next block is on its way while the attention over the present
-one is computed, and in backward the sums of the gradients one step behind it; blocks by torch's kernel, with fewer
-heads of keys and values where there are; and a virtual clock, which shows who computes what, and when.
+one is computed, and in backward the sums of the gradients one step behind it; blocks by torch's kernel; and a virtual
+clock, which shows who computes what, and when.
 
 B batch, A heads, K key and value heads (a divisor of A), N = S/c tokens of a rank, D head size, c ranks of the axis
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core.mesh import Axis
+from core.model.documents import visible
 from core.p2p import PointToPoint
 from core.proof.clock import VirtualClock
 from sequence_parallel.context import SequenceAttention, check_length
@@ -57,9 +58,13 @@ class OverlappedRing(SequenceAttention):
         self.messages = PointToPoint(axis, routes, device) if axis.size > 1 else None
 
     def positions(self, sequence: int) -> Tensor:
+        return self.positions_of(self.axis.index, sequence)
+
+    def positions_of(self, rank: int, sequence: int) -> Tensor:
+        """Which tokens of the sequence that rank has."""
         check_length(sequence, self.multiple)
-        chunks, r = torch.arange(sequence).chunk(self.multiple), self.axis.index
-        return torch.cat([chunks[r], chunks[-1 - r]]) if self.zigzag else chunks[r]
+        chunks = torch.arange(sequence).chunk(self.multiple)
+        return torch.cat([chunks[rank], chunks[-1 - rank]]) if self.zigzag else chunks[rank]
 
     def tile(self, step: int, tokens: int) -> Tile | None:
         """What to compute of rank r's queries and rank (r - step)'s keys, `tokens` each; None: all keys are later."""
@@ -70,6 +75,13 @@ class OverlappedRing(SequenceAttention):
         if owner < self.axis.index:  # zigzag: its second chunk is later than both of ours
             return Tile(everything, early if self.zigzag else everything, causal=False)
         return Tile(late, everything, causal=False) if self.zigzag else None  # only our second is later than theirs
+
+    def seen(self, step: int, tile: Tile, starts: Tensor | None) -> Tensor | None:
+        """Which keys of the tile its queries see, where documents are kept apart: bool (B, 1, rows, columns)."""
+        if starts is None:
+            return None
+        sequence, owner = starts.shape[1], (self.axis.index - step) % self.axis.size
+        return visible(starts, self.positions(sequence)[tile.rows], self.positions_of(owner, sequence)[tile.columns])
 
     def pass_on(self, x: Tensor, kind: str, step: int) -> Callable[[], Tensor]:
         """Post the send of contiguous `x` to the next rank, and the receive of the previous rank's.
@@ -82,8 +94,10 @@ class OverlappedRing(SequenceAttention):
         self.messages.send(x, after, kind, tag)
         return self._traced(arrive, f"{kind} {step}", before, after, tag + 1) if self.clock else arrive
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _OverlappedRing.apply(q, k, v, self)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        return _OverlappedRing.apply(q, k, v, self, scale, starts)
 
     def close(self) -> None:
         if self.messages is not None:
@@ -113,15 +127,18 @@ class OverlappedRing(SequenceAttention):
 
 class _OverlappedRing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: OverlappedRing) -> Tensor:
-        last, wide = ring.ranks - 1, torch.promote_types(q.dtype, torch.float32)
-        block = torch.stack([k, v])  # one message
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: OverlappedRing, scale: float | None, starts: Tensor | None
+    ) -> Tensor:
+        last, wide, d = ring.ranks - 1, torch.promote_types(q.dtype, torch.float32), k.shape[-1]
+        block = torch.cat([k, v], -1)  # one message
         for step in range(ring.ranks):
             arriving = ring.pass_on(block, KV, step) if step < last else None
             if tile := ring.tile(step, q.shape[2]):
                 rows, columns, causal = tile
+                keys, values = block[..., columns, :d], block[..., columns, d:]
                 with ring.computing(step, tile.area(q.shape[2])):
-                    found = attend(q[:, :, rows], *block[..., columns, :], causal)
+                    found = attend(q[:, :, rows], keys, values, causal, scale, ring.seen(step, tile, starts))
                     if step == 0:  # every query sees a key: itself
                         out, lse = (x.to(wide) for x in found)
                     else:
@@ -130,27 +147,28 @@ class _OverlappedRing(torch.autograd.Function):
                 block = arriving()
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring = ring
+        ctx.ring, ctx.scale, ctx.starts = ring, scale, starts
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        ring, last, wide = ctx.ring, ctx.ring.ranks - 1, lse.dtype
-        block, of_q = torch.stack([k, v]), torch.zeros_like(q, dtype=wide)
+        ring, last, wide, d = ctx.ring, ctx.ring.ranks - 1, lse.dtype, k.shape[-1]
+        block, of_q = torch.cat([k, v], -1), torch.zeros_like(q, dtype=wide)
         travelling = None  # the sums of a block's gradients, one step behind the block
         for step in range(ring.ranks):
             arriving = ring.pass_on(block, KV, step) if step < last else None
             if tile := ring.tile(step, q.shape[2]):
                 rows, columns, causal = tile
                 ours, merged = (gradient[:, :, rows], q[:, :, rows]), (out[:, :, rows], lse[:, :, rows])
+                theirs, which = (block[..., columns, :d], block[..., columns, d:]), ring.seen(step, tile, ctx.starts)
                 with ring.computing(step, BACKWARD * tile.area(q.shape[2])):
-                    of_rows, of_k, of_v = attend_backward(*ours, *block[..., columns, :], *merged, causal)
+                    of_rows, of_k, of_v = attend_backward(*ours, *theirs, *merged, causal, ctx.scale, which)
                     of_q[:, :, rows] += of_rows
             sums = travelling() if travelling else torch.zeros_like(block, dtype=wide)
             if tile:
-                sums[0, :, :, columns] += of_k
-                sums[1, :, :, columns] += of_v
+                sums[:, :, columns, :d] += of_k
+                sums[:, :, columns, d:] += of_v
             if step == 0:
                 own = sums  # stays here; the other ranks' terms arrive at the end
             else:
@@ -159,4 +177,4 @@ class _OverlappedRing(torch.autograd.Function):
                 block = arriving()
         if travelling:
             own += travelling()
-        return of_q.to(q.dtype), *own.to(k.dtype), None
+        return of_q.to(q.dtype), own[..., :d].to(k.dtype), own[..., d:].to(v.dtype), None, None, None

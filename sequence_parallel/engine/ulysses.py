@@ -1,19 +1,18 @@
 """Ulysses whose queries, keys and values travel at once. Jacobs et al. 2023 (2309.14509).
 
 What it adds to the plain one of `ulysses.py`: the all-to-alls of Q, K and V are in flight together, and so are those of
-their gradients; fewer heads of keys and values than of queries, or than ranks; and any attention inside, so that the
-ranks of the axis can together be one member of a ring.
+their gradients; and any attention inside, so that the ranks of the axis can together be one member of a ring.
 """
 
 from math import lcm
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from core import comm
 from core.mesh import Axis
+from core.model.gpt import dense_attention
 from sequence_parallel.context import SequenceAttention, check_length
 from sequence_parallel.engine.ring import OverlappedRing
 
@@ -49,8 +48,10 @@ class FullSequence(SequenceAttention):
     def positions(self, sequence: int) -> Tensor:
         return torch.arange(sequence)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[HEADS] != k.shape[HEADS])
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        return dense_attention(q, k, v, scale, starts)
 
 
 class OverlappedUlysses(SequenceAttention):
@@ -71,10 +72,12 @@ class OverlappedUlysses(SequenceAttention):
         check_length(sequence, self.multiple)
         return self.inner.positions(sequence).chunk(self.axis.size)[self.axis.index]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None
+    ) -> Tensor:
         u = self.axis.size
         if u == 1:
-            return self.inner(q, k, v)
+            return self.inner(q, k, v, scale, starts)
         if q.shape[HEADS] % u:
             raise ValueError(f"{q.shape[HEADS]} heads have no {u} equal shards; use a multiple of {u}")
         # Where there are fewer key and value heads than ranks, some ranks need the same one.
@@ -82,7 +85,7 @@ class OverlappedUlysses(SequenceAttention):
         if copies > 1:
             k, v = k.repeat_interleave(copies, HEADS), v.repeat_interleave(copies, HEADS)
         q, k, v = _Switch.apply(self.axis, HEADS, TOKENS, q, k, v)
-        (output,) = _Switch.apply(self.axis, TOKENS, HEADS, self.inner(q, k, v))
+        (output,) = _Switch.apply(self.axis, TOKENS, HEADS, self.inner(q, k, v, scale, starts))
         return output
 
     def close(self) -> None:

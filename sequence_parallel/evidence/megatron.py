@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from core.model.gpt import GPT, GPTConfig, materialize, use_masks
 from core.model.seeded import SampleMasks
+from core.model.sharding import copied_parameters, replicated_parameters
 from core.model.text import Text
 from core.proof.lesson import Run
 from core.proof.plot import bars
@@ -23,8 +24,8 @@ def show_shapes(run: Run, model: GPT) -> None:
 
     def note(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         def hook(module: nn.Module, arguments: tuple, y: Tensor) -> None:
-            shapes = (" x ".join(map(str, x.shape)) for x in (arguments[0], y))
-            rows.append((name, *shapes))
+            tensors = (arguments[0], y[0] if isinstance(y, tuple) else y)
+            rows.append((name, *(" x ".join(map(str, x.shape)) for x in tensors)))
 
         return hook
 
@@ -74,15 +75,20 @@ def claim_traffic(run: Run, config: GPTConfig, t: int, versions: Mapping[str, Ve
         "both",
         label="layers",
     )
-    replicated = layers * 6 * h + 2 * h + config.sequence * h
+    replicated = replicated_parameters(config)
+    of = "6Lh + 2h + sh" if config.fused_qkv and config.biases else "norms" + ", biases" * config.biases
     traffic.claim(
         "elements of replicated parameters' gradients",
-        f"(6Lh + 2h + sh) reduced once = {2 * half * replicated:,.0f}",
+        f"({of}) reduced once = {2 * half * replicated:,.0f}",
         2 * half * replicated,
         ("all-reduce",),
         "both",
         label="replicated gradients",
     )
+    if (copies := config.kv_copies(t)) > 1:
+        heads = 2 * (copies - 1) / copies * layers * copied_parameters(config, t)
+        claim, formula = "elements of keys' and values' weights' gradients", f"reduced over {copies} ranks"
+        traffic.claim(claim, f"{formula} = {heads:,.0f}", heads, ("all-reduce",), "both", label="gradients of heads")
     if run.args.plot and traffic.everyone:
         forward, both = traffic.everyone[0]["engine"]
         times, axis, names = layers * run.args.steps * 1e6, "tp layers", (*gather, *scatter, *again)

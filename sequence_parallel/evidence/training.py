@@ -81,7 +81,7 @@ def tensor_version(
     axis: Axis,
     parallelize: Callable[[GPT, Axis], GPT],
     token_loss: Callable[[Tensor, Tensor, int, Axis, int], Tensor],
-    sum_replicated_gradients: Callable[[GPT, Axis], None],
+    sum_replicated_gradients: Callable[[GPT, Axis, Axis], None],
     of_all_tokens: bool = True,
 ) -> Version:
     """Megatron's sequence parallelism: the model and the sequence between its layers, over `axis`.
@@ -94,7 +94,9 @@ def tensor_version(
     def share(inputs: Tensor, targets: Tensor) -> Tensor:
         return token_loss(model(inputs), targets, targets.numel(), axis, config.vocabulary)
 
-    return version(run, model, axis, share, sum_replicated_gradients, not of_all_tokens or axis.index == 0)
+    same_heads, _ = axis.split(config.kv_copies(axis.size))
+    sums = partial(sum_replicated_gradients, same_heads=same_heads)
+    return version(run, model, axis, share, sums, not of_all_tokens or axis.index == 0)
 
 
 def tensor_engine(

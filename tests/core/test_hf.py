@@ -4,6 +4,7 @@ Their code is run as it is, but for its roundings to float32, in RMSNorm and sof
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -196,9 +197,10 @@ def test_so_are_those_of_the_plain_mixtures(case: str, tmp_path: Path) -> None:
 
 def pairs_of_neighbours(block: Block) -> None:
     """Features (2i, 2i + 1) are turned, as in GPT-J and in Meta's own files, not (i, i + D/2)."""
+    block.attention.rotary = copy(block.attention.rotary)  # layers share one
     rotary = block.attention.rotary.forward
 
-    def interleaved(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    def interleaved(q: Tensor, k: Tensor, starts: None = None) -> tuple[Tensor, ...]:
         halves = rotary(*(rearrange(x, "... (i two) -> ... (two i)", two=2) for x in (q, k)))
         return tuple(rearrange(x, "... (two i) -> ... (i two)", two=2) for x in halves)
 
@@ -206,19 +208,20 @@ def pairs_of_neighbours(block: Block) -> None:
 
 
 def turned_backwards(block: Block) -> None:
-    block.attention.rotary.positions = lambda length: -torch.arange(length)
+    block.attention.rotary.positions = lambda length: length - 1 - torch.arange(length)
 
 
 def no_turn(block: Block) -> None:
-    block.attention.rotary.forward = lambda q, k: (q, k)
+    block.attention.rotary.forward = lambda q, k, starts=None: (q, k)
 
 
 def turned_before_the_norms(block: Block) -> None:
     attention = block.attention
+    attention.rotary = copy(attention.rotary)
     rotary, q_norm, k_norm = attention.rotary.forward, attention.q_norm.forward, attention.k_norm.forward
     attention.q_norm.forward = attention.k_norm.forward = lambda x: x
 
-    def turned_first(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def turned_first(q: Tensor, k: Tensor, starts: None = None) -> tuple[Tensor, Tensor]:
         q, k = rotary(q, k)
         return q_norm(q), k_norm(k)
 
@@ -379,9 +382,10 @@ def gates_of_experts_and_up_exchanged(block: Block) -> None:
 
 def pairs_of_halves(block: Block) -> None:
     """Of latent attention: features (i, i + D/2) of the rotary ones."""
+    block.attention.rotary = copy(block.attention.rotary)
     rotary = block.attention.rotary.forward
 
-    def halves(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def halves(q: Tensor, k: Tensor, starts: None) -> tuple[Tensor, Tensor]:
         return rotary(*(rearrange(x, "... (two i) -> ... (i two)", two=2) for x in (q, k)))
 
     block.attention.rotary.forward = halves
@@ -402,7 +406,7 @@ def without_mscale(block: Block) -> None:
 
 
 def eps_of_the_layers(block: Block) -> None:
-    block.attention.q_norm.eps = block.attention.kv_norm.eps = 3e-3
+    block.attention.q_down_norm.eps = block.attention.kv_down_norm.eps = 3e-3
 
 
 def key_is_normed_too(block: Block) -> None:
@@ -417,7 +421,7 @@ def key_is_normed_too(block: Block) -> None:
 
 
 def latent_is_not_normed(block: Block) -> None:
-    norm = block.attention.kv_norm
+    norm = block.attention.kv_down_norm
     norm.forward = lambda x: x + 0.0 * norm.weight
 
 

@@ -84,7 +84,7 @@ def made(
     seeded = torch.Generator().manual_seed(1)
     weight = torch.randn(routing.experts, hidden, generator=seeded, dtype=torch.float64) / math.sqrt(hidden)
     layer.weight = nn.Parameter(weight.to(dtype))
-    layer.bias.data = torch.tensor(bias)
+    layer.bias = nn.Parameter(torch.tensor(bias), requires_grad=False)
     return layer
 
 

@@ -1,5 +1,6 @@
 """The layer of one process: rows and back, grouped experts."""
 
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -77,9 +78,14 @@ def test_sources_and_experts(sources: int, experts: int, data: st.DataObject) ->
 COUNTS = [[3, 0, 2, 1], [0, 0, 6, 0], [0, 0, 0, 0]]
 
 
-def real(experts: int, dtype: torch.dtype = torch.float64) -> Experts:
+PLAIN_MLP = GPTConfig(hidden=8)
+SWIGLU = replace(PLAIN_MLP, gated=True)
+WITHOUT_BIASES = replace(SWIGLU, biases=False, norm="rms")
+
+
+def real(config: GPTConfig, experts: int, dtype: torch.dtype = torch.float64) -> Experts:
     torch.manual_seed(0)
-    made = Experts(experts, 8, 16).to_empty(device="cpu")
+    made = Experts(config, experts, 16).to_empty(device="cpu")
     for p in made.parameters():
         p.data.normal_()
     return made.to(dtype)
@@ -87,9 +93,10 @@ def real(experts: int, dtype: torch.dtype = torch.float64) -> Experts:
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("deferred", [False, True])
-def test_grouped_experts(counts: list[int], deferred: bool) -> None:
+@pytest.mark.parametrize("config", [PLAIN_MLP, SWIGLU, WITHOUT_BIASES], ids=["mlp", "swiglu", "without biases"])
+def test_grouped_experts(config: GPTConfig, counts: list[int], deferred: bool) -> None:
     """Each expert by itself, all gradients; also with the weights' gradients left for later, and with no rows."""
-    experts = real(4)
+    experts = real(config, 4)
     later = Deferred(experts.parameters()) if deferred else None
     x = torch.randn(sum(counts), 8, dtype=torch.float64, requires_grad=True)
     y = experts(x, counts)
@@ -99,21 +106,28 @@ def test_grouped_experts(counts: list[int], deferred: bool) -> None:
             y.backward(upstream)
         assert experts.up.weight.grad is None
         taken = later.take()
-        assert len(taken) == 2
+        assert len(taken) == 2 + config.gated
         for each in taken:
             each.add()
     else:
         y.backward(upstream)
     got = [x.grad, *(p.grad for p in experts.parameters())]
-    up, down = experts.up, experts.down
-    parts = [
-        torch.nn.functional.gelu(rows @ up.weight[e].T + up.bias[e]) @ down.weight[e].T + down.bias[e]
-        for e, rows in enumerate(x.split(counts))
-    ]
+    parts = [mlp(experts, e, rows) for e, rows in enumerate(x.split(counts))]
     torch.testing.assert_close(y, torch.cat(parts))
     right = torch.autograd.grad(torch.cat(parts), (x, *experts.parameters()), upstream)
     for a, b in zip(got, right, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def mlp(experts: nn.Module, e: int, rows: Tensor) -> Tensor:
+    """The definition of one expert."""
+
+    def linear(layer: nn.Module, x: Tensor) -> Tensor:
+        return x @ layer.weight[e].T + (0.0 if layer.bias is None else layer.bias[e])
+
+    inner = linear(experts.up, rows)
+    inner = F.gelu(inner) if experts.gate is None else F.silu(linear(experts.gate, rows)) * inner
+    return linear(experts.down, inner)
 
 
 @pytest.mark.parametrize("counts", COUNTS)
@@ -127,22 +141,21 @@ def test_grouped_in_bfloat16(counts: list[int], sizes: tuple[int, int]) -> None:
     torch.testing.assert_close(one, other)
 
 
-def layer(kind: str, moe: MoEConfig) -> nn.Module:
-    model = GPT(GPTConfig(hidden=8, heads=2, layers=1))
+def layer(kind: str, moe: MoEConfig, config: GPTConfig = PLAIN_MLP) -> nn.Module:
+    model = GPT(replace(config, heads=2, layers=1))
     model = plain.with_experts(model, moe, ALONE) if kind == "plain" else to_moe(model, moe)
     return materialize(model, 0, CPU, torch.float64).blocks["0"].mlp
 
 
 def token_by_token(layer: nn.Module, x: Tensor) -> Tensor:
     """The definition: each token by itself through each of its experts."""
-    (experts, weights, kept), up, down = layer.router(x), layer.experts.up, layer.experts.down
+    experts, weights, kept = layer.router(x)
     results = []
     for t, token in enumerate(x.flatten(0, 1)):
         y = layer.shared(token)
         for k, e in enumerate(experts[t].tolist()):
             if kept is None or kept[t, k]:
-                inside = F.gelu(F.linear(token, up.weight[e], up.bias[e]))
-                y = y + weights[t, k] * F.linear(inside, down.weight[e], down.bias[e])
+                y = y + weights[t, k] * mlp(layer.experts, e, token)
         results.append(y)
     return torch.stack(results).view_as(x)
 
@@ -150,8 +163,9 @@ def token_by_token(layer: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [[0.0] * 4, [9.0, 8.0, 0.0, 0.0]], ids=["any", "all to two"])
 @pytest.mark.parametrize("capacity", [0.0, 0.75, 0.01])
 @pytest.mark.parametrize("kind", ["plain", "engine"])
-def test_the_layer_is_its_definition(kind: str, bias: list[float], capacity: float) -> None:
-    made = layer(kind, MoEConfig(Routing(4, 2, "sigmoid", capacity=capacity), shared=6))
+@pytest.mark.parametrize("config", [PLAIN_MLP, WITHOUT_BIASES], ids=["mlp", "swiglu"])
+def test_the_layer_is_its_definition(config: GPTConfig, kind: str, bias: list[float], capacity: float) -> None:
+    made = layer(kind, MoEConfig(Routing(4, 2, "sigmoid", capacity=capacity, weight_scale=2.5), shared=6), config)
     made.router.bias.data = torch.tensor(bias)
     results: list[list[Tensor]] = []
     for compute in (made, partial(token_by_token, made)):
@@ -165,8 +179,27 @@ def test_the_layer_is_its_definition(kind: str, bias: list[float], capacity: flo
         torch.testing.assert_close(a, b)
 
 
-def test_every_second_layer() -> None:
-    model = to_moe(GPT(GPTConfig(layers=5)), MoEConfig(every=2))
-    assert [isinstance(block.mlp, MoE) for block in model.blocks.values()] == [False, True, False, True, False]
-    with pytest.raises(ValueError, match="every 0"):
-        MoEConfig(every=0)
+def test_the_first_layers_stay_dense() -> None:
+    model = to_moe(GPT(GPTConfig(layers=5, dense_layers=2)), MoEConfig(feed_forward=12))
+    assert [isinstance(block.mlp, MoE) for block in model.blocks.values()] == [False, False, True, True, True]
+    assert model.config == MoEConfig(feed_forward=12).described(GPTConfig(layers=5, dense_layers=2))
+    assert (model.config.experts, model.config.top_k, model.config.expert_size) == (8, 2, 12)
+
+
+MIXTURE = GPTConfig(layers=3, experts=6, top_k=2, expert_feed_forward=24, shared_feed_forward=8, dense_layers=1,
+                    score="sigmoid", weight_scale=2.5, groups=3, top_groups=2)  # fmt: skip
+
+
+def test_a_models_configuration_says_what_its_mixtures_are() -> None:
+    moe = MoEConfig.of(MIXTURE, aux=0.5, capacity=2.0)
+    assert moe == MoEConfig(Routing(6, 2, "sigmoid", 3, 2, 2.0, aux=0.5, weight_scale=2.5), 24, 8)
+    for made in (to_moe(GPT(MIXTURE)), to_moe(GPT(MIXTURE), moe), plain.with_experts(GPT(MIXTURE), moe, ALONE)):
+        assert made.config == MIXTURE
+    with pytest.raises(ValueError, match="other experts than these; use MoEConfig.of its configuration"):
+        to_moe(GPT(MIXTURE), MoEConfig(Routing(6, 2)))
+
+
+def test_a_model_without_the_experts_of_its_configuration_gets_no_numbers() -> None:
+    with pytest.raises(ValueError, match="layers 1, 2 have an MLP where the model has 6 experts; use .*to_moe"):
+        materialize(GPT(MIXTURE), 0, CPU, torch.float64)
+    materialize(to_moe(GPT(MIXTURE)), 0, CPU, torch.float64)

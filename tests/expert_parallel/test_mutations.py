@@ -126,10 +126,11 @@ def balancing_in_the_wrong_direction() -> AbstractContextManager:
     right = router.end_step
 
     def wrong(model: nn.Module) -> Tensor:
-        for r in router.routers(model):
+        biased = [r for r in router.routers(model) if r.bias is not None]
+        for r in biased:
             r.bias.data *= -1
         loads = right(model)
-        for r in router.routers(model):
+        for r in biased:
             r.bias.data *= -1
         return loads
 

@@ -95,7 +95,7 @@ def test_the_plain_router_and_the_engines(case: tuple[Routing, Tensor], score: s
     made = []
     for layer in (Router(routing.experts, routing), plain.Router(routing.experts, routing, ALONE)):
         layer.weight = torch.nn.Parameter(torch.eye(routing.experts, dtype=torch.float64))
-        layer.bias.data = torch.linspace(0, 0.1, routing.experts)
+        layer.bias = torch.nn.Parameter(torch.linspace(0, 0.1, routing.experts), requires_grad=False)
         x = logits.clone().requires_grad_()
         choice = layer(x)
         loss = layer.loss if layer.loss.requires_grad else 0.0  # the plain router's is still to be added
@@ -200,7 +200,8 @@ def test_balance() -> None:
 
 
 def test_the_biases_start_at_zero_and_stay_in_float32() -> None:
-    model = materialize(to_moe(GPT(GPTConfig(layers=1)), MoEConfig()), 0, CPU, torch.bfloat16)
+    moe = MoEConfig(Routing(bias_rate=0.01))
+    model = materialize(to_moe(GPT(GPTConfig(layers=1)), moe), 0, CPU, torch.bfloat16)
     bias = model.blocks["0"].mlp.router.bias
     assert bias.dtype == torch.float32
     assert not bias.requires_grad

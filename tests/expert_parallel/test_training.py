@@ -39,7 +39,6 @@ LAYOUTS = {
     "etp x ep x edp": Layout(dp=4, tp=2, etp=2, ep=2, sequence=True),
     "micro-batches": Layout(dp=2, ep=2, microbatches=2),
     "pipeline": Layout(dp=2, ep=2, pp=2, microbatches=2),
-    "a stage without experts": Layout(pp=2, microbatches=2, moe=MoEConfig(EVERYTHING, every=2)),
     "zero bubble": Layout(dp=2, ep=2, pp=2, microbatches=2, schedule="zb-h1"),
     "pipeline x tp": Layout(tp=2, ep=2, pp=2, microbatches=4, sequence=True),
     "all-gather": Layout(dp=4, ep=4, dispatch="all-gather"),
@@ -54,7 +53,9 @@ EXTREMES = {
     "all tokens to the experts of one rank": Layout(dp=4, ep=4, bias=ONE_RANK),
     "and of one expert": Layout(dp=4, ep=4, bias=ONE_RANK, moe=MoEConfig(Routing(8, 1, "sigmoid", aux=0.01))),
     "no token to the experts of a rank": Layout(dp=4, ep=4, bias=NONE_HERE),
-    "dropped, and to one rank": Layout(dp=4, ep=4, bias=ONE_RANK, moe=MoEConfig(Routing(8, 2, capacity=0.01))),
+    "dropped, and to one rank": Layout(
+        dp=4, ep=4, bias=ONE_RANK, moe=MoEConfig(Routing(8, 2, "sigmoid", capacity=0.01))
+    ),
     "all-gather": Layout(dp=4, ep=4, bias=ONE_RANK, dispatch="all-gather"),
     "etp": Layout(dp=4, ep=2, etp=2, bias=ONE_RANK),
     "capacity where samples are sharded": Layout(
@@ -67,6 +68,11 @@ EXTREMES = {
 def test_extremes(pool: Pool, layout: Layout) -> None:
     """No hang, and nothing is lost."""
     equals_one_process(pool, CONFIG, replace(layout, moe=layout.moe or MoEConfig(Routing(8, 2, "sigmoid", aux=0.01))))
+
+
+def test_a_stage_without_experts(pool: Pool) -> None:
+    layout = Layout(pp=2, microbatches=2, moe=MoEConfig(EVERYTHING))
+    equals_one_process(pool, replace(CONFIG, dense_layers=1), layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -45,7 +45,7 @@ def plain_scores_are_of_all_keys() -> AbstractContextManager:
     right = ring_attention.probabilities
 
     def wrong(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        _ = q @ k.repeat(1, 1, RANKS, 1).mT
+        _ = q @ k.repeat(1, 1, 1, RANKS, 1).mT
         return right(q, k, *rest)
 
     return patch.object(ring_attention, "probabilities", wrong)
@@ -71,7 +71,7 @@ def positions_start_at_0_on_every_rank() -> AbstractContextManager:
     right = training.parallelize
 
     def wrong(model: GPT, attention: Any) -> GPT:
-        del right(model, attention).embed.position.forward
+        del right(model, attention).embed.positions
         return model
 
     return patch.object(training, "parallelize", wrong)
@@ -193,7 +193,7 @@ def messages_are_waited_for_at_once() -> AbstractContextManager:
 def keys_and_values_are_gathered() -> AbstractContextManager:
     """Right, but a matrix of scores of all keys, and other messages."""
 
-    def wrong(self: OverlappedRing, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def wrong(self: OverlappedRing, q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
         where = torch.cat(everyones_positions(self, q.shape[2] * self.ranks))
         k, v = (comm.gather_for(x, self.axis, 2) for x in (k, v))
         future = where > self.positions(len(where)).unsqueeze(-1)
@@ -267,7 +267,9 @@ def plain_keys_and_values_go_the_other_way() -> AbstractContextManager:
 
 def plain_diagonal_has_no_mask() -> AbstractContextManager:
     right = ring_attention.probabilities
-    return patch.object(ring_attention, "probabilities", lambda q, k, causal, lse=None: right(q, k, False, lse))
+    return patch.object(
+        ring_attention, "probabilities", lambda q, k, scale, seen, lse=None: right(q, k, scale, None, lse)
+    )
 
 
 def plain_zigzag_takes_the_other_half() -> AbstractContextManager:
@@ -278,7 +280,7 @@ def plain_zigzag_takes_the_other_half() -> AbstractContextManager:
 def plain_backward_uses_the_blocks_softmax() -> AbstractContextManager:
     """P of this block of keys by itself, not that of all keys."""
     right = ring_attention.probabilities
-    return patch.object(ring_attention, "probabilities", lambda q, k, causal, lse=None: right(q, k, causal))
+    return patch.object(ring_attention, "probabilities", lambda q, k, scale, seen, lse=None: right(q, k, scale, seen))
 
 
 def plain_gradients_stay_where_they_are() -> AbstractContextManager:
