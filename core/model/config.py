@@ -85,8 +85,14 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of each head's query and key
     rope_theta: float = 10_000.0  # the base of rotary frequencies
     rope_scaling: Llama3Scaling | YarnScaling | str | None = None  # str: the name of a kind that is not built
+    activation: str = "gelu"  # of an MLP without a gate; or "gelu_tanh", GPT-2's approximation of it
+    positions: int = 0  # rows of the table of learned positions; 0: as many as a sample has tokens
 
     def __post_init__(self) -> None:
+        for name, kinds in {"latent": (Latent,), "rope_scaling": (Llama3Scaling, YarnScaling)}.items():
+            if isinstance(value := getattr(self, name), list):  # JSON's, which has no named tuples
+                kind = next(kind for kind in kinds if len(kind._fields) == len(value))
+                object.__setattr__(self, name, kind(*value))
         check(self, MODEL)
         if not self.feed_forward:
             object.__setattr__(self, "feed_forward", 4 * self.hidden)
@@ -148,6 +154,11 @@ class ModelConfig:
     def moe_layers(self) -> int:
         """Layers with experts."""
         return self.layers - self.dense_layers if self.experts else 0
+
+    @property
+    def table(self) -> int:
+        """Rows of the table of learned positions."""
+        return max(self.positions, self.sequence) if self.learned_positions else 0
 
     @property
     def fused_qkv(self) -> bool:
