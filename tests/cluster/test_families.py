@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cluster import rules
 from cluster.planner.layout import Layout
-from cluster.planner.models import from_config
+from core.model.published import from_config
 from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.worker import Worker
 from core.ledger import Ledger
