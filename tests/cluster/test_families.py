@@ -13,8 +13,10 @@ from torch import Tensor
 
 from cluster import rules
 from cluster.planner.layout import Layout
-from core.model.published import from_config
+from cluster.run.arguments import full_model
 from cluster.run.build import TrainSpec, make_mesh
+from cluster.run.export import load_published
+from cluster.run.hf import Folder
 from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.model.config import ModelConfig
@@ -119,9 +121,8 @@ CASES = [
 class Exact(NamedTuple):
     """What transformers finds."""
 
-    config: ModelConfig
-    weights: dict[str, Tensor]  # by our names
-    gradients: dict[str, Tensor]
+    folder: str  # where it has saved its weights
+    gradients: dict[str, Tensor]  # by our names
     logits: Tensor
     loss: float
     tokens: Tensor
@@ -132,8 +133,8 @@ class Exact(NamedTuple):
 def theirs(family: str, together: bool, folder: Path) -> Exact:
     kind, options = FAMILIES[family]
     model = built_by(kind, options | (TOGETHER_OPTIONS[family] if together else {}))
-    weights = saved(model, folder)
-    config = from_config(str(folder / "config.json"), None if kind == "gpt2" else SEQUENCE)
+    weights = folder / f"{family} {together}"
+    saved(model, weights)
     drawn = torch.Generator().manual_seed(1)
     tokens, targets = torch.randint(VOCABULARY, (2, BATCH, SEQUENCE), generator=drawn)
     with InFloat64():
@@ -142,8 +143,9 @@ def theirs(family: str, together: bool, folder: Path) -> Exact:
         loss.backward()
     for p in model.parameters():
         p.data = p.grad
-    gradients = by_our_names({n: g for n, g in saved(model, folder).items() if "correction_bias" not in n}, config)
-    return Exact(config, by_our_names(weights, config), gradients, logits.detach(), loss.item(), tokens, targets)
+    gradients = {n: g for n, g in saved(model, folder).items() if "correction_bias" not in n}
+    gradients = by_our_names(gradients, Folder(str(weights), SEQUENCE).config)
+    return Exact(str(weights), gradients, logits.detach(), loss.item(), tokens, targets)
 
 
 def by_our_names(published: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -170,11 +172,11 @@ def ours(exact: Exact, layout: Layout) -> Found:
     """One forward and backward of a rank."""
     mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
     make_optimizer = partial(torch.optim.SGD, lr=0.0)
-    moe = MoEConfig.of(exact.config) if exact.config.experts else None
-    worker = Worker(TrainSpec(exact.config, moe, layout, 0, POLICIES["float64"], CPU, make_optimizer), mesh)
-    for name, value, mark in worker.master_weights():
-        value.copy_((mark.local(exact.weights[name]) if mark else exact.weights[name]).view_as(value))
-    worker.publish()
+    folder = Folder(exact.folder, SEQUENCE)
+    config = folder.config
+    moe = MoEConfig.of(config) if config.experts else None
+    worker = Worker(TrainSpec(config, moe, layout, 0, POLICIES["float64"], CPU, make_optimizer, drawn=False), mesh)
+    load_published(worker, folder, full_model(config, moe))
 
     logits: list[tuple[Tensor, Tensor, int, Tensor]] = []
     if worker.model.head is not None:
@@ -213,7 +215,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}:{case.layout}".replace("--", ""))
 def test_a_layout_computes_what_transformers_does(pool: Pool, folder: Path, case: Case) -> None:
     exact, layout = theirs(case.family, case.together, folder), case.layout
-    rules.check(layout, exact.config, world=layout.ranks, batch=BATCH)
+    rules.check(layout, Folder(exact.folder, SEQUENCE).config, world=layout.ranks, batch=BATCH)
     everyone = pool.run(layout.ranks, ours, exact, layout)
     assert all(found.loss == pytest.approx(exact.loss, rel=TOLERANCE) for found in everyone)
     of_logits = apart(put_together(exact, everyone), exact.logits)
