@@ -2,7 +2,7 @@
 gradient, in float64. What ranks and oracle have in common cannot hide here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from core.model.hf import from_published
 from core.model.precision import POLICIES
 from core.proof.full import full_tensors
 from core.shards import LocalTensor
+from expert_parallel.engine.experts import Experts
 from expert_parallel.engine.routing import MoEConfig
 from sequence_parallel import context
 from tests.core.test_hf import (
@@ -168,7 +169,7 @@ class Found(NamedTuple):
     logits: list[tuple[Tensor, Tensor, int, Tensor]]  # samples, positions, first column, values
 
 
-def ours(exact: Exact, layout: Layout) -> Found:
+def ours(exact: Exact, layout: Layout, bug: Callable[[Worker], None] | None = None) -> Found:
     """One forward and backward of a rank."""
     mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
     make_optimizer = partial(torch.optim.SGD, lr=0.0)
@@ -177,6 +178,8 @@ def ours(exact: Exact, layout: Layout) -> Found:
     moe = MoEConfig.of(config) if config.experts else None
     worker = Worker(TrainSpec(config, moe, layout, 0, POLICIES["float64"], CPU, make_optimizer, drawn=False), mesh)
     load_published(worker, folder, full_model(config, moe))
+    if bug:
+        bug(worker)
 
     logits: list[tuple[Tensor, Tensor, int, Tensor]] = []
     if worker.model.head is not None:
@@ -227,3 +230,50 @@ def test_a_layout_computes_what_transformers_does(pool: Pool, folder: Path, case
     name = max(worst, key=worst.__getitem__)
     print(f"| {case.family} | {layout} | {of_logits:.0e} | {worst[name]:.0e} | {name} |")  # pytest -rP
     assert worst[name] < TOLERANCE, name
+
+
+# ---- The bugs
+
+
+def not_summed_over_tp(worker: Worker) -> None:
+    worker._sum_over_tp = lambda: None
+
+
+def positions_from_zero(worker: Worker) -> None:
+    """Each rank of cp turns its tokens as if they were the first of the sample."""
+    for block in worker.model.blocks.values():
+        block.attention.rotary.positions = torch.arange
+
+
+def first_experts(worker: Worker) -> None:
+    """A rank has the weights of other experts than its own."""
+    for module in worker.model.modules():
+        if isinstance(module, Experts):
+            for p in module.parameters():
+                p.data = p.data.roll(1, 0)
+
+
+def no_correction(worker: Worker) -> None:
+    """The bias that corrects the selection of experts is not read."""
+    for name, p in worker.model.named_parameters():
+        if name.endswith("router.bias"):
+            p.data.zero_()
+
+
+BUGS = (
+    (not_summed_over_tp, "qwen3", Layout(tp=3, microbatch=4), "gradients"),
+    (not_summed_over_tp, "mistral", Layout(tp=3, sp=True, microbatch=4), "gradients"),
+    (positions_from_zero, "llama", Layout(cp=2, dp=2, microbatch=2), "logits"),
+    (first_experts, "mixtral", Layout(dp=2, ep=2, microbatch=2), "logits"),
+    (no_correction, "deepseek", Layout(dp=2, ep=2, microbatch=2), "logits"),
+)
+
+
+@pytest.mark.parametrize(("bug", "family", "layout", "where"), BUGS, ids=lambda x: getattr(x, "__name__", None))
+def test_a_bug_is_seen(pool: Pool, folder: Path, bug: Any, family: str, layout: Layout, where: str) -> None:
+    exact = theirs(family, False, folder)
+    everyone = pool.run(layout.ranks, ours, exact, layout, bug)
+    of_logits = apart(put_together(exact, everyone), exact.logits)
+    assert (of_logits > 1e-3) == (where == "logits")
+    found = full_tensors(each for rank in everyone for each in rank.gradients)
+    assert max(apart(value, exact.gradients[name]) for name, value in found) > 1e-3
