@@ -15,8 +15,9 @@ from core.ledger import Ledger
 from core.model.gpt import GPT, GPTConfig
 from core.model.precision import POLICIES
 from core.model.text import Text
+from core.proof.full import full_tensors
 from core.proof.oracle import Oracle, worst_difference
-from core.shards import LocalTensor, full_tensors
+from core.shards import LocalTensor
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import end_step
 from expert_parallel.engine.routing import MoEConfig, Routing

@@ -20,11 +20,8 @@ from core.model.norms import RMSNorm
 from core.model.rotary import Rotary, frequencies
 from expert_parallel import dispatch, moe
 from expert_parallel.engine.moe import to_moe
-from megatron_tp import tensor_parallel
-from megatron_tp.engine import layers as tensor_layers
 from pipeline.stages import partition
-from sequence_parallel import context, megatron_sp
-from sequence_parallel.engine import layers as sequence_layers
+from sequence_parallel import context
 from tests.core.test_definitions import CPU, off, seeded
 
 LLAMA = ModelConfig(
@@ -211,7 +208,7 @@ def test_what_is_not_built_is_refused(missing: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"kv_heads": 4}, "kv_heads 4: must divide heads 6.*; use kv_heads 2"),
+    [({"kv_heads": 4}, "--kv-heads 4: must divide --heads 6.*; use --kv-heads 2"),
      ({"head_size": 5}, "the size of a head must be even.*; use head_size 6"),
      ({"norm": "batch"}, "norm 'batch': must be layer or rms; use norm 'layer'")],
 )  # fmt: skip
@@ -221,10 +218,6 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, object], message: 
 
 
 SHARDERS: dict[str, Callable[[GPT, object], object]] = {
-    "tensor parallelism: plain": tensor_parallel.parallelize,
-    "tensor parallelism: engine": tensor_layers.parallelize,
-    "sequence parallelism: plain": megatron_sp.parallelize,
-    "sequence parallelism: engine": sequence_layers.parallelize,
     "context parallelism: ": lambda model, axis: context.parallelize(model, None),
     "a mixture of experts: plain": lambda model, axis: moe.with_experts(model, None, axis),
     "a mixture of experts: over ranks": lambda model, axis: dispatch.parallelize(model, None, {"dp": axis}),

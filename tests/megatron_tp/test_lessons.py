@@ -11,12 +11,12 @@ import torch.distributed as dist
 from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.precision import POLICIES
+from core.model.sharding import parameters_on_a_rank
 from core.proof.arguments import add_model_flags
 from core.proof.launch import Job
 from core.proof.lesson import Lesson, Run
 from megatron_tp import tensor_parallel, train
 from megatron_tp.evidence.memory import COURSE, COURSE_PARAMETERS, parameters
-from megatron_tp.evidence.training import parameters_on_a_rank
 from tests.pool import Pool
 
 QUICK = ("--steps", "2", "--batch", "4", "--sequence", "16", "--hidden", "32", "--layers", "2")

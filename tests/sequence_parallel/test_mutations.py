@@ -36,7 +36,7 @@ FLAGS = ["--attention=softmax", "--dropout=0.2", *(f"--{name}={value}" for name,
 def sum_only(chosen: Callable[[str], bool], factor: float = 1.0, version: Any = layers) -> AbstractContextManager:
     """Sum over the ranks only those gradients whose name is chosen."""
 
-    def wrong(model: GPT, axis: Axis) -> None:
+    def wrong(model: GPT, axis: Axis, same_heads: Axis) -> None:
         for name, p in model.named_parameters():
             if shard_of(p) is None and chosen(name):
                 comm.all_reduce(p.grad, axis.labelled("replicated gradients"))
@@ -68,8 +68,8 @@ def averaged_instead_of_summed() -> AbstractContextManager:
 def sharded_gradients_are_summed_too() -> AbstractContextManager:
     right = layers.sum_replicated_gradients
 
-    def wrong(model: GPT, axis: Axis) -> None:
-        right(model, axis)
+    def wrong(model: GPT, axis: Axis, same_heads: Axis) -> None:
+        right(model, axis, same_heads)
         comm.all_reduce(model.blocks["0"].mlp.up.bias.grad, axis)
 
     return patch.object(layers, "sum_replicated_gradients", wrong)
