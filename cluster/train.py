@@ -27,13 +27,23 @@ import torch
 
 from cluster import dry_run
 from cluster.run import evidence
-from cluster.run.arguments import HELD_OUT, add_all_flags, check, layout_of, learning_rate, model_of, moe_of
+from cluster.run.arguments import (
+    HELD_OUT,
+    add_all_flags,
+    check,
+    configured,
+    folder_of,
+    full_model,
+    layout_of,
+    learning_rate,
+    model_of,
+    moe_of,
+)
 from cluster.run.build import TrainSpec, make_mesh
-from cluster.run.export import export, load_export
+from cluster.run.export import bytes_of, export, load_export, load_published
 from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.model.text import Text
-from core.proof.arguments import configuration
 from core.proof.checkpoint import Checkpoints
 from core.proof.launch import Stop
 from core.proof.lesson import Lesson, Run
@@ -46,7 +56,7 @@ def lesson(run: Run) -> None:
     args, job = run.args, run.job
     # Arguments. The layout is one rank's for all: --auto may measure, and two ranks would not measure the same.
     layout = job.share(layout_of(args, args.world or job.world_size) if job.rank == 0 else None)
-    config, moe = configuration(args), moe_of(args)
+    config, moe, folder = configured(args), moe_of(args), folder_of(args)
     model = model_of(config, moe)  # as the planner knows it
     if args.dry_run:
         return dry_run.show(run, model, layout, args.rank)
@@ -58,14 +68,18 @@ def lesson(run: Run) -> None:
 
     # This rank's shards of model and optimizer, from where an earlier run has stopped.
     adamw = partial(torch.optim.AdamW, lr=args.lr)
-    spec = TrainSpec(config, moe, layout, args.seed, run.precision, job.device, adamw, args.bucket)
+    random = args.init == "random" or not (args.init or folder)
+    spec = TrainSpec(config, moe, layout, args.seed, run.precision, job.device, adamw, args.bucket, drawn=random)
     worker = Worker(spec, mesh)
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()
     oracle = evidence.one_process(run, spec)
     checkpoints = worker.checkpoints(args.save, job, args.keep) if args.save else None
-    if args.init:
-        or_stop(load_export, worker, args.init)
+    if not random and (checkpoints is None or or_stop(checkpoints.latest) is None):
+        if args.init:
+            or_stop(load_export, worker, args.init)
+        else:
+            or_stop(load_published, worker, folder, full_model(config, moe))
         evidence.follow(run, worker, oracle)
     first = resume(run, worker, oracle, checkpoints)
 
@@ -98,7 +112,8 @@ def lesson(run: Run) -> None:
     if checkpoints:
         or_stop(checkpoints.wait)
     if args.export:
-        or_stop(export, worker, job, args.export)
+        written = or_stop(export, worker, args.export, full_model(config, moe), bytes_of(args.shard_size), folder)
+        evidence.claim_export(run, model, written)
     after = evaluate()
 
     # What came of it.
@@ -144,6 +159,7 @@ if __name__ == "__main__":
         "Megatron-LM code overview: the combined run",
         "Megatron-LM 代码概览",
         "Tensor, sequence, context, expert, pipeline and data parallelism with ZeRO in one training, in any layout.",
+        fewest_steps=0,
     )
     add_all_flags(frame)
     sys.exit(frame.main(check, lesson))

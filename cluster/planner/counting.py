@@ -87,7 +87,7 @@ def router_parameters(model: ModelConfig, moe: bool) -> int:
 
 
 def position_parameters(model: ModelConfig) -> int:
-    return model.sequence * model.hidden if model.learned_positions else 0
+    return model.table * model.hidden
 
 
 def vocabulary_shard(model: ModelConfig, t: int) -> int:

@@ -8,6 +8,7 @@ from cluster.planner.hardware import Machine
 from cluster.planner.layout import add_flags, layout_from
 from cluster.planner.rulebook import Case
 from core.model.config import ModelConfig
+from core.model.published import from_config
 from core.proof.rulebook import ONE_EXPERT
 from core.proof.rules import at_least, at_most, check
 
@@ -56,7 +57,7 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
     for name, rules in BOUNDS.items():
         if getattr(args, name) is not None:
             check(args, rules)
-    model = models.from_config(args.config, args.sequence) if args.config else models.PRESETS[args.model]
+    model = from_config(args.config, args.sequence) if args.config else models.PRESETS[args.model]
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     if not sizes:
         return model

@@ -13,12 +13,16 @@ from cluster.planner import hardware
 from cluster.planner.layout import Layout, add_flags, given, layout_from
 from cluster.planner.options import machine_of
 from cluster.planner.plans import plans
+from cluster.run.export import bytes_of, check_export, is_file
+from cluster.run.hf import Folder
 from core.model.config import ModelConfig
-from core.model.text import Text
-from core.proof.arguments import add_model_flags, check_model, configuration
+from core.model.gpt import GPT
+from core.model.text import VOCABULARY, Text
+from core.proof.arguments import Told, add_model_flags, check_model, configuration
 from core.proof.lesson import Lesson
 from core.proof.rules import Rule, at_least
 from core.proof.rules import check as check_rules
+from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.routing import MoEConfig, Routing
 
 HELD_OUT = 0.1  # of the text, for validation
@@ -27,13 +31,13 @@ HELD_OUT = 0.1  # of the text, for validation
 def add_all_flags(lesson: Lesson) -> None:
     add_model_flags(lesson, layers=4, feed_forward=240)  # 4h / t would be h on 4 ranks
     flag = lesson.parser.add_argument_group("experts").add_argument
-    flag("--experts", type=int, default=0, help="of each layer; 0: dense (default %(default)s)")
-    flag("--top-k", type=int, default=2, help="experts for each token (default %(default)s)")
+    flag("--experts", type=int, default=0, action=Told, help="of each layer; 0: dense (default %(default)s)")
+    flag("--top-k", type=int, default=2, action=Told, help="experts for each token (default %(default)s)")
     flag("--aux", type=float, default=0.01, help="of the load-balancing loss (default %(default)s)")
     flag("--z", type=float, default=0.0, help="of the router z-loss (default %(default)s)")
     flag("--bias-rate", type=float, default=0.0, help="of balancing by a bias (default %(default)s)")
     flag("--capacity", type=float, default=0.0, help="capacity factor; 0: drop nothing (default %(default)s)")
-    flag("--shared", type=int, default=0, help="feed-forward of a shared expert; 0: none (default %(default)s)")
+    flag("--shared", type=int, default=0, action=Told, help="feed-forward of a shared expert; 0: none (default 0)")
     add_flags(lesson.parser)
     flag = lesson.parser.add_argument_group("training").add_argument
     flag("--auto", action="store_true", help="the layout that the planner finds fastest on --machine")
@@ -44,8 +48,11 @@ def add_all_flags(lesson: Lesson) -> None:
     flag("--sample", type=int, default=120, help="bytes of text to write at the end (default %(default)s)")
     flag("--bucket", type=int, default=2**18, help="elements that ZeRO sends at once, about (default %(default)s)")
     flag("--save", metavar="FOLDER", help="write checkpoints there, and go on from the last one that is there")
-    flag("--export", metavar="FILE.safetensors", help="write the weights there at the end")
-    flag("--init", metavar="FILE.safetensors", help="start with the weights of such a file")
+    flag("--hf", metavar="FOLDER", help="train the model of a Hugging Face folder: its config.json, its weights")
+    flag("--export", metavar="FOLDER", help="write config.json and weights there at the end; or FILE.safetensors, "
+         "one file of our own names")  # fmt: skip
+    flag("--shard-size", default="5GB", metavar="SIZE", help="of a file of --export, at most (default %(default)s)")
+    flag("--init", metavar="FILE.safetensors", help="start with the weights of such a file; with --hf also: random")
     flag("--save-every", type=int, default=10, metavar="STEPS", help="default %(default)s")
     flag("--keep", type=int, default=2, help="checkpoints to keep (default %(default)s)")
     flag("--dry-run", action="store_true", help="one rank of --world, without the others: what it sends and holds")
@@ -72,7 +79,7 @@ RULES = (
     Rule(
         "init",
         "--init {init}",
-        lambda case: case.init is None or Path(case.init).is_file(),
+        lambda case: case.init is None or (case.hf and case.init == "random") or Path(case.init).is_file(),
         "there is no such file",
         lambda case: "one that --export wrote",
     ),
@@ -86,8 +93,50 @@ CAPACITY_AND_CP = Rule(
 )
 
 
+def folder_of(args: argparse.Namespace) -> Folder | None:
+    """The published model of `--hf`. Raises ValueError where it is of a kind that is not built."""
+    return None if args.hf is None else Folder(args.hf, args.sequence)
+
+
+def configured(args: argparse.Namespace) -> ModelConfig:
+    """The model of the flags, or of `--hf`, where the folder says all of it: a flag that contradicts it is refused.
+
+    Of a sample's tokens `--sequence` decides, of the dropout and the way of attention their flags: they are no property
+    of the weights. Where the folder has a dropout, its flag must be given.
+
+    Raises:
+        ValueError: the flags do not fit each other, or the folder.
+    """
+    folder = folder_of(args)
+    if folder is None:
+        return configuration(args)
+    config = folder.config
+    for name, size in {"kv_heads": "query_groups", "shared": "shared_feed_forward"}.items() | {
+        (name, name) for name in ("layers", "hidden", "heads", "feed_forward", "experts", "top_k")
+    }:
+        if name in args.told and getattr(args, name) != getattr(config, size):
+            flag = f"--{name.replace('_', '-')}"
+            has = f"--hf {args.hf} has {getattr(config, size)}"
+            raise ValueError(f"{flag} {getattr(args, name)}: {has}, and says what the model is; leave {flag} out")
+    if "model" in args.told or (args.untied and config.tied):
+        flag = "--untied" if args.untied else "--model"
+        raise ValueError(f"{flag}: --hf {args.hf} says what the model is; leave {flag} out")
+    if folder.dropouts and "dropout" not in args.told:
+        name, share = next(iter(folder.dropouts.items()))
+        use = f"use --dropout 0, or --dropout {share} --attention softmax"
+        raise ValueError(f"--hf {args.hf}: has {name} {share}, and in a training that is for you to say; {use}")
+    if config.vocabulary < VOCABULARY:
+        why = f"the text is bytes, {VOCABULARY} different ones"
+        raise ValueError(f"--hf {args.hf}: vocab_size {config.vocabulary}: {why}; use a model with a larger vocabulary")
+    return replace(config, dropout=args.dropout, attention=args.attention)
+
+
 def moe_of(args: argparse.Namespace) -> MoEConfig | None:
     """Raises ValueError where the flags do not fit each other."""
+    if args.hf is not None:
+        config = configured(args)
+        training = {name: getattr(args, name) for name in ("capacity", "aux", "z", "bias_rate")}
+        return MoEConfig.of(config, **training) if config.experts else None
     if not args.experts:
         return None
     score = "topk-softmax" if args.top_k != 1 else "softmax-topk"
@@ -95,6 +144,11 @@ def moe_of(args: argparse.Namespace) -> MoEConfig | None:
         args.experts, args.top_k, score, capacity=args.capacity, aux=args.aux, z=args.z, bias_rate=args.bias_rate
     )
     return MoEConfig(routing, shared=args.shared)
+
+
+def full_model(config: ModelConfig, moe: MoEConfig | None) -> GPT:
+    """That of one process, on the meta device."""
+    return to_moe(GPT(config), moe) if moe else GPT(config)
 
 
 def model_of(config: ModelConfig, moe: MoEConfig | None) -> ModelConfig:
@@ -110,7 +164,7 @@ def layout_of(args: argparse.Namespace, world: int) -> Layout:
     Raises:
         ValueError: it breaks a rule, or the planner finds none.
     """
-    config, moe = configuration(args), moe_of(args)
+    config, moe = configured(args), moe_of(args)
     decided, model = given(args), model_of(config, moe)
     if args.auto:
         return planned(args, world, model, decided)
@@ -142,9 +196,21 @@ def check(args: argparse.Namespace, world: int) -> None:
     if args.save is not None:
         check_folder(args.save)
     layout = layout_of(args, args.world or world)
+    config, moe = configured(args), moe_of(args)
     if args.dry_run:
-        dry_run.refuse(args.experts > 0, layout, args.rank)
+        dry_run.refuse(moe is not None, layout, args.rank)
+    check_weights(args, config, moe)
     check_rules(argparse.Namespace(capacity=args.capacity, cp=layout.cp), [CAPACITY_AND_CP])
+
+
+def check_weights(args: argparse.Namespace, config: ModelConfig, moe: MoEConfig | None) -> None:
+    """Raises ValueError where the weights that are read are not those of the model, or they cannot be written."""
+    bytes_of(args.shard_size)
+    folder, model = folder_of(args), full_model(config, moe)
+    if folder and not args.init and not args.dry_run:
+        folder.tensors(model)
+    if args.export and not is_file(args.export):
+        check_export(args.export, model.config, model, args.hf)
 
 
 def check_folder(folder: str) -> None:

@@ -57,6 +57,7 @@ class TrainSpec:
         layout: one that `cluster.rules.check` accepts.
         make_optimizer: maps parameter groups to an optimizer.
         bucket: elements that ZeRO sends at once, about.
+        drawn: whether the start values are drawn; else they are zeros, and weights are read into them.
     """
 
     config: GPTConfig
@@ -67,6 +68,7 @@ class TrainSpec:
     device: torch.device
     make_optimizer: MakeOptimizer
     bucket: int = BUCKET_ELEMENTS
+    drawn: bool = True
 
     @property
     def tokens(self) -> int:
@@ -94,7 +96,7 @@ def build_model(spec: TrainSpec, mesh: Mesh, attention: SequenceAttention) -> GP
     model = with_context_parallelism(model, layout, attention)
     model = with_experts(model, spec.moe, layout, mesh)
     model = recompute(model, layout.recompute)
-    return materialize(model, spec.seed, spec.device, spec.precision)
+    return materialize(model, spec.seed if spec.drawn else None, spec.device, spec.precision)
 
 
 def with_tensor_parallelism(model: GPT, layout: Layout, tp: Axis) -> GPT:

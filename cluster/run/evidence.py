@@ -8,18 +8,18 @@ from tabulate import tabulate
 from cluster.planner import hardware, memory, traffic
 from cluster.planner.counting import model_parameters, step_flops
 from cluster.planner.layout import Layout
+from cluster.run.arguments import full_model
 from cluster.run.build import TrainSpec
 from cluster.run.worker import Worker, sent_by_axis
 from core.ledger import Ledger
 from core.model.config import ModelConfig
-from core.model.gpt import GPT, GPTConfig, materialize
+from core.model.gpt import materialize
 from core.model.seeded import generator
+from core.model.text import VOCABULARY
 from core.proof.comparison import gathered
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
-from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import end_step
-from expert_parallel.engine.routing import MoEConfig
 
 LARGEST_SAMPLE = 10**8  # parameters of a model that one process may hold to write text
 FALLS = 20  # steps after which the validation loss must have fallen
@@ -39,11 +39,6 @@ def show(run: Run, layout: Layout, model: ModelConfig) -> None:
 
 
 # ---- One process -----------------------------------------------------------------------------------------------------
-
-
-def full_model(config: GPTConfig, moe: MoEConfig | None) -> GPT:
-    """That of one process, on the meta device."""
-    return to_moe(GPT(config), moe) if moe else GPT(config)
 
 
 def one_process(run: Run, spec: TrainSpec) -> Oracle | None:
@@ -96,6 +91,16 @@ def claim_run(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent
         run.evidence.each(f"elements sent a step over {axis}", formula, cases, 0.02 * most)
 
 
+def claim_export(run: Run, model: ModelConfig, written: int) -> None:
+    """That no number is left out."""
+    biases = (
+        model.experts * model.moe_layers if model.score == "sigmoid" else 0
+    )  # of the selection, which are not trained
+    if run.job.rank == 0:
+        formula = "the planner's" + f", and {biases:,} biases of selections" * (biases > 0)
+        run.evidence.claim("parameters written by --export", formula, model_parameters(model) + biases, written)
+
+
 def claim_losses(run: Run, first: int, before: float, after: float) -> None:
     """That no step is lost over a restart, or that a new run has learnt.
 
@@ -109,7 +114,7 @@ def claim_losses(run: Run, first: int, before: float, after: float) -> None:
     if first or run.args.save:  # also where a run that should go on has begun at 0
         done = max(first, run.args.steps)
         run.evidence.claim("losses, with those of the checkpoint", "one a step", done, len(run.losses))
-    if not first and run.args.steps >= FALLS and not run.args.init:
+    if not first and run.args.steps >= FALLS and not (run.args.init or run.args.hf):
         run.evidence.claim("validation loss has fallen", "0 above that before", 0, max(0.0, after - before))
 
 
@@ -136,6 +141,6 @@ def write_text(run: Run, worker: Worker) -> None:
     text, random = list(b"The "), generator(spec.seed, "sample")
     with torch.no_grad():
         for _ in range(run.args.sample):
-            logits = model(torch.tensor([text[-spec.config.sequence :]], device=spec.device))[0, -1]
+            logits = model(torch.tensor([text[-spec.config.sequence :]], device=spec.device))[0, -1, :VOCABULARY]
             text.append(int(torch.multinomial(logits.double().cpu().softmax(-1), 1, generator=random)))
     run.say(f"\nit writes: {bytes(text).decode(errors='replace')!r}")

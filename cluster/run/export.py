@@ -1,66 +1,305 @@
-"""Lecture 02: the weights of a combined run as one safetensors file, out and in (Megatron-LM 代码概览)."""
+"""Lecture 02: the weights of a combined run as safetensors, out and in (Megatron-LM 代码概览).
 
+A published folder (`hf.py`), or one file under our own names, for what no published family has. Files get their full
+size first; then every rank writes its shards into them, byte range by byte range, and no rank has more in memory than
+its part and a copy of one shard. A file is
+
+    8 bytes, the length of the header | header: JSON of names, types, shapes and ranges | the tensors' bytes
+"""
+
+import json
+import os
 import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from cluster.run.hf import CONFIG, FLOATS, INDEX, SINGLE, Folder, Piece, expected, pieces, places
 from cluster.run.worker import Worker
-from core.proof.checkpoint import agreed, chunks_of
-from core.proof.chunks import Chunks, load, read_index, save
-from core.proof.launch import Job
+from core.model.config import ModelConfig
+from core.model.gpt import GPT
+from core.model.published import to_content
+from core.proof.checkpoint import LONGEST, agreed, sync
+from core.proof.chunks import Chunks
+
+NAMES = {dtype: name for name, dtype in FLOATS.items()}
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+          "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def export(worker: Worker, job: Job, path: str) -> None:
-    """Write the full weights, in the precision of the update. All ranks call it.
+def bytes_of(size: str) -> int:
+    """Of "5GB", "200MB" or a number. Raises ValueError."""
+    unit = size[-2:].upper()
+    try:
+        found = int(float(size[:-2] if unit in UNITS else size) * UNITS.get(unit, 1))
+    except (ValueError, OverflowError):
+        found = 0
+    if found < 1:
+        raise ValueError(f"--shard-size {size}: must be a size of a file; use 5GB, 200MB or a number of bytes")
+    return found
 
-    The ranks write their shards as a checkpoint beside the file, which rank 0 reads into memory-mapped files: not even
-    it need have the full weights in its memory.
+
+def is_file(path: str) -> bool:
+    """Whether a path is of one file of our own names, and not of a published folder."""
+    return Path(path).suffix == ".safetensors"
+
+
+def check_export(path: str, config: ModelConfig, model: GPT, source: str | None) -> None:
+    """Raises ValueError where a folder cannot be written, or no published family has such a model.
+
+    Args:
+        model: all of it, on the meta device.
+        source: the folder that is read.
+    """
+    flag, target = f"--export {path}", Path(path)
+    if source is not None and target.resolve() == Path(source).resolve():
+        raise ValueError(f"{flag}: is the folder that --hf reads; use another folder")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{flag}: is a file; use a folder, or a name that ends in .safetensors")
+    others = sorted(p.name for p in target.iterdir() if not _ours(p.name)) if target.is_dir() else ()
+    if others:
+        raise ValueError(f"{flag}: holds {others[0]}, which an export does not replace; use a new folder")
+    if not target.resolve().parent.is_dir():
+        raise ValueError(f"{flag}: there is no folder {target.resolve().parent}; make it, or use another folder")
+    if not os.access(target.resolve().parent, os.W_OK):
+        raise ValueError(f"{flag}: nothing can be written beside it; use another folder")
+    try:
+        if source is None:
+            to_content(config)
+        expected(config, model)
+    except (KeyError, ValueError) as error:
+        why = error if isinstance(error, ValueError) else f"no published family has a parameter {error}"
+        raise ValueError(f"{flag}: {why}; use --export {path}.safetensors, with our own names") from None
+
+
+def _ours(name: str) -> bool:
+    return name in (CONFIG, INDEX, *BESIDE) or (name.startswith("model") and name.endswith(".safetensors"))
+
+
+# ---- Out -------------------------------------------------------------------------------------------------------------
+
+
+class Range(NamedTuple):
+    """Where a tensor is."""
+
+    file: str
+    start: int  # byte
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class File(NamedTuple):
+    header: bytes
+    size: int  # in all
+
+
+def plan(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], most: int
+) -> tuple[dict[str, Range], dict[str, File]]:
+    """Where each tensor goes, in their order, and the files: a new one where the last would have over `most` bytes."""
+    sizes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[each] for each in shards[-1]) + size > most:
+            shards.append([])
+        shards[-1].append(name)
+    ranges: dict[str, Range] = {}
+    files: dict[str, File] = {}
+    for i, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            start, end = end, end + sizes[name]
+            said[name] = {"dtype": NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
+        header = json.dumps(said).encode()
+        header += b" " * (-len(header) % 8)
+        header = len(header).to_bytes(8, "little") + header
+        files[file] = File(header, len(header) + end)
+        for name in names:
+            start = len(header) + said[name]["data_offsets"][0]
+            ranges[name] = Range(file, start, dtypes[name], shapes[name])
+    return ranges, files
+
+
+def write_piece(file: int, piece: Piece, where: Range) -> None:
+    """Write what a rank has of a tensor: full rows of it at once, else row by row.
+
+    Bytes are what is written: a view that is transposed, or lazily negated, is resolved before.
+    """
+    view = piece.value.detach().T if piece.transposed else piece.value.detach()
+    value = torch.empty(view.shape, dtype=where.dtype).copy_(view)
+    row = 1 if value.dim() == 1 else where.shape[-1]  # elements of one in the file
+    (first, *column), item = [each.start for each in piece.slices], where.dtype.itemsize
+    start = where.start + (first * row + sum(column)) * item
+    together = value.reshape(1, -1) if value.dim() == 1 or value.shape[1] == row else value
+    for i, data in enumerate(together.view(torch.uint8).numpy()):
+        rest, at = memoryview(data), start + i * row * item
+        while len(rest):  # a call writes 2 GiB at most
+            done = os.pwrite(file, rest, at)
+            rest, at = rest[done:], at + done
+
+
+def write(
+    worker: Worker, folder: Path, config: ModelConfig | None, model: GPT, most: int, group: Any
+) -> dict[str, str]:
+    """Fill a folder with the weights, in the type of the parameters; which file has which. All ranks call it.
+
+    Args:
+        config: whose published names they get; None: our own.
+        model: all of it, on the meta device.
+
+    Raises:
+        ValueError: a rank cannot write.
+    """
+    elsewhere = worker.saved_elsewhere()
+    types = {worker.model.full_name(name): p.dtype for name, p in worker.model.named_parameters()}
+    weights = {each.name: Chunks(each) for each in worker.master_weights() if each.name not in elsewhere}
+    mine = {
+        name: (types[name], each.shape, [(tuple(offset), tuple(view.shape)) for offset, view in each.views.items()])
+        for name, each in weights.items()
+    }
+    owners: dict[Any, int] = {}  # of what several ranks have, the first
+    dtypes, found, full = {}, Counter(), {}
+    for rank, holds in enumerate(agreed(lambda: mine, group)):
+        for name, (dtype, shape, chunks) in holds.items():
+            dtypes |= dict.fromkeys((place.name for place in places(name, shape, config)), dtype)
+            full[name] = shape.numel()
+            for offset, sizes in chunks:
+                if owners.setdefault((name, offset, sizes), rank) == rank:
+                    found[name] += prod(sizes)
+    assert found == Counter(full), "the ranks' shards do not make full tensors"
+    ranges, files = plan(expected(config, model), dtypes, most)
+
+    def make() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, file in files.items():
+            (folder / name).write_bytes(file.header)
+            os.truncate(folder / name, file.size)
+
+    def fill() -> None:
+        numbers: dict[str, int] = {}
+        try:
+            for name, each in weights.items():
+                for offset, view in each.views.items():
+                    if owners[name, tuple(offset), tuple(view.shape)] != dist.get_rank():
+                        continue
+                    for piece in pieces(name, offset, view, each.shape, config):
+                        where = ranges[piece.name]
+                        if where.file not in numbers:
+                            numbers[where.file] = os.open(folder / where.file, os.O_WRONLY)
+                        write_piece(numbers[where.file], piece, where)
+            for number in numbers.values():
+                os.fsync(number)
+        finally:
+            for number in numbers.values():
+                os.close(number)
+
+    agreed(lambda: make() if dist.get_rank() == 0 else None, group)
+    agreed(fill, group)
+    return {name: where.file for name, where in ranges.items()}
+
+
+def export(worker: Worker, path: str, model: GPT, most: int, source: Folder | None) -> int:
+    """Write the full weights; how many numbers. All ranks call it; all of them must reach the folder.
+
+    It is written under another name, and renamed when it is complete.
+
+    Args:
+        path: of a published folder, or of one file of our own names, which ends in .safetensors.
+        model: all of it, on the meta device.
+        most: bytes of a file, but for a tensor that is larger.
+        source: the folder that the model is from: what else its `config.json` says, and its tokenizer, go along.
 
     Raises:
         ValueError: they cannot be written.
     """
     target = Path(path)
-    shards, full, part = (target.with_name(f".{target.name}.{what}") for what in ("shards", "full", "part"))
-    first = job.rank == 0
-    weights = {n: each for n, each in chunks_of(worker, worker.saved_elsewhere()).items() if n.startswith("weights|")}
+    part, old = (target.with_name(f".{target.name}.{what}") for what in ("part", "replaced"))
+    group = dist.new_group(backend="gloo", timeout=LONGEST)  # a rank may have much more to write than another
+    first, config = dist.get_rank() == 0, worker.model.config
 
-    def remove() -> None:
-        for folder in (shards, full):
-            shutil.rmtree(folder, ignore_errors=True)
+    def finish_file() -> None:
+        (part / SINGLE).replace(target)
+        sync(target.parent)
 
-    def join() -> None:
-        full.mkdir()
-        tensors = {}
-        for i, (name, each) in enumerate(read_index(shards).items()):
-            file, dtype = str(full / str(i)), each.properties.dtype
-            tensors[name] = torch.from_file(file, shared=True, size=each.size.numel(), dtype=dtype).view(each.size)
-        load(shards, tensors)
-        save_file({name.removeprefix("weights|"): value for name, value in tensors.items()}, part)
-        part.replace(target)
+    def finish_folder(files: Mapping[str, str]) -> None:
+        dtype = str(worker.spec.precision.parameters).removeprefix("torch.")
+        content = dict(source.content) if source else to_content(config)
+        content.pop("torch_dtype", None)
+        (part / CONFIG).write_text(json.dumps(content | {"dtype": dtype}, indent=2) + "\n")
+        if len(set(files.values())) > 1:
+            size = sum((part / file).stat().st_size for file in set(files.values()))
+            said = {"metadata": {"total_size": size}, "weight_map": files}
+            (part / INDEX).write_text(json.dumps(said, indent=2) + "\n")
+        for name in BESIDE if source else ():
+            if (Path(source.path) / name).is_file():
+                shutil.copyfile(Path(source.path) / name, part / name)
+        sync(part)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+        sync(target.parent)
 
-    agreed(lambda: remove() if first else None)
     try:
-        save(shards, weights)
-        agreed(lambda: join() if first else None)
+        published = None if is_file(path) else config
+        files = write(worker, part, published, model, most, group)
+        agreed(lambda: (finish_file() if published is None else finish_folder(files)) if first else None, group)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"--export {path}: {error}; use a place with enough room") from None
     finally:
         if first:
-            remove()
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+        dist.destroy_process_group(group)
+    return sum(prod(shape) for shape in expected(published, model).values())
+
+
+# ---- In --------------------------------------------------------------------------------------------------------------
+
+
+def load_published(worker: Worker, folder: Folder, model: GPT) -> None:
+    """Read the weights of a published folder into a worker of any layout. All ranks call it.
+
+    Args:
+        model: all of it, on the meta device.
+
+    Raises:
+        ValueError: they are not those of the model.
+    """
+
+    def read() -> None:
+        tensors = folder.tensors(model)
+        if dist.get_rank() == 0:
+            folder.check_head(tensors)
+        folder.read({each.name: Chunks(each) for each in worker.master_weights()}, tensors)
+
+    _read_by_all(worker, read)
 
 
 def load_export(worker: Worker, path: str) -> None:
-    """Read the weights, and nothing else, of such a file into a worker of any layout. All ranks call it.
+    """Read the weights, and nothing else, of a file of our own names into a worker of any layout. All ranks call it.
 
     Raises:
         ValueError: it is no such file, or truncated, or of another model.
     """
     weights = {each.name: Chunks(each) for each in worker.master_weights()}
     everywhere = {name for names in agreed(lambda: list(weights)) for name in names}
-    agreed(lambda: _read(path, weights, everywhere))
+    _read_by_all(worker, lambda: _read(path, weights, everywhere))
+
+
+def _read_by_all(worker: Worker, read: Callable[[], None]) -> None:
+    group = dist.new_group(backend="gloo", timeout=LONGEST)
+    agreed(read, group)
+    dist.destroy_process_group(group)
     worker.publish()
 
 

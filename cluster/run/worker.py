@@ -4,6 +4,7 @@ Gradients are sums, never means: a rank's loss is the sum over its tokens divide
 every layout.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -45,7 +46,12 @@ from pipeline.stages import Copies
 from sequence_parallel import context
 from sequence_parallel.engine.ulysses import context_parallel
 
-LATER = {"norm", "norm_eps", "qkv_bias", "qk_norm", "rope_theta", "rope_scaling"}  # older checkpoints do not name them
+ALWAYS = {
+    "vocabulary", "sequence", "hidden", "layers", "heads", "feed_forward", "tied", "head_bias", "name", "kv_heads",
+    "head_size", "gated", "biases", "learned_positions", "latent", "experts", "top_k", "expert_feed_forward",
+    "shared_feed_forward", "dense_layers"
+}  # fmt: skip
+# Of a model's fields these are always named; the others, which older checkpoints do not know, where they are not usual.
 MAY_CHANGE = {"dropout", "attention", "capacity", "drop", "aux", "z", "bias_rate"}  # in a model that goes on
 
 
@@ -267,14 +273,15 @@ class Worker:
         """The model's configuration and the optimizer's kind, without what may change in a model that goes on."""
         usual = ModelConfig()
         found = asdict(self.spec.config) | {"experts": 0}
-        found = {k: v for k, v in found.items() if k not in LATER or v != getattr(usual, k)}
+        found = {k: v for k, v in found.items() if k in ALWAYS or v != getattr(usual, k)}
         if self.spec.moe:
             moe = asdict(self.spec.moe)
             features = moe.pop("feed_forward") or found["feed_forward"]
             found |= moe.pop("routing") | {"expert_feed_forward": features} | moe
         optimizer, _ = self.named_optimizers()[0]
         found["optimizer"] = type(optimizer).__name__
-        return {name: value for name, value in found.items() if name not in MAY_CHANGE}
+        found = {name: value for name, value in found.items() if name not in MAY_CHANGE}
+        return json.loads(json.dumps(found))  # as it is read again: named tuples are lists
 
     def saved_elsewhere(self) -> set[str]:
         """What another rank of the pipeline has too, and saves: its ZeRO has sharded it in other places."""

@@ -34,7 +34,7 @@ class Embedding(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.token = nn.Embedding(config.vocabulary, config.hidden)
-        self.position = nn.Embedding(config.sequence, config.hidden) if config.learned_positions else None
+        self.position = nn.Embedding(config.table, config.hidden) if config.table else None
         self.dropout = Dropout(config.dropout, "embed")
         self.documents: Documents | None = None
 
@@ -59,10 +59,11 @@ class MLP(nn.Module):
         self.gate = Linear(config.hidden, config.feed_forward, config.biases) if config.gated else None
         self.up = Linear(config.hidden, config.feed_forward, config.biases)
         self.down = Linear(config.feed_forward, config.hidden, config.biases)
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return self.down(F.gelu(self.up(x)))
+            return self.down(F.gelu(self.up(x), approximate=self.approximate))
         gate, up = products(x, self.gate, self.up)
         return self.down(F.silu(gate) * up)
 
@@ -150,12 +151,13 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     return value + 1.0 if name.endswith("norm.weight") else value
 
 
-def materialize(model: GPT, seed: int, device: torch.device, precision: Precision | torch.dtype) -> GPT:
+def materialize(model: GPT, seed: int | None, device: torch.device, precision: Precision | torch.dtype) -> GPT:
     """Replace the meta parameters of `model`, or of what is sharded of it, by their start values. Ties stay ties.
 
     A parameter that has its numbers already keeps them, and its data type.
 
     Args:
+        seed: of the start values; None: zeros, where weights are to be read, so that no parameter is drawn as a whole.
         precision: a policy, or the data type of parameters for the usual one. Autograd adds up gradients in its type.
 
     Raises:
@@ -177,8 +179,11 @@ def materialize(model: GPT, seed: int, device: torch.device, precision: Precisio
             if meta not in made:
                 name = model.full_name(f"{prefix}.{leaf}")
                 mark = shard_of(meta)  # the whole is drawn, then cut: every layout starts from the same numbers
-                value = initial_value(name, mark.full_shape(meta.shape) if mark else meta.shape, model.config, seed)
-                value = (mark.local(value) if mark else value).to(device, precision.parameters)
+                if seed is None:
+                    value = torch.zeros(meta.shape, device=device, dtype=precision.parameters)
+                else:
+                    value = initial_value(name, mark.full_shape(meta.shape) if mark else meta.shape, model.config, seed)
+                    value = (mark.local(value) if mark else value).to(device, precision.parameters)
                 made[meta] = nn.Parameter(value, meta.requires_grad)
                 made[meta].grad_dtype = precision.gradients
                 made[meta].shard = mark

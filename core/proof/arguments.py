@@ -48,8 +48,17 @@ def add_model_flags(lesson: Lesson, **defaults: Any) -> None:
     flag("attention", "sdpa", choices=("sdpa", "softmax"))
     flag("dropout", 0.0, "needs --attention softmax")
     lesson.parser.add_argument("--untied", action="store_true", help="give the head a weight of its own, as llama has")
+    lesson.parser.set_defaults(told=frozenset())
     flag("lr", 1e-3, "learning rate of AdamW")
     flag("clip", 1.0, "largest global gradient norm")
+
+
+class Told(argparse.Action):
+    """Stores a flag's value, and in `told` that it was given: a default must not contradict anything."""
+
+    def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, flag: str | None = None) -> None:
+        setattr(namespace, self.dest, value)
+        namespace.told = namespace.told | {self.dest}
 
 
 def _flag(
@@ -57,7 +66,12 @@ def _flag(
 ) -> None:
     default = defaults.get(name.replace("-", "_"), usual)
     lesson.parser.add_argument(
-        f"--{name}", type=type(usual), default=default, help=f"{what} (default %(default)s)".strip(), **more
+        f"--{name}",
+        type=type(usual),
+        default=default,
+        action=Told,
+        help=f"{what} (default %(default)s)".strip(),
+        **more,
     )
 
 

@@ -169,14 +169,16 @@ class Lesson:
         summary: one or two sentences for `--help`.
         smallest: fewest ranks that make sense.
         example: ranks in the command that a hint shows.
+        fewest_steps: that make sense.
     """
 
     def __init__(
-        self, path: str, lecture: str, title: str, title_zh: str, summary: str, smallest: int = 1, example: int = 8
-    ):
+        self, path: str, lecture: str, title: str, title_zh: str, summary: str, smallest: int = 1, example: int = 8,
+        fewest_steps: int = 1,
+    ):  # fmt: skip
         self.script = "/".join(Path(path).parts[-2:])
         self.lecture, self.title, self.title_zh = lecture, title, title_zh
-        self.smallest, self.example = smallest, example
+        self.smallest, self.example, self.fewest_steps = smallest, example, fewest_steps
         self.heading = lecture if lecture.startswith("CODE") else f"Lecture {lecture}"
         self.parser = _Parser(prog=self.script, description=f"{self.heading}: {title} ({title_zh}). {summary}")
         flag = self.parser.add_argument
@@ -230,8 +232,8 @@ class Lesson:
             if not here.by_torchrun:
                 raise ValueError(f"this lesson needs several ranks, start it with: {command}")
             raise ValueError(f"--nproc_per_node {here.world_size}: at least {self.smallest} ranks; use {command}")
-        if args.steps < 1:
-            raise ValueError(f"--steps {args.steps}: at least one step; use --steps 20")
+        if args.steps < self.fewest_steps:
+            raise ValueError(f"--steps {args.steps}: at least {self.fewest_steps or 'no'} step; use --steps 20")
         if not 0 <= args.seed < 2**63:
             raise ValueError(f"--seed {args.seed}: must be in [0, 2^63); use --seed 0")
         if not SHORTEST_TIMEOUT <= args.timeout <= 86400:  # also refuses NaN
@@ -241,7 +243,7 @@ class Lesson:
         if here.node == 0:  # where rank 0 is, which writes
             taken: dict[str, str] = {}
             for name in ("report", "plot", "trace", "export"):
-                if (path := getattr(args, name, None)) is not None:
+                if (path := getattr(args, name, None)) is not None and (name != "export" or Path(path).suffix):
                     check_writable(f"--{name}", path)
                     if (first := taken.setdefault(os.path.realpath(path), name)) != name:
                         raise ValueError(f"--{name} {path}: --{first} writes that file; use another name")

@@ -19,13 +19,14 @@ from cluster.planner.hardware import PRESETS as MACHINES
 from cluster.planner.hardware import Link, Machine, Software, measured
 from cluster.planner.layout import Layout
 from cluster.planner.memory import parameters, rank_memory
-from cluster.planner.models import PRESETS, from_config, from_content
+from cluster.planner.models import PRESETS
 from cluster.planner.plans import USABLE, fits, plans
 from cluster.planner.rulebook import Case, broken
 from cluster.planner.steptime import bubble, step
 from cluster.planner.steptime import product as matrix_product
 from cluster.run.arguments import add_all_flags, layout_of
 from core.model.config import Llama3Scaling, ModelConfig, YarnScaling
+from core.model.published import from_config, from_content
 from core.proof.lesson import Lesson
 from pipeline.engine.validator import validate
 from pipeline.schedules import build

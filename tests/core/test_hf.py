@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cluster.planner.counting import model_parameters
-from cluster.planner.models import from_config
 from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.config import Latent, ModelConfig
 from core.model.gpt import GPT, Attention, Block, materialize, token_loss
 from core.model.hf import from_published, to_published
+from core.model.published import from_config
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import Router
 from expert_parallel.engine.routing import choose

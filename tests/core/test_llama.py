@@ -175,13 +175,11 @@ def test_with_fewer_bits_it_is_near(policy: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["llama3-8b", "llama3-70b", "llama3-405b"])
 def test_the_planners_presets_are_built(name: str) -> None:
-    """On the meta device, without memory; still the topics cannot shard them, and the planner says so."""
+    """On the meta device, without memory; the flags of a training cannot say all of them, and the planner says so."""
     model = PRESETS[name]
     assert sum(p.numel() for p in GPT(model).parameters()) == model_parameters(model)
-    assert lacking(model) == (
-        "grouped key and value heads, a gated MLP, norms and linear layers without biases, rotary positions, "
-        "a vocabulary of 128,256"
-    )
+    assert lacking(model).startswith("a vocabulary of 128,256")
+    assert not lacking(model, "folder")
 
 
 # ---- What is refused
@@ -192,7 +190,6 @@ UNBUILT = {
     "latent attention with norms of heads": LATENT | {"qk_norm": True},
     "LayerNorm without biases": {"norm": "layer"},
     "rotary positions scaled by longrope": {"rope_scaling": "longrope"},
-    "scaled by .4.0": {"rope_scaling": [4.0, 1.0, 4.0, 16]},  # a tuple that has been through JSON
 }
 
 
