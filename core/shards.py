@@ -1,11 +1,11 @@
-"""Which shard of a full parameter a rank holds, and the full tensor again from all shards.
+"""Which shard of a full parameter a rank holds. The full tensor again from all shards: `core.proof.full`.
 
 `Shard` is DTensor's placement `Shard(dim)` on one axis, with two things that a DTensor cannot say: the padding of a
 vocabulary whose size is no multiple of the ranks is part of the local tensor, and a layout needs no process group.
 `FlatShard` is ZeRO's: a range of the flattened tensor, for which DTensor has no placement at all.
 """
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -112,38 +112,3 @@ class LocalTensor(NamedTuple):
     name: Hashable
     value: Tensor
     shard: Shard | FlatShard | None
-
-
-def full_tensors(tensors: Iterable[LocalTensor]) -> Iterator[tuple[Hashable, Tensor]]:
-    """The full tensors. What several ranks hold comes several times; what lacks a shard does not come at all."""
-    shards: dict[tuple[Hashable, Shard], list[list[Tensor]]] = {}  # by the tensor that they are shards of
-    flat: dict[tuple[Hashable, Shard | None], list[LocalTensor]] = {}
-    for each in tensors:
-        name, value, mark = each
-        if mark is None:
-            yield name, value
-        elif isinstance(mark, FlatShard):
-            flat.setdefault((name, mark.parent), []).append(each)
-        else:
-            by_index = shards.setdefault((name, replace(mark, index=0, copy=None)), [[] for _ in range(mark.count)])
-            by_index[mark.index].append(value)
-    larger: list[LocalTensor] = []
-    for (name, mark), copies in shards.items():
-        for complete in zip(*copies):  # noqa: B905  a shard without the others is left out
-            full = torch.cat(complete, mark.dim).narrow(mark.dim, 0, mark.size)
-            larger.append(LocalTensor(name, full, mark.parent))
-    for (name, parent), found in flat.items():
-        starts: dict[int, list[LocalTensor]] = {}
-        for each in found:
-            starts.setdefault(each.shard.first, []).append(each)
-        shape = found[0].shard.shape
-        while starts.get(0):  # one copy after another, which need not be sharded at the same places
-            copy, at = [], 0
-            while starts.get(at):
-                copy.append(starts[at].pop())
-                at = copy[-1].shard.end
-            if at == shape.numel():
-                full = torch.cat([each.value.flatten() for each in copy]).view(shape)
-                larger.append(LocalTensor(name, full, parent))
-    if larger:
-        yield from full_tensors(larger)

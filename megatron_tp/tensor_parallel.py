@@ -6,7 +6,7 @@ A column-parallel linear layer followed by a row-parallel one: two matrix produc
 backward (f). The vocabulary is sharded too, and the loss never gathers the logits. The optimizer, and the rest of the
 model, are those of one process.
 
-read: tensor_parallel.py:35-172; then engine/layers.py; engine/loss.py; evidence/streams.py
+read: tensor_parallel.py:42-191; then engine/layers.py; engine/loss.py; evidence/streams.py
 
 B batch, S sequence, H hidden, I and O in and out features, V vocabulary, t ranks; V/t is rounded up, the rest padding
 """
@@ -164,8 +164,7 @@ def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabul
 def parallelize(model: GPT, axis: Axis) -> GPT:
     """Shard the GPT's heads, feed-forward and vocabulary over the ranks of the axis.
 
-    Norms, positions and the biases of row-parallel layers stay replicated: every rank computes the same with them, and
-    finds the same gradients. The ledger counts each label's traffic by itself.
+    Norms, positions and biases of row-parallel layers stay replicated. The ledger counts each label by itself.
     """
     check_sizes(model.config, axis.size)
     inside = axis.labelled("layers")
@@ -184,11 +183,7 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
 
 
 def sum_partial_gradients(model: GPT, axis: Axis, same_heads: Axis) -> None:
-    """After backward. A rank has a part of a gradient where other ranks' heads share the parameter with its own.
-
-    Args:
-        same_heads: with more ranks than heads of keys and values, those that hold the same one; else one rank.
-    """
+    """After backward: where other heads use a parameter too. `same_heads` are the ranks with the same k and v."""
     for name, p in model.named_parameters():
         if is_copied(p):  # k and v
             comm.all_reduce(p.grad, same_heads.labelled("gradients of heads"))

@@ -106,7 +106,8 @@ def lesson(run: Run) -> None:
     compare(run, config, axis, versions)
     activations.claim_computed(run, config, computed)
     paper = table_2(config.heads, run.args.sequence, config.hidden, axis.size)
-    activations.claim_bytes(run, config, axis, paper, megatron_sp.parallelize)
+    expected = paper if run.args.model == "gpt" else activations.table_of_llama(config, run.args.batch, axis.size)
+    activations.claim_bytes(run, config, axis, expected, megatron_sp.parallelize)
     activations.claim_same_gradients(run, config, axis)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from core import comm
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.model.gpt import dense_attention
+from core.model.attention import dense_attention
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
 from sequence_parallel.context import SequenceAttention, check_length

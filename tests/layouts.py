@@ -20,8 +20,9 @@ from core.model.gpt import GPT, GPTConfig, use_masks
 from core.model.precision import POLICIES
 from core.model.seeded import SampleMasks
 from core.model.text import Text
+from core.proof.full import full_tensors
 from core.proof.oracle import Oracle, worst_difference
-from core.shards import LocalTensor, counted_once, full_tensors, shard_of
+from core.shards import LocalTensor, counted_once, shard_of
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import count_ahead, end_step, routers
 from expert_parallel.engine.routing import MoEConfig

@@ -158,9 +158,11 @@ def check_cuts(args: argparse.Namespace, ranks: int, sequence: bool = False) -> 
     fewer = [] if hidden % heads else [t for t in range(2, heads + 1) if fits(t) and not any(n % t for n in sizes)][-8:]
     given = vars(args) | {"kv_heads": kv_heads(args)}
     now = " ".join(f"--{name} {given[name.replace('-', '_')]}" for name in use)
-    shared = ", or with key and value heads divide them" if "kv-heads" in use else ""
+    reasons = ["heads must divide --hidden"] * ("heads" in use) + [EQUAL.format(tp=ranks)] * bool({*use} - {"kv-heads"})
+    if "kv-heads" in use:
+        reasons.append(f"heads of keys and values {TP_KV_HEADS.reason.format(tp=ranks)}")
     raise ValueError(
-        f"{now}: {'heads must divide --hidden, and ' if 'heads' in use else ''}{EQUAL.format(tp=ranks)}{shared}; "
+        f"{now}: {', and '.join(reasons)}; "
         f"use {' '.join(f'--{name} {value}' for name, value in use.items())}"
         + (f", or --nproc_per_node one of {', '.join(map(str, fewer))}" if fewer else "")
     )

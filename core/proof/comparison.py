@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from core.model.gpt import GPT
+from core.proof.full import full_tensors
 from core.proof.lesson import Run
 from core.proof.oracle import TOLERANCE, Oracle, relative_difference, worst
 from core.proof.trainable import Trainable
-from core.shards import LocalTensor, full_tensors, shard_of
+from core.shards import LocalTensor, shard_of
 
 
 class FullTensors(list[tuple[Hashable, Tensor]]):
@@ -149,12 +150,29 @@ def _to_numpy(value: Tensor) -> np.ndarray:
     return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
 
 
-def claim_replicated_parameters(run: Run, model: GPT) -> None:
-    """What every rank holds in full has stayed equal on all of them."""
-    replicated = {n: p.detach().cpu() for n, p in model.named_parameters() if shard_of(p) is None}
-    copies = run.job.gather(replicated)
-    if copies:
-        differing = sum((copies[0][n] != other[n]).sum().item() for other in copies for n in replicated)
-        what = f"{sum(p.numel() for p in replicated.values()):,} elements a rank"
-        cases = [("replicated parameters stay equal on all ranks", 0, differing)]
-        run.evidence.each(cases[0][0], f"differ in 0 of {what}", cases, correctness=True)
+def claim_replicated_parameters(run: Run, models: Mapping[str, GPT]) -> None:
+    """What several ranks hold, in full or the same shard of it, has stayed equal on all of them.
+
+    Args:
+        models: this rank's, by version.
+    """
+    mine = {name: _held_by_others(model) for name, model in models.items()}
+    everyone = run.job.gather(mine)
+    if everyone:
+        claim, cases = "replicated parameters stay equal on all ranks", []
+        for name, held in mine.items():
+            first: dict[Hashable, Tensor] = {}
+            pairs = ((first.setdefault(key, p), p) for rank in everyone for key, p in rank[name].items())
+            cases.append((f"{claim} ({name})", 0, sum((a != b).sum().item() for a, b in pairs)))
+            elements = sum(p.numel() for p in held.values())
+        run.evidence.each(claim, f"differ in 0 of {elements:,} elements a rank", cases, correctness=True)
+
+
+def _held_by_others(model: GPT) -> dict[Hashable, Tensor]:
+    """What other ranks hold too, by name and, of a shard, its index."""
+    found = {}
+    for name, p in model.named_parameters():
+        mark = shard_of(p)
+        if mark is None or mark.copy is not None:
+            found[name, mark and mark.index] = p.detach().cpu()
+    return found

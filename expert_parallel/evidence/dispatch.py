@@ -102,7 +102,7 @@ def claim_memory(run: Run, trained: Trained, moe: MoEConfig) -> None:
     full = to_moe(GPT(configuration(run.args)), moe)
     layers = [module.experts for module in full.modules() if isinstance(module, MoE)]
     size = sum(p.numel() for layer in layers for p in layer.parameters())
-    second_bias = sum(layer.down.bias.numel() for layer in layers)
+    second_bias = sum(bias.numel() for layer in layers if (bias := layer.down.bias) is not None)
     for name, version in trained.versions.items():
         states = [s for p in version.experts for s in version.optimizer.state_of(p).values() if s.dim()]
         everyone = run.job.gather((live_bytes(version.experts), live_bytes(states)))

@@ -12,8 +12,9 @@ from torch import Tensor
 from core.mesh import Axis
 from core.model.seeded import generator
 from core.model.text import VOCABULARY
+from core.proof.full import full_tensors
 from core.proof.lesson import Run
-from core.shards import LocalTensor, Shard, full_tensors
+from core.shards import LocalTensor, Shard
 
 Weights = Mapping[str, Tensor]
 Shards = Mapping[str, int | None]  # how each tensor is sharded: the dimension, or None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.gradients import clip_and_total
 from core.ledger import Ledger
@@ -77,4 +77,4 @@ def train_beside_one_process(run: Run, config: GPTConfig, replicas: Mapping[str,
     compared = train(run, replicas, oracle)
     if oracle:
         claim_equal(run, compared)
-    claim_replicated_parameters(run, nn.ModuleDict({name: replica.model for name, replica in replicas.items()}))
+    claim_replicated_parameters(run, {name: replica.model for name, replica in replicas.items()})

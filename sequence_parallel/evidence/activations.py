@@ -13,6 +13,7 @@ from tabulate import tabulate
 from core.mesh import Axis
 from core.model.gpt import GPT, Block, GPTConfig, materialize, use_masks
 from core.model.seeded import SampleMasks, generator
+from core.model.sharding import key_value_rows
 from core.model.streams import RandomTracker
 from core.proof.lesson import Run
 from core.proof.memory import SavedActivations
@@ -44,12 +45,40 @@ def layer(
     return recompute_block(materialize(model, run.args.seed, run.job.device, dtype).blocks["0"], kind)
 
 
+def table_of_llama(config: GPTConfig, b: int, t: int) -> dict[str, tuple[str, float]]:
+    """What the paper's table says of GPT, counted in the same way: bytes of one layer in units of sbh.
+
+    2 norms' input and output 8, 2 masks; of attention Q, K, V, for each head of Q, and the output 8q, its scores as in
+    the paper; of the MLP the gate, its silu, up and their product 8f. Selective recomputation keeps K and V as they are
+    before they are repeated. r: the cosines and sines of a sample's positions, in float32.
+
+    q features of all queries, k of a rank's keys, D of a head
+    """
+    h, d, f = config.hidden, config.head_dim, config.feed_forward
+    q, k = config.query_size, key_value_rows(config, t) // 2
+    scores, r = 5 * config.heads * config.sequence, 4 * d / (b * h)
+    inside = (8 * q + 8 * f + scores) / h
+    kept = (4 * q + 8 * f) / (h * t) + 4 * k / h + r
+    text, selective = "(8q + 8f + 5as)/(ht) + r", "(4q + 8f)/(ht) + 4k/h + r"
+    return {
+        "one process": ("10 + (8q + 8f + 5as)/h + r", 10 + inside + r),
+        "TP": (f"10 + {text}", 10 + inside / t + r),
+        "TP + SP": (f"10/t + {text}", (10 + inside) / t + r),
+        "TP + SP, plain": (f"4 + 6/t + {text}", 4 + (6 + inside) / t + r),
+        "TP, selective": (f"10 + {selective}", 10 + kept),
+        "TP + SP, selective": (f"10/t + {selective}", 10 / t + kept),
+        "TP, full": ("2", 2),
+        "TP + SP, full": ("2/t", 2 / t),
+    }
+
+
 def claim_bytes(
     run: Run, config: GPTConfig, axis: Axis, paper: Mapping[str, tuple[str, float]], plain: Parallelize
 ) -> None:
     """Measure one layer in every mode of the paper's table."""
     s, h, b, t = run.args.sequence, config.hidden, run.args.batch, axis.size
-    norms = 2 * 2 * 4 / h  # mean and deviation of each token in two LayerNorms, in float32
+    numbers = ("mean", "deviation") if config.norm == "layer" else ("scale",)
+    norms = 2 * len(numbers) * 4 / h  # of each token in two norms, in float32
     modes: dict[
         str, tuple[Parallelize | None, str, int]
     ] = {  # how sharded, what is recomputed, over how many ranks s is
@@ -81,16 +110,17 @@ def claim_bytes(
         surplus = 0.0 if kind == "full" else norms / ranks
         measured = [values[name] for values in everyone]
         rows.append((name, formula, expected, max(measured), 100 * (max(measured) / expected - 1)))
-        and_norms = f", + {surplus:.4g} for the LayerNorms" if surplus else ""
+        and_norms = f", + {surplus:.4g} for the norms" if surplus else ""
         run.evidence.on_ranks(
             f"bytes saved / sbh, {name}", f"{formula} = {expected:.4g}{and_norms}", expected + surplus, measured, 1e-9
         )
     run.say("\nbytes that one layer keeps for backward, in units of sbh")
-    run.say(tabulate(rows, ("", "paper", "", "measured", "surplus %"), floatfmt=".4f"))
+    whose = "paper" if config.norm == "layer" else "counted"
+    run.say(tabulate(rows, ("", whose, "", "measured", "surplus %"), floatfmt=".4f"))
     if run.args.plot:
-        pairs = {"paper": [row[2] for row in rows], "measured": [row[3] for row in rows]}
+        pairs = {whose: [row[2] for row in rows], "measured": [row[3] for row in rows]}
         bars(run.args.plot, f"What a layer keeps for backward, t = {t}", "bytes / sbh", [row[0] for row in rows], pairs)
-    run.say("The surplus: both LayerNorms keep the mean and the deviation of each token, which the paper leaves out.")
+    run.say(f"The surplus: both norms keep the {' and the '.join(numbers)} of each token, which the paper leaves out.")
 
 
 def count_computed(model: GPT) -> Counter[str]:

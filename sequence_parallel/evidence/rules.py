@@ -78,7 +78,7 @@ SP_FEED_FORWARD = replace(
 PAPER_FEED_FORWARD = Rule(
     "activations: feed-forward",
     "--feed-forward {feed_forward}",
-    lambda case: case.feed_forward in (0, 4 * case.hidden),
+    lambda case: case.model == "llama" or case.feed_forward in (0, 4 * case.hidden),
     "the paper's formulas are those of 4 times --hidden",
     lambda case: "--feed-forward 0",
     "2205.05198, section 4.1",

@@ -13,12 +13,12 @@ from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig, materialize, use_masks
 from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
-from core.proof.comparison import claim_equal
+from core.proof.comparison import claim_equal, claim_replicated_parameters
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
 from core.proof.trainable import Replica
 from core.proof.training import train
-from core.shards import counted_once, shard_of
+from core.shards import counted_once
 from sequence_parallel.context import SequenceAttention, loss_of, parallelize
 from sequence_parallel.engine import layers
 from sequence_parallel.engine.recompute import recompute
@@ -130,17 +130,7 @@ def compare(run: Run, config: GPTConfig, axis: Axis, versions: Mapping[str, Vers
     compared = train(run, {name: each.replica for name, each in versions.items()}, oracle)
     if oracle:
         claim_equal(run, compared)
-    mine = {name: {n: p.detach().cpu() for n, p in each.model.named_parameters() if shard_of(p) is None}
-            for name, each in versions.items()}  # fmt: skip
-    everyone = run.job.gather(mine)
-    if not everyone:
-        return
-    claim, cases = "replicated parameters stay equal on all ranks", []
-    for name, ours in mine.items():
-        differing = sum((p != other[name][n]).sum().item() for other in everyone for n, p in ours.items())
-        cases.append((f"{claim} ({name})", 0, differing))
-    elements = sum(p.numel() for p in ours.values())
-    run.evidence.each(claim, f"differ in 0 of {elements:,} elements a rank", cases, correctness=True)
+    claim_replicated_parameters(run, {name: each.model for name, each in versions.items()})
 
 
 class LayerTraffic:

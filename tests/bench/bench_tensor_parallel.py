@@ -75,11 +75,12 @@ def bench(job: Job, config: GPTConfig, batch: int, rounds: int) -> None:
 
     def ours(topic: object, loss: object) -> tuple[GPT, Callable[[], None]]:
         model = materialize(topic.parallelize(GPT(config), axis), 0, job.device, DTYPE)
+        same_heads, _ = axis.split(config.kv_copies(axis.size))
 
         def step() -> None:
             loss.token_loss(model(inputs), targets, targets.numel(), axis, config.vocabulary).backward()
             if topic is sequence_parallel.engine.layers:
-                topic.sum_replicated_gradients(model, axis)
+                topic.sum_replicated_gradients(model, axis, same_heads)
 
         return model, step
 

@@ -27,8 +27,8 @@ from core.ledger import Ledger
 from core.mesh import Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss
 from core.model.text import Text
+from core.proof.full import full_tensors
 from core.proof.launch import Job, choose_device, launch, process_info
-from core.shards import full_tensors
 from zero.engine.engine import Engine, data_parallel, zero1, zero2, zero3
 
 DTYPE = torch.float32

@@ -17,8 +17,9 @@ from cluster.run.export import export, load_export
 from core.model.gpt import GPT
 from core.model.precision import POLICIES, Precision
 from core.model.text import Text
+from core.proof.full import full_tensors
 from core.proof.oracle import Oracle, worst_difference
-from core.shards import LocalTensor, full_tensors
+from core.shards import LocalTensor
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import end_step
 from tests.cluster.resuming import ELSEWHERE, FLOAT64, differing, held, job_here, train, worker_of

@@ -20,8 +20,8 @@ from cluster.run.worker import Worker
 from core.model.text import Text
 from core.proof import checkpoint, chunks
 from core.proof.checkpoint import Checkpoints
+from core.proof.full import full_tensors
 from core.proof.oracle import Oracle, worst_difference
-from core.shards import full_tensors
 from tests.cluster.resuming import ELSEWHERE, differing, held, job_here, train, worker_of
 from tests.cluster.test_worker import CLIP, CONFIG, CPU, MOE, SEED, optimizer_of, samples_of
 from tests.pool import Pool

@@ -59,6 +59,13 @@ def sharded_heads() -> Iterator[Pair]:
         yield case(Layout(tp=t), args), lambda a=args, t=t: core.proof.arguments.check_cuts(a, t)
 
 
+def sharded_kv_heads() -> Iterator[Pair]:
+    for kv_heads, t in product((1, 2, 3, 4, 12), (2, 3, 4, 6)):
+        args = lesson_args(model="llama", heads=12, hidden=48, kv_heads=kv_heads)
+        model = core.proof.arguments.configuration(args)
+        yield Case(Layout(tp=t), model), lambda a=args, t=t: core.proof.arguments.check_cuts(a, t)
+
+
 def sharded_sequence() -> Iterator[Pair]:
     for sequence, t in product((48, 64, 100), (2, 4, 8)):
         args = lesson_args(sequence=sequence, heads=8)
@@ -142,6 +149,7 @@ def moe_lessons() -> Iterator[Pair]:
 
 LESSONS = {
     "tensor parallelism": (sharded_heads, {"tp: heads", "tp: feed-forward"}),
+    "tensor parallelism of a Llama": (sharded_kv_heads, {"tp: key and value heads"}),
     "sequence parallelism": (sharded_sequence, {"sp: sequence"}),
     "sequence parallelism, one rank": (one_rank_of_sp, {"sp: tp"}),
     "stages": (layers, {"pp: layers"}),
@@ -195,7 +203,7 @@ def test_the_model_and_the_planner_refuse_by_the_same_rules() -> None:
 BROKEN = {
     "tp: ranks": Layout(tp=0), "ulysses: ranks": Layout(ulysses=0), "stages a rank": Layout(v=0),
     "microbatches": Layout(microbatches=0),
-    "tp: heads": Layout(tp=3), "tp: key heads": Layout(tp=16), "tp: feed-forward": Layout(tp=32),
+    "tp: heads": Layout(tp=3), "tp: key and value heads": Layout(tp=3), "tp: feed-forward": Layout(tp=32),
     "tp: fast links": Layout(tp=16), "sp: tp": Layout(sp=True), "sp: sequence": Layout(tp=8, sp=True, cp=2048),
     "cp: ulysses": Layout(cp=4, ulysses=3), "cp: heads": Layout(cp=64, ulysses=64), "cp: sequence": Layout(cp=3),
     "pp: layers": Layout(pp=18, microbatches=18), "pp: several stages": Layout(v=2, schedule="interleaved"),

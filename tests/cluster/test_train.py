@@ -40,6 +40,8 @@ def parsed(*flags: str) -> Namespace:
     [
         (8, ()),
         (8, ("--tp", "2", "--cp", "2", "--pp", "2", "--experts", "4", "--ep", "4", "--schedule", "zb-h1")),
+        (8, ("--model", "llama", "--tp", "2", "--pp", "2", "--dp", "2", "--heads", "8")),
+        (4, ("--model", "llama", "--tp", "4", "--sp", "--kv-heads", "2", "--heads", "8", "--dtype", "bfloat16")),
         (4, ("--dp", "2", "--tp", "2", "--zero", "3", "--dtype", "bfloat16", "--untied")),
         (4, ("--layers", "7", "--pp", "4", "--zero", "1")),
         (4, ("--dp", "2", "--pp", "2", "--microbatches", "2", "--attention", "softmax", "--dropout", "0.2")),
@@ -62,6 +64,8 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, ranks: int, flags: tuple[
 
 REFUSED = {
     "tp": (("--tp", "3"), "--tp"),
+    "key heads": (("--model", "llama", "--kv-heads", "3", "--tp", "2", "--heads", "6", "--hidden", "48"), "--tp"),
+    "key heads of no group": (("--model", "llama", "--kv-heads", "3"), "--kv-heads 3: must divide --heads 16"),
     "batch": (("--batch", "9", "--dp", "8"), "--batch"),
     "schedule": (("--pp", "2", "--schedule", "interleaved", "--chunks", "3"), "--layers"),
     "zero with a pipeline": (("--pp", "2", "--zero", "3"), "--zero"),

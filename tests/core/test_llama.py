@@ -5,7 +5,6 @@ The whole of it is compared with transformers in test_hf.py.
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,13 +17,7 @@ from core.model.config import Latent, Llama3Scaling, ModelConfig, YarnScaling
 from core.model.gpt import GPT, materialize
 from core.model.norms import RMSNorm
 from core.model.rotary import Rotary, frequencies
-from expert_parallel import dispatch, moe
-from expert_parallel.engine.moe import to_moe
-from megatron_tp import tensor_parallel
-from megatron_tp.engine import layers as tensor_layers
 from pipeline.stages import partition
-from sequence_parallel import context, megatron_sp
-from sequence_parallel.engine import layers as sequence_layers
 from tests.core.test_definitions import CPU, off, seeded
 
 LLAMA = ModelConfig(
@@ -191,10 +184,10 @@ def test_the_planners_presets_are_built(name: str) -> None:
 
 # ---- What is refused
 
+LATENT = {"latent": Latent(4, 4, 2, 2, 2), "kv_heads": None, "head_size": None}
 UNBUILT = {
-    "latent attention": {"latent": Latent(4, 4, 2, 2, 2), "kv_heads": None, "head_size": None},
-    "experts": {"experts": 4, "top_k": 1},
-    "layers without experts": {"dense_layers": 1},
+    "latent attention with learned positions": LATENT | {"learned_positions": True},
+    "latent attention with norms of heads": LATENT | {"qk_norm": True},
     "LayerNorm without biases": {"norm": "layer"},
     "rotary positions scaled by longrope": {"rope_scaling": "longrope"},
 }
@@ -208,38 +201,10 @@ def test_what_is_not_built_is_refused(missing: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"kv_heads": 4}, "kv_heads 4: must divide heads 6.*; use kv_heads 2"),
+    [({"kv_heads": 4}, "--kv-heads 4: must divide --heads 6.*; use --kv-heads 2"),
      ({"head_size": 5}, "the size of a head must be even.*; use head_size 6"),
      ({"norm": "batch"}, "norm 'batch': must be layer or rms; use norm 'layer'")],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GPT(replace(LLAMA, **options))
-
-
-SHARDERS: dict[str, Callable[[GPT, object], object]] = {
-    "tensor parallelism: plain": tensor_parallel.parallelize,
-    "tensor parallelism: engine": tensor_layers.parallelize,
-    "sequence parallelism: plain": megatron_sp.parallelize,
-    "sequence parallelism: engine": sequence_layers.parallelize,
-    "context parallelism: ": lambda model, axis: context.parallelize(model, None),
-    "a mixture of experts: plain": lambda model, axis: moe.with_experts(model, None, axis),
-    "a mixture of experts: over ranks": lambda model, axis: dispatch.parallelize(model, None, {"dp": axis}),
-    "a mixture of experts: engine": lambda model, axis: to_moe(model, None),
-}
-OTHER_KINDS = {
-    "grouped key and value heads": {"kv_heads": 2},
-    "a gated MLP": {"gated": True},
-    "norms and linear layers without biases": {"norm": "rms"},
-    "rotary positions": {"learned_positions": False},
-    "heads of another size than hidden / heads": {"head_size": 8},
-    "query and key norms": {"qk_norm": True},
-}
-
-
-@pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_no_topic_shards_what_it_does_not_know(kind: str) -> None:
-    for name, shard in SHARDERS.items():
-        by = name.split(":")[0]
-        with pytest.raises(ValueError, match=f"gpt: {by} is not built for {kind}; use a configuration of GPT-2's kind"):
-            shard(GPT(ModelConfig(heads=4, **OTHER_KINDS[kind])), None)

@@ -1,13 +1,27 @@
 """Mixtral's, Qwen3-MoE's and DeepSeek-V3's kinds on several ranks equal one process; which equals transformers."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import pytest
+import torch
+from torch import Tensor
 
+import megatron_tp.engine.layers
+import sequence_parallel.engine.layers
+from core import comm
+from core.mesh import Axis
+from core.model import sharding
 from core.model.config import Latent, ModelConfig, YarnScaling
+from core.model.gpt import GPT, Block
 from expert_parallel.engine.routing import MoEConfig
+from sequence_parallel.engine.ulysses import OverlappedUlysses
+from tests.expert_parallel.test_comparison_mutations import Bug, Buggy
 from tests.layouts import Layout, equals_one_process
-from tests.pool import Pool
+from tests.pool import Pool, WorkerError
 
 MIXTRAL = ModelConfig(
     sequence=8, hidden=16, layers=2, heads=4, kv_heads=2, feed_forward=12, gated=True, biases=False,
@@ -66,3 +80,78 @@ def test_latent_attention(pool: Pool, layout: Layout, q_rank: int) -> None:
 
 def test_latent_attention_with_every_intermediate_in_sight_and_dropout(pool: Pool) -> None:
     equals_one_process(pool, replace(DENSE, attention="softmax", dropout=0.1), Layout(tp=2, sequence=True))
+
+
+# ---- Bugs of sharded latent attention that the comparison must see
+
+Message = Callable[[Tensor], Tensor]
+
+
+def to_heads(
+    change: Callable[[Axis, Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]],
+) -> AbstractContextManager:
+    """The message to all heads is another one than `shard_latent` is given."""
+
+    def wrong(block: Block, axis: Axis, send: Message) -> None:
+        sharding.shard_latent(block, axis, change(axis, send))
+
+    stack = ExitStack()
+    for topic in (megatron_tp.engine.layers, sequence_parallel.engine.layers):
+        stack.enter_context(patch.object(topic, "shard_latent", wrong))
+    return stack
+
+
+def no_f() -> AbstractContextManager:
+    return to_heads(lambda axis, send: lambda x: x)
+
+
+def f_twice() -> AbstractContextManager:
+    return to_heads(lambda axis, send: lambda x: send(send(x)))
+
+
+def gathered_without_the_gradients_of_other_heads() -> AbstractContextManager:
+    return to_heads(lambda axis, send: partial(comm.gather_from, axis=axis, dim=1))
+
+
+def no_f_for_the_key() -> AbstractContextManager:
+    key = DENSE.latent.rope
+    return to_heads(lambda axis, send: lambda x: torch.cat((send(x[..., :-key]), x[..., -key:]), -1))
+
+
+def down_projections_not_summed() -> AbstractContextManager:
+    """They are replicated, and see other tokens on each rank."""
+    layers, right = sequence_parallel.engine.layers, sequence_parallel.engine.layers.sum_replicated_gradients
+
+    def wrong(model: GPT, *axes: Axis) -> None:
+        kept = {p: p.grad for name, p in model.named_parameters() if "_down." in name}
+        for p in kept:
+            p.grad = None
+        right(model, *axes)
+        for p, gradient in kept.items():
+            p.grad = gradient
+
+    return patch.object(layers, "sum_replicated_gradients", wrong)
+
+
+def scale_lost_in_the_ring() -> AbstractContextManager:
+    right = OverlappedUlysses.__call__
+    return patch.object(
+        OverlappedUlysses, "__call__", lambda self, q, k, v, scale, starts: right(self, q, k, v, None, starts)
+    )
+
+
+SEEN: dict[Bug, Layout] = {
+    no_f: Layout(tp=2),
+    f_twice: Layout(tp=2),
+    no_f_for_the_key: Layout(tp=2),
+    gathered_without_the_gradients_of_other_heads: Layout(tp=2, sequence=True),
+    down_projections_not_summed: Layout(tp=2, sequence=True),
+    scale_lost_in_the_ring: Layout(cp=2),
+}
+
+
+@pytest.mark.parametrize(("bug", "layout"), SEEN.items(), ids=[bug.__name__ for bug in SEEN])
+def test_the_comparison_catches(pool: Pool, bug: Bug, layout: Layout) -> None:
+    with pytest.raises(AssertionError) as caught:
+        equals_one_process(Buggy(pool, bug), DENSE, layout)
+    assert not isinstance(caught.value, WorkerError), "a difference, not a bug that no longer fits the code"

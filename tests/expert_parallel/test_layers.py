@@ -17,8 +17,9 @@ from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss
 from core.model.text import Text
+from core.proof.full import full_tensors
 from core.proof.oracle import Oracle, worst_difference
-from core.shards import LocalTensor, full_tensors, shard_of
+from core.shards import LocalTensor, shard_of
 from expert_parallel.engine.layers import expert_parameters, gather_rows, parallelize, scatter_rows
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import Spread, end_step

@@ -11,15 +11,16 @@ import torch.distributed as dist
 from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.precision import POLICIES
+from core.model.sharding import parameters_on_a_rank
 from core.proof.arguments import add_model_flags
 from core.proof.launch import Job
 from core.proof.lesson import Lesson, Run
 from megatron_tp import tensor_parallel, train
 from megatron_tp.evidence.memory import COURSE, COURSE_PARAMETERS, parameters
-from megatron_tp.evidence.training import parameters_on_a_rank
 from tests.pool import Pool
 
 QUICK = ("--steps", "2", "--batch", "4", "--sequence", "16", "--hidden", "32", "--layers", "2")
+LLAMA = ("--model", "llama", "--kv-heads", "2")  # each on two of four ranks
 COURSE_QUICK = (*QUICK, "--feed-forward", "32", "--vocabulary", "300", "--positions", "20")
 
 
@@ -30,6 +31,8 @@ COURSE_QUICK = (*QUICK, "--feed-forward", "32", "--vocabulary", "300", "--positi
         ("tensor_parallel", QUICK, 4),
         ("train", COURSE_QUICK, 1),
         ("train", COURSE_QUICK, 4),
+        ("tensor_parallel", (*QUICK, *LLAMA), 4),
+        ("train", (*COURSE_QUICK, *LLAMA), 4),
     ],
 )
 def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, flags: tuple[str, ...], ranks: int) -> None:
@@ -44,7 +47,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, flags: tuple
     assert f"{len(written['claims'])} of {len(written['claims'])} claims held" in outcome.out
     assert outcome.out.count("TP " if lesson == "tensor_parallel" else "CODE 02") == 1, "only rank 0 speaks"
     assert "<svg" in plot.read_text()
-    if lesson == "train":  # what the course prints, what is computed
+    if flags == COURSE_QUICK:  # what the course prints, what is computed
         for course, right in (("26,793,984", "26,793,984"), ("7,110,912", "7,110,912"), ("564.16 MB", "428.70 MB")):
             assert re.search(rf"{course} +{right} ", outcome.out)
 
@@ -52,6 +55,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, flags: tuple
 OPTIONS = (
     ("--dtype", "float32"), ("--dtype", "bfloat16"), ("--untied", "--feed-forward", "40"), ("--clip", "1e9"),
     ("--dropout", "0.2", "--attention", "softmax"), ("--heads", "32"), ("--batch", "1", "--sequence", "1"),
+    (*LLAMA, "--dtype", "bfloat16"), (*LLAMA[:2], "--kv-heads", "1"), (*LLAMA[:2], "--kv-heads", "8"),
 )  # fmt: skip
 
 
@@ -98,8 +102,17 @@ REFUSED = {
     "batch": ("tensor_parallel", ("--batch", "0"), "--batch 0: must be at least 1; use --batch 8"),
     "vocabulary": ("train", ("--vocabulary", "100"), "--vocabulary 100: the text is bytes, 256 different ones"),
     "positions": ("train", ("--positions", "8"), "--positions 8: a sample has --sequence 32 tokens"),
+    "key heads": (
+        "tensor_parallel", (*LLAMA[:3], "3", "--heads", "24", "--hidden", "96"),
+        "--kv-heads 3: heads of keys and values must be a multiple of the 8 ranks or divide them, so that each has "
+        "whole heads, or as many have the same one; use --kv-heads 2, or --nproc_per_node one of 3, 6, 12, 24",
+    ),
+    "key heads of no group": (
+        "tensor_parallel", (*LLAMA[:3], "5"), "--kv-heads 5: heads of keys and values must be a multiple of the 8 ranks"
+    ),
+    "key heads of a GPT": ("tensor_parallel", LLAMA[2:], "use --kv-heads 0, or --model llama"),
     "heads of the course": ("train", ("--heads", "4"), "use --heads 8"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("lesson", "flags", "message"), REFUSED.values(), ids=REFUSED)

@@ -1,5 +1,6 @@
 """Put each known bug in, and see which claims of lecture 05 fail: a check that cannot fail proves nothing."""
 
+import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -8,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import core.gradients
 from core import comm
@@ -17,10 +18,10 @@ from core.model import gpt
 from core.model import streams as rng
 from core.model.precision import POLICIES
 from core.model.seeded import SampleMasks
-from core.proof.arguments import add_model_flags
+from core.proof.arguments import add_model_flags, configuration
 from core.proof.launch import Job, Stop
 from core.proof.lesson import Lesson, Run
-from core.shards import Shard, shard_of
+from core.shards import Shard, is_copied, shard_of
 from megatron_tp import tensor_parallel, train
 from megatron_tp.engine import layers, loss
 from megatron_tp.evidence import tensor_parallel as evidence
@@ -30,6 +31,7 @@ from tests.pool import Pool
 RANKS = 3  # of 256 bytes and 3 ranks the vocabulary has padding
 SIZES = {"steps": 1, "batch": 3, "sequence": 8, "hidden": 24, "heads": 6, "layers": 2, "clip": 0.05}
 FLAGS = ["--attention=softmax", "--dropout=0.2", *(f"--{name}={value}" for name, value in SIZES.items())]
+LLAMA_FLAGS = [*FLAGS, "--model=llama", "--hidden=32", "--heads=8", "--kv-heads=2"]
 COURSE_FLAGS = [*FLAGS, "--feed-forward=48", "--vocabulary=257", "--positions=20"]
 
 
@@ -309,7 +311,7 @@ def plain_softmax_over_the_padding_too() -> AbstractContextManager:
 
 
 def course_counts_replicated_parameters_on_every_rank() -> AbstractContextManager:
-    return patch.object(train, "shard_of", lambda p: Shard(0, 0, 1, len(p)))
+    return patch.object(train, "is_first", lambda p, axis: True)
 
 
 def course_clips_by_the_local_norm() -> AbstractContextManager:
@@ -372,6 +374,140 @@ COURSE_MUST_FAIL = {
 }
 
 
+# ---- Bugs of a Llama's heads, each head of keys and values on two ranks
+
+
+def llamas_config(args: argparse.Namespace) -> gpt.GPTConfig:
+    """With all that a Llama, a Qwen2 or a Qwen3 has."""
+    return replace(configuration(args), qkv_bias=True, qk_norm=True)
+
+
+def gradients_of(which: str, times: int) -> AbstractContextManager:
+    """Sum the gradients of heads over the axes with this in their names so often."""
+    right = layers.sum_gradients
+
+    def wrong(parameters: object, axis: Axis) -> None:
+        parameters = list(parameters)
+        for _ in range(times if which in axis.name else 1):
+            right(parameters, axis)
+
+    return patch.object(layers, "sum_gradients", wrong)
+
+
+def keys_are_not_summed() -> AbstractContextManager:
+    return gradients_of("tp inner", 0)
+
+
+def keys_are_summed_twice() -> AbstractContextManager:
+    return gradients_of("tp inner", 2)
+
+
+def heads_norms_are_not_summed() -> AbstractContextManager:
+    return gradients_of("tp gradients", 0)
+
+
+def heads_norms_are_summed_twice() -> AbstractContextManager:
+    return gradients_of("tp gradients", 2)
+
+
+def every_norm_is_summed() -> AbstractContextManager:
+    return patch.object(
+        layers, "heads_norms", lambda model: {p for name, p in model.named_parameters() if "norm" in name}
+    )
+
+
+def the_norm_counts_every_copy() -> AbstractContextManager:
+    def wrong(parameters: object, axis: Axis) -> list[Tensor]:
+        return [p.grad for p in parameters if shard_of(p) or axis.index == 0]
+
+    return patch.object(training, "counted_once", wrong)
+
+
+def queries_meet_the_next_groups_keys(version: object = layers) -> AbstractContextManager:
+    """Copies on every second rank, in place of neighbours."""
+    right = version.shard
+
+    def wrong(parameter: nn.Parameter, dim: int, axis: Axis, count: int | None = None) -> nn.Parameter:
+        found = right(parameter, dim, axis, count)
+        if is_copied(found):
+            mark = replace(shard_of(found), index=axis.index % count, copy=axis.index // count)
+            found = nn.Parameter(mark.local(parameter.detach()))
+            found.shard = mark
+        return found
+
+    return patch.object(version, "shard", wrong)
+
+
+def each_layer_communicates_by_itself() -> AbstractContextManager:
+    return patch.object(gpt, "products", lambda x, *layers: [layer(x) for layer in layers])
+
+
+def plain_keys_are_not_summed() -> AbstractContextManager:
+    return patch.object(tensor_parallel, "is_copied", lambda p: False)
+
+
+def plain_sums(*chosen: str) -> AbstractContextManager:
+    """Sum what these names end with only, so often as they are given."""
+
+    def wrong(model: gpt.GPT, axis: Axis, same_heads: Axis) -> None:
+        for end in chosen:
+            for name, p in model.named_parameters():
+                if name.endswith(end):
+                    comm.all_reduce(p.grad, (same_heads if is_copied(p) else axis).labelled("gradients of heads"))
+
+    return patch.object(tensor_parallel, "sum_partial_gradients", wrong)
+
+
+KEYS = ("k.weight", "k.bias", "v.weight", "v.bias")
+
+
+def plain_query_norms_are_not_summed() -> AbstractContextManager:
+    return plain_sums(*KEYS, "k_norm.weight")
+
+
+def plain_values_are_summed_twice() -> AbstractContextManager:
+    return plain_sums(*KEYS, *KEYS[2:], "k_norm.weight", "q_norm.weight")
+
+
+def plain_queries_meet_the_next_groups_keys() -> AbstractContextManager:
+    return queries_meet_the_next_groups_keys(tensor_parallel)
+
+
+def course_keys_are_not_summed() -> AbstractContextManager:
+    return patch.object(train, "sum_partial_gradients", lambda model, axis, same_heads: None)
+
+
+def course_counts_every_copy() -> AbstractContextManager:
+    return patch.object(train, "is_first", lambda p, axis: shard_of(p) is not None or axis.index == 0)
+
+
+HEADS = "elements of keys' and values' weights' gradients"
+ENGINE_LOSS, ENGINE_GRADIENT, ENGINE_REPLICATED = (
+    "losses equal one process, all steps (engine)",
+    "every gradient equals one process, all steps (engine)",
+    f"{REPLICATED} (engine)",
+)
+LLAMA_MUST_FAIL = {
+    keys_are_not_summed: {ENGINE_GRADIENT, ENGINE_REPLICATED, f"{HEADS} (engine)"},
+    keys_are_summed_twice: {ENGINE_GRADIENT, NORM, f"{HEADS} (engine)"},
+    heads_norms_are_not_summed: {ENGINE_GRADIENT, ENGINE_REPLICATED},
+    heads_norms_are_summed_twice: {ENGINE_GRADIENT, NORM},
+    every_norm_is_summed: {ENGINE_GRADIENT, NORM},
+    the_norm_counts_every_copy: {NORM, PARAMETER},
+    queries_meet_the_next_groups_keys: {ENGINE_LOSS, ENGINE_GRADIENT},
+    each_layer_communicates_by_itself: {"and backward", "elements a layer sends"},
+    plain_keys_are_not_summed: {PLAIN_GRADIENT, f"{REPLICATED} (plain)", f"{HEADS} (plain)"},
+    plain_query_norms_are_not_summed: {PLAIN_GRADIENT, f"{REPLICATED} (plain)"},
+    plain_values_are_summed_twice: {PLAIN_GRADIENT, f"{HEADS} (plain)"},
+    plain_queries_meet_the_next_groups_keys: {PLAIN_LOSS, PLAIN_GRADIENT},
+}
+LLAMA_COURSE_MUST_FAIL = {
+    course_keys_are_not_summed: {GRADIENT, REPLICATED},
+    course_counts_every_copy: {NORM, PARAMETER},
+    plain_queries_meet_the_next_groups_keys: {LOSS, GRADIENT},
+}
+
+
 # ---- The lessons with a bug in them
 
 Bug = Callable[[], AbstractContextManager]
@@ -386,6 +522,17 @@ def failing_claims(lesson: Callable[[Run], None], frame: Lesson, flags: list[str
         except Stop as stop:
             return [f"stopped: {stop}"]
     return [claim.claim for claim in run.evidence.claims if not claim.holds]
+
+
+def failing_of_a_llama(bugs: list[Bug], course_bugs: list[Bug]) -> list[list[str]]:
+    frame = Lesson("megatron_tp/tensor_parallel.py", "05", "", "", "")
+    add_model_flags(frame)
+    with patch.object(tensor_parallel, "configuration", llamas_config):
+        found = [failing_claims(tensor_parallel.lesson, frame, LLAMA_FLAGS, bug) for bug in bugs]
+    frame = Lesson("megatron_tp/train.py", "CODE 02", "", "", "")
+    train.add_flags(frame)
+    with patch.object(train, "configuration", llamas_config):
+        return found + [failing_claims(train.lesson, frame, [*COURSE_FLAGS, *LLAMA_FLAGS], bug) for bug in course_bugs]
 
 
 def failing_in_tensor_parallel(bugs: list[Bug]) -> list[list[str]]:
@@ -418,6 +565,15 @@ def test_without_a_bug_every_claim_holds(pool: Pool) -> None:
 def test_the_claims_catch(pool: Pool, quarter: int) -> None:
     bugs = [*MUST_FAIL][quarter::4]
     check(pool.run(RANKS, failing_in_tensor_parallel, bugs, timeout=110)[0], MUST_FAIL, bugs)
+
+
+def test_the_claims_catch_in_a_llama(pool: Pool) -> None:
+    bugs, course_bugs = [nullcontext, *LLAMA_MUST_FAIL], [nullcontext, *LLAMA_COURSE_MUST_FAIL]
+    must_fail = LLAMA_MUST_FAIL | {nullcontext: set()}
+    found = pool.run(4, failing_of_a_llama, bugs, course_bugs, timeout=110)[0]
+    assert found[0] == found[len(bugs)] == []
+    check(found[: len(bugs)], must_fail, bugs)
+    check(found[len(bugs) :], must_fail | LLAMA_COURSE_MUST_FAIL, course_bugs)
 
 
 def test_the_claims_catch_in_the_plain_version(pool: Pool) -> None:

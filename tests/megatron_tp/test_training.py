@@ -1,9 +1,12 @@
-"""A tensor-parallel GPT, alone and in a pipeline, equals one process in every corner."""
+"""A tensor-parallel GPT or Llama, alone and in a pipeline, equals one process in every corner."""
+
+from dataclasses import replace
 
 import pytest
 
 from core.model.gpt import GPTConfig
 from tests.layouts import Layout, equals_one_process
+from tests.llama import BOTH, CASES, LLAMA
 from tests.pool import Pool
 
 SMALL = {"sequence": 8, "hidden": 24, "layers": 2, "heads": 12}  # 12 heads: for 2, 3, 4 and 6 ranks
@@ -61,3 +64,30 @@ def test_recomputation_with_split_backwards(pool: Pool) -> None:
     equals_one_process(
         pool, config, Layout(tp=2, pp=4, samples=6, microbatches=6, schedule="zb-v", recompute="selective")
     )
+
+
+# ---- Llamas
+
+
+@pytest.mark.parametrize(("ranks", "options"), CASES, ids=str)
+def test_llamas(pool: Pool, ranks: int, options: dict) -> None:
+    """Samples of an odd number of tokens, shorter than the longest."""
+    equals_one_process(pool, replace(LLAMA, **options), Layout(tp=ranks, length=9))
+
+
+@pytest.mark.parametrize("freeze", [("embed", "blocks.0"), ("blocks.0.attention.k", "blocks.1.attention.q")], ids=str)
+def test_a_llama_with_frozen_parameters(pool: Pool, freeze: tuple[str, ...]) -> None:
+    """The second: some of the layers that share an input, with biases and norms."""
+    equals_one_process(pool, replace(LLAMA, **BOTH | {"tied": False}), Layout(tp=4, freeze=freeze))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "microbatches", "recompute"),
+    [("1f1b", 2, 3, "full"), ("interleaved", 2, 6, "none"), ("zb-h1", 2, 3, "selective"), ("zb-v", 2, 3, "none"),
+     ("dualpipe", 2, 6, "none"), ("dualpipev", 2, 6, "none")],
+)  # fmt: skip
+def test_a_llama_in_a_pipeline(pool: Pool, schedule: str, pp: int, microbatches: int, recompute: str) -> None:
+    """Each head of keys and values on two ranks, and weight gradients that are left for later."""
+    config = replace(LLAMA, layers=4, **BOTH)
+    layout = Layout(tp=4, pp=pp, samples=6, microbatches=microbatches, schedule=schedule, recompute=recompute, length=9)
+    equals_one_process(pool, config, layout)

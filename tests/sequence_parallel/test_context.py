@@ -12,8 +12,8 @@ from core.ledger import Ledger
 from core.mesh import Mesh
 from core.model.gpt import GPT, GPTConfig, materialize
 from core.model.text import Text
+from core.proof.full import full_tensors
 from core.proof.oracle import Oracle, worst_difference
-from core.shards import full_tensors
 from sequence_parallel import context
 from sequence_parallel.engine.ulysses import context_parallel
 from tests.layouts import Layout

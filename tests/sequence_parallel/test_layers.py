@@ -179,10 +179,10 @@ def test_what_has_no_equal_shards_is_refused(flags: dict, ranks: int, message: s
         check_sequence_parallel(args, max(ranks, 2))
 
 
-def test_a_block_without_equal_shards_is_refused() -> None:
+def test_a_model_without_equal_shards_is_refused() -> None:
     axis = Axis("tp", (0, 1), 0, None, Ledger(), None)
-    for sizes in ({"heads": 3}, {"heads": 4, "feed_forward": 25}):
-        with pytest.raises(ValueError, match="have no 2 equal shards; use a multiple of 2"):
+    for sizes, use in (({"heads": 3}, "--heads 4"), ({"heads": 4, "feed_forward": 25}, "--feed-forward 24")):
+        with pytest.raises(ValueError, match=f"must be a multiple of the 2 ranks, .*; use {use}"):
             parallelize(GPT(GPTConfig(hidden=12, **sizes)), axis)
 
 

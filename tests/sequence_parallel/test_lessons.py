@@ -47,14 +47,18 @@ def as_in_the_paper(claims: dict[str, float], t: int) -> None:
 
 
 DROPOUT = ("--dropout=0.2", "--attention=softmax")
+LLAMA = ("--model=llama", "--kv-heads=4")
 OPTIONS = {
     1: [("ulysses", ()), ("ring_attention", ())],
-    2: [("megatron_sp", ()), ("activations", DROPOUT)],
+    2: [("megatron_sp", ()), ("activations", DROPOUT), ("megatron_sp", (*LLAMA, "--kv-heads=1"))],
     4: [
         *(("megatron_sp", flags) for flags in [("--dtype=float32",), ("--dtype=bfloat16",), ("--untied",), DROPOUT,
-                                               ("--feed-forward=40",), ("--batch=1", "--sequence=4")]),
+                                               ("--feed-forward=40",), ("--batch=1", "--sequence=4"), LLAMA,
+                                               (*LLAMA, "--kv-heads=2", "--dtype=bfloat16"),
+                                               (*LLAMA, "--kv-heads=1", *DROPOUT), (*LLAMA, "--kv-heads=12")]),
         *(("activations", (*DROPOUT, *flags)) for flags in [("--recompute=none",), ("--recompute=selective",),
-                                                            ("--dtype=bfloat16",), ("--batch=1", "--hidden=12")]),
+                                                            ("--dtype=bfloat16",), ("--batch=1", "--hidden=12"), LLAMA,
+                                                            (*LLAMA, "--kv-heads=2", "--feed-forward=40")]),
         ("ulysses", ("--dtype=bfloat16", "--untied", "--feed-forward=40")),
         ("ring_attention", ("--dtype=float32", "--placement=contiguous")),
         ("ring_attention", ("--dtype=bfloat16", "--heads=1")),
@@ -93,6 +97,7 @@ REFUSED = [
     ("megatron_sp", ("--sequence", "60"), "use --sequence 64, or --nproc_per_node one of 2, 4"),
     ("megatron_sp", ("--heads", "4"), "use --heads 8"),
     ("megatron_sp", ("--feed-forward", "100"), "use --feed-forward 96"),
+    ("megatron_sp", ("--model", "llama", "--heads", "24", "--hidden", "96", "--kv-heads", "3"), "use --kv-heads 2, or"),
     ("activations", ("--dropout", "0"), "use --attention softmax --dropout 0.1"),
     ("activations", ("--feed-forward", "64"), "use --feed-forward 0"),
     ("activations", ("--recompute", "some"), "invalid choice: 'some'"),

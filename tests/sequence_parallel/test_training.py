@@ -1,11 +1,13 @@
-"""A GPT with sequence parallelism, alone and in a pipeline, equals one process in every corner."""
+"""A GPT or a Llama with sequence parallelism, alone and in a pipeline, equals one process in every corner."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from core.model.gpt import GPTConfig
 from tests.layouts import Layout
+from tests.llama import BOTH, CASES, LLAMA
 from tests.pool import Pool
 from tests.sequence_parallel.batch import all_equal_one_process
 
@@ -67,4 +69,34 @@ def test_in_a_pipeline(pool: Pool) -> None:
 def test_in_a_pipeline_of_eight_ranks(pool: Pool) -> None:
     config = GPTConfig(**SMALL | {"layers": 4, "tied": False} | DROPOUT)
     cases = [(config, layout(tp=tp, pp=8 // tp, samples=6, microbatches=3)) for tp in (2, 4)]
+    all_equal_one_process(pool, 8, cases)
+
+
+# ---- Llamas
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
+def test_llamas(pool: Pool, ranks: int) -> None:
+    """At one rank nothing is sharded; a rank's tokens are any number of them."""
+    sizes = [options for n, options in CASES if n == ranks]
+    lengths = {1: 9, 2: 10, 3: 9, 4: 12, 6: 6}
+    cases = [(replace(LLAMA, **options), layout(tp=ranks, length=lengths[ranks])) for options in sizes]
+    all_equal_one_process(pool, ranks, cases)
+
+
+def test_a_llama_with_frozen_parameters(pool: Pool) -> None:
+    config = replace(LLAMA, **BOTH | {"tied": False})
+    frozen = (("embed", "blocks.0"), ("blocks.0.attention.k", "blocks.1.attention.q"))
+    all_equal_one_process(pool, 4, [(config, layout(tp=4, freeze=freeze)) for freeze in frozen])
+
+
+def test_a_llama_in_a_pipeline(pool: Pool) -> None:
+    """Each head of keys and values on two ranks. Of layers that are left for later the input is gathered once."""
+    config, cases = replace(LLAMA, layers=4, **BOTH), []
+    for schedule, microbatches, recompute in (
+        ("1f1b", 3, "full"), ("interleaved", 6, "none"), ("zb-h1", 3, "selective"), ("zb-v", 3, "none"),
+        ("dualpipe", 6, "none"), ("dualpipev", 6, "none"),
+    ):  # fmt: skip
+        sizes = {"pp": 2, "samples": 6, "microbatches": microbatches, "schedule": schedule, "recompute": recompute}
+        cases.append((config, layout(tp=4, **sizes)))
     all_equal_one_process(pool, 8, cases)

@@ -16,8 +16,9 @@ from core.ledger import Ledger
 from core.mesh import Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss
 from core.model.text import Text
+from core.proof.full import full_tensors
 from core.proof.oracle import Oracle, worst_difference
-from core.shards import LocalTensor, full_tensors, shard_of
+from core.shards import LocalTensor, shard_of
 from pipeline.engine.actions import size, stages_of_ranks
 from pipeline.engine.runtime import Pipeline
 from pipeline.schedules import build

@@ -17,8 +17,9 @@ from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
 from core.model.seeded import SampleMasks
 from core.model.text import Text
+from core.proof.full import full_tensors
 from core.proof.oracle import worst_difference
-from core.shards import LocalTensor, full_tensors
+from core.shards import LocalTensor
 from tests.pool import Pool
 from zero.engine.engine import Engine, data_parallel, zero1, zero2, zero3
 from zero.engine.offload import zero_offload
