@@ -24,7 +24,7 @@ from core.model.precision import POLICIES
 def resident() -> dict[str, int]:
     """Bytes of this process in memory, now and at most, mapped files too."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {name.rstrip(":"): 1024 * int(value) for name, value, *_ in lines if name in ("VmRSS:", "VmHWM:")}
+    return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[0] in ("VmRSS:", "VmHWM:")}
 
 
 def forget_the_peak() -> int:
@@ -42,8 +42,8 @@ def main() -> None:
     model = GPT(folder.config)
     folder.tensors(model)  # what is loaded and made once is no part of it
     dist.all_gather_object([None] * 4, 0)
+    worker = Worker(spec, mesh)  # its zeros take no memory before something is written there
     before = forget_the_peak()
-    worker = Worker(spec, mesh)
     load_published(worker, folder, model)
     reading = resident()["VmHWM"] - before
     before = forget_the_peak()
