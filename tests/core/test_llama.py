@@ -21,7 +21,6 @@ from core.model.rotary import Rotary, frequencies
 from expert_parallel import dispatch, moe
 from expert_parallel.engine.moe import to_moe
 from pipeline.stages import partition
-from sequence_parallel import context
 from tests.core.test_definitions import CPU, off, seeded
 
 LLAMA = ModelConfig(
@@ -218,7 +217,6 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, object], message: 
 
 
 SHARDERS: dict[str, Callable[[GPT, object], object]] = {
-    "context parallelism: ": lambda model, axis: context.parallelize(model, None),
     "a mixture of experts: plain": lambda model, axis: moe.with_experts(model, None, axis),
     "a mixture of experts: over ranks": lambda model, axis: dispatch.parallelize(model, None, {"dp": axis}),
     "a mixture of experts: engine": lambda model, axis: to_moe(model, None),
