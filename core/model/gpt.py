@@ -1,7 +1,8 @@
 """The reference model: a decoder in one process. Every topic parallelises it from outside; there is no second one.
 
 GPT-2's kind unless the configuration says otherwise; with RMSNorm, rotary positions, grouped keys and values and a
-gated MLP it is Llama's, Mistral's or Qwen's. What it has of each is in its configuration, and nowhere else.
+gated MLP it is Llama's, Mistral's or Qwen's, with latent attention DeepSeek's. What it has of each is in its
+configuration, and nowhere else. Where that has experts, `expert_parallel` puts them in the place of the MLPs.
 
 B batch, S sequence, H hidden, A heads, K key and value heads (a divisor of A), D head size (H/A if nothing else is
 said), F feed-forward, V vocabulary
