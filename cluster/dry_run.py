@@ -22,7 +22,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -35,7 +35,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster import rules
 from cluster.evidence.dry_run import BUILT, RULES
-from cluster.plan import lacking
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout, given, layout_from
 from cluster.planner.memory import parameters, rank_memory, state_sizes
@@ -47,7 +46,6 @@ from core.ledger import Ledger
 from core.mesh import ORDER, Mesh, axis_groups, axis_sizes
 from core.model.config import ModelConfig
 from core.model.precision import POLICIES, Precision
-from core.model.text import VOCABULARY
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations
 from core.proof.rules import check as check_rules
@@ -162,8 +160,7 @@ def case(args: argparse.Namespace) -> tuple[ModelConfig, Layout]:
 
 def check_built(model: ModelConfig) -> None:
     """Raises ValueError unless the model is of the kind of `core.model.gpt`."""
-    missing = lacking(replace(model, vocabulary=VOCABULARY))
-    check_rules(SimpleNamespace(name=model.name, missing=missing), [BUILT])
+    check_rules(SimpleNamespace(name=model.name, missing=model.unbuilt()), [BUILT])
 
 
 def check(args: argparse.Namespace, ranks: int) -> None:

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 expert_parallel/dispatch.py
 
-    read: dispatch.py:33-98; moe.py:31-52; then router.py, train.py and engine/layers.py
+    read: dispatch.py:33-102; moe.py:31-55; then router.py, train.py and engine/layers.py
 
 Data parallelism for all but the experts: each rank has its own samples. The experts are sharded over ep ranks, so in
 each of their layers the routed tokens are dispatched to the ranks of their experts, and combined where they came from.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from core import comm
 from core.mesh import Axis, Mesh
-from core.model.gpt import GPT
+from core.model.gpt import GPT, GPTConfig
 from core.proof.arguments import configuration
 from core.proof.lesson import Lesson, Run
 from core.shards import shard
@@ -93,8 +93,11 @@ class ExpertParallelMoE(nn.Module):
 
 def parallelize(model: GPT, moe: MoEConfig, mesh: Mesh) -> GPT:
     """The GPT with mixtures in place of its MLPs, their experts sharded over ep."""
-    make = lambda config, moe: ExpertParallelMoE(MoE(config, moe, mesh["dp"]), mesh["ep"])  # noqa: E731
-    return replace_mlps(model, moe, make)
+
+    def over_ranks(config: GPTConfig, moe: MoEConfig) -> ExpertParallelMoE:
+        return ExpertParallelMoE(MoE(config, moe, mesh["dp"]), mesh["ep"])
+
+    return replace_mlps(model, moe, over_ranks)
 
 
 def lesson(run: Run) -> None:

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 expert_parallel/router.py
 
-    read: router.py:34-88; then engine/router.py
+    read: router.py:34-92; then engine/router.py
 
 Top-k gating: Shazeer et al. 2017 (1701.06538). Auxiliary loss and capacity: Switch (2101.03961), section 2.2. z-loss:
 ST-MoE (2202.08906), section 3. Balancing by a bias: 2408.15664. Groups of experts: DeepSeek-V3 (2412.19437), 2.1.2.

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 expert_parallel/train.py
 
-    read: train.py:35-66; dispatch.py:33-98; then evidence/training.py
+    read: train.py:35-66; dispatch.py:33-102; then evidence/training.py
 
 Balance is not only a matter of learning. All ranks wait for the one whose experts have the most tokens, and a rank must
 have the memory for what arrives there. So the two trainings are shown by rank: rows computed, rows exchanged, bytes.

@@ -6,7 +6,7 @@ A column-parallel linear layer followed by a row-parallel one: two matrix produc
 backward (f). The vocabulary is sharded too, and the loss never gathers the logits. The optimizer, and the rest of the
 model, are those of one process.
 
-read: tensor_parallel.py:41-189; then engine/layers.py; engine/loss.py; evidence/streams.py
+read: tensor_parallel.py:42-191; then engine/layers.py; engine/loss.py; evidence/streams.py
 
 B batch, S sequence, H hidden, I and O in and out features, V vocabulary, t ranks; V/t is rounded up, the rest padding
 """

@@ -8,7 +8,7 @@ between Q, K, V and its output, which is large (5as/h of 34 + 5as/h) and cheap t
 forgets all of a layer but its input. Neither changes anything: with it a GPT trains as one process does, dropout
 included, and the gradients of a layer are the same to the last bit.
 
-read: activations.py:36-87; then engine/recompute.py, engine/layers.py
+read: activations.py:37-90; then engine/recompute.py, engine/layers.py
 
 b samples, s tokens in a sample, h hidden, a heads, t ranks
 """

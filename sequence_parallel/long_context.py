@@ -6,9 +6,10 @@ One layer over c ranks in every way of this folder, for several c and s: message
 activations that it keeps, weights that it has. The formulas stand here, and are measured to hold; each way trains as
 one process does. Then cases too large for a laptop, calculated by the same formulas.
 
-read: long_context.py:27-105; then megatron_sp.py, ulysses.py, ring_attention.py, hybrid.py
+read: long_context.py:28-114; then megatron_sp.py, ulysses.py, ring_attention.py, hybrid.py
 
-b samples, s tokens in a sample, h hidden, a heads, k heads of keys and values, c = c1 c2 ranks
+b samples, s tokens in a sample, h hidden, a heads of size d, k heads of keys and values (where c1 is no divisor of it
+lcm(k, c1), with copies), c = c1 c2 ranks
 """
 
 import sys
@@ -31,14 +32,14 @@ def megatron_elements(z: Sizes) -> float:
 
 def ulysses_elements(z: Sizes) -> float:
     """An all-to-all each of Q, K, V and the output among c1 ranks, and one of each gradient."""
-    of_a_head = z.b * z.s * (z.h / z.a) / z.c  # on a rank
+    of_a_head = z.b * z.s * z.d / z.c  # on a rank
     heads_of_k = lcm(z.k, z.c1)  # where there are fewer than ranks, several need the same
     return 2 * of_a_head * (2 * z.a + 2 * heads_of_k) * (z.c1 - 1) / z.c1
 
 
 def ring_elements(z: Sizes) -> float:
     """K and V pass c2 - 1 times in forward and in backward, and their gradients as often."""
-    of_a_head = z.b * z.s * (z.h / z.a) / z.c
+    of_a_head = z.b * z.s * z.d / z.c
     return 3 * 2 * of_a_head * lcm(z.k, z.c1) * (z.c2 - 1)
 
 
@@ -66,7 +67,7 @@ WAYS = {
         messages=lambda z: 8,
         counted="8 all-to-alls",
         elements=ulysses_elements,
-        formula="8bsh/c (c-1)/c",
+        formula="4bs(a+k)d/c (c-1)/c",
         keeps_output_twice=True,
     ),
     "ring": Way(
@@ -75,7 +76,7 @@ WAYS = {
         messages=lambda z: 3 * (z.c - 1),
         counted="3(c-1)",
         elements=ring_elements,
-        formula="6bsh/c (c-1)",
+        formula="6bskd/c (c-1)",
     ),
     "hybrid": Way(
         degree=most_inside,
@@ -83,7 +84,7 @@ WAYS = {
         messages=lambda z: 8 + 3 * (z.c2 - 1),
         counted="8 + 3(c2-1)",
         elements=lambda z: ulysses_elements(z) + ring_elements(z),
-        formula="8bsh/c (c1-1)/c1 + 6bsh/c (c2-1)",
+        formula="4bs(a+k)d/c (c1-1)/c1 + 6bskd/c (c2-1)",
         keeps_output_twice=True,
     ),
 }
@@ -101,7 +102,7 @@ def waiting(name: str, z: Sizes) -> float:
     if z.c2 == 1:
         return switched
     step = ring_elements(z) / 3 / (z.c2 - 1) * 2 / link
-    computing = 2 * z.b * z.h / z.c1 * (z.s / z.c2) ** 2 / PEAK  # zigzag: half of a block's 4bnnh
+    computing = 2 * z.b * z.a * z.d / z.c1 * (z.s / z.c2) ** 2 / PEAK  # zigzag: half of a block's 4bnnad
     return switched + (z.c2 - 1) * max(0.0, step - computing)
 
 

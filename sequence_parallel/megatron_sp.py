@@ -12,7 +12,7 @@ and moves the same bytes. The paper's names, forward / backward:
 The output layer gathers the sequence, and the loss is lecture 05's, unchanged, as in Megatron-LM. A cheaper one of our
 own (`engine/loss.py`) is trained beside it. What this saves in memory is measured by `activations.py`.
 
-read: megatron_sp.py:42-180; then engine/layers.py, engine/loss.py
+read: megatron_sp.py:43-182; then engine/layers.py, engine/loss.py
 
 B batch (paper: b), S sequence (s), H hidden (h), I and O in and out features, V vocabulary, t ranks of the axis
 """

@@ -11,7 +11,7 @@ A query sees no later key, so where a rank's tokens are contiguous the first ran
 computes every block: all wait for it. Zigzag (as in zhuzilin's ring-flash-attention) gives rank r chunk r from the
 beginning and chunk r from the end, and every rank the same work in every step.
 
-read: ring_attention.py:37-139; context.py:71-110; then engine/ring.py, engine/blocks.py
+read: ring_attention.py:40-171; then context.py, engine/ring.py, engine/blocks.py
 
 B batch (paper: b), A heads (a), K of keys and values, S sequence (s), N = S/c tokens of a rank, D head size, c ranks
 """

@@ -5,7 +5,7 @@
 A rank has some tokens of all heads; for attention it wants all tokens of some heads. An all-to-all of each of Q, K and
 V changes the one into the other, and one of the output changes back.
 
-read: ulysses.py:31-71; context.py:71-110; then engine/ulysses.py
+read: ulysses.py:32-79; context.py:78-117; then engine/ulysses.py
 
 B batch (paper: b), A heads (a), K of keys and values, S sequence (s), D head size, c ranks of the axis
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from core import comm
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
-from core.model.gpt import dense_attention
+from core.model.attention import dense_attention
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
 from sequence_parallel.context import SequenceAttention, check_length

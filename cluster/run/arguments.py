@@ -135,6 +135,9 @@ def moe_of(args: argparse.Namespace) -> MoEConfig | None:
     """Raises ValueError where the flags do not fit each other."""
     if args.hf is not None:
         config = configured(args)
+        if args.bias_rate and config.experts and config.score != "sigmoid":
+            why = f"the router of --hf {args.hf} has no bias"
+            raise ValueError(f"--bias-rate {args.bias_rate}: {why}; use --bias-rate 0, or a model with sigmoid scores")
         training = {name: getattr(args, name) for name in ("capacity", "aux", "z", "bias_rate")}
         return MoEConfig.of(config, **training) if config.experts else None
     if not args.experts:
@@ -190,7 +193,7 @@ def planned(args: argparse.Namespace, world: int, model: ModelConfig, decided: d
 
 def check(args: argparse.Namespace, world: int) -> None:
     """Raises ValueError when the arguments cannot make a run."""
-    check_model(args)
+    check_model(args if args.hf is None else argparse.Namespace(**vars(args) | {"kv_heads": 0}))  # see `configured`
     check_rules(args, RULES)
     Text(args.data, args.sequence).split(HELD_OUT)
     if args.save is not None:

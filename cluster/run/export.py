@@ -74,6 +74,8 @@ def check_export(path: str, config: ModelConfig, model: GPT, source: str | None)
         if source is None:
             to_content(config)
         expected(config, model)
+        if config.score != "sigmoid" and any(name.endswith("router.bias") for name, _ in model.named_parameters()):
+            raise ValueError("no published family has a bias of the selection with softmax scores")
     except (KeyError, ValueError) as error:
         why = error if isinstance(error, ValueError) else f"no published family has a parameter {error}"
         raise ValueError(f"{flag}: {why}; use --export {path}.safetensors, with our own names") from None

@@ -277,7 +277,8 @@ class Worker:
         if self.spec.moe:
             moe = asdict(self.spec.moe)
             features = moe.pop("feed_forward") or found["feed_forward"]
-            found |= moe.pop("routing") | {"expert_feed_forward": features} | moe
+            routing = {k: v for k, v in moe.pop("routing").items() if (k, v) != ("weight_scale", 1.0)}
+            found |= routing | {"expert_feed_forward": features, "every": 1} | moe  # as older checkpoints have it
         optimizer, _ = self.named_optimizers()[0]
         found["optimizer"] = type(optimizer).__name__
         found = {name: value for name, value in found.items() if name not in MAY_CHANGE}

@@ -63,7 +63,7 @@ class ModelConfig:
     tied: bool = True  # the head is the token embedding
     head_bias: bool = False
     name: str = "gpt"
-    # Other kinds than GPT-2's. `unbuilt` says which of them the planner counts, and `core.model.gpt` does not build.
+    # Other kinds than GPT-2's. `unbuilt` says which of them are counted only.
     kv_heads: int | None = None  # grouped-query attention; None: as many as heads
     head_size: int | None = None  # None: hidden / heads
     gated: bool = False  # SwiGLU: the MLP has two matrices to F features, gate and up
@@ -178,33 +178,6 @@ class ModelConfig:
                 "latent attention with norms of heads": self.latent is not None and self.qk_norm,
             }
         )
-
-    def unsharded(self) -> str:
-        """What of this model the topics cannot shard over ranks, in words; "" for GPT-2's kind."""
-        return _those(
-            {
-                "grouped key and value heads": self.query_groups != self.heads,
-                "a gated MLP": self.gated,
-                "norms and linear layers without biases": not self.biases or self.norm == "rms",
-                "rotary positions": not self.learned_positions,
-                "latent attention": self.latent is not None,
-                "experts": self.experts > 0,
-                "layers without experts": self.dense_layers > 0,
-                "heads of another size than hidden / heads": self.head_size not in (None, self.hidden // self.heads),
-                "query and key norms": self.qk_norm,
-            }
-        )
-
-    def check_sharded(self, by: str) -> None:
-        """Raises ValueError unless the model is of the kind that the topics can shard.
-
-        Args:
-            by: what would shard it, in words.
-        """
-        if missing := self.unsharded():
-            raise ValueError(
-                f"{self.name}: {by} is not built for {missing}; use a configuration of GPT-2's kind, or one rank of it"
-            )
 
 
 def _those(kinds: dict[str, bool]) -> str:

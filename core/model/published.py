@@ -264,6 +264,12 @@ def _routing(fields: Fields, kind: str) -> dict[str, Any]:
         if kind == "deepseek_v3" and top_k > 1 and not normalised:
             raise ValueError("norm_topk_prob false is not built, of deepseek_v3 only true")
         groups, top_groups = fields.optional("n_group") or 1, fields.optional("topk_group") or 1
+        if top_groups < groups and top_k // top_groups != 2:
+            raise ValueError(
+                f"num_experts_per_tok {top_k}, topk_group {top_groups}: a group is judged by its best 2 experts in the "
+                f"published code, but here, as in the paper, by its best {top_k // top_groups}; both are the same "
+                f"with num_experts_per_tok {2 * top_groups}"
+            )
         scale = float(fields.get("routed_scaling_factor", 1.0))
         return {"top_k": top_k, "score": "sigmoid", "weight_scale": scale, "groups": groups, "top_groups": top_groups}
     return {"top_k": top_k, "score": "topk-softmax" if normalised or kind == "mixtral" else "softmax-topk"}

@@ -32,8 +32,8 @@ class Rotary(nn.Module):
         """With `starts` of `core.model.documents`, (B, all tokens), positions are those in the documents."""
         here = self.positions(q.shape[-2])
         self._reach(int(here.max()) + 1, q.device)
-        here = here.to(q.device) if starts is None else restarted(here, starts).unsqueeze(1)
-        cos, sin = self.table[:, here]  # (S, D/2) each, or (B, 1, S, D/2)
+        here = here.to(q.device) if starts is None else restarted(here, starts)
+        cos, sin = self.table[:, here]  # (S, D/2) each, or (B, S, D/2)
         return turned(q, cos, sin), turned(k, cos, sin)
 
     def _reach(self, length: int, device: torch.device) -> None:
@@ -45,9 +45,14 @@ class Rotary(nn.Module):
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(..., S, D) by the angles of (..., S, D/2)."""
-    first, second = wide(x).chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    """(B, A, S, D) by the angles of (S, D/2) or (B, S, D/2).
+
+    In memory the result is (B, S, A, D), as what linear layers make: so is then the output of attention, and its linear
+    layer needs no copy of it.
+    """
+    first, second = wide(x).transpose(1, 2).chunk(2, -1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype).transpose(1, 2)
 
 
 def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:

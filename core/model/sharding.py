@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from core.mesh import Axis
+from core.model.attention import LatentAttention
 from core.model.config import ModelConfig
-from core.model.gpt import GPT, Block, LatentAttention
+from core.model.gpt import GPT, Block
 from core.proof.rulebook import TENSOR
 from core.proof.rules import check
 from core.shards import shard

@@ -48,7 +48,7 @@ def add_model_flags(lesson: Lesson, **defaults: Any) -> None:
     flag("attention", "sdpa", choices=("sdpa", "softmax"))
     flag("dropout", 0.0, "needs --attention softmax")
     lesson.parser.add_argument("--untied", action="store_true", help="give the head a weight of its own, as llama has")
-    lesson.parser.set_defaults(told=frozenset())
+    lesson.parser.set_defaults(told=())
     flag("lr", 1e-3, "learning rate of AdamW")
     flag("clip", 1.0, "largest global gradient norm")
 
@@ -58,7 +58,7 @@ class Told(argparse.Action):
 
     def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, flag: str | None = None) -> None:
         setattr(namespace, self.dest, value)
-        namespace.told = namespace.told | {self.dest}
+        namespace.told = (*namespace.told, self.dest)
 
 
 def _flag(

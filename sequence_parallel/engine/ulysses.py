@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core import comm
 from core.mesh import Axis
-from core.model.gpt import dense_attention
+from core.model.attention import dense_attention
 from sequence_parallel.context import SequenceAttention, check_length
 from sequence_parallel.engine.ring import OverlappedRing
 

@@ -1,10 +1,12 @@
 """Attention over a sharded sequence by itself: what it sends, keeps and makes, and how far it is from dense attention.
 
-b samples, s tokens in a sample, h hidden, a heads, c ranks
+b samples, s tokens in a sample, a heads, k heads of keys and values, d head size, c ranks
 """
 
+from argparse import Namespace
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from core.ledger import Ledger
 from core.mesh import Axis
+from core.model.gpt import GPTConfig
 from core.model.seeded import generator
 from core.proof.clock import Event, VirtualClock
 from core.proof.lesson import Run
@@ -42,6 +45,20 @@ class Shape(NamedTuple):
     kv_heads: int
     sequence: int
     head_size: int
+
+    def elements(self, queries: int, keys: int) -> int:
+        """Of the whole sequence: so many tensors like Q, and so many like K or V."""
+        heads = queries * self.heads + keys * self.kv_heads
+        return heads * self.samples * self.sequence * self.head_size
+
+    def on_ranks(self, u: int) -> "Shape":
+        """With as many heads of keys and values as u ranks exchange: of fewer, several get the same one."""
+        return self._replace(kv_heads=lcm(self.kv_heads, u))
+
+
+def shape_of(config: GPTConfig, args: Namespace) -> Shape:
+    """Of the model's attention."""
+    return Shape(args.batch, config.heads, config.query_groups, args.sequence, config.head_dim)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -132,8 +149,8 @@ def claim_dense(run: Run, what: str, everyone: Collection[Measured], dtype: torc
 
 def claim_saved(run: Run, everyone: Collection[Measured], shape: Shape, c: int) -> None:
     """Q, K, V, the output, and a number a token and head: nothing that grows with the square of the sequence."""
-    b, a, _, s, d = shape
+    b, a, _, s, _ = shape
     wide = torch.promote_types(run.dtype, torch.float32).itemsize
-    expected = (4 * b * s * a * d * run.dtype.itemsize + b * a * s * wide) / c
-    formula = f"(4bsh of {run.dtype.itemsize} bytes + bas of {wide})/c = {expected:,.0f}"
+    expected = (shape.elements(2, 2) * run.dtype.itemsize + b * a * s * wide) / c
+    formula = f"(2bs(a+k)d of {run.dtype.itemsize} bytes + bas of {wide})/c = {expected:,.0f}"
     run.evidence.on_ranks("bytes attention keeps for backward", formula, expected, [each.saved for each in everyone])

@@ -1,6 +1,7 @@
 """What `hybrid.py` shows and claims: who is with whom, and what is sent inside the groups and across.
 
-b samples, s tokens in a sample, h hidden, a heads, c = c1 c2 ranks
+b samples, s tokens in a sample, a heads, k heads of keys and values (with copies for c1 ranks), d head size,
+c = c1 c2 ranks
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from core.model.gpt import GPTConfig
 from core.proof.lesson import Run
 from core.proof.plot import bars
 from sequence_parallel.context import SequenceAttention
-from sequence_parallel.evidence.attention import Shape, claim_difference, claim_saved, measure, spans
+from sequence_parallel.evidence.attention import claim_difference, claim_saved, measure, shape_of, spans
 from sequence_parallel.evidence.ring import SEND, SEND_GRADIENTS, SEND_KV, claim_summed_gradients
 from sequence_parallel.evidence.training import LayerTraffic, Version
 from sequence_parallel.evidence.ulysses import SWITCH
@@ -33,15 +34,16 @@ def show_ranks(run: Run, inner: Axis, outer: Axis, positions: Tensor) -> None:
 def claim_traffic(run: Run, config: GPTConfig, c1: int, c2: int, versions: Mapping[str, Version]) -> None:
     c, traffic = c1 * c2, LayerTraffic(run, config, versions)
     claim_summed_gradients(run, traffic, versions["engine"], c)
-    here, kv = run.args.batch * run.args.sequence * config.hidden / c, (SEND, SEND_KV)
-    inside, across = 4 * here * (c1 - 1) / c1, 2 * here * (c2 - 1)
+    shape, kv = shape_of(config, run.args).on_ranks(c1), (SEND, SEND_KV)
+    inside, across = shape.elements(2, 2) / c * (c1 - 1) / c1, shape.elements(0, 2) / c * (c2 - 1)
+    all_in_a_ring = shape_of(config, run.args).elements(0, 2) / c * (c - 1)
     four = 4 if c1 > 1 else 0
     traffic.claim("all-to-alls of a layer, forward", "4 where c1 > 1", four, SWITCH, what="messages")
     traffic.claim("messages of a layer, forward", f"c2-1 = {c2 - 1}", c2 - 1, kv, what="messages")
-    formula = f"4bsh/c (c1-1)/c1 = {inside:,.0f}"
+    formula = f"2bs(a+k)d/c (c1-1)/c1 = {inside:,.0f}"
     sent = [traffic.claim("elements sent inside, forward", formula, inside, SWITCH)]
     sent.append(traffic.claim("elements sent inside, backward", formula, inside, SWITCH, "backward"))
-    formula = f"2bsh/c (c2-1) = {across:,.0f}, a ring of all sends {2 * here * (c - 1):,.0f}"
+    formula = f"2bskd/c (c2-1) = {across:,.0f}, a ring of all sends {all_in_a_ring:,.0f}"
     sent.append(traffic.claim("elements sent across, forward", formula, across, kv))
     twice, everything = f"twice as many = {2 * across:,.0f}", (*kv, SEND_GRADIENTS)
     sent.append(traffic.claim("elements sent across, backward", twice, 2 * across, everything, "backward"))
@@ -54,10 +56,10 @@ def claim_attention(
     run: Run, config: GPTConfig, axis: Axis, plain: SequenceAttention, engine: SequenceAttention
 ) -> None:
     """Attention by itself."""
-    shape = Shape(run.args.batch, config.heads, config.heads, run.args.sequence, config.hidden // config.heads)
+    shape = shape_of(config, run.args)
     alone = run.job.gather(measure(run, engine, axis, shape, run.dtype))
     if alone and run.job.device.type == "cpu":  # other devices' kernels keep other things
-        claim_saved(run, alone, shape, axis.size)
+        claim_saved(run, alone, shape.on_ranks(engine.heads_over), axis.size)
     claim_difference(run, "plain", plain, axis, shape, run.dtype)
     fewer = shape._replace(kv_heads=1)
     claim_difference(run, "one head of keys and values", engine, axis, fewer, torch.float64)

@@ -1,11 +1,12 @@
 """What `long_context.py` measures: one layer in every way, against the formulas; and the table of large cases.
 
-b samples, s tokens in a sample, h hidden, a heads, k heads of keys and values, c = c1 c2 ranks
+b samples, s tokens in a sample, h hidden, a heads of size d, k heads of keys and values, c = c1 c2 ranks
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from math import lcm
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from sequence_parallel.engine.layers import parallelize_block
 from sequence_parallel.engine.ulysses import context_parallel
 
 TIMES = (1, 4)  # the sequences measured, in units of --sequence
-LARGE = {"h": 8192, "a": 64, "k": 8}  # a model of 70 billion parameters
+LARGE = {"h": 8192, "a": 64, "k": 8, "d": 128}  # a model of 70 billion parameters
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Sizes:
     h: int
     a: int
     k: int
+    d: int
     c: int
     c1: int  # heads are sharded over so many
 
@@ -74,7 +76,8 @@ def divisors(ranks: int) -> list[int]:
 
 def measure_ways(run: Run, config: GPTConfig, axes: Mapping[int, Axis], ways: Mapping[str, Way]) -> None:
     """Every way over every number of ranks, for sequences of several lengths: a table, and the claims."""
-    sizes = partial(Sizes, b=run.args.batch, h=config.hidden, a=config.heads, k=config.heads)
+    a, k, d = config.heads, config.query_groups, config.head_dim
+    sizes = partial(Sizes, b=run.args.batch, h=config.hidden, a=a, k=k, d=d)
     found: Found = {name: [] for name in ways}
     dense: dict[int, Measured] = {}
     for s in (times * run.args.sequence for times in TIMES):
@@ -87,7 +90,7 @@ def measure_ways(run: Run, config: GPTConfig, axes: Mapping[int, Axis], ways: Ma
     if run.job.rank == 0:
         show(run, found, dense, ways)
         for name, way in ways.items():
-            claim_formulas(run, name, way, found[name], dense)
+            claim_formulas(run, name, way, found[name], dense, not config.learned_positions)
 
 
 def measure(run: Run, config: GPTConfig, axis: Axis, way: str, z: Sizes) -> Measured:
@@ -140,7 +143,12 @@ def show(run: Run, found: Found, dense: Mapping[int, Measured], ways: Mapping[st
 
 
 def claim_formulas(
-    run: Run, name: str, way: Way, cases: list[tuple[Sizes, list[Measured]]], dense: Mapping[int, Measured]
+    run: Run,
+    name: str,
+    way: Way,
+    cases: list[tuple[Sizes, list[Measured]]],
+    dense: Mapping[int, Measured],
+    rotary: bool,
 ) -> None:
     """Every case of one way, by its worst rank."""
 
@@ -162,13 +170,15 @@ def claim_formulas(
     claim("messages of a layer", f"{way.counted}; counted", way.messages, lambda m: m.messages)
     claim("elements sent", f"{way.formula}; counted", way.elements, lambda m: m.elements, 1e-3)
     if run.job.device.type == "cpu":  # other devices' kernels keep other things
-        more = " and bsh/c: the output before the all-to-all, too" if way.keeps_output_twice else ""
+        more = [" and bsad/c: the output before the all-to-all, too"] * way.keeps_output_twice
+        more += [", and all tokens' rotary angles"] * (name == "Megatron SP" and rotary)
 
         def kept(z: Sizes) -> float:
-            again = z.b * z.s * z.h * run.dtype.itemsize if way.keeps_output_twice else 0
-            return (dense[z.s].kept + again) / z.c
+            again = z.a * way.keeps_output_twice + 2 * (lcm(z.k, z.c1) - z.k)  # heads, with copies of K's and V's
+            angles = z.s * z.d * 4 * (1 - 1 / z.c) if more[way.keeps_output_twice :] else 0  # in float32
+            return (dense[z.s].kept + again * z.b * z.s * z.d * run.dtype.itemsize) / z.c + angles
 
-        claim("bytes kept for backward", f"1/c of one process{more}", kept, lambda m: m.kept)
+        claim("bytes kept for backward", f"1/c of one process{''.join(more)}", kept, lambda m: m.kept)
 
 
 def calculated(

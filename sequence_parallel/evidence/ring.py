@@ -1,6 +1,6 @@
 """What `ring_attention.py` shows and claims: who computes what and when, what is sent and what is kept.
 
-b samples, s tokens in a sample, h hidden, a heads, c ranks
+b samples, s tokens in a sample, a heads, k heads of keys and values, d head size, c ranks
 """
 
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ from sequence_parallel.evidence.attention import (
     claim_difference,
     claim_saved,
     measure,
+    shape_of,
     spans,
 )
 from sequence_parallel.evidence.training import LayerTraffic, Version, count
@@ -32,8 +33,8 @@ SEND_KV, SEND_GRADIENTS, SEND = f"send {KV}", f"send {GRADIENTS}", "send"  # the
 def claim_traffic(run: Run, config: GPTConfig, c: int, versions: Mapping[str, Version]) -> None:
     traffic = LayerTraffic(run, config, versions)
     claim_summed_gradients(run, traffic, versions["engine"], c)
-    once = 2 * run.args.batch * run.args.sequence // c * config.hidden * (c - 1)
-    formula = f"2b(s/c)h(c-1) = {once:,}"
+    once = shape_of(config, run.args).elements(0, 2) // c * (c - 1)
+    formula = f"2b(s/c)kd(c-1) = {once:,}"
     everything, kv, back = (SEND, SEND_KV, SEND_GRADIENTS), (SEND, SEND_KV), ("backward", "elements")
     traffic.claim("messages of a layer, forward", f"c-1 = {c - 1}, K with V", c - 1, kv, what="messages")
     twice = f"2(c-1) = {2 * (c - 1)}"
@@ -58,8 +59,7 @@ def claim_placements(
 ) -> None:
     """Attention by itself, with either placement of the tokens."""
     args, chosen, axis = run.args, engine[run.args.placement], engine["zigzag"].axis
-    a, c = config.heads, axis.size
-    shape = Shape(args.batch, a, a, args.sequence, config.hidden // a)
+    c, shape = axis.size, shape_of(config, args)
     found = {name: run.job.gather(measure(run, each, axis, shape, run.dtype)) for name, each in engine.items()}
     for name, each in engine.items():
         show_work(run, name, run.job.gather(spans(each.positions(args.sequence).tolist())), found[name])
@@ -72,24 +72,25 @@ def claim_placements(
     claim_scores(run, {"plain": plain[args.placement], "engine": chosen}, axis, shape)
     for name, each in plain.items():
         claim_difference(run, f"{name}, plain", each, axis, shape, run.dtype)
-    one = claim_difference(run, "one head of keys and values", chosen, axis, shape._replace(kv_heads=1), torch.float64)
+    single = shape._replace(kv_heads=1)
+    one = claim_difference(run, "one head of keys and values", chosen, axis, single, torch.float64)
     if one:
-        expected = 2 * args.batch * args.sequence // c * config.hidden // a * (c - 1)
+        expected = single.elements(0, 2) // c * (c - 1)
         sent = [count(each.forward, (SEND_KV,)) for each in one]
-        run.evidence.on_ranks("elements sent then, forward", f"1/a of it = {expected:,}; counted", expected, sent)
+        run.evidence.on_ranks("elements sent then, forward", f"1/k of it = {expected:,}; counted", expected, sent)
     claim_difference(run, "bfloat16", chosen, axis, shape, torch.bfloat16)
 
 
 def claim_scores(run: Run, versions: Mapping[str, SequenceAttention], axis: Axis, shape: Shape) -> None:
     """What is held of the scores: with s/c = 4d tokens a rank a block of them is larger than its keys and values."""
-    b, a, _, _, d = shape
+    b, a, k, _, d = shape
     c, n, w = axis.size, 4 * d, torch.promote_types(run.dtype, torch.float32).itemsize
-    block, kv = b * a * n * n * w, 2 * b * n * a * d * w
+    block, kv = b * a * n * n * w, b * n * max(2 * k, a) * d * w
     fused = run.job.device.type == "cpu"  # see `engine/blocks.py`
     explicit = f"a block of scores, ba(s/c)^2 = {block:,}; all are ba s^2 = {block * c * c:,}"
     expected = {
         "plain": (block, explicit),
-        "engine": (kv, f"K and V of a block, no scores = {kv:,}") if fused else (block, explicit),
+        "engine": (kv, f"K and V of a block, or one for all heads = {kv:,}") if fused else (block, explicit),
     }
     for name, attention in versions.items():
         everyone = run.job.gather(measure(run, attention, axis, shape._replace(sequence=n * c), run.dtype))

@@ -1,11 +1,10 @@
 """What `ulysses.py` shows and claims: shapes, what is sent, what is kept, and fewer heads of keys and values.
 
-b samples, s tokens in a sample, h hidden, a heads, c ranks
+b samples, s tokens in a sample, a heads, k heads of keys and values (with copies for c ranks), d head size, c ranks
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import lcm
 
 import torch
 from tabulate import tabulate
@@ -18,7 +17,7 @@ from core.proof.lesson import Run
 from core.proof.plot import bars
 from sequence_parallel.context import SequenceAttention
 from sequence_parallel.engine.ulysses import FullSequence
-from sequence_parallel.evidence.attention import Shape, claim_difference, claim_saved, measure
+from sequence_parallel.evidence.attention import claim_difference, claim_saved, measure, shape_of
 from sequence_parallel.evidence.ring import claim_summed_gradients
 from sequence_parallel.evidence.training import LayerTraffic, Version, count
 
@@ -34,7 +33,7 @@ def show_shapes(
 ) -> None:
     """What a rank has before and after the all-to-all, by trying it."""
     uncounted = replace(axis, ledger=Ledger())
-    shape = (run.args.batch, config.heads, run.args.sequence // axis.size, config.hidden // config.heads)
+    shape = (run.args.batch, config.heads, run.args.sequence // axis.size, config.head_dim)
     x = torch.empty(shape, device=run.job.device)
     y = tokens_to_heads(x, uncounted)
     z = heads_to_tokens(y, uncounted)
@@ -46,35 +45,35 @@ def show_shapes(
 def claim_traffic(run: Run, config: GPTConfig, c: int, versions: Mapping[str, Version]) -> None:
     traffic = LayerTraffic(run, config, versions)
     claim_summed_gradients(run, traffic, versions["engine"], c)
-    one = run.args.batch * run.args.sequence * config.hidden / c * (c - 1) / c
-    four, formula = 4 if c > 1 else 0, f"4bsh/c (c-1)/c = {4 * one:,.0f}"
+    sent = shape_of(config, run.args).on_ranks(c).elements(2, 2) / c * (c - 1) / c
+    four, formula = 4 if c > 1 else 0, f"2bs(a+k)d/c (c-1)/c = {sent:,.0f}"
     traffic.claim("all-to-alls of a layer, forward", "4: Q, K, V and the output", four, SWITCH, what="messages")
     traffic.claim("all-to-alls, backward", "4", four, SWITCH, "backward", "messages")
-    traffic.claim("elements a layer sends, forward", f"{formula}, 1/c of Megatron SP's", 4 * one, SWITCH)
-    traffic.claim("elements, backward", formula, 4 * one, SWITCH, "backward")
+    traffic.claim("elements a layer sends, forward", f"{formula}, 1/c of Megatron SP's or less", sent, SWITCH)
+    traffic.claim("elements, backward", formula, sent, SWITCH, "backward")
 
 
 def claim_attention(
     run: Run, config: GPTConfig, axis: Axis, plain: SequenceAttention, engine: SequenceAttention
 ) -> None:
     """Attention by itself: what it keeps for backward; fewer heads of keys and values; bfloat16."""
-    c, b, a, s, d = axis.size, run.args.batch, config.heads, run.args.sequence, config.hidden // config.heads
-    shape = Shape(b, a, a, s, d)
+    c, shape = axis.size, shape_of(config, run.args)
+    a, k = shape.heads, shape.kv_heads
     ours = run.job.gather(measure(run, engine, axis, shape, run.dtype))
     dense = measure(run, FullSequence(), axis, shape, run.dtype).saved
     if ours and run.job.device.type == "cpu":  # other devices' kernels keep other things
-        claim_saved(run, ours, shape, c)
+        claim_saved(run, ours, shape.on_ranks(c), c)
         ratio = [dense / each.saved for each in ours]
         run.evidence.on_ranks("one process keeps how many times as much", f"c = {c}", c, ratio, 1e-9)
     claim_difference(run, "plain", plain, axis, shape, run.dtype)
     rows = []
-    for kv in sorted({a, max(1, a // 2) if a % 2 == 0 else a, 1}, reverse=True):
+    for kv in sorted({a, max(1, a // 2) if a % 2 == 0 else a, k, 1}, reverse=True):
         grouped, what = shape._replace(kv_heads=kv), f"{kv} heads of keys and values"
         everyone = claim_difference(run, what, engine, axis, grouped, torch.float64)
         if everyone:
-            travel = lcm(kv, c) if c > 1 else kv
-            expected = 2 * b * s * d / c * (c - 1) / c * (a + travel)
-            formula = f"2bs(a + {travel})(h/a)/c (c-1)/c = {expected:,.0f}; counted"
+            travel = grouped.on_ranks(c).kv_heads
+            expected = grouped.on_ranks(c).elements(2, 2) / c * (c - 1) / c
+            formula = f"2bs(a + {travel})d/c (c-1)/c = {expected:,.0f}; counted"
             sent = [count(each.forward, SWITCH) for each in everyone]
             claim = f"elements sent forward, {kv} heads of them"
             run.evidence.on_ranks(claim, formula, expected, sent, 1e-9 * expected)

@@ -41,6 +41,7 @@ def parsed(*flags: str) -> Namespace:
         (8, ()),
         (8, ("--tp", "2", "--cp", "2", "--pp", "2", "--experts", "4", "--ep", "4", "--schedule", "zb-h1")),
         (8, ("--model", "llama", "--tp", "2", "--pp", "2", "--dp", "2", "--heads", "8")),
+        (4, ("--model", "llama", "--tp", "2", "--pp", "2", "--sp", "--schedule", "zb-h1", "--kv-heads", "1")),
         (4, ("--model", "llama", "--tp", "4", "--sp", "--kv-heads", "2", "--heads", "8", "--dtype", "bfloat16")),
         (4, ("--dp", "2", "--tp", "2", "--zero", "3", "--dtype", "bfloat16", "--untied")),
         (4, ("--layers", "7", "--pp", "4", "--zero", "1")),

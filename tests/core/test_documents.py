@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import core.model.attention
 import core.model.gpt
 from core.model import rotary
 from core.model.documents import Documents, restarted, starts_of, use_documents, visible
@@ -135,11 +136,13 @@ def test_starts_positions_and_what_is_seen() -> None:
 
 
 def documents_are_not_told_apart(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(core.model.gpt, "visible", lambda starts, *where: visible(torch.zeros_like(starts), *where))
+    patch.setattr(core.model.attention, "visible", lambda starts, *where: visible(torch.zeros_like(starts), *where))
 
 
 def documents_see_later_tokens(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(core.model.gpt, "visible", lambda starts, q, k: visible(starts, q, k) | visible(starts, q, k).mT)
+    patch.setattr(
+        core.model.attention, "visible", lambda starts, q, k: visible(starts, q, k) | visible(starts, q, k).mT
+    )
 
 
 def positions_go_on(patch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from core.mesh import Axis
 from core.model.config import Latent, ModelConfig
 from core.model.gpt import GPT, Attention, Block, materialize, token_loss
 from core.model.hf import from_published, to_published
-from core.model.published import from_config
+from core.model.published import from_config, from_content
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import Router
 from expert_parallel.engine.routing import choose
@@ -193,6 +193,12 @@ def test_so_are_those_of_the_plain_mixtures(case: str, tmp_path: Path) -> None:
     of_logits, of_gradient, name = differences(case, tmp_path, experts=plain)
     assert of_logits < TOLERANCE
     assert of_gradient < TOLERANCE, name
+
+
+def test_groups_that_the_published_code_and_the_paper_judge_otherwise_are_refused() -> None:
+    theirs = transformers.AutoConfig.for_model("deepseek_v3", **LLAMA | DEEPSEEK | {"topk_group": 1}).to_dict()
+    with pytest.raises(ValueError, match="a group is judged by its best 2 .* with num_experts_per_tok 2"):
+        from_content(theirs | {"architectures": ["DeepseekV3ForCausalLM"]}, 11)
 
 
 # ---- The bugs

@@ -12,11 +12,14 @@ from torch import Tensor
 
 import megatron_tp.engine.layers
 import sequence_parallel.engine.layers
+from cluster.planner.counting import model_parameters
+from cluster.planner.models import PRESETS
 from core import comm
 from core.mesh import Axis
 from core.model import sharding
 from core.model.config import Latent, ModelConfig, YarnScaling
 from core.model.gpt import GPT, Block
+from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.routing import MoEConfig
 from sequence_parallel.engine.ulysses import OverlappedUlysses
 from tests.expert_parallel.test_comparison_mutations import Bug, Buggy
@@ -155,3 +158,10 @@ def test_the_comparison_catches(pool: Pool, bug: Bug, layout: Layout) -> None:
     with pytest.raises(AssertionError) as caught:
         equals_one_process(Buggy(pool, bug), DENSE, layout)
     assert not isinstance(caught.value, WorkerError), "a difference, not a bug that no longer fits the code"
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v3"])
+def test_the_planners_presets_are_built(name: str) -> None:
+    """On the meta device, without memory; the biases of selection are no parameters in the published models."""
+    model = to_moe(GPT(PRESETS[name]))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == model_parameters(PRESETS[name])

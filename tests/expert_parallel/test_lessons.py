@@ -69,7 +69,10 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int) 
          "--capacity", "0.5"), ("--dropout", "0.2", "--attention", "softmax")]]
     + [("upcycle", ("--score", "softmax-topk")), ("upcycle", ("--dtype", "bfloat16")), ("train", ("--ep", "2"))]
     + [("upcycle", ("--score", "sigmoid", "--top-k", "1")), ("moe", ("--dtype", "bfloat16", "--feed-forward", "6")),
-       ("router", ("--experts", "1", "--top-k", "1"))],
+       ("router", ("--experts", "1", "--top-k", "1"))]
+    + [(lesson, ("--model", "llama", *more)) for lesson, more in [
+        ("moe", ("--shared", "8")), ("dispatch", ("--ep", "2", "--etp", "2")), ("router", ()), ("train", ()),
+        ("upcycle", ()), ("dispatch", ("--dtype", "bfloat16", "--score", "sigmoid"))]],
 )  # fmt: skip
 def test_options(pool: Pool, lesson: str, flags: tuple[str, ...]) -> None:
     ranks = 4 if "--etp" in flags or "--ep" in flags else 2

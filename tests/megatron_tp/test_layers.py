@@ -84,8 +84,8 @@ def test_linears(pool: Pool, ranks: int) -> None:
     pool.run(ranks, all_linears)
 
 
-def order_in_backward() -> list[str]:
-    """What happens in which order in the backward of a column-parallel layer."""
+def order_in_backward(count: int) -> list[str]:
+    """What happens in which order in the backward of so many column-parallel layers of one input."""
     happened = []
 
     def note(name: str, call: Callable) -> Callable:
@@ -95,18 +95,21 @@ def order_in_backward() -> list[str]:
 
         return noting
 
-    y = layers.ColumnParallelLinear(linear(6, 8, True), axis_of_all())(random(2, 6).requires_grad_())
+    axis = axis_of_all()
+    several = [layers.ColumnParallelLinear(linear(6, 8, True), axis) for _ in range(count)]
+    ys = several[0].together(random(2, 6).requires_grad_(), several)
     with (
         patch.object(comm, "all_reduce_async", note("start", comm.all_reduce_async)),
         patch.object(comm.Pending, "wait", note("wait", comm.Pending.wait)),
         patch.object(layers, "of_parameters", note("weight", layers.of_parameters)),
     ):
-        y.sum().backward()
+        torch.cat(ys).sum().backward()
     return happened
 
 
 def test_the_all_reduce_travels_while_the_weights_gradient_is_computed(pool: Pool) -> None:
-    assert pool.run(2, order_in_backward)[0] == ["start", "weight", "wait"]
+    assert pool.run(2, order_in_backward, 1)[0] == ["start", "weight", "wait"]
+    assert pool.run(2, order_in_backward, 3)[0] == ["start", "weight", "weight", "weight", "wait"]
 
 
 # ---- Embedding

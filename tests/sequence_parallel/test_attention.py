@@ -3,6 +3,7 @@
 import argparse
 import re
 from datetime import timedelta
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -98,6 +99,12 @@ def test_blocks_of_keys_merge(scale: float) -> None:
     for ours, leaf in zip((sum(of_q), torch.cat(of_k, 2), torch.cat(of_v, 2)), leaves, strict=True):
         torch.testing.assert_close(ours, leaf.grad, rtol=1e-10, atol=1e-12 * scale)
 
+
+CLOSE = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-13},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
+}
 
 # ---- All ways to shard a sequence
 
@@ -197,6 +204,62 @@ def test_the_ring_computes_what_is_causal_once_and_nothing_else(c: int, zigzag: 
                 assert step == 0 or [len(range(s // c)[x]) for x in seen] == [len(queries), len(keys)]
                 assert tile.area(s // c) == len(queries) * len(keys) / (s // c) ** 2 / (2 if tile.causal else 1)
     assert torch.equal(computed, torch.ones(s, s, dtype=torch.int64).tril())
+
+
+def with_wide_values(c: int, value: int) -> dict[tuple, float]:
+    """Latent attention's: values of another size than keys, and a scale of its own."""
+    axis, found = Mesh("cpu", Ledger(), 30.0, cp=c)["cp"], {}
+    b, a, kv, s, d, scale = 2, 4, 2, 8 * c, 6, 0.3
+    for u, zigzag in WAYS[c]:
+        for name, make in (("plain", Hybrid), ("engine", lambda axis, u, z: context_parallel(axis, CPU, u, z))):
+            attention = make(axis, u, zigzag)
+            if a % u:
+                continue
+            sizes = (a, d), (kv, d), (kv, value), (a, value)
+            *full, gradient = (random(b, n, s, size, seed=i) for i, (n, size) in enumerate(sizes))
+            here = attention.positions(s)
+            mine = [x[:, :, here].requires_grad_() for x in full]
+            out = attention(*mine, scale=scale)
+            out.backward(gradient[:, :, here])
+            full = [x.requires_grad_() for x in full]
+            dense = F.scaled_dot_product_attention(*full, is_causal=True, enable_gqa=True, scale=scale)
+            dense.backward(gradient)
+            ours = {"out": out.detach()} | {name: x.grad for name, x in zip("qkv", mine, strict=True)}
+            right = {"out": dense.detach()} | {name: x.grad for name, x in zip("qkv", full, strict=True)}
+            right = {name: x[:, :, here] for name, x in right.items()}
+            found[name, u, zigzag] = worst_difference(ours.items(), right)
+            attention.close()
+    return found
+
+
+@pytest.mark.parametrize("value", [3, 6, 9])
+@pytest.mark.parametrize("c", [1, 2, 4])
+def test_values_of_another_size_and_another_scale(pool: Pool, c: int, value: int) -> None:
+    for rank in pool.run(c, with_wide_values, c, value):
+        assert rank
+        assert all(worst < 1e-10 for worst in rank.values()), rank
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_of_which_a_query_sees_no_key(dtype: torch.dtype) -> None:
+    """More keys than a tile of the kernel has: rows that see none, none of a tile, one, and all."""
+    q, k, v, gradient = (random(2, 4, n, 8, seed=i).to(dtype) for i, n in enumerate((5, 1300, 1300, 5)))
+    seen = torch.zeros(2, 1, 5, 1300, dtype=torch.bool)
+    seen[:, :, 1, 700:], seen[:, :, 2, 1299], seen[:, :, 3], seen[1, :, 4, :3] = True, True, True, True
+    out, lse = attend(q, k, v, False, 0.5, seen)
+    exact_out, exact_lse = attend_in_products(q.double(), k.double(), v.double(), False, 0.5, seen)
+    close = partial(torch.testing.assert_close, check_dtype=False, **CLOSE[dtype])
+    close(out, exact_out)
+    close(lse, exact_lse)
+    assert lse[:, :, 0].isneginf().all()
+    assert not out[:, :, 0].any()
+    assert not lse[:, :, 1:4].isinf().any()
+    finite = lse.masked_fill(lse.isneginf(), 3.0)  # what other blocks have found
+    found = attend_backward(gradient, q, k, v, out, finite, False, 0.5, seen)
+    wide = (x.double() for x in (gradient, q, k, v, out, finite))
+    for ours, right in zip(found, backward_in_products(*wide, False, 0.5, seen), strict=True):
+        close(ours, right)
+    assert not found[0][:, :, 0].any()
 
 
 def tokens(zigzag: bool) -> list[list[int]]:

@@ -41,8 +41,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 # ---- The column-parallel layer: what it saves, and what overlaps
 
 
-def order_in_backward() -> tuple[list[str], int]:
-    """What happens in which order in the backward of a column-parallel layer, and the bytes saved for it."""
+def order_in_backward(count: int) -> tuple[list[str], int]:
+    """What happens in which order in the backward of so many column-parallel layers of one input; the bytes saved."""
     happened = []
 
     def note(name: str, call: Callable) -> Callable:
@@ -53,10 +53,10 @@ def order_in_backward() -> tuple[list[str], int]:
         return noting
 
     axis = axis_of_all()
-    layer = ColumnParallelLinear(nn.Linear(6, 8, dtype=torch.float64), axis)
+    layers = nn.ModuleList(ColumnParallelLinear(nn.Linear(6, 8, dtype=torch.float64), axis) for _ in range(count))
     x = random(2, 3, 6).requires_grad_()
-    with SavedActivations(layer.parameters()) as saved:
-        y = layer(x)
+    with SavedActivations(layers.parameters()) as saved:
+        ys = layers[0].together(x, layers)
     kept = saved.live
     with (
         patch.object(comm, "all_gather_async", note("gather", comm.all_gather_async)),
@@ -64,15 +64,16 @@ def order_in_backward() -> tuple[list[str], int]:
         patch.object(comm.Pending, "wait", note("wait", comm.Pending.wait)),
         patch.object(Tensor, "__matmul__", note("product", Tensor.__matmul__)),
     ):
-        y.backward(torch.ones_like(y))
+        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     return happened, kept
 
 
 def test_gather_and_scatter_travel_during_the_products(pool: Pool) -> None:
     """x is gathered again during the product for the input's gradient, which is scattered during the weight's."""
-    happened, saved = pool.run(2, order_in_backward)[0]
-    assert happened == ["gather", "product", "scatter", "wait", "product", "wait"]
-    assert saved == 2 * 3 * 6 * 8, "this rank's shard of x, and no more"
+    for count in (1, 3):  # the products for an input's gradient are added up in place
+        happened, saved = pool.run(2, order_in_backward, count)[0]
+        assert happened == ["gather", "product", "scatter", "wait", *["product"] * count, "wait"]
+        assert saved == 2 * 3 * 6 * 8, "this rank's shard of x, and no more"
 
 
 # ---- The loss

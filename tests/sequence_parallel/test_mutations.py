@@ -15,10 +15,11 @@ import sequence_parallel.evidence.activations
 from core import comm
 from core.ledger import Ledger
 from core.mesh import Axis
+from core.model import gpt
 from core.model.gpt import GPT, Dropout
 from core.model.seeded import SampleMasks
 from core.model.streams import RandomTracker
-from core.shards import Shard, shard_of
+from core.shards import Shard, is_copied, shard_of
 from sequence_parallel import activations, megatron_sp
 from sequence_parallel.engine import layers, loss, recompute
 from sequence_parallel.evidence import training
@@ -355,6 +356,56 @@ ACTIVATIONS: dict[Callable, set[str]] = {
     },
     plain_recomputation_stops_the_gradient: {PLAIN_GRADIENT, PLAIN_PARAMETER},
 }  # fmt: skip
+
+
+# ---- Bugs of a Llama's heads: one head of keys and values, on both ranks
+
+
+def keys_are_not_summed(version: Any = layers) -> AbstractContextManager:
+    return patch.object(version, "is_copied", lambda p: False)
+
+
+def plain_keys_are_not_summed() -> AbstractContextManager:
+    return keys_are_not_summed(megatron_sp)
+
+
+def keys_are_summed_twice() -> AbstractContextManager:
+    right = layers.sum_replicated_gradients
+
+    def wrong(model: GPT, axis: Axis, same_heads: Axis) -> None:
+        right(model, axis, same_heads)
+        for p in filter(is_copied, model.parameters()):
+            comm.all_reduce(p.grad, same_heads)
+
+    return patch.object(layers, "sum_replicated_gradients", wrong)
+
+
+def the_norm_counts_every_copy() -> AbstractContextManager:
+    def wrong(parameters: Any, axis: Axis) -> list[Tensor]:
+        return [p.grad for p in parameters if shard_of(p) or axis.index == 0]
+
+    return patch.object(training, "counted_once", wrong)
+
+
+def each_layer_communicates_by_itself() -> AbstractContextManager:
+    return patch.object(gpt, "products", lambda x, *layers: [layer(x) for layer in layers])
+
+
+HEADS = "elements of keys' and values' weights' gradients"
+LLAMA: dict[Callable, set[str]] = {
+    keys_are_not_summed: {GRADIENT, REPLICAS, f"{HEADS} (engine)"},
+    plain_keys_are_not_summed: {PLAIN_GRADIENT, PLAIN_REPLICAS, f"{HEADS} (plain)"},
+    keys_are_summed_twice: {GRADIENT, NORM},
+    the_norm_counts_every_copy: {NORM, PARAMETER, PLAIN_NORM, PLAIN_PARAMETER},
+    each_layer_communicates_by_itself: {
+        "all-gathers of a layer, forward (plain)", "all-gathers of a layer, forward (engine)",
+        "reduce-scatters, backward (engine)", "and to gather again what was not saved (engine)",
+    },
+}  # fmt: skip
+
+
+def test_the_claims_of_megatron_sp_catch_in_a_llama(pool: Pool) -> None:
+    claims_catch(pool, RANKS, "megatron_sp", [*FLAGS, "--model=llama", "--kv-heads=1"], LLAMA)
 
 
 def test_the_claims_of_megatron_sp_catch(pool: Pool) -> None:
