@@ -64,6 +64,7 @@ def shard(parameter: nn.Parameter, dim: int, axis: Axis, count: int | None = Non
     Of fewer shards than ranks, `count` of them, each is on as many neighbouring ranks.
     """
     count = min(count or axis.size, axis.size)
+    assert axis.size % count == 0, f"{count} shards on {axis.size} ranks"
     index, copy = divmod(axis.index, axis.size // count)
     mark = Shard(dim, index, count, parameter.shape[dim], copy if count < axis.size else None)
     local = nn.Parameter(mark.local(parameter.detach()), parameter.requires_grad)
