@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pytest import MonkeyPatch
 from safetensors.torch import load_file, save_file
 
 from cluster.planner.layout import Layout
@@ -468,7 +467,7 @@ def test_a_rank_has_its_part_and_one_tensor(tmp_path: Path) -> None:
 
 def read_in_order(self: Folder, weights: dict[str, Chunks], found: dict[str, Any]) -> None:
     """As if the rows of a fused weight were ordered as here."""
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "to_published", lambda name, value, config: [
             (theirs, value.T if ".h." in theirs and value.dim() == 2 else value)
             for theirs, _ in to_published(name, value, config)
@@ -478,7 +477,7 @@ def read_in_order(self: Folder, weights: dict[str, Chunks], found: dict[str, Any
 
 def first_slices(self: Folder, weights: dict[str, Chunks], found: dict[str, Any]) -> None:
     """Every rank reads what the first one has."""
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "pieces", lambda name, offset, *rest: pieces(name, torch.Size([0] * len(offset)), *rest))
         READ(self, weights, found)
 
@@ -514,7 +513,7 @@ def evaluated(folder: str, read: Callable, axes: dict[str, int]) -> float:
     adamw = partial(torch.optim.AdamW, lr=1e-3)
     spec = TrainSpec(config, None, layout, 0, POLICIES["float64"], torch.device("cpu"), adamw, drawn=False)
     worker = Worker(spec, mesh)
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Folder, "read", read)
         export.load_published(worker, folder_of(args), full_model(config, None))
     found = worker.evaluate(*Text(None, 16).split(HELD_OUT)[0].batch(0, 0, 8))
