@@ -31,7 +31,7 @@ class Rotary(nn.Module):
     def forward(self, q: Tensor, k: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """With `starts` of `core.model.documents`, (B, all tokens), positions are those in the documents."""
         here = self.positions(q.shape[-2])
-        self._reach(int(here.max()) + 1, q.device)
+        self._reach(max(self.config.sequence, q.shape[-2]), q.device)  # not what `here` says: a dry run has no numbers
         here = here.to(q.device) if starts is None else restarted(here, starts)
         cos, sin = self.table[:, here]  # (S, D/2) each, or (B, S, D/2)
         return turned(q, cos, sin), turned(k, cos, sin)
