@@ -17,16 +17,32 @@ from core.model.config import ModelConfig
 from pipeline.schedules import build
 
 
+def norm_saved(model: ModelConfig, w: int) -> int:
+    """Bytes a token that a norm saves besides its input and output: mean and deviation, or RMSNorm's one scale."""
+    return (1 if model.norm == "rms" else 2) * max(4, w)
+
+
+def angles_saved(model: ModelConfig, layout: Layout) -> float:
+    """Bytes of the cosines and sines, which the layers of a rank and all its microbatches have in common."""
+    if model.learned_positions or layout.recompute == "full":
+        return 0.0
+    return 4 * model.sequence / layout.cp * model.rotary_dim
+
+
 def attention_saved(model: ModelConfig, t: int, w: int, kind: str) -> float:
     """Bytes a token that attention saves: its inputs, its result, and without recomputation what it makes of them."""
     heads = model.heads / t
     qkv = sum(m.shape(t)[1] for m in attention_matrices(model) if m.sharding == "column")
     if model.latent:  # compressed, before and after their norms; and the keys put together
         qkv += 2 * (model.latent.q_rank + model.latent.kv_rank) + model.latent.rope + heads * model.head_dim
+    groups = heads if model.latent else model.query_groups * model.kv_copies(t) / t
+    if model.qk_norm:  # before the norms too, and a scale each
+        qkv += (heads + groups) * (model.head_dim + max(4, w) / w)
     scores = 0.0
     if kind == "none" and model.attention == "softmax":
         softmax, dropout = w, 1 + w if model.dropout else 0  # of dropout its mask and its result
         scores = heads * model.sequence * (softmax + dropout)
+        qkv += (heads - groups) * 2 * model.head_dim  # keys and values, repeated for each head
     elif kind == "none":
         scores = heads * max(w, 4)  # logarithms of the sums of exponentials
     return (qkv + model.value_size / t) * w + scores
@@ -55,7 +71,7 @@ def layer_saved(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2
     tokens = layout.tokens(model.sequence)
     if kind == "full":
         return tokens * h * w / q  # its input
-    norms = 2 * (2 * h * w + 2 * max(4, w)) / q  # input, output, mean and deviation
+    norms = 2 * (2 * h * w + norm_saved(model, w)) / q  # input, output
     masks = 2 * h / q if model.dropout else 0.0  # a byte an element
     return tokens * (norms + masks + attention_saved(model, layout.tp, w, kind) + mlp_saved(model, layout, moe, w))
 
@@ -72,7 +88,7 @@ def stage_saved(model: ModelConfig, layout: Layout, stage: int, itemsize: int = 
         saved += lookup + positions + mask
     if stage == layout.stages - 1:
         wide = max(4, w)  # in which the loss is computed
-        norm_and_head = tokens * (2 * h * w + 2 * wide) / q
+        norm_and_head = tokens * (2 * h * w + norm_saved(model, w)) / q
         log_probabilities = tokens * vocabulary_shard(model, t) * wide
         saved += norm_and_head + log_probabilities + lookup + loss_saved(layout, tokens, wide)
     return saved
@@ -152,14 +168,15 @@ def filling(schedule: str, pp: int, microbatches: int) -> int:
 def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int = 2) -> float:
     """Bytes of activations that a rank of the pipeline holds when it holds most."""
     if layout.stages == 1:  # without a pipeline a microbatch's backward follows its forward
-        return stage_saved(model, layout, 0, itemsize)
+        return stage_saved(model, layout, 0, itemsize) + angles_saved(model, layout)
     stages = layout.stages_of(rank)
     sizes = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_kept_for_wgrad) for stage in stages]
     last_input = layout.microbatch * model.sequence * model.hidden / layout.sequence_shards * itemsize
     sizes.append(last_input)
     microbatches = filling(layout.schedule, layout.pp, layout.microbatches)
     peaks = in_flight(layout.schedule, layout.pp, microbatches, layout.v)[rank]
-    return max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)
+    most = max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)
+    return most + angles_saved(model, layout)
 
 
 def transient(model: ModelConfig, layout: Layout, rank: int, itemsize: int) -> float:

@@ -23,6 +23,7 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
         self.table = torch.empty(2, 0, 0, device="cpu")  # cosines and sines (2, positions, D/2) of the first positions
+        self.last: tuple[object, Tensor | None] = (None, None)  # of which tokens the last ones were
 
     def positions(self, length: int) -> Tensor:
         """Which tokens of the sample these are, int64 (S). Whoever shards the sequence puts another in its place."""
@@ -30,11 +31,19 @@ class Rotary(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """With `starts` of `core.model.documents`, (B, all tokens), positions are those in the documents."""
-        here = self.positions(q.shape[-2])
-        self._reach(max(self.config.sequence, q.shape[-2]), q.device)  # not what `here` says: a dry run has no numbers
-        here = here.to(q.device) if starts is None else restarted(here, starts)
-        cos, sin = self.table[:, here]  # (S, D/2) each, or (B, S, D/2)
+        length = q.shape[-2]
+        if starts is not None:
+            cos, sin = self._of(restarted(self.positions(length), starts), length)  # (B, S, D/2) each
+            return turned(q, cos, sin), turned(k, cos, sin)
+        tokens = self.positions, length, q.device
+        if self.last[0] != tokens:  # else they are those of the layer before, and saved for backward once
+            self.last = tokens, self._of(self.positions(length).to(q.device), length)
+        cos, sin = self.last[1]  # (S, D/2) each
         return turned(q, cos, sin), turned(k, cos, sin)
+
+    def _of(self, positions: Tensor, length: int) -> Tensor:
+        self._reach(max(self.config.sequence, length), positions.device)  # a dry run's positions have no numbers
+        return self.table[:, positions]
 
     def _reach(self, length: int, device: torch.device) -> None:
         """Have so many positions in the table."""
