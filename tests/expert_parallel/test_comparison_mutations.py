@@ -73,11 +73,11 @@ def router_not_summed(topic: str) -> AbstractContextManager:
     sequence = tests.layouts.sequence_parallel.engine.layers
     summing = sequence.sum_replicated_gradients
 
-    def wrong(model: GPT, axis: Axis) -> None:
+    def wrong(model: GPT, *axes: Axis) -> None:
         kept = {p: p.grad for p in model.parameters() if p.shape == (4, 16)}
         for p in kept:
             p.grad = None
-        summing(model, axis)
+        summing(model, *axes)
         for p, gradient in kept.items():
             p.grad = gradient
 
