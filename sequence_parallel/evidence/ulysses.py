@@ -60,7 +60,7 @@ def claim_attention(
     c, shape = axis.size, shape_of(config, run.args)
     a, k = shape.heads, shape.kv_heads
     ours = run.job.gather(measure(run, engine, axis, shape, run.dtype))
-    dense = measure(run, FullSequence(), axis, shape, run.dtype).saved
+    dense = measure(run, FullSequence(), axis, shape.on_ranks(c), run.dtype).saved  # with the copies, too
     if ours and run.job.device.type == "cpu":  # other devices' kernels keep other things
         claim_saved(run, ours, shape.on_ranks(c), c)
         ratio = [dense / each.saved for each in ours]

@@ -205,3 +205,18 @@ def test_llama_equals_one_process(pool: Pool) -> None:
     all_equal_one_process(pool, 2, cases)
     stages = [layout(cp=2, pp=2, schedule=kind, samples=4, microbatches=4) for kind in ("1f1b", "zb-h1")]
     all_equal_one_process(pool, 4, [(SMALL_LLAMA, each) for each in stages])
+
+
+def rotary_positions_start_at_0_on_every_rank() -> AbstractContextManager:
+    right = context.parallelize
+
+    def wrong(model: GPT, attention: SequenceAttention) -> GPT:
+        del right(model, attention).blocks["0"].attention.rotary.positions
+        return model
+
+    return patch.object(context, "parallelize", wrong)
+
+
+def test_rotary_positions_of_another_shard_are_seen(pool: Pool) -> None:
+    found = differences(pool, ["llama"], 2, 0, "none", rotary_positions_start_at_0_on_every_rank)
+    assert all(worst > 1e-4 for worst in found.values()), found
