@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 cluster/train.py --tp 2 --pp 2 --dp 2
 
-read: train.py:54-117; run/build.py:79-151; then run/worker.py
+read: train.py:55-118; run/build.py:79-151; then run/worker.py
 
 Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, because the topics have the rest:
 
@@ -40,7 +40,8 @@ from cluster.run.arguments import (
     moe_of,
 )
 from cluster.run.build import TrainSpec, make_mesh
-from cluster.run.export import bytes_of, export, load_export, load_published
+from cluster.run.export import export, load_export, load_published
+from cluster.run.hf import bytes_of
 from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.model.text import Text

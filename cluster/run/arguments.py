@@ -13,8 +13,8 @@ from cluster.planner import hardware
 from cluster.planner.layout import Layout, add_flags, given, layout_from
 from cluster.planner.options import machine_of
 from cluster.planner.plans import plans
-from cluster.run.export import bytes_of, check_export, is_file
-from cluster.run.hf import Folder
+from cluster.run.export import check_export
+from cluster.run.hf import Folder, bytes_of, is_file
 from core.model.config import ModelConfig
 from core.model.gpt import GPT
 from core.model.text import VOCABULARY, Text

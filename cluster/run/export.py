@@ -20,35 +20,17 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from cluster.run.hf import CONFIG, FLOATS, INDEX, SINGLE, Folder, Piece, expected, pieces, places
+from cluster.run.hf import CONFIG, FLOATS, INDEX, SINGLE, Folder, Piece, expected, is_file, pieces, places
 from cluster.run.worker import Worker
 from core.model.config import ModelConfig
 from core.model.gpt import GPT
-from core.model.published import to_content
+from core.model.publish import to_content
 from core.proof.checkpoint import LONGEST, agreed, sync
 from core.proof.chunks import Chunks
 
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
           "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def bytes_of(size: str) -> int:
-    """Of "5GB", "200MB" or a number. Raises ValueError."""
-    unit = size[-2:].upper()
-    try:
-        found = int(float(size[:-2] if unit in UNITS else size) * UNITS.get(unit, 1))
-    except (ValueError, OverflowError):
-        found = 0
-    if found < 1:
-        raise ValueError(f"--shard-size {size}: must be a size of a file; use 5GB, 200MB or a number of bytes")
-    return found
-
-
-def is_file(path: str) -> bool:
-    """Whether a path is of one file of our own names, and not of a published folder."""
-    return Path(path).suffix == ".safetensors"
 
 
 def check_export(path: str, config: ModelConfig, model: GPT, source: str | None) -> None:

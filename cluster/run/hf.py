@@ -32,6 +32,24 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Buffers that older versions have saved, and that follow from the configuration: masks and rotary frequencies.
 BUFFERS = re.compile(r"(.*\.)?(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 SAME = "use the files as published"
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def bytes_of(size: str) -> int:
+    """Of "5GB", "200MB" or a number. Raises ValueError."""
+    unit = size[-2:].upper()
+    try:
+        found = int(float(size[:-2] if unit in UNITS else size) * UNITS.get(unit, 1))
+    except (ValueError, OverflowError):
+        found = 0
+    if found < 1:
+        raise ValueError(f"--shard-size {size}: must be a size of a file; use 5GB, 200MB or a number of bytes")
+    return found
+
+
+def is_file(path: str) -> bool:
+    """Whether a path is of one file of our own names, and not of a published folder."""
+    return Path(path).suffix == ".safetensors"
 
 
 # ---- Where the numbers are -------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The memory that a rank takes to read and write a published folder: peak.py IN OUT, started by torchrun.
 
-Each rank prints its part, the most that reading took, the part included, and the most that writing took, in bytes.
+Each rank prints its part, and the most that reading and that writing took besides, in bytes.
 """
 
 import json
@@ -42,7 +42,7 @@ def main() -> None:
     model = GPT(folder.config)
     folder.tensors(model)  # what is loaded and made once is no part of it
     dist.all_gather_object([None] * 4, 0)
-    worker = Worker(spec, mesh)  # its zeros take no memory before something is written there
+    worker = Worker(spec, mesh)  # it has memory for its part, and for gradients
     before = forget_the_peak()
     load_published(worker, folder, model)
     reading = resident()["VmHWM"] - before

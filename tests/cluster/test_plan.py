@@ -14,6 +14,7 @@ import pytest
 
 from cluster import plan
 from cluster.links.messages import all_to_all, link, ring
+from cluster.planner.command import commands
 from cluster.planner.counting import model_parameters, step_flops
 from cluster.planner.hardware import PRESETS as MACHINES
 from cluster.planner.hardware import Link, Machine, Software, measured
@@ -273,7 +274,7 @@ def test_gradients_of_the_rank_with_most_experts_set_the_pace() -> None:
 def test_no_tensor_parallel_group_is_on_two_nodes(world: int) -> None:
     model = replace(PRESETS["gpt3-175b"], layers=24, hidden=4096, heads=32, feed_forward=16384)
     found, _ = plans(model, A100, world, 2 * world, SOFTWARE, {})
-    line, _ = plan.commands(found[0].layout, A100, model)
+    line, _ = commands(found[0].layout, A100, model)
     each = int(re.search("nproc_per_node=([0-9]+)", line).group(1))
     assert all(each % p.layout.tp == 0 for p in found)
 

@@ -433,7 +433,7 @@ def test_what_no_family_has_is_not_exported(tmp_path: Path) -> None:
 
 
 def test_a_rank_has_its_part_and_one_tensor(tmp_path: Path) -> None:
-    """Most memory while reading and writing, mapped files too, of each of 4 ranks, above what its process has before.
+    """Most memory while reading and writing, mapped files too, of each of 4 ranks, above its part and gradients.
 
     The file has 128 MiB, a rank a quarter of the layers' 96 MiB and of the two tables, of 16 MiB each.
     """
@@ -456,7 +456,7 @@ def test_a_rank_has_its_part_and_one_tensor(tmp_path: Path) -> None:
     assert len(found) == 4
     for part, reading, writing in found:
         assert part < 0.27 * total
-        assert reading < part + largest + 4e6
+        assert reading < largest + 4e6
         assert writing < largest + 4e6
     for name, value in tensors(tmp_path / "out").items():
         assert torch.equal(value, tensors(tmp_path / "in")[name])

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from cluster.plan import commands
 from cluster.planner import hardware, models
+from cluster.planner.command import commands
 from cluster.planner.layout import Layout
 from cluster.planner.plans import plans
 from cluster.run.arguments import HELD_OUT, add_all_flags, layout_of, learning_rate

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cluster.plan import lacking
+from cluster.planner.command import lacking
 from cluster.planner.counting import model_parameters
 from cluster.planner.models import PRESETS
 from core.model.config import Latent, Llama3Scaling, ModelConfig, YarnScaling

@@ -1,0 +1,100 @@
+"""The command that trains a planned model in a planned layout, and what of the model it cannot say. Lecture 03."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from cluster.planner.hardware import Machine
+from cluster.planner.layout import Layout
+from cluster.planner.options import SIZES
+from core.model.config import ModelConfig
+from core.model.published import PLANNED
+from core.model.text import VOCABULARY
+
+# What the flags of cluster/train.py say of a model, and the words for the rest, which a published folder can say.
+TRAINED = ("layers", "hidden", "heads", "feed_forward", "sequence")
+UNSAID = {
+    "vocabulary": "a vocabulary of {:,}",
+    "head_dim": "heads of {}",
+    "latent": "latent attention",
+    "dense_layers": "{} layers without experts",
+    "qk_norm": "query and key norms",
+    "qkv_bias": "biases of queries, keys and values",
+    "tied": "a head that is the embedding",
+    "positions": "a table of {:,} positions",
+    "score": "{} scores",
+    "weight_scale": "weights of experts times {}",
+    "groups": "{} groups of experts",
+    "norm_eps": "norms with {}",
+    "rope_theta": "rotary positions to the base {:,}",
+    "rope_scaling": "{}",
+    "activation": "{}",
+}
+
+
+def folder_of(args: argparse.Namespace) -> str | None:
+    """Of `--config`, where the model is what the file says, so that `cluster/train.py --hf` trains it."""
+    changed = any(getattr(args, size) is not None for size in SIZES if size != "sequence")
+    return None if args.config is None or changed else str(Path(args.config).parent)
+
+
+def commands(layout: Layout, machine: Machine, model: ModelConfig, folder: str | None = None) -> tuple[str, str]:
+    """The torchrun line, the same on every node, and a batch script for Slurm.
+
+    Args:
+        folder: of a published model, if it is that.
+    """
+    nodes = next(n for n in range(-(-layout.ranks // machine.node), layout.ranks + 1) if layout.ranks % n == 0)
+    each = layout.ranks // nodes
+    sizes = [f"--hf {shlex.quote(folder)}", f"--sequence {model.sequence}"] if folder else flags_of(by_flags(model))
+    how = "--dtype bfloat16 --no-verify --sample 0"
+    script = " ".join(["cluster/train.py", str(layout), f"--batch {layout.batch}", *sizes, how])
+    meet = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=$FIRST_NODE:29400 " if nodes > 1 else ""
+    line = f"torchrun {meet}--nproc_per_node={each} {script}"
+    sbatch = f"""#!/bin/bash
+#SBATCH --job-name={model.name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={each}
+#SBATCH --exclusive
+export FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun {line}
+"""
+    return line, sbatch
+
+
+def by_flags(model: ModelConfig) -> ModelConfig:
+    """The model that the flags of `cluster/train.py` describe, which cannot say all of it."""
+    sizes = {name: getattr(model, name) for name in TRAINED}
+    if model.experts:  # all layers have them then
+        names = ("experts", "top_k", "shared_feed_forward")
+        sizes |= {name: getattr(model, name) for name in names} | {"feed_forward": model.expert_size}
+    kind = {"tied": model.tied}
+    if model.gated:
+        kind = {"norm": "rms", "gated": True, "biases": False, "learned_positions": False, "tied": False}
+        kind |= {"kv_heads": model.query_groups, "rope_theta": 500_000.0}
+    return ModelConfig(VOCABULARY, **sizes, **kind)
+
+
+def flags_of(model: ModelConfig) -> list[str]:
+    """And these flags."""
+    found = [f"--{name.replace('_', '-')} {getattr(model, name)}" for name in TRAINED]
+    found += [f"--model llama --kv-heads {model.kv_heads}"] if model.gated else ["--untied"] * (not model.tied)
+    if model.experts:
+        found += [f"--experts {model.experts} --top-k {model.top_k}"]
+        found += [f"--shared {model.shared_feed_forward}"] if model.shared_feed_forward else []
+    return found
+
+
+def lacking(model: ModelConfig, folder: str | None = None) -> str:
+    """What of a model the one that the command trains does not have.
+
+    Args:
+        folder: of a published model, if it is that.
+    """
+    missing = [model.unbuilt(), PLANNED.get(model.name, "")]
+    if folder is None:
+        trained = by_flags(model)
+        missing += [words.format(getattr(model, field)) for field, words in UNSAID.items()
+                    if getattr(model, field) != getattr(trained, field)]  # fmt: skip
+    return ", ".join(filter(None, missing))
