@@ -29,6 +29,7 @@ from core.ledger import Ledger, Traffic
 from core.mesh import Mesh
 from core.model.config import ModelConfig
 from core.model.gpt import use_masks
+from core.model.loss import loss_of
 from core.model.seeded import SampleMasks
 from core.model.sharding import heads_norms
 from core.proof.checkpoint import Checkpoints, NamedOptimizer
@@ -76,13 +77,13 @@ class Worker:
         self.model = build_model(spec, mesh, self.attention)
         self.masks = use_masks(self.model, SampleMasks(spec.seed))
         self.choices: Choices | None = None
-        self.loss_of = loss_function(spec, self.tp)
+        self.loss = loss_function(spec, self.tp)
         self.copies = Copies(self.model, self.pp, stages_by_rank(layout))
         self.experts = set(expert_parameters(self.model))
         self.last_biases = {m.down.bias for m in self.model.modules() if isinstance(m, Experts)}
         self.dense_engine, self.expert_engine = shard_optimizer(self.model, spec, mesh)
         self.engines = [engine for engine in (self.dense_engine, self.expert_engine) if engine]
-        self.pipeline = make_pipeline(self.model, spec, self.pp, self.loss_of, self.masks)
+        self.pipeline = make_pipeline(self.model, spec, self.pp, self.loss, self.masks)
 
     # ---- A step
 
@@ -138,7 +139,7 @@ class Worker:
             last = m == len(inputs) - 1
             self.masks.at(m * len(x))
             with saved or nullcontext():
-                loss = self.loss_of(self.model(x), y)
+                loss = loss_of(self.model, x, y, self.loss)
             for engine in self.engines:
                 engine.before_backward(last)
             loss.backward()
@@ -168,7 +169,7 @@ class Worker:
         total = torch.zeros((), dtype=torch.float64, device=inputs.device)
         for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             self.masks.at(m * len(x))
-            total += self.loss_of(self.model(x), y)
+            total += loss_of(self.model, x, y, self.loss)
         return total
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
