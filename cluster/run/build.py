@@ -21,6 +21,7 @@ from torch import Tensor
 import megatron_tp.engine.loss
 import sequence_parallel.engine.loss
 from cluster.planner.layout import Layout
+from cluster.run.recipe import groups_of
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss
@@ -59,6 +60,8 @@ class TrainSpec:
         layout: one that `cluster.rules.check` accepts.
         make_optimizer: maps parameter groups to an optimizer.
         bucket: elements that ZeRO sends at once, about.
+        weight_decay: of what decays (`recipe.decays`); None: of everything what `make_optimizer` says.
+        eos: the token that ends a document, where documents are to be kept apart.
     """
 
     config: GPTConfig
@@ -69,6 +72,8 @@ class TrainSpec:
     device: torch.device
     make_optimizer: MakeOptimizer
     bucket: int = BUCKET_ELEMENTS
+    weight_decay: float | None = None
+    eos: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -138,6 +143,8 @@ def shard_optimizer(model: GPT, spec: TrainSpec, mesh: Mesh) -> tuple[Engine, En
     """ZeRO over dp x cp and, for experts, whose copies are on other ranks, a second one over edp."""
     data = mesh.joined("cp", "dp")
     options = {"make_optimizer": spec.make_optimizer, "master": spec.precision.master, "elements": spec.bucket}
+    if spec.weight_decay is not None:
+        options["groups"] = groups_of(model, spec.weight_decay)
     engine = partial(ENGINES[spec.layout.zero], model, **options)
     if spec.moe is None:
         return engine(axis=data), None

@@ -19,7 +19,9 @@ from cluster.plan import commands
 from cluster.planner import hardware, models
 from cluster.planner.layout import Layout
 from cluster.planner.plans import plans
-from cluster.run.arguments import HELD_OUT, add_all_flags, layout_of, learning_rate
+from cluster.run.arguments import add_all_flags, layout_of
+from cluster.run.data import HELD_OUT
+from cluster.run.recipe import learning_rate
 from core.model.text import Text
 from core.proof.arguments import configuration
 from core.proof.lesson import Lesson
