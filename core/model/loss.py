@@ -8,7 +8,7 @@ Backward computes a chunk's logits again: a fourth product beside the head's thr
 (2410.10989, section 3.2), is to compute the gradients in the forward, where the logits are. It saves that product and
 costs a gradient of the head's weight, V H numbers, for each micro-batch between forward and backward, of which a
 pipeline has many; and its F would have done what a zero-bubble schedule plans as W. So here what is kept of a token is
-its hidden state, which the norm before keeps anyhow, and a number. What W needs it computes again.
+its hidden state, which the norm before keeps anyhow, and two numbers. What W needs it computes again.
 
 N tokens, n of a chunk; H hidden, V vocabulary, R rows of the head's weight on this rank: V, or a shard and its padding
 """
