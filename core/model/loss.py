@@ -145,7 +145,7 @@ class _Statistics(torch.autograd.Function):
         deferred = deferring(weight)
         if deferred:
             of_x = compute(True, False, False)[0] if ctx.needs_input_grad[0] else None
-            of_parameters = deferred.put(weight, bias, later, (gradient, x, found))
+            of_parameters = deferred.put((weight, bias), later, (gradient, x, found))
         else:
             of_x, *of_parameters = compute(ctx.needs_input_grad[0], *trained)
         of_x = None if of_x is None else ctx.back(of_x.view(ctx.shape))

@@ -20,8 +20,8 @@ from core.model.gpt import GPT
 from core.model.precision import POLICIES
 from core.model.text import Text
 from core.model.tokens import Tokens
+from core.proof.full import full_tensors
 from core.proof.oracle import Oracle, worst_difference
-from core.shards import full_tensors
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import end_step
 from tests.cluster.test_train import parsed

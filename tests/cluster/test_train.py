@@ -62,7 +62,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, ranks: int, flags: tuple[
     written = json.loads(report.read_text())
     assert len(written["losses"]) == 2
     assert len(written["reference_losses"]) == 2 * ("--no-verify" not in flags)
-    assert "it writes: 'The " in outcome.out
+    assert re.search("it writes: ['\"]The ", outcome.out)
 
 
 REFUSED = {
