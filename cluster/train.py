@@ -20,31 +20,20 @@ Unless told `--no-verify`, one process trains beside it, and every step is compa
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 from cluster import dry_run
 from cluster.run import evidence
-from cluster.run.arguments import (
-    HELD_OUT,
-    add_all_flags,
-    check,
-    configured,
-    folder_of,
-    full_model,
-    layout_of,
-    learning_rate,
-    model_of,
-    moe_of,
-)
+from cluster.run.arguments import add_all_flags, check, configured, folder_of, full_model, layout_of, model_of, moe_of
 from cluster.run.build import TrainSpec, make_mesh
+from cluster.run.data import HELD_OUT, data_of
 from cluster.run.export import export, load_export, load_published
 from cluster.run.hf import bytes_of
+from cluster.run.recipe import adamw_of, learning_rate
 from cluster.run.worker import Worker
 from core.ledger import Ledger
-from core.model.text import Text
 from core.proof.checkpoint import Checkpoints
 from core.proof.launch import Stop
 from core.proof.lesson import Lesson, Run
@@ -68,9 +57,11 @@ def lesson(run: Run) -> None:
     evidence.show(run, layout, model)
 
     # This rank's shards of model and optimizer, from where an earlier run has stopped.
-    adamw = partial(torch.optim.AdamW, lr=args.lr)
     random = args.init == "random" or not (args.init or folder)
-    spec = TrainSpec(config, moe, layout, args.seed, run.precision, job.device, adamw, args.bucket, drawn=random)
+    spec = TrainSpec(
+        config, moe, layout, args.seed, run.precision, job.device, adamw_of(args), args.bucket,
+        drawn=random, weight_decay=args.weight_decay, eos=args.eos if args.pack else None,
+    )  # fmt: skip
     worker = Worker(spec, mesh)
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()
@@ -85,7 +76,7 @@ def lesson(run: Run) -> None:
     first = resume(run, worker, oracle, checkpoints)
 
     # Train.
-    training, validation = Text(args.data, args.sequence).split(HELD_OUT)
+    training, validation = data_of(args).split(HELD_OUT)
     held_out = tuple(t.to(job.device) for t in validation.batch(args.seed, 0, args.batch))
     ledger, sent = mesh["dp"].ledger, Ledger()
 
@@ -107,8 +98,8 @@ def lesson(run: Run) -> None:
     before = evaluate()
     with ledger.recording_to(sent):
         compared = train(
-            run, {"": worker}, oracle, text=training, first=first, compare=args.verify, before_step=before_step,
-            after_step=after_step,
+            run, {"": worker}, oracle, text=training, first=first, compare=args.verify,
+            rows=None if args.verify else worker.rows(args.batch), before_step=before_step, after_step=after_step,
         )[""]  # fmt: skip
     if checkpoints:
         or_stop(checkpoints.wait)

@@ -89,16 +89,20 @@ def stage_saved(model: ModelConfig, layout: Layout, stage: int, itemsize: int = 
     if stage == layout.stages - 1:
         wide = max(4, w)  # in which the loss is computed
         norm_and_head = tokens * (2 * h * w + norm_saved(model, w)) / q
-        log_probabilities = tokens * vocabulary_shard(model, t) * wide
-        saved += norm_and_head + log_probabilities + lookup + loss_saved(layout, tokens, wide)
+        saved += norm_and_head + (0.0 if layout.chunk_of_loss(model) else lookup) + loss_saved(model, layout, wide)
     return saved
 
 
-def loss_saved(layout: Layout, tokens: float, w: int) -> float:
-    """Bytes of the losses: under sp a shard of the tokens', on one rank their sum."""
-    if layout.sp:
-        return tokens * w / layout.tp
-    return w if layout.tp == 1 else 0.0
+def loss_saved(model: ModelConfig, layout: Layout, w: int) -> float:
+    """Bytes of the loss: log-probabilities, or chunk by chunk two numbers a token; and under tp what is of all ranks.
+
+    That is under sp a shard of the tokens' losses; on one rank it is their sum.
+    """
+    tokens, t = layout.tokens(model.sequence), layout.tp
+    if layout.chunk_of_loss(model):
+        return tokens * w * (2 + (1 / layout.sp_ranks if t > 1 else 0))
+    losses = tokens / t if layout.sp else float(t == 1)
+    return (tokens * vocabulary_shard(model, t) + losses) * w
 
 
 def layer_kept_for_wgrad(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2) -> float:
@@ -124,8 +128,10 @@ def stage_kept_for_wgrad(model: ModelConfig, layout: Layout, stage: int, itemsiz
     """The same of a stage: its layers, and the head."""
     kept = sum_of_layers(model, layout, stage, lambda moe: layer_kept_for_wgrad(model, layout, moe, itemsize))
     if stage == layout.stages - 1:
-        head = model.hidden / layout.sp_ranks + vocabulary_shard(model, layout.tp)
-        kept += layout.tokens(model.sequence) * head * itemsize
+        of_logits = vocabulary_shard(model, layout.tp) * itemsize
+        if layout.chunk_of_loss(model):  # computed again of what is kept of the loss, two numbers, and their gradients
+            of_logits = 4 * max(4, itemsize)
+        kept += layout.tokens(model.sequence) * (model.hidden / layout.sp_ranks * itemsize + of_logits)
     return kept
 
 
@@ -188,5 +194,6 @@ def transient(model: ModelConfig, layout: Layout, rank: int, itemsize: int) -> f
         saved = layer_saved(model, layout, moe, itemsize)
         recomputed = layer_saved(model, layout, moe, itemsize, "none") - saved
     features = 2 * model.feed_forward if model.gated else model.feed_forward  # of a gradient inside the MLP
-    logits = 2 * tokens * vocabulary_shard(model, t) * max(4, itemsize) if ends_of(layout, rank)[1] else 0.0
+    at_a_time = layout.chunk_of_loss(model) or tokens
+    logits = 2 * at_a_time * vocabulary_shard(model, t) * max(4, itemsize) if ends_of(layout, rank)[1] else 0.0
     return max(recomputed + tokens * features / t * itemsize, logits)

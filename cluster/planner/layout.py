@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from math import lcm
 from typing import Any
 
+from core.model.config import ModelConfig
+from core.model.loss import chunk_of
 from pipeline.schedules import SCHEDULES
 from sequence_parallel.engine.recompute import KINDS
 from sequence_parallel.engine.ring import PLACEMENTS
@@ -34,6 +36,7 @@ class Layout:
     microbatch: int = 1  # samples
     microbatches: int = 1  # of a pipeline in a step
     recompute: str = "none"
+    loss_chunk: int = 0  # tokens whose logits are made at a time; 0: of many logits a part
 
     @property
     def ranks(self) -> int:
@@ -84,6 +87,10 @@ class Layout:
         """Tokens of a microbatch on a rank, before sequence parallelism shards them."""
         return self.microbatch * sequence / self.cp
 
+    def chunk_of_loss(self, model: ModelConfig) -> int:
+        """Tokens whose logits a rank makes at a time; 0: all those of a microbatch."""
+        return chunk_of(self.tokens(model.sequence), -(-model.vocabulary // self.tp), self.loss_chunk)
+
     def stages_of(self, rank: int) -> list[int]:
         """The stages of rank `rank` of the pipeline."""
         if self.schedule in FOLDED:
@@ -109,7 +116,7 @@ class Layout:
 
 def flag_of(field: str) -> str:
     """The flag of a field of `Layout`. For v as the lesson names it: torchrun takes --v for one of its own."""
-    return "--chunks" if field == "v" else f"--{field}"
+    return "--chunks" if field == "v" else f"--{field.replace('_', '-')}"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +128,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        ("ulysses", "of the cp ranks, how many shard the heads; the rest is a ring"),
                        ("dp", "data parallel ranks"), ("v", "stages of a rank of the pipeline"),
                        ("microbatch", "samples in a microbatch"),
-                       ("microbatches", "microbatches of a pipeline in a step")):  # fmt: skip
+                       ("microbatches", "microbatches of a pipeline in a step"),
+                       ("loss_chunk", "tokens whose logits are made at a time; 0: of many logits a part")):  # fmt: skip
         flag(flag_of(name), dest=name, type=int, help=what)
     flag("--sp", action=argparse.BooleanOptionalAction, help="sequence parallelism beside tp")
     flag("--zero", type=int, choices=range(4), help="stage of ZeRO; 0: data parallelism")

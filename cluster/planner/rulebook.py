@@ -31,7 +31,7 @@ from core.proof.rulebook import (
     TP_KV_HEADS,
     axis,
 )
-from core.proof.rules import Rule
+from core.proof.rules import Rule, at_least
 from pipeline.evidence.rules import CHUNKS, DUALPIPE
 from sequence_parallel.evidence.rules import CP_ATTENTION, CP_HEADS, CP_SEQUENCE, CP_ULYSSES, SP_RANKS
 
@@ -85,6 +85,7 @@ POSITIVE = (
         "must be at least 1",
         source="lecture 07",
     ),
+    replace(at_least("loss-chunk", 0, 0), source="core/model/loss.py"),
 )  # without these the others mean nothing
 
 BATCHES = (

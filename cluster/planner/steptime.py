@@ -210,6 +210,7 @@ def head_not_hidden(model: ModelConfig, layout: Layout, machine: Machine, softwa
         layers: seconds of the layers of the rank with most of them.
     """
     tokens, columns = layout.tokens(model.sequence), vocabulary_shard(model, layout.tp)
-    head = 3 * product(tokens, model.hidden, columns, machine) / (machine.peak * software.gemm)
+    products = 4 if layout.chunk_of_loss(model) else 3
+    head = products * product(tokens, model.hidden, columns, machine) / (machine.peak * software.gemm)
     most, last = most_layers(model, layout)
     return max(0.0, head - (most - last) / most * layers)

@@ -12,6 +12,7 @@ from cluster.planner.memory import parameters, replicated_parameters
 from cluster.planner.stages import ends_of, layers_by_rank, layers_of
 from core.model.config import ModelConfig
 from core.model.sharding import copied_parameters, heads_norm_parameters
+from pipeline.schedules import build
 
 
 def ring_share(n: int) -> float:
@@ -42,7 +43,7 @@ def sent(model: ModelConfig, layout: Layout, rank: int = 0) -> dict[str, float]:
         found["cp"] += m * (dense + moe) * layer_cp(model, layout)
         found["ep"] += m * moe * layer_ep(model, layout)
         found["etp"] += m * moe * layer_etp(model, layout)
-    found["tp"] += summed_over_tp(model, layout, rank)
+    found["tp"] += summed_over_tp(model, layout, rank) + gathered_for_head(model, layout, rank)
     found["pp"] = messages(layout, rank) * message(model, layout) + exchanged(model, layout, rank)
     experts, others = parameters(model, layout, rank)
     found["dp"] = times_reduced(layout) * others * ring_share(layout.data)
@@ -103,6 +104,15 @@ def ends_tp(model: ModelConfig, layout: Layout, stage: int) -> float:
 def loss_tp(layout: Layout) -> int:
     """Of the loss of one token."""
     return 4 if layout.sp else 6
+
+
+def gathered_for_head(model: ModelConfig, layout: Layout, rank: int) -> float:
+    """The head's input, gathered once more under sp where dgrad and wgrad each compute the chunks' logits again."""
+    if not layout.sp or not layout.chunk_of_loss(model):
+        return 0.0
+    actions = build(layout.schedule, layout.pp, layout.microbatches, layout.v)[rank] if layout.pp > 1 else []
+    dgrads = sum(action.kind == "I" and action.stage == layout.stages - 1 for action in actions)
+    return dgrads * layout.tokens(model.sequence) * model.hidden * ring_share(layout.tp)
 
 
 def summed_over_tp(model: ModelConfig, layout: Layout, rank: int) -> float:

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import math
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,19 +12,18 @@ from cluster.planner import hardware
 from cluster.planner.layout import Layout, add_flags, given, layout_from
 from cluster.planner.options import machine_of
 from cluster.planner.plans import plans
+from cluster.run.data import add_data_flags, check_data
 from cluster.run.export import check_export
 from cluster.run.hf import Folder, bytes_of, is_file
+from cluster.run.recipe import RECIPE, add_recipe_flags
 from core.model.config import ModelConfig
 from core.model.gpt import GPT
-from core.model.text import VOCABULARY, Text
 from core.proof.arguments import Told, add_model_flags, check_model, configuration
 from core.proof.lesson import Lesson
 from core.proof.rules import Rule, at_least
 from core.proof.rules import check as check_rules
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.routing import MoEConfig, Routing
-
-HELD_OUT = 0.1  # of the text, for validation
 
 
 def add_all_flags(lesson: Lesson) -> None:
@@ -39,13 +37,14 @@ def add_all_flags(lesson: Lesson) -> None:
     flag("--capacity", type=float, default=0.0, help="capacity factor; 0: drop nothing (default %(default)s)")
     flag("--shared", type=int, default=0, action=Told, help="feed-forward of a shared expert; 0: none (default 0)")
     add_flags(lesson.parser)
+    add_data_flags(lesson)
+    add_recipe_flags(lesson)
     flag = lesson.parser.add_argument_group("training").add_argument
     flag("--auto", action="store_true", help="the layout that the planner finds fastest on --machine")
     flag("--machine", metavar="NAME|FILE.json", help="for --auto; of cluster/topology.py, or known (default: this one)")
     flag("--verify", action=argparse.BooleanOptionalAction, default=True, help="beside one process (default)")
-    flag("--warmup", type=int, default=2, help="steps in which the learning rate rises (default %(default)s)")
     flag("--evaluate", type=int, default=0, metavar="STEPS", help="between validations; 0: at the ends only")
-    flag("--sample", type=int, default=120, help="bytes of text to write at the end (default %(default)s)")
+    flag("--sample", type=int, default=120, help="tokens of text to write at the end (default %(default)s)")
     flag("--bucket", type=int, default=2**18, help="elements that ZeRO sends at once, about (default %(default)s)")
     flag("--save", metavar="FOLDER", help="write checkpoints there, and go on from the last one that is there")
     flag("--hf", metavar="FOLDER", help="train the model of a Hugging Face folder: its config.json, its weights")
@@ -63,7 +62,6 @@ def add_all_flags(lesson: Lesson) -> None:
 RULES = (
     at_least("experts", 0, 0),
     at_least("shared", 0, 0),
-    at_least("warmup", 0, 2),
     at_least("evaluate", 0, 0),
     at_least("sample", 0, 120),
     at_least("bucket", 1, 2**18),
@@ -125,9 +123,6 @@ def configured(args: argparse.Namespace) -> ModelConfig:
         name, share = next(iter(folder.dropouts.items()))
         use = f"use --dropout 0, or --dropout {share} --attention softmax"
         raise ValueError(f"--hf {args.hf}: has {name} {share}, and in a training that is for you to say; {use}")
-    if config.vocabulary < VOCABULARY:
-        why = f"the text is bytes, {VOCABULARY} different ones"
-        raise ValueError(f"--hf {args.hf}: vocab_size {config.vocabulary}: {why}; use a model with a larger vocabulary")
     return replace(config, dropout=args.dropout, attention=args.attention)
 
 
@@ -194,8 +189,9 @@ def planned(args: argparse.Namespace, world: int, model: ModelConfig, decided: d
 def check(args: argparse.Namespace, world: int) -> None:
     """Raises ValueError when the arguments cannot make a run."""
     check_model(args if args.hf is None else argparse.Namespace(**vars(args) | {"kv_heads": 0}))  # see `configured`
-    check_rules(args, RULES)
-    Text(args.data, args.sequence).split(HELD_OUT)
+    check_rules(args, (*RULES, *RECIPE))
+    folder = folder_of(args)
+    check_data(args, folder and folder.config)
     if args.save is not None:
         check_folder(args.save)
     layout = layout_of(args, args.world or world)
@@ -226,11 +222,3 @@ def check_folder(folder: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--save {folder}: nothing can be written there: {error.strerror}; use --save run") from None
-
-
-def learning_rate(args: argparse.Namespace, step: int) -> float:
-    """Rises over `--warmup` steps to `--lr`, then falls like a cosine to a tenth of it at the last step."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))

@@ -18,10 +18,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import megatron_tp.engine.loss
+import sequence_parallel.engine.loss
 from cluster.planner.layout import Layout
+from cluster.run.recipe import groups_of
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.loss import InHead
+from core.model.loss import token_loss as loss_in_chunks
 from core.model.precision import Precision
 from core.model.seeded import SampleMasks
 from expert_parallel.engine.layers import expert_parameters
@@ -30,7 +35,6 @@ from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import Spread
 from expert_parallel.engine.routing import MoEConfig
 from megatron_tp.engine.layers import parallelize as shard_layers
-from megatron_tp.engine.loss import token_loss as loss_over_tp
 from pipeline.engine.actions import stages_of_ranks
 from pipeline.engine.runtime import Pipeline
 from pipeline.schedules import build
@@ -38,14 +42,13 @@ from pipeline.stages import each_stage, partition
 from sequence_parallel.context import SequenceAttention
 from sequence_parallel.context import parallelize as shard_sequence
 from sequence_parallel.engine.layers import parallelize as shard_layers_and_sequence
-from sequence_parallel.engine.loss import token_loss as loss_over_sp
 from sequence_parallel.engine.recompute import recompute
 from zero.engine.buckets import BUCKET_ELEMENTS
 from zero.engine.engine import Engine, data_parallel, zero1, zero2, zero3
 from zero.engine.optimizer import MakeOptimizer
 
 ENGINES = (data_parallel, zero1, zero2, zero3)  # by --zero
-Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and targets, this rank's share
+Loss = Callable[[Tensor, Tensor], Tensor] | InHead  # of logits and targets, this rank's share
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class TrainSpec:
         make_optimizer: maps parameter groups to an optimizer.
         bucket: elements that ZeRO sends at once, about.
         drawn: whether the start values are drawn; else they are zeros, and weights are read into them.
+        weight_decay: of what decays (`recipe.decays`); None: of everything what `make_optimizer` says.
+        eos: the token that ends a document, where documents are to be kept apart.
     """
 
     config: GPTConfig
@@ -69,6 +74,8 @@ class TrainSpec:
     make_optimizer: MakeOptimizer
     bucket: int = BUCKET_ELEMENTS
     drawn: bool = True
+    weight_decay: float | None = None
+    eos: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -121,17 +128,25 @@ def with_experts(model: GPT, moe: MoEConfig | None, layout: Layout, mesh: Mesh) 
 
 
 def loss_function(spec: TrainSpec, tp: Axis) -> Loss:
-    """The cross entropy; under tp each rank has the logits of its rows of the vocabulary."""
-    if tp.size == 1:
-        return partial(token_loss, tokens=spec.tokens)
-    over = loss_over_sp if spec.layout.sp else loss_over_tp
-    return partial(over, tokens=spec.tokens, axis=tp, vocabulary=spec.config.vocabulary)
+    """The cross entropy; under tp each rank has the logits of its rows of the vocabulary. Of many, chunk by chunk."""
+    chunk = spec.layout.chunk_of_loss(spec.config)
+    whole, chunked = token_loss, loss_in_chunks
+    more = {}
+    if tp.size > 1:
+        topic = sequence_parallel.engine.loss if spec.layout.sp else megatron_tp.engine.loss
+        whole, chunked = topic.token_loss, topic.chunked_token_loss
+        more = {"axis": tp, "vocabulary": spec.config.vocabulary}
+    if chunk:
+        return InHead(partial(chunked, tokens=spec.tokens, chunk=chunk, **more))
+    return partial(whole, tokens=spec.tokens, **more)
 
 
 def shard_optimizer(model: GPT, spec: TrainSpec, mesh: Mesh) -> tuple[Engine, Engine | None]:
     """ZeRO over dp x cp and, for experts, whose copies are on other ranks, a second one over edp."""
     data = mesh.joined("cp", "dp")
     options = {"make_optimizer": spec.make_optimizer, "master": spec.precision.master, "elements": spec.bucket}
+    if spec.weight_decay is not None:
+        options["groups"] = groups_of(model, spec.weight_decay)
     engine = partial(ENGINES[spec.layout.zero], model, **options)
     if spec.moe is None:
         return engine(axis=data), None

@@ -1,5 +1,6 @@
 """What the combined run shows and claims: the layout, the one process beside it, what a rank has and sends, a text."""
 
+import argparse
 from functools import partial
 
 import torch
@@ -10,12 +11,13 @@ from cluster.planner.counting import model_parameters, step_flops
 from cluster.planner.layout import Layout
 from cluster.run.arguments import full_model
 from cluster.run.build import TrainSpec
+from cluster.run.recipe import groups_by_module
 from cluster.run.worker import Worker, sent_by_axis
 from core.ledger import Ledger
 from core.model.config import ModelConfig
 from core.model.gpt import materialize
 from core.model.seeded import generator
-from core.model.text import VOCABULARY
+from core.model.tokenizer import Tokenizer
 from core.proof.comparison import gathered
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
@@ -46,7 +48,8 @@ def one_process(run: Run, spec: TrainSpec) -> Oracle | None:
     if run.job.rank or not run.args.verify:
         return None
     make = partial(full_model, moe=spec.moe)
-    oracle = Oracle(spec.config, spec.seed, spec.device, spec.make_optimizer, run.args.clip, make)
+    groups = partial(groups_by_module, weight_decay=spec.weight_decay)
+    oracle = Oracle(spec.config, spec.seed, spec.device, spec.make_optimizer, run.args.clip, make, groups, spec.eos)
     oracle.optimizer.register_step_post_hook(lambda *_: end_step(oracle.model))
     return oracle
 
@@ -138,9 +141,29 @@ def write_text(run: Run, worker: Worker) -> None:
     model = materialize(model, spec.seed, spec.device, spec.precision).eval()
     for name, p in model.named_parameters():
         p.data.copy_(weights[name])
-    text, random = list(b"The "), generator(spec.seed, "sample")
+    text = Writing(run.args)
+    ids, random = list(text.prompt), generator(spec.seed, "sample")
     with torch.no_grad():
         for _ in range(run.args.sample):
-            logits = model(torch.tensor([text[-spec.config.sequence :]], device=spec.device))[0, -1, :VOCABULARY]
-            text.append(int(torch.multinomial(logits.double().cpu().softmax(-1), 1, generator=random)))
-    run.say(f"\nit writes: {bytes(text).decode(errors='replace')!r}")
+            x = torch.tensor([ids[-spec.config.sequence :]], device=spec.device)
+            logits = model(x, lambda head, x: head(x[:, -1:])).flatten()
+            ids.append(int(torch.multinomial(logits.double().cpu().softmax(-1), 1, generator=random)))
+            if ids[-1] == run.args.eos:
+                break
+    run.say(f"\nit writes: {text.of(ids)!r}")
+
+
+class Writing:
+    """Of token ids what is shown: the tokenizer's text, or bytes as text; of `--tokens` alone the ids themselves."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
+        self.bytes = self.tokenizer is None and args.tokens is None
+        self.prompt = list(b"The ") if self.bytes else [args.eos or 0]
+        if self.tokenizer:  # whose words begin with a blank
+            self.prompt = self.tokenizer.encode("The") or self.prompt
+
+    def of(self, ids: list[int]) -> str | list[int]:
+        if self.tokenizer:
+            return self.tokenizer.decode(ids)
+        return bytes(min(i, 255) for i in ids).decode(errors="replace") if self.bytes else ids

@@ -29,9 +29,12 @@ from core.gradients import norm_and_totals
 from core.ledger import Ledger, Traffic
 from core.mesh import Mesh
 from core.model.config import ModelConfig
+from core.model.documents import Documents, use_documents
 from core.model.gpt import use_masks
+from core.model.loss import loss_of
 from core.model.seeded import SampleMasks
 from core.model.sharding import heads_norms
+from core.model.tokens import documents_of
 from core.proof.checkpoint import Checkpoints, NamedOptimizer
 from core.proof.launch import Job
 from core.proof.lesson import Run
@@ -81,14 +84,15 @@ class Worker:
         self.attention = context_parallel(mesh["cp"], spec.device, layout.ulysses, layout.placement == "zigzag")
         self.model = build_model(spec, mesh, self.attention)
         self.masks = use_masks(self.model, SampleMasks(spec.seed))
+        self.documents = None if spec.eos is None else use_documents(self.model, Documents(self.masks))
         self.choices: Choices | None = None
-        self.loss_of = loss_function(spec, self.tp)
+        self.loss = loss_function(spec, self.tp)
         self.copies = Copies(self.model, self.pp, stages_by_rank(layout))
         self.experts = set(expert_parameters(self.model))
         self.last_biases = {m.down.bias for m in self.model.modules() if isinstance(m, Experts)}
         self.dense_engine, self.expert_engine = shard_optimizer(self.model, spec, mesh)
         self.engines = [engine for engine in (self.dense_engine, self.expert_engine) if engine]
-        self.pipeline = make_pipeline(self.model, spec, self.pp, self.loss_of, self.masks)
+        self.pipeline = make_pipeline(self.model, spec, self.pp, self.loss, self.masks)
 
     # ---- A step
 
@@ -98,11 +102,19 @@ class Worker:
         for engine in self.engines:
             engine.zero_grad()
 
+    def rows(self, batch: int) -> range:
+        """Which samples of a batch are this rank's."""
+        dp = self.mesh["dp"]
+        return range(batch // dp.size * dp.index, batch // dp.size * (dp.index + 1))
+
     def split(self, batch: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """This rank's microbatches (M, B, S/cp) of inputs and targets, (samples, S) each."""
-        dp, m = self.mesh["dp"], self.layout.microbatches
-        mine = (context.local(t.chunk(dp.size)[dp.index], self.attention) for t in batch)
-        inputs, targets = (rearrange(t, "(m b) s -> m b s", m=m) for t in mine)
+        dp = self.mesh["dp"]
+        inputs, targets = (t.chunk(dp.size)[dp.index] for t in batch)
+        if self.documents:
+            self.documents.seek(documents_of(inputs, self.spec.eos))
+        mine = (context.local(t, self.attention) for t in (inputs, targets))
+        inputs, targets = (rearrange(t, "(m b) s -> m b s", m=self.layout.microbatches) for t in mine)
         return inputs, targets
 
     def forward_backward(
@@ -144,7 +156,7 @@ class Worker:
             last = m == len(inputs) - 1
             self.masks.at(m * len(x))
             with saved or nullcontext():
-                loss = self.loss_of(self.model(x), y)
+                loss = loss_of(self.model, x, y, self.loss)
             for engine in self.engines:
                 engine.before_backward(last)
             loss.backward()
@@ -174,7 +186,7 @@ class Worker:
         total = torch.zeros((), dtype=torch.float64, device=inputs.device)
         for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             self.masks.at(m * len(x))
-            total += self.loss_of(self.model(x), y)
+            total += loss_of(self.model, x, y, self.loss)
         return total
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float:

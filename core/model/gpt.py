@@ -9,6 +9,7 @@ said), F feed-forward, V vocabulary
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -112,12 +113,16 @@ class GPT(nn.Module):
         for block in self.blocks.values():  # all turn by the same table
             block.attention.rotary = self.blocks["0"].attention.rotary
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, end: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Tensor:
+        """Logits; or what `end` makes of the head and its input (B, S, H), in their place (`core.model.loss`)."""
         if self.embed is not None:
             x = self.embed(x)
         for block in self.blocks.values():
             x = block(x)
-        return x if self.head is None else self.head(self.norm(x))
+        if self.head is None:
+            return x
+        x = self.norm(x)
+        return self.head(x) if end is None else end(self.head, x)
 
     def full_name(self, name: str) -> str:
         """The name that a parameter has in the one-process model, where the tied head is the token embedding."""

@@ -81,7 +81,7 @@ def configuration(args: argparse.Namespace) -> GPTConfig:
     Rotary positions turn pairs: where hidden / heads is odd, a Llama's head has one feature more.
     """
     config = GPTConfig(
-        vocabulary=VOCABULARY,
+        vocabulary=getattr(args, "vocabulary", 0) or VOCABULARY,  # not a flag of every lesson
         sequence=args.sequence,
         hidden=args.hidden,
         layers=args.layers,
@@ -119,7 +119,8 @@ def check_model(args: argparse.Namespace) -> GPTConfig:
     check(args, TRAINING)
     config = configuration(args)
     check(config, DECODER)
-    Text(args.data, args.sequence)
+    if not getattr(args, "tokens", None):
+        Text(args.data, args.sequence)
     return config
 
 

@@ -1,13 +1,15 @@
 """The oracle: the same training in one process, with the global batch at once. What every layout is compared with."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from core.model.documents import Documents, use_documents
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
 from core.model.seeded import SampleMasks
+from core.model.tokens import documents_of
 
 
 class Tolerance(NamedTuple):
@@ -37,6 +39,8 @@ class Oracle:
         make_optimizer: builds the optimizer over the parameters it is given; the layouts call the same function.
         clip: largest global gradient norm, as `torch.nn.utils.clip_grad_norm_` applies it.
         make: builds the model on the meta device, where it is not the plain GPT.
+        groups: of the model's parameters, as torch.optim takes them.
+        eos: the token that ends a document, where documents are to be kept apart.
     """
 
     def __init__(
@@ -47,10 +51,13 @@ class Oracle:
         make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
         clip: float,
         make: Callable[[GPTConfig], GPT] = GPT,
+        groups: Callable[[GPT], Iterable[Any]] = GPT.parameters,
+        eos: int | None = None,
     ):
         self.model = materialize(make(config), seed, device, torch.float64)
         self.masks = use_masks(self.model, SampleMasks(seed))
-        self.optimizer = make_optimizer(self.model.parameters())
+        self.documents, self.eos = use_documents(self.model, Documents(self.masks)), eos
+        self.optimizer = make_optimizer(groups(self.model))
         self.clip = clip
         self.gradients: dict[str, Tensor] = {}
         self.norm = self.loss = 0.0
@@ -64,6 +71,7 @@ class Oracle:
     def forward_backward(self, inputs: Tensor, targets: Tensor, step: int) -> None:
         """Loss and gradients of the global batch. Keeps the gradients as they are before clipping."""
         self.masks.seek(step)
+        self.documents.seek(None if self.eos is None else documents_of(inputs, self.eos))
         self.optimizer.zero_grad()
         loss = token_loss(self.model(inputs), targets, targets.numel())
         loss.backward()

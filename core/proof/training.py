@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from core.model.text import Text
+from core.model.tokens import Tokens
 from core.proof.comparison import Comparison
 from core.proof.launch import Stop
 from core.proof.lesson import Run
@@ -25,9 +26,10 @@ def train(
     trainables: Mapping[str, Trainable],
     oracle: Oracle | None,
     *,
-    text: Text | None = None,
+    text: Text | Tokens | None = None,
     first: int = 0,
     compare: bool = True,
+    rows: range | None = None,
     before_step: Callable[[int], None] = lambda step: None,
     after_step: Callable[[int, float, float], None] = lambda step, loss, seconds: None,
 ) -> dict[str, Comparison]:
@@ -39,6 +41,7 @@ def train(
     Args:
         oracle: the same model in one process, on rank 0; None elsewhere, and where `compare` is False.
         text: where the batches come from; `--data` when it is None.
+        rows: the samples of the batch that this rank needs; None: all.
         before_step, after_step: called with the step, and afterwards with its loss and seconds too.
 
     Raises:
@@ -53,7 +56,7 @@ def train(
     bar.update(min(first, args.steps))
     for step in range(first, args.steps):
         before_step(step)
-        batch = tuple(t.to(run.job.device) for t in text.batch(args.seed, step, args.batch))
+        batch = tuple(t.to(run.job.device) for t in text.batch(args.seed, step, args.batch, rows))
         if oracle and run.dtype == torch.float64:
             oracle.step(*batch, step)
 

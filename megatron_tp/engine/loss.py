@@ -5,7 +5,8 @@ Beside the plain version, `tensor_parallel.py`, this one
 - reduces the sum of exponentials and the target's logit in one message: two all-reduces instead of three;
 - has a backward of its own, softmax minus one-hot, and computes it in place;
 - has label smoothing, for which the sum of the logits is reduced too;
-- refuses logits that are not a shard of the vocabulary.
+- refuses logits that are not a shard of the vocabulary;
+- over a large vocabulary never makes them whole (`core.model.loss`).
 
 N tokens, V vocabulary padded to a multiple of t, t ranks of the axis
 """
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from core import comm
 from core.mesh import Axis
+from core.model.loss import statistics
 from core.model.precision import wide
 from core.shards import Shard
 
@@ -88,3 +90,31 @@ def vocab_parallel_cross_entropy(
 def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabulary: int) -> Tensor:
     """The loss of `core.model.gpt.token_loss`, from sharded logits; equal on all ranks."""
     return vocab_parallel_cross_entropy(logits, targets, axis.labelled("loss"), vocabulary).sum() / tokens
+
+
+class _OverShards(torch.autograd.Function):
+    """Each token's two numbers on this rank, (2, N), to its loss (N), equal on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, axis: Axis) -> Tensor:
+        lse, target = own
+        largest = comm.all_reduce(lse.clone(), axis, dist.ReduceOp.MAX)
+        total, target = comm.all_reduce(torch.stack([(lse - largest).exp(), target]), axis)
+        log_total = largest + total.log()
+        ctx.save_for_backward(own, log_total)
+        return log_total - target
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        own, log_total = ctx.saved_tensors
+        return torch.stack([(own[0] - log_total).exp() * gradient, -gradient]), None
+
+
+def chunked_token_loss(
+    head: nn.Module, x: Tensor, targets: Tensor, tokens: int, chunk: int, axis: Axis, vocabulary: int
+) -> Tensor:
+    """The same loss from the head with this rank's rows and its input (B, S, H): `core.model.loss.statistics`."""
+    mark = Shard(0, axis.index, axis.size, vocabulary)
+    of_head = axis.labelled("head")
+    own = statistics(head, x, targets, mark, chunk, back=lambda gradient: comm.all_reduce(gradient, of_head))
+    return _OverShards.apply(own, axis.labelled("loss")).sum() / tokens

@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from core.mesh import Axis
 from core.model.linear import Deferred, Later
+from core.model.loss import InHead, loss_of
 from core.model.seeded import SampleMasks
 from core.p2p import PointToPoint
 from core.proof.clock import VirtualClock
@@ -83,6 +84,7 @@ class Pipeline:
         stages: those of this rank, by number; called as stage(x). Each maps (B, S) tokens or (B, S, H) activations to
             the next stage's input, or to logits on the last stage.
         loss: maps (logits, targets) of one micro-batch to its share of the global loss, a scalar: the shares add up.
+            Or one that the last stage computes, without its logits.
         schedule: what every rank computes, in order; validated here.
         axis: the ranks of the pipeline.
         shape: (B, S, H) of the activation that travels.
@@ -96,7 +98,7 @@ class Pipeline:
     def __init__(
         self,
         stages: Mapping[int, nn.Module],
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Callable[[Tensor, Tensor], Tensor] | InHead,
         schedule: Schedule,
         axis: Axis,
         shape: tuple[int, ...],
@@ -199,9 +201,10 @@ class Pipeline:
             self._deferred.expected = (stage, m) in self._split
         before = trace.saved.live if trace else 0
         with self._measured(action), now.saved or nullcontext():
-            y = self.stages[stage](x)
             if stage == self.last:
-                y = self.loss(y, now.targets[m])
+                y = loss_of(self.stages[stage], x, now.targets[m], self.loss)
+            else:
+                y = self.stages[stage](x)
         if trace:
             trace.by_stage.setdefault(stage, trace.saved.live - before)
         if stage == self.last:

@@ -66,12 +66,19 @@ CASES = {  # on 4 ranks, or on 8 where three axes have more than one
     "ulysses, selective": ({}, Layout(cp=4, ulysses=4, zero=2, recompute="selective")),
     "hybrid tp pp": ({}, Layout(tp=2, cp=2, pp=2, microbatches=2)),
     "hybrid sp, full": ({}, Layout(tp=2, sp=True, cp=4, ulysses=2, recompute="full")),
+    "chunked loss, zero-3": ({}, Layout(dp=4, zero=3, microbatches=2, loss_chunk=5)),
+    "chunked loss, tp": ({}, Layout(tp=4, microbatch=2, loss_chunk=5)),
+    "chunked loss, sp": ({}, Layout(tp=4, sp=True, microbatch=2, loss_chunk=5)),
+    "chunked loss, sp dualpipe": ({}, Layout(tp=2, sp=True, pp=2, schedule="dualpipe", microbatches=4, loss_chunk=5)),
+    "chunked loss, sp zb-h1": ({}, Layout(tp=2, sp=True, pp=2, schedule="zb-h1", microbatches=4, loss_chunk=5)),
 }
 SPLIT = (
     "dualpipe",
     "zb-h1",
     "zb-v",
     "stages of 1 and 2 layers, two a rank",
+    "chunked loss, sp dualpipe",
+    "chunked loss, sp zb-h1",
 )  # what of a layer is left at the end of an I, to a few numbers a token
 
 

@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from cluster import train
 from cluster.planner import traffic
-from cluster.run import build, worker
+from cluster.run import build, recipe, worker
 from cluster.run.arguments import add_all_flags
 from cluster.run.worker import Worker
+from core.model.loss import _Head
 from core.model.precision import POLICIES
 from core.model.seeded import SampleMasks
 from core.proof.launch import Job, Stop
@@ -29,9 +30,11 @@ from zero.engine.engine import Engine
 SIZES = {"steps": 2, "batch": 8, "sequence": 8, "hidden": 16, "heads": 4, "layers": 2, "sample": 0, "clip": 0.05,
          "warmup": 3, "lr": 0.01, "dropout": 0.2, "attention": "softmax", "dtype": "float64"}  # fmt: skip
 LAYOUTS = {
-    "experts": "--tp 2 --dp 2 --sp --zero 1 --microbatches 2 --experts 4 --ep 4 --bias-rate 0.01",
+    "experts": "--tp 2 --dp 2 --sp --zero 1 --microbatches 2 --experts 4 --ep 4 --bias-rate 0.01 --beta1 0.8",
     "dense": "--tp 2 --dp 2 --zero 1 --microbatches 2",
     "pipeline": "--pp 2 --dp 2 --zero 1 --microbatches 2",
+    # Documents end with an "e"; the loss is computed of 7 tokens at a time.
+    "recipe": "--tp 2 --dp 2 --zero 2 --eos 101 --pack --loss-chunk 7 --weight-decay 0.5 --beta1 0.8",
 }
 LOSS, NORM, GRADIENT, PARAMETER, SENT = (
     "losses",
@@ -62,6 +65,26 @@ def samples_of_the_first(right: Callable, self: Worker, batch: Any) -> Any:
     return right(self, half)
 
 
+def targets_of_the_next(right: Callable, self: Worker, batch: Any) -> Any:
+    inputs, targets = batch
+    return right(self, (inputs, targets.roll(1, 1)))
+
+
+def usual_betas(right: Callable, *arguments: Any) -> Any:
+    """Of the experts' engine."""
+    dense, experts = right(*arguments)
+    for optimizer, _ in experts.named_optimizers():
+        for group in optimizer.param_groups:
+            group["betas"] = 0.9, 0.999
+    return dense, experts
+
+
+def last_chunk_lost(right: Callable, self: Any, x: Any, *rows: Any) -> Any:
+    found = right(self, x, *rows)
+    found[:, len(x) // self.chunk * self.chunk :] = 0.0
+    return found
+
+
 Bug = tuple[str, Callable[[], AbstractContextManager], str]
 BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
     "the norm misses the experts": ("experts", lambda: instead(worker, "hypot", lambda _, a, b: a), NORM),
@@ -89,6 +112,25 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
     ),
     "the planner reduces gradients twice": (
         "dense", lambda: instead(traffic, "times_reduced", lambda right, x: 2 * right(x)), SENT,
+    ),
+    "experts learn with the usual betas": (
+        "experts", lambda: instead(worker, "shard_optimizer", usual_betas), PARAMETER,
+    ),
+    "norms decay under ZeRO": (
+        "recipe", lambda: instead(recipe, "decays", lambda _, name: not name.endswith("bias")), PARAMETER,
+    ),
+    "biases and embeddings decay": ("recipe", lambda: instead(recipe, "decays", lambda *_: True), PARAMETER),
+    "nothing decays": ("recipe", lambda: instead(recipe, "decays", lambda *_: False), PARAMETER),
+    "documents are not kept apart": (
+        "recipe", lambda: instead(worker, "documents_of", lambda _, x, eos: torch.zeros_like(x)), LOSS,
+    ),
+    "the end of a document begins the next": (
+        "recipe", lambda: instead(worker, "documents_of", lambda right, x, eos: (x == eos).cumsum(-1)), LOSS,
+    ),
+    "targets one token further": ("recipe", lambda: instead(Worker, "split", targets_of_the_next), LOSS),
+    "the last chunk of the loss is lost": ("recipe", lambda: instead(_Head, "statistics", last_chunk_lost), LOSS),
+    "a chunk's gradient is written over the others'": (
+        "recipe", lambda: instead(torch.Tensor, "addmm_", lambda right, *args: right(*args, beta=0)), GRADIENT,
     ),
     "tied copies are summed twice": ("pipeline", lambda: instead(Copies, "sum_gradients", twice), GRADIENT),
     "tied copies are not summed": ("pipeline", lambda: instead(Copies, "sum_gradients", nothing), GRADIENT),

@@ -369,7 +369,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "quantized": (says(quantization_config={"quant_method": "fp8"}), "quantized weights are not built"),
     "some layers without experts": (says(mlp_only_layers=[1]), "mlp_only_layers .1. is not built"),
     "unknown": (says(logit_scale=0.5), "logit_scale 0.5 is not known here, and could change what is computed"),
-    "vocabulary": (says(vocab_size=255), "vocab_size 255: the text is bytes"),
+    "vocabulary": (says(vocab_size=255), "vocab_size 255: text in bytes has 256"),
 }  # fmt: skip
 
 

@@ -202,7 +202,7 @@ def test_the_model_and_the_planner_refuse_by_the_same_rules() -> None:
 
 BROKEN = {
     "tp: ranks": Layout(tp=0), "ulysses: ranks": Layout(ulysses=0), "stages a rank": Layout(v=0),
-    "microbatches": Layout(microbatches=0),
+    "microbatches": Layout(microbatches=0), "loss-chunk": Layout(loss_chunk=-1),
     "tp: heads": Layout(tp=3), "tp: key and value heads": Layout(tp=3), "tp: feed-forward": Layout(tp=32),
     "tp: fast links": Layout(tp=16), "sp: tp": Layout(sp=True), "sp: sequence": Layout(tp=8, sp=True, cp=2048),
     "cp: ulysses": Layout(cp=4, ulysses=3), "cp: heads": Layout(cp=64, ulysses=64), "cp: sequence": Layout(cp=3),

@@ -11,6 +11,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.run import get_args_parser
@@ -19,7 +20,9 @@ from cluster.planner import hardware, models
 from cluster.planner.command import commands
 from cluster.planner.layout import Layout
 from cluster.planner.plans import plans
-from cluster.run.arguments import HELD_OUT, add_all_flags, layout_of, learning_rate
+from cluster.run.arguments import add_all_flags, layout_of
+from cluster.run.data import HELD_OUT
+from cluster.run.recipe import learning_rate
 from core.model.text import Text
 from core.proof.arguments import configuration
 from core.proof.lesson import Lesson
@@ -50,6 +53,8 @@ def parsed(*flags: str) -> Namespace:
         (4, ("--experts", "4", "--shared", "8", "--ep", "2", "--etp", "2")),
         (2, ("--layers", "7", "--pp", "2", "--schedule", "zb-v", "--experts", "2")),
         (2, ("--auto", "--evaluate", "1", "--no-verify")),
+        (4, ("--tp", "2", "--pp", "2", "--eos", "101", "--pack", "--loss-chunk", "20", "--vocabulary", "300")),
+        (4, ("--cp", "4", "--ulysses", "2", "--eos", "101", "--pack", "--heads", "8", "--model", "llama")),
         (1, ()),
     ],
 )
@@ -60,7 +65,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path, ranks: int, flags: tuple[
     written = json.loads(report.read_text())
     assert len(written["losses"]) == 2
     assert len(written["reference_losses"]) == 2 * ("--no-verify" not in flags)
-    assert "it writes: 'The " in outcome.out
+    assert re.search("it writes: ['\"]The ", outcome.out)
 
 
 REFUSED = {
@@ -80,6 +85,15 @@ REFUSED = {
     "text": (("--sequence", "100000"), "--sequence"),
     "machine": (("--auto", "--machine", "nowhere.json"), "--machine"),
     "auto": (("--auto", "--zero", "3", "--experts", "4"), "--experts 4 --zero 3: stage 3 gathers"),
+    "loss chunk": (("--loss-chunk", "-1"), "--loss-chunk -1: must not be negative"),
+    "vocabulary": (("--vocabulary", "200"), "--vocabulary 200: the text's bytes has 256; use --vocabulary 256"),
+    "eos": (("--eos", "256"), "--eos 256: is none of 256 tokens; use --eos 255"),
+    "pack": (("--pack",), "--pack: needs the token that ends a document; use --eos ID"),
+    "tokens": (("--tokens", "none.npy", "--vocabulary", "9"), "--tokens 'none.npy': No such file"),
+    "tokens without a vocabulary": (("--tokens", "none.npy"), "does not say how many tokens there are; use --voc"),
+    "tokens and data": (("--tokens", "a.npy", "--data", "b"), "--tokens a.npy --data b: one of them is trained on"),
+    "token type": (("--token-type", "uint16"), "--token-type uint16: is of a file of --tokens"),
+    "tokenizer": (("--tokenizer", "none.json"), "--tokenizer 'none.json': there is no such file"),
     "init": (("--init", "/nowhere"), "--init /nowhere: there is no such file"),
     "export": (("--export", "/nowhere/file"), "--export /nowhere/file: there is no folder"),
 }
@@ -119,6 +133,36 @@ def test_the_planners_command_is_taken(name: str, schedule: str) -> None:
     torchruns = get_args_parser().parse_args(shlex.split(line)[1:])
     assert torchruns.training_script == "cluster/train.py"
     assert layout_of(parsed(*torchruns.training_script_args), 128) == found[0].layout
+
+
+def test_token_ids_are_trained_on_and_an_unknown_one_is_refused(pool: Pool, tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 90, 3000).astype(np.uint16)
+    ids.tofile(tmp_path / "ids.bin")
+    flags = (*QUICK, "--tokens", str(tmp_path / "ids.bin"), "--token-type", "uint16", "--vocabulary", "90")
+    for more in (("--eos", "7", "--pack", "--dp", "2"), ("--no-verify", "--dp", "2", "--zero", "2")):
+        outcome = pool.script(2, "cluster/train.py", *flags, *more)
+        assert outcome.codes == [0, 0], outcome.out + outcome.err
+        assert re.search(r"it writes: \[\d+, \d+", outcome.out)
+    ids[2345] = 90
+    ids.tofile(tmp_path / "ids.bin")
+    refused = pool.script(2, "cluster/train.py", *flags, started=1)
+    assert refused.codes == [2]
+    assert "id 90 at position 2345 is outside the vocabulary of 90; use --vocabulary 91" in refused.err
+
+
+def test_a_tokenizer_decides_the_vocabulary_and_writes(pool: Pool, tmp_path: Path) -> None:
+    fast = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["[UNK]", "The", "object", "is", "of", "a"])}
+    made = fast.Tokenizer(fast.models.WordLevel(words, "[UNK]"))
+    made.pre_tokenizer = fast.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    flags = (*QUICK, "--tokenizer", str(tmp_path / "tokenizer.json"))
+    outcome = pool.script(2, "cluster/train.py", *flags, "--tp", "2")
+    assert outcome.codes == [0, 0], outcome.out + outcome.err
+    assert re.search(r"it writes: 'The (\S+ ){19}\S+'", outcome.out)
+    assert set(re.search("it writes: '(.*)'", outcome.out).group(1).split()) <= words.keys()
+    refused = pool.script(2, "cluster/train.py", *flags, "--vocabulary", "5", started=1)
+    assert "tokenizer.json has 6; use --vocabulary 6" in refused.err
 
 
 def before_and_after(said: str) -> tuple[float, ...]:

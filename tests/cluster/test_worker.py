@@ -62,6 +62,13 @@ LAYOUTS = [  # on 4 ranks where that is enough
     L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=1),
     L(tp=2, cp=2, pp=2, ep=4, sp=True, microbatches=2, moe=True, schedule="gpipe"),
     L(pp=2, dp=2, ep=2, microbatches=4, moe=True, schedule="zb-h2", zero=1, recompute="full"),
+    # The loss in chunks of tokens that do not divide them.
+    L(dp=4, zero=3, loss_chunk=7),
+    L(tp=2, cp=2, dp=2, zero=1, loss_chunk=5),
+    L(tp=4, sp=True, loss_chunk=100),
+    L(pp=2, tp=2, sp=True, microbatches=2, schedule="zb-h1", loss_chunk=7),
+    L(pp=2, tp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, zero=1, loss_chunk=9),
+    L(tp=2, dp=2, ep=4, sp=True, moe=True, zero=2, microbatches=2, loss_chunk=3),
 ]
 
 

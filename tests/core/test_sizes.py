@@ -41,7 +41,7 @@ def defaults(script: str, monkeypatch: pytest.MonkeyPatch) -> Namespace:
 def sizes(script: str, args: Namespace, n: int) -> dict[str, int]:
     """What a shape shows in the lesson on n ranks."""
     b, s, h, a = args.batch, args.sequence, args.hidden, args.heads
-    f, vocabulary = args.feed_forward or 4 * h, getattr(args, "vocabulary", VOCABULARY)
+    f, vocabulary = args.feed_forward or 4 * h, getattr(args, "vocabulary", 0) or VOCABULARY
     found = {"s": s, "h": h, "d": h // a}
     tensor = {"b": b, "h / n": h // n, "f / n": f // n, "V / n": vocabulary // n, "heads / n": a // n}
     whole = {"f": f, "V": vocabulary, "heads": a}

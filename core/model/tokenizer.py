@@ -1,0 +1,36 @@
+"""A tokenizer of the readers' own, from the `tokenizer.json` that every published model has. Needs the extra `hf`."""
+
+from pathlib import Path
+
+
+class Tokenizer:
+    """Text to token ids, and back. Of the tokenizer's special tokens it adds none.
+
+    Raises:
+        ValueError: the package is not installed, or the file is missing or no tokenizer.
+    """
+
+    def __init__(self, path: str):
+        try:
+            from tokenizers import Tokenizer as Fast
+        except ImportError:
+            raise ValueError(
+                f"--tokenizer {path}: needs the package tokenizers; use pip install 'parallelism-lessons[hf]'"
+            ) from None
+        if not Path(path).is_file():
+            raise ValueError(f"--tokenizer {path!r}: there is no such file; use a model's tokenizer.json")
+        try:
+            self._fast = Fast.from_file(path)
+        except Exception as error:  # what the package raises is no class of its own
+            raise ValueError(f"--tokenizer {path}: is no tokenizer: {error}; use a model's tokenizer.json") from None
+
+    @property
+    def vocabulary(self) -> int:
+        """The ids are below it, added tokens' too."""
+        return max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._fast.decode(ids, skip_special_tokens=False)
