@@ -9,8 +9,15 @@ w bytes of an element. Of a pipeline's backward I is dgrad, W wgrad, B both.
 """
 
 from functools import cache
+from math import lcm
 
-from cluster.planner.counting import attention_matrices, expert_matrices, layer_matrices, vocabulary_shard
+from cluster.planner.counting import (
+    attention_matrices,
+    expert_matrices,
+    layer_matrices,
+    read_by_heads,
+    vocabulary_shard,
+)
 from cluster.planner.layout import Layout
 from cluster.planner.stages import ends_of, sum_of_layers
 from core.model.config import ModelConfig
@@ -29,13 +36,14 @@ def angles_saved(model: ModelConfig, layout: Layout) -> float:
     return 4 * model.sequence / layout.cp * model.rotary_dim
 
 
-def attention_saved(model: ModelConfig, t: int, w: int, kind: str) -> float:
+def attention_saved(model: ModelConfig, layout: Layout, w: int, kind: str) -> float:
     """Bytes a token that attention saves: its inputs, its result, and without recomputation what it makes of them."""
+    if model.latent:
+        return latent_saved(model, layout, w, kind)
+    t = layout.tp
     heads = model.heads / t
     qkv = sum(m.shape(t)[1] for m in attention_matrices(model) if m.sharding == "column")
-    if model.latent:  # compressed, before and after their norms; and the keys put together
-        qkv += 2 * (model.latent.q_rank + model.latent.kv_rank) + model.latent.rope + heads * model.head_dim
-    groups = heads if model.latent else model.query_groups * model.kv_copies(t) / t
+    groups = model.query_groups * model.kv_copies(t) / t
     if model.qk_norm:  # before the norms too, and a scale each
         qkv += (heads + groups) * (model.head_dim + max(4, w) / w)
     scores = 0.0
@@ -45,7 +53,34 @@ def attention_saved(model: ModelConfig, t: int, w: int, kind: str) -> float:
         qkv += (heads - groups) * 2 * model.head_dim  # keys and values, repeated for each head
     elif kind == "none":
         scores = heads * max(w, 4)  # logarithms of the sums of exponentials
+        if layout.ulysses > 1:  # copies of keys and values; the result before it is sent, and after
+            qkv += (lcm(int(groups), layout.ulysses) - groups) * 2 * model.head_dim + model.value_size / t
     return (qkv + model.value_size / t) * w + scores
+
+
+def latent_saved(model: ModelConfig, layout: Layout, w: int, kind: str) -> float:
+    """The same of latent attention: what is compressed, before and after its norms, and what heads make of it."""
+    assert model.latent
+    t, heads, d, value = layout.tp, model.heads / layout.tp, model.head_dim, model.value_dim
+    q_rank, kv_rank, rope = model.latent.q_rank or 0, model.latent.kv_rank, model.latent.rope
+    norms = 2 if q_rank else 1
+    product = model.latent.nope + value  # of a head's values, which are a view of it, and of parts of its keys
+    before = (q_rank + kv_rank + rope) * w + norms * max(4, w)
+    after = read_by_heads(model) if t > 1 else q_rank + kv_rank  # put together to be sent
+    made = heads * 2 * d + model.value_size / t  # queries, keys and results
+    scores = 0.0
+    if model.attention == "softmax":
+        made += heads * value  # values, copied out of that product
+        if kind == "none":
+            softmax, dropout = w, 1 + w if model.dropout else 0
+            scores = heads * model.sequence * (softmax + dropout)
+    elif kind == "none":
+        ring = layout.cp > layout.ulysses == 1
+        made += heads * ((product if ring else max(d, value)) + max(d, value))  # values and results, as wide as keys
+        scores = heads * max(w, 4)
+    else:
+        made += heads * product
+    return before / layout.sp_ranks + (after + made) * w + scores
 
 
 def mlp_saved(model: ModelConfig, layout: Layout, moe: bool, w: int) -> float:
@@ -57,7 +92,7 @@ def mlp_saved(model: ModelConfig, layout: Layout, moe: bool, w: int) -> float:
     # An expert's ranks have the rows of all of them; their results go back to each of them, to be weighted.
     of_copy = etp * (h + tensors * model.expert_size / etp) + h
     router = 2 * model.experts
-    return ((model.top_k * of_copy + router) / q + tensors * model.shared_feed_forward / t) * w
+    return ((model.top_k * of_copy + router) / q + tensors * model.shared_feed_forward / q) * w
 
 
 def layer_saved(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2, kind: str | None = None) -> float:
@@ -73,7 +108,7 @@ def layer_saved(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2
         return tokens * h * w / q  # its input
     norms = 2 * (2 * h * w + norm_saved(model, w)) / q  # input, output
     masks = 2 * h / q if model.dropout else 0.0  # a byte an element
-    return tokens * (norms + masks + attention_saved(model, layout.tp, w, kind) + mlp_saved(model, layout, moe, w))
+    return tokens * (norms + masks + attention_saved(model, layout, w, kind) + mlp_saved(model, layout, moe, w))
 
 
 def stage_saved(model: ModelConfig, layout: Layout, stage: int, itemsize: int = 2) -> float:
@@ -115,10 +150,12 @@ def layer_kept_for_wgrad(model: ModelConfig, layout: Layout, moe: bool, itemsize
     for matrix in layer_matrices(model, moe):
         if matrix.sharding == "row":  # the full gradient of its output has been gathered for dgrad
             kept += matrix.inputs / t + matrix.outputs
-        elif matrix.sharding == "column":  # its input is gathered again
-            kept += matrix.inputs / q + matrix.shape(t)[1]
+        elif matrix.sharding == "column":  # its input is gathered again, but what is compressed
+            kept += matrix.inputs / (1 if matrix.name in ("q up", "kv up") else q) + matrix.shape(t)[1]
         else:
             kept += (matrix.inputs + matrix.outputs) / q
+    if model.latent and t > 1:
+        kept += model.latent.rope  # the key of all heads has been sent with what is compressed
     if moe:
         kept += model.top_k * etp / q * sum(sum(matrix.shape(etp)) for matrix in expert_matrices(model))
     return layout.tokens(model.sequence) * kept * itemsize

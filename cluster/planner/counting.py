@@ -49,6 +49,13 @@ def attention_matrices(model: ModelConfig) -> list[Matrix]:
     ]
 
 
+def read_by_heads(model: ModelConfig) -> int:
+    """Numbers a token of what all heads read: the layer's input; or what it is compressed to, and the key of all."""
+    if model.latent is None:
+        return model.hidden
+    return (model.latent.q_rank or model.hidden) + model.latent.kv_rank + model.latent.rope
+
+
 def mlp_matrices(model: ModelConfig, f: int) -> list[Matrix]:
     """Of an MLP with f features; none where f is 0."""
     if not f:
@@ -59,7 +66,10 @@ def mlp_matrices(model: ModelConfig, f: int) -> list[Matrix]:
 
 def layer_matrices(model: ModelConfig, moe: bool) -> list[Matrix]:
     """Of one layer, but for its routed experts and their router; `moe`: a layer that has them."""
-    return attention_matrices(model) + mlp_matrices(model, model.shared_feed_forward if moe else model.feed_forward)
+    if not moe:
+        return attention_matrices(model) + mlp_matrices(model, model.feed_forward)
+    shared = mlp_matrices(model, model.shared_feed_forward)  # every rank of tp has it, for tokens of its own
+    return attention_matrices(model) + [matrix._replace(sharding="replicate") for matrix in shared]
 
 
 def expert_matrices(model: ModelConfig) -> list[Matrix]:
@@ -77,7 +87,7 @@ def norm(model: ModelConfig, size: int) -> int:
 
 def norm_parameters(model: ModelConfig) -> int:
     """Of one layer's norms."""
-    compressed = model.latent.q_rank + model.latent.kv_rank if model.latent else 0
+    compressed = (model.latent.q_rank or 0) + model.latent.kv_rank if model.latent else 0
     of_heads = 2 * model.head_dim if model.qk_norm else 0
     return norm(model, 2 * model.hidden + compressed) + of_heads
 

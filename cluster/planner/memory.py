@@ -10,6 +10,7 @@ from functools import cache
 from cluster.planner.activations import saved_at_peak, transient
 from cluster.planner.counting import (
     expert_parameters,
+    layer_matrices,
     layer_parameters,
     norm,
     norm_parameters,
@@ -69,8 +70,9 @@ def replicated_parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> 
     row_biases = 2 * model.hidden if model.biases else 0
     found = 0
     for stage in layout.stages_of(rank):
-        dense, moe = layers_of(model, layout, stage)
-        found += (dense + moe) * (norm_parameters(model) + row_biases) + moe * router_parameters(model, True)
+        for layers, moe in zip(layers_of(model, layout, stage), (False, True), strict=True):
+            matrices = sum(m.parameters() for m in layer_matrices(model, moe) if m.sharding == "replicate")
+            found += layers * (norm_parameters(model) + row_biases + matrices + router_parameters(model, moe))
     first, last = ends_of(layout, rank)
     found += position_parameters(model) if first else 0
     return found + (norm(model, model.hidden) if last else 0)

@@ -5,8 +5,9 @@ global norm and the padding of ZeRO's buckets. Over ep the mean of all ranks, if
 """
 
 from collections import Counter
+from math import lcm
 
-from cluster.planner.counting import vocabulary_shard
+from cluster.planner.counting import read_by_heads, vocabulary_shard
 from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.memory import parameters, replicated_parameters
 from cluster.planner.stages import ends_of, layers_by_rank, layers_of
@@ -39,7 +40,8 @@ def sent(model: ModelConfig, layout: Layout, rank: int = 0) -> dict[str, float]:
     m = microbatches_a_rank(layout)
     for stage in layout.stages_of(rank):
         dense, moe = layers_of(model, layout, stage)
-        found["tp"] += m * ((dense + moe) * layer_tp(model, layout) + ends_tp(model, layout, stage))
+        layers = dense * layer_tp(model, layout, False) + moe * layer_tp(model, layout, True)
+        found["tp"] += m * (layers + ends_tp(model, layout, stage))
         found["cp"] += m * (dense + moe) * layer_cp(model, layout)
         found["ep"] += m * moe * layer_ep(model, layout)
         found["etp"] += m * moe * layer_etp(model, layout)
@@ -75,20 +77,22 @@ def wide(model: ModelConfig, layout: Layout, rank: int) -> dict[str, float]:
 # ---- tp --------------------------------------------------------------------------------------------------------------
 
 
-def layer_tp(model: ModelConfig, layout: Layout) -> float:
+def layer_tp(model: ModelConfig, layout: Layout, moe: bool) -> float:
     """Of one layer and microbatch, forward and backward (lectures 05 and 06), and what is computed again.
 
-    In gathers or reduce-scatters of a microbatch's activations.
+    An all-reduce is a reduce-scatter and a gather; under sp each of them is by itself.
     """
-    if not layout.sp:  # two all-reduces forward and two backward, of two each
-        collectives = 8 + (4 if layout.recompute == "full" else 0)
-    else:  # as much, and the inputs of both column-parallel layers are gathered again for wgrad
-        collectives = 8 + 2
-        if layout.recompute == "full":
-            # Gathered again is what was not saved. Nothing after the last reduce-scatter is saved but a dropout's mask,
-            # so without one the forward that is computed again ends before it.
-            collectives += 4 if model.dropout else 3
-    return collectives * layout.tokens(model.sequence) * model.hidden * ring_share(layout.tp)
+    h, read, again = model.hidden, read_by_heads(model), layout.recompute == "full"
+    mlp = 0 if moe else h  # experts are not sharded over tp
+    a_token = 2 * read + 2 * h + 4 * mlp
+    if not layout.sp:
+        a_token += 2 * (h + mlp) * again
+    else:
+        a_token += mlp + (0 if model.latent else h)  # inputs are gathered again for wgrad, but what is compressed
+        # Computed again is what was not saved. Nothing after the MLP's reduce-scatter is saved but a dropout's mask, so
+        # without one the forward that is computed again ends before it.
+        a_token += (read + h + (2 if model.dropout else 1) * mlp) * again
+    return layout.tokens(model.sequence) * a_token * ring_share(layout.tp)
 
 
 def ends_tp(model: ModelConfig, layout: Layout, stage: int) -> float:
@@ -134,9 +138,9 @@ def layer_cp(model: ModelConfig, layout: Layout) -> float:
 
     Ulysses: an all-to-all of q, k, v and of the result, and the same backward.
     """
-    shard = layout.tokens(model.sequence) / layout.tp * ring_share(layout.ulysses)
-    ring, inputs = around_ring(model, layout), shard * (model.query_size + model.key_value_size)
-    result = shard * model.value_size
+    shard = layout.tokens(model.sequence) * ring_share(layout.ulysses)
+    ring, inputs = around_ring(model, layout), shard * (model.query_size / layout.tp + keys_and_values(model, layout))
+    result = shard * model.value_size / layout.tp
     recomputed = {"none": 0.0, "selective": ring + inputs, "full": ring + inputs + result}[layout.recompute]
     return 3 * ring + 2 * (inputs + result) + recomputed
 
@@ -144,7 +148,13 @@ def layer_cp(model: ModelConfig, layout: Layout) -> float:
 def around_ring(model: ModelConfig, layout: Layout) -> float:
     """Keys and values that a rank passes on around its ring; or, in backward, their gradients."""
     hops = layout.cp // layout.ulysses - 1
-    return layout.tokens(model.sequence) * model.key_value_size / layout.tp * hops
+    return layout.tokens(model.sequence) * keys_and_values(model, layout) * hops
+
+
+def keys_and_values(model: ModelConfig, layout: Layout) -> float:
+    """Numbers a token that a rank of tp sends over cp; of heads Ulysses has copies where its ranks are more."""
+    heads = model.heads if model.latent else model.query_groups * model.kv_copies(layout.tp)
+    return lcm(heads // layout.tp, layout.ulysses) * (model.head_dim + model.value_dim)
 
 
 # ---- Experts ---------------------------------------------------------------------------------------------------------

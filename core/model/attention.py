@@ -107,6 +107,9 @@ def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None
 ) -> Tensor:
     """`Attention.core` by torch's own; with documents by a mask (B, 1, S, S), which it keeps for backward."""
+    if v.shape[-1] < q.shape[-1]:  # torch's kernels that do without the matrix of scores want one size
+        padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+        return dense_attention(q, k, padded, scale, starts)[..., : v.shape[-1]]
     grouped = q.shape[1] != k.shape[1]
     if starts is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped, scale=scale)

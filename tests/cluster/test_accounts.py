@@ -19,6 +19,7 @@ from cluster.planner.traffic import messages, sent
 from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.worker import Worker
 from core.ledger import Ledger
+from core.model.config import Latent
 from core.model.gpt import GPT, GPTConfig
 from core.model.precision import POLICIES, Precision
 from core.model.text import Text
@@ -71,6 +72,23 @@ CASES = {  # on 4 ranks, or on 8 where three axes have more than one
     "chunked loss, sp": ({}, Layout(tp=4, sp=True, microbatch=2, loss_chunk=5)),
     "chunked loss, sp dualpipe": ({}, Layout(tp=2, sp=True, pp=2, schedule="dualpipe", microbatches=4, loss_chunk=5)),
     "chunked loss, sp zb-h1": ({}, Layout(tp=2, sp=True, pp=2, schedule="zb-h1", microbatches=4, loss_chunk=5)),
+}
+SMALL_LLAMA = {"kv_heads": 2, "gated": True, "biases": False, "learned_positions": False, "tied": False, "norm": "rms",
+               "feed_forward": 40}  # fmt: skip
+QWEN3 = SMALL_LLAMA | {"qk_norm": True, "head_size": 6}
+LATENT = SMALL_LLAMA | {"kv_heads": None, "latent": Latent(14, 10, 4, 6, 8)}
+CASES |= {
+    "llama": (SMALL_LLAMA, Layout(tp=4, zero=1, microbatch=2)),
+    "llama sp pp": (SMALL_LLAMA, Layout(tp=2, sp=True, pp=2, microbatches=4)),
+    "llama sp, selective": (QWEN3, Layout(tp=2, sp=True, dp=2, zero=2, microbatches=2, recompute="selective")),
+    "llama, full": (SMALL_LLAMA | {"kv_heads": 1}, Layout(tp=4, sp=True, recompute="full")),
+    "llama ring tp": (QWEN3 | {"kv_heads": 1}, Layout(tp=2, cp=2, microbatch=2)),
+    "llama ulysses, full": (SMALL_LLAMA, Layout(cp=4, ulysses=4, recompute="full")),
+    "llama hybrid": (SMALL_LLAMA | {"kv_heads": 1}, Layout(cp=4, ulysses=2, microbatch=2)),
+    "latent": (LATENT, Layout(tp=2, dp=2, microbatch=2)),
+    "latent sp pp, full": (LATENT, Layout(tp=2, sp=True, pp=2, microbatches=4, recompute="full")),
+    "latent sp, plain queries": (LATENT | {"latent": Latent(None, 10, 4, 6, 8)}, Layout(tp=2, sp=True, dp=2)),
+    "latent ring, selective": (LATENT, Layout(cp=4, recompute="selective")),
 }
 SPLIT = (
     "dualpipe",
@@ -235,8 +253,12 @@ MUTATIONS = {
     "gradients are reduced once": (traffic, "times_reduced", lambda *_: 2, {"dp"}),
     "gradients are reduced in 16 bits": (traffic, "gradients_reduced", lambda *_: 0, {"dp"}),
     "replicated parameters' gradients are not summed": (traffic, "replicated_parameters", lambda *_: 0, {"tp"}),
-    "nothing is computed again": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, recompute="none")), {"tp"}),
-    "sequence parallelism sends as much": (traffic, "layer_tp", lambda o, m, x: o(m, replace(x, sp=False)), {"tp"}),
+    "nothing is computed again": (
+        traffic, "layer_tp", lambda o, m, x, moe: o(m, replace(x, recompute="none"), moe), {"tp"},
+    ),
+    "sequence parallelism sends as much": (
+        traffic, "layer_tp", lambda o, m, x, moe: o(m, replace(x, sp=False), moe), {"tp"},
+    ),
     "the ends send nothing": (traffic, "ends_tp", lambda *_: 0, {"tp"}),
     "all microbatches are in flight": (activations, "in_flight", as_gpipe, {"activations"}),
     "no master weights": (memory, "state_sizes", lambda o, size: (size, size, 2 * size), {"optimizer", "gradients"}),
