@@ -41,6 +41,7 @@ def measurement(
         microbatch=microbatch,
         microbatches=batch // (dp * microbatch),
         recompute="full",
+        loss_chunk=2**40,  # Megatron-LM makes all logits at once
     )
     # The kernels of that time keep the scores of attention, and every dropout its mask.
     return Measurement(replace(PRESETS[name], attention="softmax", dropout=0.1), layout, tflops)

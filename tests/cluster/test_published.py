@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from cluster.planner.layout import Layout
 from cluster.run import export, hf
-from cluster.run.arguments import HELD_OUT, add_all_flags, check, configured, folder_of, full_model
+from cluster.run.arguments import add_all_flags, check, configured, folder_of, full_model
 from cluster.run.build import TrainSpec, make_mesh
+from cluster.run.data import HELD_OUT
 from cluster.run.hf import Folder, pieces
 from cluster.run.worker import Worker
 from core.ledger import Ledger

@@ -86,7 +86,10 @@ REFUSED = {
     "machine": (("--auto", "--machine", "nowhere.json"), "--machine"),
     "auto": (("--auto", "--zero", "3", "--experts", "4"), "--experts 4 --zero 3: stage 3 gathers"),
     "loss chunk": (("--loss-chunk", "-1"), "--loss-chunk -1: must not be negative"),
-    "vocabulary": (("--vocabulary", "200"), "--vocabulary 200: the text's bytes has 256; use --vocabulary 256"),
+    "vocabulary": (
+        ("--vocabulary", "200"),
+        "--vocabulary 200: text in bytes has 256 different tokens; use --vocabulary 256",
+    ),
     "eos": (("--eos", "256"), "--eos 256: is none of 256 tokens; use --eos 255"),
     "pack": (("--pack",), "--pack: needs the token that ends a document; use --eos ID"),
     "tokens": (("--tokens", "none.npy", "--vocabulary", "9"), "--tokens 'none.npy': No such file"),
@@ -162,7 +165,7 @@ def test_a_tokenizer_decides_the_vocabulary_and_writes(pool: Pool, tmp_path: Pat
     assert re.search(r"it writes: 'The (\S+ ){19}\S+'", outcome.out)
     assert set(re.search("it writes: '(.*)'", outcome.out).group(1).split()) <= words.keys()
     refused = pool.script(2, "cluster/train.py", *flags, "--vocabulary", "5", started=1)
-    assert "tokenizer.json has 6; use --vocabulary 6" in refused.err
+    assert "tokenizer.json has 6 different tokens; use --vocabulary 6" in refused.err
 
 
 def before_and_after(said: str) -> tuple[float, ...]:
