@@ -157,13 +157,6 @@ PIPELINE = (
         advice=True,
     ),
     *(replace(rule, flags="--schedule {schedule} --pp {pp} --microbatches {microbatches}") for rule in DUALPIPE),
-    Rule(
-        "zero: pp",
-        "--zero {zero} --pp {pp}",
-        lambda x: x.zero <= 1 or x.pp == 1,
-        "a pipeline adds up the gradients of its microbatches, which stages 2 and 3 reduce one by one",
-        source="lecture 01",
-    ),
 )
 
 EXPERTS = (
@@ -178,13 +171,6 @@ EXPERTS = (
         lambda x: not x.experts or x.tp == 1 or x.sp,
         "without --sp every rank of tp would dispatch the same tokens",
         source="Megatron-LM, validate_args",
-    ),
-    Rule(
-        "experts: zero",
-        "--experts {experts} --zero {zero}",
-        lambda x: not x.experts or x.zero < 3,
-        "stage 3 gathers blocks over one axis, and experts have another than the rest",
-        source="lecture 01",
     ),
     Rule(
         "experts: dualpipe",
