@@ -79,8 +79,12 @@ def one_step(
     saved = SavedActivations(worker.model.parameters())
     tokens = torch.zeros(layout.batch, model.sequence, dtype=torch.int64)
     worker.zero_grad()
+    most = most_gradients(worker) if layout.reduce == "step" else {"gradients": 0}
     worker.forward_backward(0, tokens, tokens, saved)
     count = worker.dense_engine.memory_bytes()
+    count["gradients"] = max(count["gradients"], most["gradients"])
+    if layout.zero == 3:
+        count["gathered"] = worker.dense_engine.sharding.weights.most
     worker.step()
     count["optimizer"] = worker.dense_engine.memory_bytes()["optimizer"]  # Adam makes its moments in the first step
     worker.close()
@@ -90,6 +94,23 @@ def one_step(
         {axis: traffic.elements for axis, traffic in sent.items()},
         {axis: traffic.bytes for axis, traffic in sent.items()},
     )
+
+
+def most_gradients(worker: Worker) -> dict[str, int]:
+    """The most bytes of gradients at the begin of a forward of the model, or of an action of the pipeline, from now on.
+
+    Full ones are there from one micro-batch to the next only where they are added up.
+    """
+    most = {"gradients": 0}
+
+    def look(*_: object) -> None:
+        most["gradients"] = max(most["gradients"], worker.dense_engine.memory_bytes()["gradients"])
+
+    worker.model.register_forward_pre_hook(look)
+    if worker.pipeline:
+        look_on = SimpleNamespace(begins=look, ends=lambda *_: None, done=lambda: None)
+        worker.pipeline.observers = [look_on, *worker.pipeline.observers]
+    return most
 
 
 @contextmanager
@@ -216,8 +237,9 @@ def bucket_padding(model: ModelConfig, layout: Layout, pp_rank: int, itemsize: i
         return {}
     by_layer = model.layers + 2
     buckets = by_layer if layout.zero == 3 else sum(parameters(model, layout, pp_rank)) // BUCKET_ELEMENTS + 1
-    kinds = zip(("weights", "gradients", "optimizer"), state_sizes(itemsize), strict=True)
-    return {kind: (layout.data - 1) * buckets * size for kind, size in kinds}
+    kinds = dict(zip(("weights", "gradients", "optimizer"), state_sizes(itemsize), strict=True))
+    kinds["gathered"] = kinds["weights"]
+    return {kind: (layout.data - 1) * buckets * size for kind, size in kinds.items()}
 
 
 if __name__ == "__main__":

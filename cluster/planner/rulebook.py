@@ -159,6 +159,25 @@ PIPELINE = (
     *(replace(rule, flags="--schedule {schedule} --pp {pp} --microbatches {microbatches}") for rule in DUALPIPE),
 )
 
+ZERO = (
+    Rule(
+        "zero: reduce",
+        "--zero {zero} --reduce {reduce}",
+        lambda x: x.zero >= 2 or x.reduce == "microbatch",
+        "below stage 2 gradients are added up over the step anyway",
+        lambda x: "--zero 2, or no --reduce",
+        source="lecture 01",
+    ),
+    Rule(
+        "zero: reshard",
+        "--zero {zero} --reshard {reshard}",
+        lambda x: x.zero == 3 or x.reshard == "forward",
+        "below stage 3 every rank has all weights",
+        lambda x: "--zero 3, or no --reshard",
+        source="lecture 01",
+    ),
+)
+
 EXPERTS = (
     EXPERT_RANKS,
     ETP_FEATURES,
@@ -181,7 +200,17 @@ EXPERTS = (
     ),
 )
 
-MEANINGFUL = (RANKS, *BATCHES, HEADS, DROPOUT, *TENSOR, *CONTEXT, *PIPELINE, *EXPERTS)  # where sizes are positive
+MEANINGFUL = (
+    RANKS,
+    *BATCHES,
+    HEADS,
+    DROPOUT,
+    *TENSOR,
+    *CONTEXT,
+    *PIPELINE,
+    *ZERO,
+    *EXPERTS,
+)  # where sizes are positive
 RULES = (*POSITIVE, *MEANINGFUL)
 REFUSING = tuple(rule for rule in MEANINGFUL if not rule.advice)
 

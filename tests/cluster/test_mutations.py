@@ -88,7 +88,7 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
         "dense", lambda: instead(Worker, "split", samples_of_the_first), LOSS,
     ),
     "the planner reduces gradients twice": (
-        "dense", lambda: instead(traffic, "times_reduced", lambda right, x: 2 * right(x)), SENT,
+        "dense", lambda: instead(traffic, "gradients_reduced", lambda right, *x: 2 * right(*x)), SENT,
     ),
     "tied copies are summed twice": ("pipeline", lambda: instead(Copies, "sum_gradients", twice), GRADIENT),
     "tied copies are not summed": ("pipeline", lambda: instead(Copies, "sum_gradients", nothing), GRADIENT),

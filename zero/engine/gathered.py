@@ -45,6 +45,11 @@ class Unit:
         for bucket, flat in zip(self.buckets, self.full, strict=True):
             flat.untyped_storage().resize_(bucket.padded * bucket.dtype.itemsize)
 
+    @property
+    def full_bytes(self) -> int:
+        """Of its weights, where they are gathered."""
+        return sum(bucket.padded * bucket.dtype.itemsize for bucket in self.buckets)
+
     def wait(self) -> None:
         for pending in self.in_flight:
             pending.wait()
@@ -131,6 +136,7 @@ class GatheredWeights:
         self._soon: list[Unit] = []  # what the next action of the pipeline needs first
         self._soon_forward = False
         self._held: set[Unit] = set()  # gathered, or on its way
+        self.most = 0  # bytes of those, when they were most
         self._keeping = False
         self._reducing = False  # whether a backward completes gradients
         self._next = 0  # forward: the first layer whose gathering has not begun; backward: the last that is reached
@@ -159,6 +165,7 @@ class GatheredWeights:
             if unit not in self._held:
                 unit.gather(forward)
                 self._held.add(unit)
+        self.most = max(self.most, sum(unit.full_bytes for unit in self._held))
 
     def _free(self, units: Iterable[Unit]) -> None:
         for unit in units:
