@@ -82,7 +82,7 @@ CASES = {  # on 4 ranks, or on 8 where three axes have more than one
         Layout(tp=2, pp=2, dp=2, v=2, schedule="interleaved", zero=3, microbatches=4, sp=True),
     ),
     "zb-h1 zero-3, kept": ({}, Layout(pp=2, dp=2, zero=3, microbatches=4, schedule="zb-h1", reshard="step")),
-    "zb-h1 zero-2, added up": ({}, Layout(pp=2, dp=2, zero=2, microbatches=4, schedule="zb-h1", reduce="step")),
+    "zb-h1 zero-2, added up": (EIGHT, Layout(pp=2, dp=2, zero=2, microbatches=4, schedule="zb-h1", reduce="step")),
     "zb-v zero-3": (EIGHT, Layout(pp=2, dp=2, v=2, zero=3, microbatches=6, schedule="zb-v", reduce="step")),
     "dualpipe zero-3": ({}, Layout(pp=2, dp=2, zero=3, microbatches=4, schedule="dualpipe")),
     "dualpipev zero-3": ({}, Layout(pp=2, dp=2, v=2, zero=3, microbatches=4, schedule="dualpipev")),
@@ -220,6 +220,9 @@ def test_what_a_rank_holds_and_sends(measured: Measured) -> None:
 
 
 PRETENDED = (
+    "1f1b zero-3",
+    "interleaved zero-3 tp",
+    "zb-v zero-3",
     "3D interleaved sp",
     "sp dp zero-3, full",
     "untied sp, full",
@@ -250,7 +253,7 @@ def as_gpipe(original: Callable, schedule: str, *sizes: int) -> list:
     return original("gpipe" if schedule == "1f1b" else schedule, *sizes)
 
 
-EVERYTHING = {"weights", "gradients", "optimizer", "activations", "tp", "dp", "pp"}
+EVERYTHING = {"weights", "gradients", "optimizer", "activations", "gathered", "tp", "dp", "pp"}
 MUTATIONS = {
     "the tied embedding is not exchanged": (traffic, "exchanged", lambda *_: 0, {"pp"}),
     "messages as in 1F1B": (traffic, "messages", as_1f1b, {"pp"}),

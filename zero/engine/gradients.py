@@ -133,8 +133,9 @@ class ShardedGradients(Gradients):
         self._in_flight.append((i, self.reduce(flat, self.axis)))
 
     def make_room(self) -> None:
-        """Before many buckets are launched at once: what is in flight arrives."""
-        self._arrived(but=0)
+        """Before many buckets are launched at once: what is in flight arrives, lest full gradients pile up."""
+        if self.every:
+            self._arrived(but=0)
 
     def wait(self) -> None:
         """Until all that was launched is in `own`."""
