@@ -3,7 +3,7 @@
     python cluster/dry_run.py
     python cluster/dry_run.py --tp 8 --sp --pp 16 --zero 1 --schedule interleaved --chunks 6 --batch 1536
 
-read: dry_run.py:62-132; then run/worker.py
+read: dry_run.py:62-135; then run/worker.py
 
 A rank knows of the others only what it sends them and what they send back. So one process can be rank k of any job: the
 same code trains (`run/worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers
@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster import rules
-from cluster.evidence.dry_run import BUILT, RULES
+from cluster.evidence.dry_run import BUILT, RULES, most_gradients
 from cluster.plan import lacking
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout, given, layout_from
@@ -94,23 +94,6 @@ def one_step(
         {axis: traffic.elements for axis, traffic in sent.items()},
         {axis: traffic.bytes for axis, traffic in sent.items()},
     )
-
-
-def most_gradients(worker: Worker) -> dict[str, int]:
-    """The most bytes of gradients at the begin of a forward of the model, or of an action of the pipeline, from now on.
-
-    Full ones are there from one micro-batch to the next only where they are added up.
-    """
-    most = {"gradients": 0}
-
-    def look(*_: object) -> None:
-        most["gradients"] = max(most["gradients"], worker.dense_engine.memory_bytes()["gradients"])
-
-    worker.model.register_forward_pre_hook(look)
-    if worker.pipeline:
-        look_on = SimpleNamespace(begins=look, ends=lambda *_: None, done=lambda: None)
-        worker.pipeline.observers = [look_on, *worker.pipeline.observers]
-    return most
 
 
 @contextmanager

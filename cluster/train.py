@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 cluster/train.py --tp 2 --pp 2 --dp 2
 
-read: train.py:44-102; run/build.py:77-149; then run/worker.py
+read: train.py:45-104; run/build.py:79-164; then run/worker.py
 
 Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, because the topics have the rest:
 
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from cluster import dry_run
+from cluster.evidence.order import Order
 from cluster.run import evidence
 from cluster.run.arguments import HELD_OUT, add_all_flags, check, layout_of, learning_rate, model_of, moe_of
 from cluster.run.build import TrainSpec, make_mesh
@@ -60,6 +61,7 @@ def lesson(run: Run) -> None:
     adamw = partial(torch.optim.AdamW, lr=args.lr)
     spec = TrainSpec(config, moe, layout, args.seed, run.precision, job.device, adamw, args.bucket)
     worker = Worker(spec, mesh)
+    order = Order(worker) if worker.pipeline else None
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()
     oracle = evidence.one_process(run, spec)
@@ -105,6 +107,8 @@ def lesson(run: Run) -> None:
     steps = max(0, args.steps - first)
     evidence.say_utilization(run, model, steps)
     evidence.claim_run(run, layout, model, worker, sent, steps)
+    if order:
+        order.claim(run, steps)
     if oracle and steps:
         compared.claim(run)
     evidence.claim_losses(run, first, before, after)

@@ -130,6 +130,10 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
     "the wrong stage is gathered ahead": (
         "zero 3", lambda: instead(GatheredWeights, "_enter", of_the_other_stage), SENT,
     ),
+    "nothing is gathered ahead": (
+        "zero 3", lambda: instead(GatheredWeights, "_enter", lambda right, self, part, then: right(self, part, None)),
+        "actions whose weights are there",
+    ),
     "nothing is kept for the next action": (
         "zero 3", lambda: instead(GatheredWeights, "_leave", lambda _, self, units: self._free(units)), SENT,
     ),

@@ -36,7 +36,7 @@ class Look:
             held = sum(unit.full[0].untyped_storage().nbytes() for unit in weights.units)
             first = weights.walks[action.stage].first(action.kind == "F") if action.kind != "W" else []
             ahead = all(unit.full[0].untyped_storage().nbytes() > 0 for unit in first)
-        self.seen.append(Seen(action, ahead, len(self.engine.sharding.gradients._in_flight), held))
+        self.seen.append(Seen(action, ahead, len(self.engine.sharding.gradients.in_flight), held))
 
     def ends(self, action: Action) -> None: ...
 

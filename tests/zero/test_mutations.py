@@ -82,7 +82,7 @@ def the_bucket_leaves_too_early() -> AbstractContextManager:
             self._launch_next()
             gradients = self.launch.__self__
             if isinstance(gradients, FullGradients):  # lest the bucket is read late enough by chance
-                for _, pending in gradients._in_flight:
+                for _, pending in gradients.in_flight:
                     pending.work.wait()
 
     return patch.object(InOrder, "_complete", wrong)

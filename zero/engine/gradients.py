@@ -43,7 +43,7 @@ class FullGradients(Gradients):
         self.own = self._full  # after the last micro-batch: summed over the ranks
         if scatter:
             self.own = [flat[bucket.shard(axis.index)] for bucket, flat in zip(buckets, self._full, strict=True)]
-        self._in_flight: list[tuple[int, comm.Pending]] = []
+        self.in_flight: list[tuple[int, comm.Pending]] = []
 
     def zero(self) -> None:
         for flat in self._full:
@@ -53,16 +53,16 @@ class FullGradients(Gradients):
         """Start to sum bucket i, if its gradients are complete, over the ranks."""
         if self.due(i):
             start = comm.reduce_scatter_async if self.scatter else comm.all_reduce_async
-            self._in_flight.append((i, start(self._full[i], self.axis)))
+            self.in_flight.append((i, start(self._full[i], self.axis)))
 
     def make_room(self) -> None:
         """They have memory of their own."""
 
     def wait(self) -> None:
         """Until all that was launched is in `own`."""
-        for i, pending in self._in_flight:
+        for i, pending in self.in_flight:
             self.own[i].copy_(pending.wait())
-        self._in_flight.clear()
+        self.in_flight.clear()
 
 
 class Shards(Protocol):
@@ -113,7 +113,7 @@ class ShardedGradients(Gradients):
         super().__init__(users, every)
         self.buckets, self.axis, self.shards, self.reduce = buckets, axis, shards, reduce
         self.own = shards.own
-        self._in_flight: list[tuple[int, comm.Pending]] = []
+        self.in_flight: list[tuple[int, comm.Pending]] = []
 
     def zero(self) -> None:
         for shard in self.own:
@@ -130,7 +130,7 @@ class ShardedGradients(Gradients):
         self._arrived(but=at_once - 1)
         self.used |= {m.parameter for m in self.buckets[i].members if m.parameter.grad is not None}
         flat = self.buckets[i].take_gradients()
-        self._in_flight.append((i, self.reduce(flat, self.axis)))
+        self.in_flight.append((i, self.reduce(flat, self.axis)))
 
     def make_room(self) -> None:
         """Before many buckets are launched at once: what is in flight arrives, lest full gradients pile up."""
@@ -144,6 +144,6 @@ class ShardedGradients(Gradients):
 
     def _arrived(self, but: int) -> None:
         """Add to this rank's shards what has been reduced, `but` for the last so many buckets."""
-        while len(self._in_flight) > but:
-            i, pending = self._in_flight.pop(0)
+        while len(self.in_flight) > but:
+            i, pending = self.in_flight.pop(0)
             self.shards.add(i, pending.wait())
