@@ -110,6 +110,7 @@ WITH_EXPERTS = (
     (Layout(dp=4, ep=2, microbatch=4), 2),
     (Layout(dp=4, ep=2, etp=2, microbatch=4), 2),
     (Layout(dp=4, ep=4, microbatch=4, recompute="full"), 3),
+    (Layout(dp=4, ep=2, microbatch=4, zero=3), 2),
 )
 
 
