@@ -3,7 +3,7 @@
     python cluster/dry_run.py
     python cluster/dry_run.py --tp 8 --sp --pp 16 --zero 1 --schedule interleaved --chunks 6 --batch 1536
 
-read: dry_run.py:62-132; then run/worker.py
+read: dry_run.py:62-135; then run/worker.py
 
 A rank knows of the others only what it sends them and what they send back. So one process can be rank k of any job: the
 same code trains (`run/worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers
@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster import rules
-from cluster.evidence.dry_run import BUILT, RULES
+from cluster.evidence.dry_run import BUILT, RULES, most_gradients
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout, given, layout_from
 from cluster.planner.memory import parameters, rank_memory, state_sizes
@@ -77,8 +77,12 @@ def one_step(
     saved = SavedActivations(worker.model.parameters())
     tokens = torch.zeros(layout.batch, model.sequence, dtype=torch.int64)
     worker.zero_grad()
+    most = most_gradients(worker) if layout.reduce == "step" else {"gradients": 0}
     worker.forward_backward(0, tokens, tokens, saved)
     count = worker.dense_engine.memory_bytes()
+    count["gradients"] = max(count["gradients"], most["gradients"])
+    if layout.zero == 3:
+        count["gathered"] = worker.dense_engine.sharding.weights.most
     worker.step()
     count["optimizer"] = worker.dense_engine.memory_bytes()["optimizer"]  # Adam makes its moments in the first step
     worker.close()
@@ -213,8 +217,9 @@ def bucket_padding(model: ModelConfig, layout: Layout, pp_rank: int, itemsize: i
         return {}
     by_layer = model.layers + 2
     buckets = by_layer if layout.zero == 3 else sum(parameters(model, layout, pp_rank)) // BUCKET_ELEMENTS + 1
-    kinds = zip(("weights", "gradients", "optimizer"), state_sizes(itemsize), strict=True)
-    return {kind: (layout.data - 1) * buckets * size for kind, size in kinds}
+    kinds = dict(zip(("weights", "gradients", "optimizer"), state_sizes(itemsize), strict=True))
+    kinds["gathered"] = kinds["weights"]
+    return {kind: (layout.data - 1) * buckets * size for kind, size in kinds.items()}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from cluster import dry_run
+from cluster.evidence.order import Order
 from cluster.run import evidence
 from cluster.run.arguments import add_all_flags, check, configured, folder_of, full_model, layout_of, model_of, moe_of
 from cluster.run.build import TrainSpec, make_mesh
@@ -63,6 +64,7 @@ def lesson(run: Run) -> None:
         drawn=random, weight_decay=args.weight_decay, eos=args.eos if args.pack else None,
     )  # fmt: skip
     worker = Worker(spec, mesh)
+    order = Order(worker) if worker.pipeline else None
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()
     oracle = evidence.one_process(run, spec)
@@ -112,6 +114,8 @@ def lesson(run: Run) -> None:
     steps = max(0, args.steps - first)
     evidence.say_utilization(run, model, steps)
     evidence.claim_run(run, layout, model, worker, sent, steps)
+    if order:
+        order.claim(run, steps)
     if oracle and steps:
         compared.claim(run)
     evidence.claim_losses(run, first, before, after)

@@ -5,12 +5,12 @@ LayerNorm and the head. A rank has one stage or several. The head is the token e
 last stage each have a copy of it, and DualPipe has every stage on two ranks. Copies are equal at the start, and kept
 equal by adding their gradients before every optimizer step.
 
-read: stages.py:27-111; then core/model/gpt.py
+read: stages.py:27-120; then core/model/gpt.py
 """
 
 import copy
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 
@@ -91,16 +91,20 @@ class Copies:
                 self.shared[ranks].append((full_name, p))
         for copies in self.shared.values():  # in one order on all ranks: a head's position is not an embedding's
             copies.sort(key=lambda each: each[0])
+        self._ranks = {p: ranks for ranks, copies in self.shared.items() for _, p in copies}
         others = (copies for ranks, copies in self.shared.items() if ranks[0] != axis.index)
         self._counted_elsewhere = {p for copies in others for _, p in copies}
 
     def sum_gradients(self) -> None:
-        """Add the gradients of the copies; for two ranks an all-reduce is one exchange.
+        """Add the gradients of the copies."""
+        self.add_up({ranks: [p.grad for _, p in found if p.requires_grad] for ranks, found in self.shared.items()})
+
+    def add_up(self, gradients_by_ranks: Mapping[tuple[int, ...], list[Tensor]]) -> None:
+        """Add gradients, or the same shards of them, over the ranks that have them; for two an exchange is enough.
 
         In the order of the ranks on each of them, so copies stay equal to the last bit.
         """
-        for ranks in sorted(self.shared):  # in one order on all ranks
-            gradients = [p.grad for _, p in self.shared[ranks] if p.requires_grad]
+        for ranks, gradients in sorted(gradients_by_ranks.items()):  # in one order on all ranks
             if not gradients:
                 continue
             flat = torch.cat([g.flatten() for g in gradients])
@@ -109,6 +113,10 @@ class Copies:
             total = sum(terms[rank] for rank in ranks)
             for gradient, summed in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
+
+    def ranks_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """All ranks that have it; none where only this one has."""
+        return self._ranks.get(parameter, ())
 
     def counted_here(self, parameter: nn.Parameter) -> bool:
         """Whether this rank adds the parameter's gradient to the global norm: of its ranks the first one does."""

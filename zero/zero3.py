@@ -10,7 +10,7 @@ The plain version keeps the input of each layer and computes the layer again in 
 saved in forward would keep alive the weights that it needs. The engine frees the storage under what autograd has saved
 (as FSDP does), so it computes nothing twice, and it prefetches the next layer while this one computes.
 
-read: zero3.py:34-113; flat.py:16-37; then engine/weights.py, engine/gradients.py, engine/engine.py
+read: zero3.py:34-113; flat.py:16-37; then engine/gathered.py, engine/gradients.py, engine/engine.py
 
 Ψ parameters, N ranks, m micro-batches a step, K bytes of optimizer state a parameter
 """

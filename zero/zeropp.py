@@ -10,7 +10,7 @@ ZeRO-3 sends 3Ψ elements between the nodes. Three changes make that less:
 
 hpZ is exact. The other two round; what that does to weights, gradients and losses is measured.
 
-read: zeropp.py:45-138; zero3.py:71-110; then flat.py, engine/weights.py
+read: zeropp.py:45-138; zero3.py:71-110; then flat.py, engine/gathered.py
 
 Ψ parameters, N ranks, l ranks in a node, n nodes
 """
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from core import comm
 from core.mesh import Axis
 from core.proof.lesson import Lesson, Run
-from zero.engine.engine import Engine, shard_parameters
-from zero.engine.weights import Named, Unit
+from zero.engine.engine import Engine
+from zero.engine.gathered import Unit
+from zero.engine.parts import Named
+from zero.engine.sharding import shard_parameters
 from zero.evidence.training import add_flags
 from zero.evidence.zeropp import (
     Nodes,

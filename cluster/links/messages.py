@@ -89,12 +89,15 @@ def data_parallel(layout: Layout, way: float, f: float, b: float) -> float:
         f, b: seconds of a micro-batch's forward and backward.
     """
     m = layout.microbatches
-    if layout.pp > 1:  # after the pipeline
+    if layout.pp > 1 and layout.zero < 2:  # of most ranks after the pipeline
         return 2 * way
     if layout.zero == 0:
         return max(0.0, 2 * way - b)
     if layout.zero == 1:
         return max(0.0, way - b) + way
+    reduces, again = layout.reduce == "microbatch", layout.reshard == "forward"  # in every microbatch
+    once = 0.0 if reduces else max(0.0, way - b)
     if layout.zero == 2:
-        return m * max(0.0, way - b) + way
-    return m * (max(0.0, way - f) + max(0.0, 2 * way - b))
+        return m * reduces * max(0.0, way - b) + once + way
+    once += 0.0 if again else way
+    return m * (max(0.0, again * way - f) + max(0.0, (again + reduces) * way - b)) + once

@@ -15,6 +15,7 @@ from sequence_parallel.engine.recompute import KINDS
 from sequence_parallel.engine.ring import PLACEMENTS
 
 FOLDED = ("zb-v", "dualpipev")  # rank r holds stages r and 2p-1-r
+REDUCE, RESHARD = ("microbatch", "step"), ("forward", "step")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Layout:
     microbatches: int = 1  # of a pipeline in a step
     recompute: str = "none"
     loss_chunk: int = 0  # tokens whose logits are made at a time; 0: of many logits a part
+    reduce: str = "microbatch"  # of ZeRO-2 and 3: when gradients are reduced and freed
+    reshard: str = "forward"  # of ZeRO-3: after what weights are freed
 
     @property
     def ranks(self) -> int:
@@ -133,6 +136,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         flag(flag_of(name), dest=name, type=int, help=what)
     flag("--sp", action=argparse.BooleanOptionalAction, help="sequence parallelism beside tp")
     flag("--zero", type=int, choices=range(4), help="stage of ZeRO; 0: data parallelism")
+    flag(
+        "--reduce", choices=REDUCE, help="ZeRO-2 and 3: gradients reduced and freed after each microbatch, or added up"
+    )
+    flag("--reshard", choices=RESHARD, help="ZeRO-3: weights freed after each forward and backward, or after the step")
     for name, choices in (("placement", PLACEMENTS), ("schedule", tuple(SCHEDULES)), ("recompute", KINDS)):
         flag(f"--{name}", choices=choices)
 

@@ -7,7 +7,7 @@ scale `cluster/dry_run.py`): parameters and their states element by element, but
 from dataclasses import dataclass
 from functools import cache
 
-from cluster.planner.activations import saved_at_peak, transient
+from cluster.planner.activations import filling, saved_at_peak, transient
 from cluster.planner.counting import (
     expert_parameters,
     layer_matrices,
@@ -18,25 +18,27 @@ from cluster.planner.counting import (
     router_parameters,
     vocabulary_shard,
 )
+from cluster.planner.exchanges import most_gathered
 from cluster.planner.layout import Layout
-from cluster.planner.stages import ends_of, layers_by_rank, layers_of
+from cluster.planner.stages import ends_of, layers_of
 from core.model.config import ModelConfig
 from zero.engine.buckets import BUCKET_ELEMENTS
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank: at the end of a backward, and the most of activations."""
+    """Bytes on one rank: at the end of a backward, and the most of what comes and goes."""
 
     weights: float
-    gradients: float
+    gradients: float  # where they are added up over the step and then scattered: full ones beside the shards
     optimizer: float
     activations: float  # saved for backward
-    working: float  # what a backward computes again or makes at a time, and gathers at a time; an estimate
+    gathered: float  # full weights of ZeRO-3, when they are most
+    working: float  # what a backward computes again or makes at a time; an estimate
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+        return self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.working
 
 
 @cache
@@ -96,13 +98,16 @@ def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int
     working = transient(model, layout, rank, itemsize)
     if layout.zero >= 2:
         working += 2 * min(BUCKET_ELEMENTS, full) * gradient  # buckets on their way
-    if layout.zero == 3:  # both ends and two layers
-        ends = vocabulary_shard(model, layout.tp) * model.hidden * (1 if model.tied else 2)
-        working += (ends + 2 * (full - ends) / layers_by_rank(model, layout)[rank]) * weight
+    here = 0  # elements of full weights that ZeRO-3 has gathered
+    if layout.zero == 3:
+        few = filling(layout.schedule, layout.pp, layout.microbatches)
+        here = sum(most_gathered(model, layout, rank, of_experts, few) for of_experts in (False, True))
+    added_up = full if layout.zero >= 2 and layout.reduce == "step" and layout.microbatches > 1 else 0
     return RankMemory(
         weights=weight * (shard if layout.zero == 3 else full),
-        gradients=gradient * (shard if layout.zero >= 2 else full),
+        gradients=gradient * (shard + added_up if layout.zero >= 2 else full),
         optimizer=optimizer * (shard if layout.zero >= 1 else full),
         activations=saved_at_peak(model, layout, rank, itemsize),
+        gathered=weight * here,
         working=working,
     )

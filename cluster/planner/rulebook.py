@@ -152,11 +152,23 @@ PIPELINE = (
         advice=True,
     ),
     *(replace(rule, flags="--schedule {schedule} --pp {pp} --microbatches {microbatches}") for rule in DUALPIPE),
+)
+
+ZERO = (
     Rule(
-        "zero: pp",
-        "--zero {zero} --pp {pp}",
-        lambda x: x.zero <= 1 or x.pp == 1,
-        "a pipeline adds up the gradients of its microbatches, which stages 2 and 3 reduce one by one",
+        "zero: reduce",
+        "--zero {zero} --reduce {reduce}",
+        lambda x: x.zero >= 2 or x.reduce == "microbatch",
+        "below stage 2 gradients are added up over the step anyway",
+        lambda x: "--zero 2, or no --reduce",
+        source="lecture 01",
+    ),
+    Rule(
+        "zero: reshard",
+        "--zero {zero} --reshard {reshard}",
+        lambda x: x.zero == 3 or x.reshard == "forward",
+        "below stage 3 every rank has all weights",
+        lambda x: "--zero 3, or no --reshard",
         source="lecture 01",
     ),
 )
@@ -175,13 +187,6 @@ EXPERTS = (
         source="Megatron-LM, validate_args",
     ),
     Rule(
-        "experts: zero",
-        "--experts {experts} --zero {zero}",
-        lambda x: not x.experts or x.zero < 3,
-        "stage 3 gathers blocks over one axis, and experts have another than the rest",
-        source="lecture 01",
-    ),
-    Rule(
         "experts: dualpipe",
         "--experts {experts} --schedule {schedule}",
         lambda x: not x.experts or x.schedule != "dualpipe",
@@ -190,7 +195,17 @@ EXPERTS = (
     ),
 )
 
-MEANINGFUL = (RANKS, *BATCHES, HEADS, DROPOUT, *TENSOR, *CONTEXT, *PIPELINE, *EXPERTS)  # where sizes are positive
+MEANINGFUL = (
+    RANKS,
+    *BATCHES,
+    HEADS,
+    DROPOUT,
+    *TENSOR,
+    *CONTEXT,
+    *PIPELINE,
+    *ZERO,
+    *EXPERTS,
+)  # where sizes are positive
 RULES = (*POSITIVE, *MEANINGFUL)
 REFUSING = tuple(rule for rule in MEANINGFUL if not rule.advice)
 

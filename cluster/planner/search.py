@@ -22,7 +22,7 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
 
     Args:
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
-            usual one of sp, ulysses, placement, schedule, zero and recompute.
+            usual one of sp, ulysses, placement, schedule, zero, reduce, reshard and recompute.
     """
     usual = Layout()
 
@@ -44,10 +44,12 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
         sizes = [(b, samples // b) for b in of("microbatch", divisors(samples)) if samples % b == 0]
         sizes = [(b, m) for b, m in sizes if m in of("microbatches", [m])]
         pipelines = [(s, v) for s in of("schedule") for v in _stages(s, pp, model, choices.get("v"))]
-        for fold, (schedule, v), zero, (b, m), recompute in product(
-            folds, pipelines, of("zero"), sizes, of("recompute")
+        exchanges = [(zero, reduce, reshard) for zero in of("zero") for reduce in of("reduce")
+                     for reshard in of("reshard")]  # fmt: skip
+        for fold, (schedule, v), (zero, *when), (b, m), recompute in product(
+            folds, pipelines, exchanges, sizes, of("recompute")
         ):
-            layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute)
+            layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute, *when)
             if keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
                 yield layout
 

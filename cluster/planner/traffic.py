@@ -8,6 +8,7 @@ from collections import Counter
 from math import lcm
 
 from cluster.planner.counting import read_by_heads, vocabulary_shard
+from cluster.planner.exchanges import gathered, reduced
 from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.memory import parameters, replicated_parameters
 from cluster.planner.stages import ends_of, layers_by_rank, layers_of
@@ -47,9 +48,9 @@ def sent(model: ModelConfig, layout: Layout, rank: int = 0) -> dict[str, float]:
         found["etp"] += m * moe * layer_etp(model, layout)
     found["tp"] += summed_over_tp(model, layout, rank) + gathered_for_head(model, layout, rank)
     found["pp"] = messages(layout, rank) * message(model, layout) + exchanged(model, layout, rank)
-    experts, others = parameters(model, layout, rank)
-    found["dp"] = times_reduced(layout) * others * ring_share(layout.data)
-    found["edp"] = times_reduced(layout) * experts * ring_share(layout.edp)
+    for axis, ranks, experts in (("dp", layout.data, False), ("edp", layout.edp, True)):
+        exchanged_over_data = gradients_reduced(model, layout, rank, experts) + gathers(model, layout, rank, experts)
+        found[axis] = exchanged_over_data * ring_share(ranks)
     return {axis: elements for axis, elements in found.items() if elements}
 
 
@@ -68,9 +69,8 @@ def wide(model: ModelConfig, layout: Layout, rank: int) -> dict[str, float]:
     if last:
         found["tp"] += m * layout.tokens(model.sequence) * loss_tp(layout) * ring_share(layout.tp)
     found["cp"] = m * layers_by_rank(model, layout)[rank] * around_ring(model, layout)
-    experts, others = parameters(model, layout, rank)
-    found["dp"] = gradients_reduced(layout) * others * ring_share(layout.data)
-    found["edp"] = gradients_reduced(layout) * experts * ring_share(layout.edp)
+    found["dp"] = gradients_reduced(model, layout, rank, False) * ring_share(layout.data)
+    found["edp"] = gradients_reduced(model, layout, rank, True) * ring_share(layout.edp)
     return {axis: elements for axis, elements in found.items() if elements}
 
 
@@ -193,20 +193,30 @@ def messages(layout: Layout, rank: int) -> int:
 
 
 def exchanged(model: ModelConfig, layout: Layout, rank: int) -> float:
-    """Gradients of what two ranks of the pipeline replicate: the tied embedding; with dualpipe everything."""
+    """Gradients of what two ranks of the pipeline replicate: the tied embedding; with dualpipe everything.
+
+    After the data ranks have summed them: with ZeRO a shard of them.
+    """
     if layout.schedule == "dualpipe":
-        return sum(parameters(model, layout, rank))
+        experts, others = parameters(model, layout, rank)
+        return others / layout.data + experts / layout.edp if layout.zero else others + experts
     first, last = ends_of(layout, rank)
-    return vocabulary_shard(model, layout.tp) * model.hidden if model.tied and first != last else 0
+    tied = vocabulary_shard(model, layout.tp) * model.hidden if model.tied and first != last else 0
+    return tied / layout.data if layout.zero else tied
 
 
-def times_reduced(layout: Layout) -> int:
-    """How often each parameter's worth is sent, times (N-1)/N: lecture 01. A pipeline reduces once, at its end."""
-    m = layout.microbatches if layout.pp == 1 else 1
-    return (2, 2, m + 1, 3 * m)[layout.zero]
+def gradients_reduced(model: ModelConfig, layout: Layout, rank: int, experts: bool) -> float:
+    """Elements of gradients, of experts or of all else, that the data ranks sum, each sent (N-1)/N times: lecture 01.
+
+    An all-reduce counts twice.
+    """
+    if layout.zero >= 2:
+        return reduced(model, layout, rank, experts)
+    return (2, 1)[layout.zero] * parameters(model, layout, rank)[0 if experts else 1]
 
 
-def gradients_reduced(layout: Layout) -> int:
-    """How many of those times it is its gradient, and not its weight."""
-    m = layout.microbatches if layout.pp == 1 else 1
-    return (2, 1, m, m)[layout.zero]
+def gathers(model: ModelConfig, layout: Layout, rank: int, experts: bool) -> float:
+    """Elements of weights that they gather: ZeRO-1 and 2 after the update, ZeRO-3 before each use."""
+    if layout.zero == 3:
+        return gathered(model, layout, rank, experts)
+    return bool(layout.zero) * parameters(model, layout, rank)[0 if experts else 1]

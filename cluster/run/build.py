@@ -11,7 +11,7 @@
 Each shards what the others have left. Until `materialize` there is no memory, only shapes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,13 +32,13 @@ from core.model.seeded import SampleMasks
 from expert_parallel.engine.layers import expert_parameters
 from expert_parallel.engine.layers import parallelize as shard_experts
 from expert_parallel.engine.moe import to_moe
-from expert_parallel.engine.router import Spread
+from expert_parallel.engine.router import Spread, routers
 from expert_parallel.engine.routing import MoEConfig
 from megatron_tp.engine.layers import parallelize as shard_layers
 from pipeline.engine.actions import stages_of_ranks
 from pipeline.engine.runtime import Pipeline
 from pipeline.schedules import build
-from pipeline.stages import each_stage, partition
+from pipeline.stages import Copies, each_stage, partition
 from sequence_parallel.context import SequenceAttention
 from sequence_parallel.context import parallelize as shard_sequence
 from sequence_parallel.engine.layers import parallelize as shard_layers_and_sequence
@@ -46,6 +46,7 @@ from sequence_parallel.engine.recompute import recompute
 from zero.engine.buckets import BUCKET_ELEMENTS
 from zero.engine.engine import Engine, data_parallel, zero1, zero2, zero3
 from zero.engine.optimizer import MakeOptimizer
+from zero.engine.parts import Parts
 
 ENGINES = (data_parallel, zero1, zero2, zero3)  # by --zero
 Loss = Callable[[Tensor, Tensor], Tensor] | InHead  # of logits and targets, this rank's share
@@ -141,26 +142,40 @@ def loss_function(spec: TrainSpec, tp: Axis) -> Loss:
     return partial(whole, tokens=spec.tokens, **more)
 
 
-def shard_optimizer(model: GPT, spec: TrainSpec, mesh: Mesh) -> tuple[Engine, Engine | None]:
-    """ZeRO over dp x cp and, for experts, whose copies are on other ranks, a second one over edp."""
-    data = mesh.joined("cp", "dp")
+def shard_optimizer(model: GPT, spec: TrainSpec, mesh: Mesh, copies: Copies) -> tuple[Engine, Engine | None]:
+    """ZeRO over dp x cp and, for experts, whose copies are on other ranks, a second one over edp.
+
+    Under a pipeline each is told which stages there are, and what other ranks of it have too.
+    """
+    layout, data = spec.layout, mesh.joined("cp", "dp")
     options = {"make_optimizer": spec.make_optimizer, "master": spec.precision.master, "elements": spec.bucket}
+    options |= {"every": layout.reduce == "microbatch", "reshard": layout.reshard == "forward"}
+    options["whole"] = {router.bias for router in routers(model)}  # moved by the load, between steps
+    if layout.pp > 1:
+        options["parts"] = Parts(stages_here(model, layout, mesh["pp"]), copies.ranks_of)
     if spec.weight_decay is not None:
         options["groups"] = groups_of(model, spec.weight_decay)
-    engine = partial(ENGINES[spec.layout.zero], model, **options)
+    engine = partial(ENGINES[layout.zero], model, **options)
     if spec.moe is None:
         return engine(axis=data), None
     experts = set(expert_parameters(model))
     return engine(axis=data, only=lambda p: p not in experts), engine(axis=mesh["edp"], only=lambda p: p in experts)
 
 
-def make_pipeline(model: GPT, spec: TrainSpec, pp: Axis, loss: Loss, masks: SampleMasks) -> Pipeline | None:
-    """What runs the schedule; None for one rank, which has nobody to send to."""
+def stages_here(model: GPT, layout: Layout, pp: Axis) -> dict[int, GPT]:
+    """The stages of this rank, by number."""
+    return each_stage(model, stages_by_rank(layout)[pp.index], layout.stages)
+
+
+def make_pipeline(
+    model: GPT, spec: TrainSpec, pp: Axis, loss: Loss, masks: SampleMasks, engines: Sequence[Engine]
+) -> Pipeline | None:
+    """What runs the schedule and tells the engines of it; None for one rank, which has nobody to send to."""
     layout = spec.layout
     if pp.size == 1:
         return None
     schedule = build(layout.schedule, layout.pp, layout.microbatches, layout.v)
     here = spec.config.sequence // layout.sequence_shards  # tokens of a sample between the layers
     activations = (layout.microbatch, here, spec.config.hidden)
-    mine = each_stage(model, stages_by_rank(layout)[pp.index], layout.stages)
-    return Pipeline(mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks)
+    mine = stages_here(model, layout, pp)
+    return Pipeline(mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks, engines)

@@ -90,9 +90,9 @@ class Worker:
         self.copies = Copies(self.model, self.pp, stages_by_rank(layout))
         self.experts = set(expert_parameters(self.model))
         self.last_biases = {m.down.bias for m in self.model.modules() if isinstance(m, Experts)}
-        self.dense_engine, self.expert_engine = shard_optimizer(self.model, spec, mesh)
+        self.dense_engine, self.expert_engine = shard_optimizer(self.model, spec, mesh, self.copies)
         self.engines = [engine for engine in (self.dense_engine, self.expert_engine) if engine]
-        self.pipeline = make_pipeline(self.model, spec, self.pp, self.loss, self.masks)
+        self.pipeline = make_pipeline(self.model, spec, self.pp, self.loss, self.masks, self.engines)
 
     # ---- A step
 
@@ -142,12 +142,19 @@ class Worker:
         return moe is not None and moe.routing.aux > 0 and self.layout.microbatches > 1
 
     def _by_schedule(self, inputs: Tensor, targets: Tensor, saved: SavedActivations | None) -> Tensor:
-        """The pipeline's step; then what several ranks of pp hold is summed, and all of it over the data ranks."""
+        """The pipeline's step, in which the engines sum over the data ranks; then what several ranks of pp have too."""
         share = self.pipeline.step(inputs, targets, saved=saved)
-        self.copies.sum_gradients()
-        for engine in self.engines:
-            engine.reduce()
+        self._sum_over_copies()
         return share
+
+    def _sum_over_copies(self) -> None:
+        """Over the ranks of pp that have the same parameters, each with the same shard of them."""
+        copied: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        for engine in self.engines:
+            for bucket, own in zip(engine.buckets, engine.own_gradients, strict=True):
+                if ranks := self.copies.ranks_of(bucket.members[0].parameter):
+                    copied[ranks].append(own)
+        self.copies.add_up(copied)
 
     def _one_by_one(self, inputs: Tensor, targets: Tensor, saved: SavedActivations | None) -> Tensor:
         """Forward and backward of each microbatch, without a pipeline: ZeRO sees each of them."""

@@ -8,6 +8,7 @@ To `pipeline/runtime.py` it adds:
     frozen parameters        stages in which nothing is trained
     forward alone            for an evaluation
     measurement              a virtual clock that messages carry along, and bytes of saved activations
+    observers                who shards weights and gradients is told what is computed, and what comes next
 
 M micro-batches, B samples in a micro-batch, S sequence, H hidden
 """
@@ -41,6 +42,7 @@ from pipeline.engine.actions import (
     stages_of_ranks,
     with_communication,
 )
+from pipeline.engine.observer import Observer, what_follows
 from pipeline.engine.validator import validate
 
 
@@ -89,6 +91,7 @@ class Pipeline:
         axis: the ranks of the pipeline.
         shape: (B, S, H) of the activation that travels.
         masks: of the stages' dropouts; told which micro-batch is computed.
+        observers: told of each action.
 
     Raises:
         ScheduleError: the schedule cannot run.
@@ -105,6 +108,7 @@ class Pipeline:
         dtype: torch.dtype,
         device: torch.device,
         masks: SampleMasks | None = None,
+        observers: Sequence[Observer] = (),
     ):
         validate(schedule)
         if len(schedule) != axis.size:
@@ -114,6 +118,7 @@ class Pipeline:
             raise ValueError(f"the schedule puts stages {here} here, not {sorted(stages)}")
         self.stages, self.loss, self.axis = stages, loss, axis
         self.shape, self.dtype, self.device, self.masks = shape, dtype, device, masks
+        self.observers = observers
         count, self.microbatches = size(schedule)
         self.last = count - 1
         self.program = with_communication(schedule)[axis.index]
@@ -184,8 +189,16 @@ class Pipeline:
             raise ValueError(f"{len(inputs)} microbatches for a schedule of {self.microbatches}")
         loss = torch.zeros((), dtype=torch.float64, device=self.device)  # not self.dtype: many small shares
         self._now = Step(inputs, targets, loss, trace, saved)
+        follows = what_follows(program) if self.observers else {}
         for action in program:
+            watched = self.observers if action in follows else ()
+            for observer in watched:
+                observer.begins(action, *follows[action])
             self._carry_out[action.kind](action)
+            for observer in watched:
+                observer.ends(action)
+        for observer in self.observers:
+            observer.done()
         self._messages.flush()
         return loss
 

@@ -9,8 +9,9 @@ from itertools import product
 import pytest
 import torch
 
+from cluster import dry_run
 from cluster.dry_run import Account, account, compared, one_step
-from cluster.planner import activations, memory, traffic
+from cluster.planner import activations, exchanges, memory, traffic
 from cluster.planner.activations import in_flight
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout
@@ -89,6 +90,29 @@ CASES |= {
     "latent sp pp, full": (LATENT, Layout(tp=2, sp=True, pp=2, microbatches=4, recompute="full")),
     "latent sp, plain queries": (LATENT | {"latent": Latent(None, 10, 4, 6, 8)}, Layout(tp=2, sp=True, dp=2)),
     "latent ring, selective": (LATENT, Layout(cp=4, recompute="selective")),
+    "zero-2, added up": ({}, Layout(dp=4, zero=2, microbatches=2, reduce="step")),
+    "zero-3, added up, kept": ({}, Layout(dp=4, zero=3, microbatches=3, reduce="step", reshard="step")),
+    "1f1b zero-2": ({"layers": 8}, Layout(pp=2, dp=2, zero=2, microbatches=4)),
+    "1f1b zero-2, added up": ({}, Layout(pp=2, dp=2, zero=2, microbatches=4, reduce="step")),
+    "1f1b zero-3": ({"layers": 8}, Layout(pp=2, dp=2, zero=3, microbatches=4)),
+    "1f1b zero-3, added up, kept": (
+        {},
+        Layout(pp=2, dp=2, zero=3, microbatches=4, reduce="step", reshard="step"),
+    ),
+    "gpipe zero-3, untied": ({"tied": False}, Layout(pp=2, dp=2, zero=3, microbatches=4, schedule="gpipe")),
+    "interleaved zero-3 tp": (
+        {"layers": 12},
+        Layout(tp=2, pp=2, dp=2, v=2, schedule="interleaved", zero=3, microbatches=4, sp=True),
+    ),
+    "zb-h1 zero-3, kept": ({}, Layout(pp=2, dp=2, zero=3, microbatches=4, schedule="zb-h1", reshard="step")),
+    "zb-h1 zero-2, added up": (EIGHT, Layout(pp=2, dp=2, zero=2, microbatches=4, schedule="zb-h1", reduce="step")),
+    "zb-v zero-3": (EIGHT, Layout(pp=2, dp=2, v=2, zero=3, microbatches=6, schedule="zb-v", reduce="step")),
+    "dualpipe zero-3": ({}, Layout(pp=2, dp=2, zero=3, microbatches=4, schedule="dualpipe")),
+    "dualpipev zero-3": ({}, Layout(pp=2, dp=2, v=2, zero=3, microbatches=4, schedule="dualpipev")),
+    "dualpipev zero-2, full": (
+        EIGHT,
+        Layout(pp=2, dp=2, v=2, zero=2, microbatches=4, schedule="dualpipev", recompute="full"),
+    ),
 }
 SPLIT = (
     "dualpipe",
@@ -97,6 +121,12 @@ SPLIT = (
     "stages of 1 and 2 layers, two a rank",
     "chunked loss, sp dualpipe",
     "chunked loss, sp zb-h1",
+    "zb-h1 zero-3, kept",
+    "zb-h1 zero-2, added up",
+    "zb-v zero-3",
+    "dualpipe zero-3",
+    "dualpipev zero-3",
+    "dualpipev zero-2, full",
 )  # what of a layer is left at the end of an I, to a few numbers a token
 
 
@@ -105,6 +135,7 @@ WITH_EXPERTS = (
     (Layout(dp=4, ep=2, microbatch=4), 2),
     (Layout(dp=4, ep=2, etp=2, microbatch=4), 2),
     (Layout(dp=4, ep=4, microbatch=4, recompute="full"), 3),
+    (Layout(dp=4, ep=2, microbatch=4, zero=3), 2),
 )
 
 
@@ -215,6 +246,9 @@ def test_what_a_rank_holds_and_sends(measured: Measured) -> None:
 
 
 PRETENDED = (
+    "1f1b zero-3",
+    "interleaved zero-3 tp",
+    "zb-v zero-3",
     "3D interleaved sp",
     "sp dp zero-3, full",
     "untied sp, full",
@@ -245,13 +279,25 @@ def as_gpipe(original: Callable, schedule: str, *sizes: int) -> list:
     return original("gpipe" if schedule == "1f1b" else schedule, *sizes)
 
 
-EVERYTHING = {"weights", "gradients", "optimizer", "activations", "tp", "dp", "pp"}
+EVERYTHING = {"weights", "gradients", "optimizer", "activations", "gathered", "tp", "dp", "pp"}
 MUTATIONS = {
     "the tied embedding is not exchanged": (traffic, "exchanged", lambda *_: 0, {"pp"}),
     "messages as in 1F1B": (traffic, "messages", as_1f1b, {"pp"}),
     "a message is not sharded": (traffic, "message", lambda o, m, x: o(m, replace(x, sp=False)), {"pp"}),
-    "gradients are reduced once": (traffic, "times_reduced", lambda *_: 2, {"dp"}),
-    "gradients are reduced in 16 bits": (traffic, "gradients_reduced", lambda *_: 0, {"dp"}),
+    "gradients are reduced once": (
+        traffic, "reduced", lambda o, m, x, *rest: o(m, replace(x, reduce="step"), *rest), {"dp"},
+    ),
+    "gradients are not reduced": (traffic, "gradients_reduced", lambda *_: 0, {"dp"}),
+    "weights are gathered once": (
+        traffic, "gathered", lambda o, m, x, *rest: o(m, replace(x, reshard="step"), *rest), {"dp"},
+    ),
+    "nothing stays for the next action": (exchanges, "_stays", lambda *_: 0, {"dp", "gathered"}),
+    "a stage is gathered at once": (
+        memory, "most_gathered", lambda o, m, x, *rest: o(m, replace(x, reshard="step"), *rest), {"gathered"},
+    ),
+    "no rank has the embedding twice": (
+        exchanges, "stage_sizes", lambda o, *sizes: (o(*sizes)[0], 0), {"dp", "gathered"},
+    ),
     "replicated parameters' gradients are not summed": (traffic, "replicated_parameters", lambda *_: 0, {"tp"}),
     "nothing is computed again": (
         traffic, "layer_tp", lambda o, m, x, moe: o(m, replace(x, recompute="none"), moe), {"tp"},
@@ -262,6 +308,9 @@ MUTATIONS = {
     "the ends send nothing": (traffic, "ends_tp", lambda *_: 0, {"tp"}),
     "all microbatches are in flight": (activations, "in_flight", as_gpipe, {"activations"}),
     "no master weights": (memory, "state_sizes", lambda o, size: (size, size, 2 * size), {"optimizer", "gradients"}),
+    "gradients are never full": (
+        dry_run, "rank_memory", lambda o, m, x, *rest: o(m, replace(x, reduce="microbatch"), *rest), {"gradients"},
+    ),
     "every stage has both ends": (memory, "ends_of", lambda *_: (True, True), EVERYTHING - {"activations"}),
     "activations are not sharded": (
         activations, "layer_saved", lambda o, m, x, *rest: o(m, replace(x, sp=False), *rest), {"activations"},

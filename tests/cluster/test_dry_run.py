@@ -18,6 +18,7 @@ from core.proof.memory import SavedActivations
 from pipeline.stages import Copies
 from tests.pool import Pool
 from zero.engine.engine import Engine, data_parallel
+from zero.engine.gradients import FullGradients
 
 BF16 = POLICIES["bfloat16"]
 GPT3 = models.PRESETS["gpt3-175b"]
@@ -58,11 +59,11 @@ MUTATED = GPTConfig(sequence=64, hidden=64, layers=8, heads=8, vocabulary=256)
 LAYOUT = Layout(tp=2, sp=True, cp=2, pp=4, dp=2, zero=1, schedule="zb-h1", microbatches=6, recompute="selective")
 NOTHING = lambda *_, **__: None  # noqa: E731
 MUTATIONS: dict[str, tuple[object, str, Callable | object, set[tuple[str, str]]]] = {
-    "the tied embedding is not summed": (Copies, "sum_gradients", NOTHING, {("sent in a step", "pp")}),
+    "the tied embedding is not summed": (Copies, "add_up", NOTHING, {("sent in a step", "pp")}),
     "a rank's optimizer has everything": (
         build, "ENGINES", (data_parallel,) * 4, {("held", "optimizer")},
     ),
-    "gradients are not reduced": (Engine, "reduce", NOTHING, {("sent in a step", "dp")}),
+    "gradients are not reduced": (FullGradients, "launch", NOTHING, {("sent in a step", "dp")}),
     "weights are not gathered": (Engine, "step", NOTHING, {("sent in a step", "dp"), ("held", "optimizer")}),
     "nothing is computed again": (build, "recompute", lambda model, _: model, {("held", "activations")}),
     "what a W reads is not counted": (SavedActivations, "keep", lambda *_: [], {("held", "activations")}),

@@ -25,7 +25,10 @@ from core.proof.launch import Job, Stop
 from core.proof.lesson import Lesson, Run
 from pipeline.stages import Copies
 from tests.pool import Pool
+from zero.engine.buckets import Bucket, InOrder
 from zero.engine.engine import Engine
+from zero.engine.gathered import GatheredWeights
+from zero.engine.gradients import DeviceShards, FullGradients, ShardedGradients
 
 SIZES = {"steps": 2, "batch": 8, "sequence": 8, "hidden": 16, "heads": 4, "layers": 2, "sample": 0, "clip": 0.05,
          "warmup": 3, "lr": 0.01, "dropout": 0.2, "attention": "softmax", "dtype": "float64"}  # fmt: skip
@@ -35,6 +38,10 @@ LAYOUTS = {
     "pipeline": "--pp 2 --dp 2 --zero 1 --microbatches 2",
     # Documents end with an "e"; the loss is computed of 7 tokens at a time.
     "recipe": "--tp 2 --dp 2 --zero 2 --eos 101 --pack --loss-chunk 7 --weight-decay 0.5 --beta1 0.8",
+    "zero 2": "--pp 2 --dp 2 --zero 2 --microbatches 2 --schedule zb-h1",
+    "zero 3": "--pp 2 --dp 2 --zero 3 --microbatches 4 --schedule zb-v --layers 4",
+    "kept": "--pp 2 --dp 2 --zero 3 --microbatches 2 --reduce step --reshard step",
+    "experts zero 3": "--pp 2 --dp 2 --zero 3 --microbatches 2 --experts 4 --ep 2 --bias-rate 0.01",
 }
 LOSS, NORM, GRADIENT, PARAMETER, SENT = (
     "losses",
@@ -85,6 +92,20 @@ def last_chunk_lost(right: Callable, self: Any, x: Any, *rows: Any) -> Any:
     return found
 
 
+def and_stay(right: Callable, self: Bucket) -> torch.Tensor:
+    """As gradients that are sent and not forgotten."""
+    before = [member.parameter.grad for member in self.members]
+    flat = right(self)
+    for member, gradient in zip(self.members, before, strict=True):
+        member.parameter.grad = gradient
+    return flat
+
+
+def of_the_other_stage(right: Callable, self: GatheredWeights, part: int, then: Any) -> None:
+    other = {stage: 3 - stage for stage in self.walks}
+    right(self, part, then and then._replace(stage=other[then.stage]))
+
+
 Bug = tuple[str, Callable[[], AbstractContextManager], str]
 BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
     "the norm misses the experts": ("experts", lambda: instead(worker, "hypot", lambda _, a, b: a), NORM),
@@ -111,7 +132,36 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
         "dense", lambda: instead(Worker, "split", samples_of_the_first), LOSS,
     ),
     "the planner reduces gradients twice": (
-        "dense", lambda: instead(traffic, "times_reduced", lambda right, x: 2 * right(x)), SENT,
+        "dense", lambda: instead(traffic, "gradients_reduced", lambda right, *x: 2 * right(*x)), SENT,
+    ),
+    "tied copies are summed twice": ("pipeline", lambda: instead(Copies, "add_up", twice), GRADIENT),
+    "tied copies are not summed": ("pipeline", lambda: instead(Copies, "add_up", nothing), GRADIENT),
+    "shards of tied copies are not summed": ("zero 2", lambda: instead(Copies, "add_up", nothing), GRADIENT),
+    "gradients are reduced before the last micro-batch": (
+        "pipeline", lambda: instead(FullGradients, "due", lambda *_: True), SENT,
+    ),
+    "a micro-batch's gradient replaces the one before": (
+        "zero 2", lambda: instead(DeviceShards, "add", lambda _, self, i, gradient: self.own[i].copy_(gradient)),
+        GRADIENT,
+    ),
+    "what is reduced is not freed, and reduced again": (
+        "zero 3", lambda: instead(Bucket, "take_gradients", and_stay), GRADIENT,
+    ),
+    "what a W adds is not in the shard": ("zero 2", lambda: instead(InOrder, "reduce", nothing), GRADIENT),
+    "nor in that of ZeRO-3": ("zero 3", lambda: instead(GatheredWeights, "reduce", nothing), GRADIENT),
+    "weights of the step before": ("kept", lambda: instead(GatheredWeights, "release", nothing), LOSS),
+    "the wrong stage is gathered ahead": (
+        "zero 3", lambda: instead(GatheredWeights, "_enter", of_the_other_stage), SENT,
+    ),
+    "nothing is gathered ahead": (
+        "zero 3", lambda: instead(GatheredWeights, "_enter", lambda right, self, part, then: right(self, part, None)),
+        "actions whose weights are there",
+    ),
+    "nothing is kept for the next action": (
+        "zero 3", lambda: instead(GatheredWeights, "_leave", lambda _, self, units: self._free(units)), SENT,
+    ),
+    "added up, and reduced in every micro-batch": (
+        "kept", lambda: instead(ShardedGradients, "due", lambda *_: True), SENT,
     ),
     "experts learn with the usual betas": (
         "experts", lambda: instead(worker, "shard_optimizer", usual_betas), PARAMETER,
@@ -132,8 +182,6 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
     "a chunk's gradient is written over the others'": (
         "recipe", lambda: instead(torch.Tensor, "addmm_", lambda right, *args: right(*args, beta=0)), GRADIENT,
     ),
-    "tied copies are summed twice": ("pipeline", lambda: instead(Copies, "sum_gradients", twice), GRADIENT),
-    "tied copies are not summed": ("pipeline", lambda: instead(Copies, "sum_gradients", nothing), GRADIENT),
     "the norm counts both tied copies": ("pipeline", lambda: instead(Copies, "counted_here", lambda *_: True), NORM),
 }  # fmt: skip
 

@@ -3,12 +3,14 @@
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from cluster import rules
 from cluster.planner.layout import Layout
+from cluster.run import worker
 from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.worker import ALWAYS, Worker
 from core.ledger import Ledger
@@ -69,6 +71,34 @@ LAYOUTS = [  # on 4 ranks where that is enough
     L(pp=2, tp=2, sp=True, microbatches=2, schedule="zb-h1", loss_chunk=7),
     L(pp=2, tp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, zero=1, loss_chunk=9),
     L(tp=2, dp=2, ep=4, sp=True, moe=True, zero=2, microbatches=2, loss_chunk=3),
+    L(dp=4, zero=2, microbatches=2, reduce="step"),
+    L(dp=4, zero=3, microbatches=2, reduce="step", reshard="step"),
+    L(pp=2, dp=2, microbatches=4, schedule="gpipe", zero=2),
+    L(pp=2, dp=2, microbatches=4, schedule="gpipe", zero=3),
+    L(pp=2, dp=2, microbatches=4, zero=2, reduce="step"),
+    L(pp=2, dp=2, microbatches=4, zero=3, reduce="step", reshard="step"),
+    L(pp=2, dp=2, microbatches=4, zero=3),
+    L(pp=2, dp=2, microbatches=4, schedule="interleaved", v=2, zero=2),
+    L(pp=2, dp=2, microbatches=4, schedule="interleaved", v=2, zero=3, reshard="step"),
+    L(pp=2, dp=2, microbatches=4, schedule="zb-h1", zero=2, reduce="step"),
+    L(pp=2, dp=2, microbatches=4, schedule="zb-h1", zero=3),
+    L(pp=2, dp=2, microbatches=4, schedule="zb-h2", zero=2),
+    L(pp=2, dp=2, microbatches=4, schedule="zb-h2", zero=3, reduce="step"),
+    L(pp=2, dp=2, microbatches=4, schedule="zb-v", v=2, zero=2),
+    L(pp=2, dp=2, microbatches=4, schedule="zb-v", v=2, zero=3, recompute="full"),
+    L(pp=2, dp=2, microbatches=4, schedule="dualpipe", zero=2),
+    L(pp=2, dp=2, microbatches=4, schedule="dualpipe", zero=3),
+    L(pp=2, dp=2, microbatches=4, schedule="dualpipe", zero=3, reduce="step", reshard="step"),
+    L(pp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, zero=2, reduce="step"),
+    L(pp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, zero=3, recompute="selective"),
+    L(tp=2, cp=2, pp=2, microbatches=4, schedule="zb-h1", sp=True, zero=3, recompute="full"),
+    L(dp=4, ep=2, moe=True, zero=3, microbatches=2),
+    L(tp=2, dp=2, ep=2, sp=True, moe=True, zero=3, reshard="step", reduce="step", microbatches=2),
+    L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=3),
+    L(pp=2, dp=2, ep=2, moe=True, microbatches=4, schedule="zb-h1", zero=3),
+    L(pp=2, dp=4, ep=2, moe=True, microbatches=4, zero=3, reduce="step"),
+    L(pp=2, dp=4, ep=2, moe=True, microbatches=4, schedule="interleaved", v=2, zero=2),
+    L(pp=2, dp=4, ep=2, moe=True, microbatches=4, schedule="zb-v", v=2, zero=3, recompute="full"),
 ]
 
 
@@ -141,6 +171,38 @@ def differences(results: list[Result], reference: Reference) -> dict[str, float]
     ):  # fmt: skip
         found[name] = worst_difference(full_tensors(piece for rank in results for piece in rank[i]), right)
     return found
+
+
+def train_partly_frozen(layouts: list[Layout]) -> list[Result]:
+    """Half of the layers, and the tied embedding, are not trained."""
+    right = worker.build_model
+
+    def build_model(*arguments: object) -> GPT:
+        model = right(*arguments)
+        for name, p in model.named_parameters():
+            frozen = model.full_name(name) == "embed.token.weight" or name.startswith(("blocks.0.", "blocks.2."))
+            p.requires_grad_(not frozen)
+        return model
+
+    with patch.object(worker, "build_model", build_model):
+        return [train(layout, False) for layout in layouts]
+
+
+def test_frozen_weights_are_gathered_and_stay(pool: Pool) -> None:
+    """Bug: what is not trained is not gathered, or is reduced. Against data parallelism alone."""
+    sizes = {"pp": 2, "dp": 2, "microbatches": 4}
+    layouts = [Layout(dp=4), *(Layout(**sizes, schedule=name, v=v, zero=zero, reshard=reshard)
+                               for name, v, zero, reshard in (("1f1b", 1, 3, "step"), ("zb-v", 2, 3, "forward"),
+                                                              ("zb-h1", 1, 2, "forward")))]  # fmt: skip
+    results = pool.run(4, train_partly_frozen, [samples_of(layout) for layout in layouts])
+    expected = results[0][0]
+    for i, layout in enumerate(layouts):
+        assert results[0][i][0] == pytest.approx(expected[0], rel=1e-10), layout
+        assert results[0][i][1] == pytest.approx(expected[1], rel=1e-10), layout
+        for what in (2, 3):
+            reference = dict(full_tensors(piece for rank in results for piece in rank[0][what]))
+            found = full_tensors(piece for rank in results for piece in rank[i][what])
+            assert worst_difference(found, reference) < 1e-10, layout
 
 
 def test_a_checkpoint_of_before_is_of_the_same_model() -> None:

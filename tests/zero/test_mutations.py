@@ -19,10 +19,11 @@ from zero import ddp, zero1, zero3, zeropp
 from zero.engine import engine
 from zero.engine.buckets import Bucket, InOrder
 from zero.engine.engine import Engine
+from zero.engine.gathered import GatheredWeights, Unit
 from zero.engine.gradients import FullGradients
 from zero.engine.offload import HostShards
 from zero.engine.optimizer import ShardOptimizer
-from zero.engine.weights import GatheredWeights, ReplicatedWeights, Unit
+from zero.engine.weights import ReplicatedWeights
 from zero.evidence.training import Data
 
 RANKS = dict.fromkeys(LESSONS, 2) | {"zero3": 4, "zeropp": 4}
@@ -81,7 +82,7 @@ def the_bucket_leaves_too_early() -> AbstractContextManager:
             self._launch_next()
             gradients = self.launch.__self__
             if isinstance(gradients, FullGradients):  # lest the bucket is read late enough by chance
-                for pending in gradients._in_flight:
+                for _, pending in gradients.in_flight:
                     pending.work.wait()
 
     return patch.object(InOrder, "_complete", wrong)

@@ -15,9 +15,9 @@ from core.model.gpt import token_loss
 from core.model.text import Text
 from tests.pool import Pool
 from tests.zero.test_engine import ENGINES, Case, all_ranks, wide
+from zero.engine.gathered import Unit
 from zero.engine.offload import HostShards
 from zero.engine.optimizer import ShardOptimizer
-from zero.engine.weights import Unit
 from zero.zeropp import dequantise, quantise
 
 

@@ -4,7 +4,7 @@ What it adds to the one flat buffer of the plain versions: gradients are reduced
 computes those of the layers before. Li et al. 2020 (2006.15704), section 3.2.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakMethod
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.shards import FlatShard, LocalTensor, shard_of
+from zero.engine.parts import Users
 
 BUCKET_ELEMENTS = 2**22  # enough that a message's latency does not count, few enough that backward overlaps
 
@@ -145,14 +146,22 @@ class InOrder:
     every rank they would not complete in the same order.
 
     Args:
+        users: of each bucket the parts of the model that use it.
         used: where to note the parameters that got a gradient.
     """
 
-    def __init__(self, buckets: list[Bucket], launch: Callable[[int], None], used: set[nn.Parameter]):
+    def __init__(
+        self,
+        buckets: list[Bucket],
+        users: Sequence[Users],
+        launch: Callable[[int], None],
+        used: set[nn.Parameter],
+    ):
         self.launch = launch
-        self._used = used
+        self._used, self._users = used, users
         self._sizes = [len(bucket.members) for bucket in buckets]
-        self._missing: list[int] = []  # while a backward is watched: gradients still to come, by bucket
+        self._watched: list[int] = []  # the buckets of a backward, in the order in which they are launched
+        self._missing: list[int] = []  # while it is watched: gradients still to come, of each of those
         self._next = 0
         # Weakly: Python's collector does not see that a parameter holds a hook, and would never free either.
         complete = WeakMethod(self._complete)
@@ -162,14 +171,20 @@ class InOrder:
                     lambda p, i=i: (alive := complete()) and alive(i, p)
                 )
 
-    def watch(self) -> None:
-        """The next backward is one whose gradients are to be launched."""
-        self._missing, self._next = list(self._sizes), 0
+    def watch(self, part: int | None = None) -> None:
+        """A backward comes, of this part of the model, or of all of it."""
+        self._watched, self._missing, self._next = self._of(part), [], 0
+        self._missing = [self._sizes[i] for i in self._watched]
+
+    def _of(self, part: int | None) -> list[int]:
+        """The buckets of a part; last what others use as well, which may be at either end of it."""
+        mine = [i for i, users in enumerate(self._users) if part is None or part in users]
+        return sorted(mine, key=lambda i: len(self._users[i]))
 
     def _complete(self, i: int, parameter: nn.Parameter) -> None:
         self._used.add(parameter)
         if self._missing:
-            self._missing[i] -= 1
+            self._missing[self._watched.index(i)] -= 1
             while self._next < len(self._missing) and not self._missing[self._next]:
                 self._launch_next()
 
@@ -179,6 +194,11 @@ class InOrder:
             self._launch_next()
         self._missing = []
 
+    def reduce(self, part: int) -> None:
+        """Launch all buckets of a part, whose backward came in pieces."""
+        for i in self._of(part):
+            self.launch(i, at_once=len(self._users))
+
     def _launch_next(self) -> None:
         self._next += 1
-        self.launch(self._next - 1)
+        self.launch(self._watched[self._next - 1])

@@ -7,9 +7,9 @@ What it adds to the plain versions in `ddp.py` to `zero3.py`: buckets whose coll
 Ψ parameters, N ranks
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,82 +19,34 @@ from core.gradients import clip_by, norm_and_totals
 from core.mesh import Axis
 from core.proof.memory import live_bytes
 from core.shards import LocalTensor
-from zero.engine.buckets import BUCKET_ELEMENTS, Bucket, InOrder, buckets_of
-from zero.engine.gradients import DeviceShards, FullGradients, ShardedGradients, reduce_scatter
+from zero.engine.buckets import BUCKET_ELEMENTS
 from zero.engine.optimizer import MakeOptimizer, Owned, ShardOptimizer
-from zero.engine.weights import GatheredWeights, Named, ReplicatedWeights, Unit, units_of
-
-
-class Sharding(NamedTuple):
-    """What each rank has of weights, gradients and optimizer state, and when it is exchanged."""
-
-    buckets: list[Bucket]
-    weights: ReplicatedWeights | GatheredWeights
-    gradients: FullGradients | ShardedGradients
-    order: InOrder | GatheredWeights  # tells the gradients, in backward, which buckets are complete
-    shards_optimizer: bool = True  # whether this rank updates 1/N of each bucket, or all of it
-
-
-MakeSharding = Callable[[nn.Module, Axis, Named, int], Sharding]
-
-
-def replicate(model: nn.Module, axis: Axis, named: Named, elements: int) -> Sharding:
-    """Data parallelism: nothing is sharded. 16Ψ bytes."""
-    buckets = buckets_of(named, 1, elements)
-    gradients = FullGradients(buckets, axis, scatter=False)
-    order = InOrder(buckets, gradients.launch, gradients.used)
-    return Sharding(buckets, ReplicatedWeights(named, buckets, axis, False), gradients, order, shards_optimizer=False)
-
-
-def shard_optimizer(model: nn.Module, axis: Axis, named: Named, elements: int) -> Sharding:
-    """ZeRO-1: the optimizer state is sharded. 4Ψ + 12Ψ/N bytes."""
-    buckets = buckets_of(named, axis.size, elements)
-    gradients = FullGradients(buckets, axis, scatter=True)
-    order = InOrder(buckets, gradients.launch, gradients.used)
-    return Sharding(buckets, ReplicatedWeights(named, buckets, axis, True), gradients, order)
-
-
-def shard_gradients(model: nn.Module, axis: Axis, named: Named, elements: int) -> Sharding:
-    """ZeRO-2: the gradients too. 2Ψ + 14Ψ/N bytes."""
-    buckets = buckets_of(named, axis.size, elements)
-    gradients = ShardedGradients(buckets, axis, DeviceShards(buckets))
-    order = InOrder(buckets, gradients.launch, gradients.used)
-    return Sharding(buckets, ReplicatedWeights(named, buckets, axis, True), gradients, order)
-
-
-def shard_parameters(
-    model: nn.Module,
-    axis: Axis,
-    named: Named,
-    elements: int,
-    make_unit: Callable[[Named, Axis], Unit] = Unit,
-    reduce: Callable[[Tensor, Axis], comm.Pending] = reduce_scatter,
-) -> Sharding:
-    """ZeRO-3: the parameters too; a layer is a bucket, and both ends of the model are one. 16Ψ/N bytes.
-
-    Args:
-        make_unit, reduce: how they are gathered and reduced; ZeRO++ does it otherwise.
-    """
-    assert len(named) == len(list(model.parameters())), "ZeRO-3 shards all of a model"
-    units = units_of(model, lambda named: make_unit(named, axis))
-    buckets = [unit.trained for unit in units if unit.trained]
-    gradients = ShardedGradients(buckets, axis, DeviceShards(buckets), reduce)
-    weights = GatheredWeights(model, units, gradients.launch)
-    return Sharding(buckets, weights, gradients, order=weights)
+from zero.engine.parts import Action, Parts
+from zero.engine.sharding import (
+    MakeSharding,
+    Scope,
+    replicate,
+    shard_gradients,
+    shard_optimizer,
+    shard_parameters,
+)
 
 
 class Engine:
     """A model trained by the ranks of `axis`, each with its samples of the batch.
 
     A step is `zero_grad`, `backward` for each micro-batch, `clip_and_total`, `step`. The loss of a micro-batch is its
-    share of the global batch's loss, so gradients are summed, over micro-batches and over ranks.
+    share of the global batch's loss, so gradients are summed, over micro-batches and over ranks. In place of `backward`
+    a pipeline calls `begins` and `ends` around each action of its schedule, and `done` after the last.
 
     Args:
         make_sharding: one of the functions above.
         model: equal on all ranks. Parameters that are not trained (`requires_grad`) when the engine is made never are.
         make_optimizer, groups, master, host: see `ShardOptimizer`.
         elements: of a bucket, about.
-        only: the parameters that are this engine's, where another has the rest over other ranks; not for ZeRO-3.
+        only: the parameters that are this engine's, where another has the rest over other ranks.
+        parts: the stages of a pipeline that this rank computes; None for all of the model at a time.
+        every, reshard, whole: see `Scope`.
     """
 
     compares_states = True
@@ -110,10 +62,15 @@ class Engine:
         elements: int = BUCKET_ELEMENTS,
         only: Callable[[nn.Parameter], bool] = lambda _: True,
         host: torch.device | None = None,
+        parts: Parts | None = None,
+        every: bool = True,
+        reshard: bool = True,
+        whole: Collection[nn.Parameter] = (),
     ):
         self.model, self.axis = model, axis
         self.named = [(name, p) for name, p in model.named_parameters() if only(p)]  # a tied one once
-        self.sharding = make_sharding(model, axis, self.named, elements)
+        self.parts = parts or Parts({0: model}, whole_model=True)
+        self.sharding = make_sharding(Scope(model, axis, self.named, elements, self.parts, every, reshard, whole))
         self.buckets = self.sharding.buckets
         self.shards_optimizer = self.sharding.shards_optimizer
         self.index = axis.index if self.shards_optimizer else 0  # of this rank's shard of each bucket
@@ -151,19 +108,61 @@ class Engine:
 
     def before_backward(self, last: bool = True) -> None:
         """Be ready for the gradients of a backward, which others may start, for several engines together."""
-        if last or self.sharding.gradients.every_microbatch:
-            self.sharding.order.watch()
+        self.sharding.gradients.finishing = set(self.parts.models) if last else set()
+        self.sharding.order.watch()
 
     def after_backward(self, last: bool = True) -> None:
         """Finish the collectives that the backward has launched."""
-        if last or self.sharding.gradients.every_microbatch:
-            self.sharding.order.finish()
-            self.sharding.gradients.wait()
+        self.sharding.order.finish()
+        self.sharding.gradients.wait()
+        if last:
+            self.sharding.weights.release()
 
     def reduce(self) -> None:
         """Sum what others have added to the gradients, a pipeline for example, in place of the last `backward`."""
         self.before_backward()
         self.after_backward()
+
+    # ---- The same under a pipeline. What it computes next is known, so its weights are gathered meanwhile.
+
+    def begins(self, action: Action, then: Action | None, final: bool) -> None:
+        """Before an action of a pipeline.
+
+        Args:
+            then: the next one that reads weights.
+            final: whether no gradient of its stage comes after it.
+        """
+        stage, kind, _ = action
+        weights = self.sharding.weights
+        if final:
+            self.sharding.gradients.finishing.add(stage)
+        if kind == "F":
+            weights.begin_forward(stage, then)
+        elif kind == "B":
+            self.sharding.order.watch(stage)
+        if kind in ("B", "I"):
+            weights.begin_backward(stage, then)
+
+    def ends(self, action: Action) -> None:
+        """After it. What a B or a W has completed is being reduced while the pipeline goes on."""
+        stage, kind, _ = action
+        if kind == "F":
+            self.sharding.weights.end_forward()
+        elif kind == "W":
+            self.sharding.gradients.make_room()
+            self.sharding.order.reduce(stage)
+        elif kind == "B":
+            self.sharding.order.finish()
+        if kind in ("B", "I"):
+            self.sharding.weights.end_backward()
+
+    def done(self) -> None:
+        """After the last action."""
+        self.sharding.gradients.wait()
+        self.sharding.gradients.finishing = set()
+        self.sharding.weights.release()
+
+    # ---- Sums, and the update
 
     def sum_over(self, axis: Axis, choose: Callable[[nn.Parameter], bool]) -> None:
         """Add up over `axis` the gradients of the chosen parameters, of which each of its ranks has a partial sum.

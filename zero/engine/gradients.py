@@ -1,6 +1,6 @@
 """Where gradients are added up, and how they are summed over the ranks: full, or this rank's shard only. Lecture 01."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -9,40 +9,60 @@ from torch import Tensor, nn
 from core import comm
 from core.mesh import Axis
 from zero.engine.buckets import Bucket
+from zero.engine.parts import Users
 
 
-class FullGradients:
+class Gradients:
+    """When a bucket is to be summed over the ranks.
+
+    Args:
+        users: of each bucket the parts of the model that use it.
+        every: in every micro-batch; or once, when no part that uses it will add to it.
+    """
+
+    def __init__(self, users: Sequence[Users], every: bool):
+        self.users, self.every = users, every
+        self.finishing: set[int] = set()  # the parts whose last backward of this step goes on, or is done
+        self.used: set[nn.Parameter] = set()  # what got a gradient in this step
+
+    def due(self, i: int) -> bool:
+        return self.every or self.finishing.issuperset(self.users[i])
+
+
+class FullGradients(Gradients):
     """Data parallelism and ZeRO-1: full gradients, added up over the micro-batches; the last one reduces the sum.
 
     Args:
         scatter: reduce-scatter and keep this rank's shard, in place of an all-reduce.
     """
 
-    every_microbatch = False  # only the last one launches collectives
-
-    def __init__(self, buckets: list[Bucket], axis: Axis, scatter: bool):
+    def __init__(self, buckets: list[Bucket], users: Sequence[Users], axis: Axis, scatter: bool):
+        super().__init__(users, every=False)
         self.axis, self.scatter = axis, scatter
-        self.used: set[nn.Parameter] = set()  # what got a gradient in this step
         self._full = [bucket.flatten_gradients() for bucket in buckets]
         self.own = self._full  # after the last micro-batch: summed over the ranks
         if scatter:
             self.own = [flat[bucket.shard(axis.index)] for bucket, flat in zip(buckets, self._full, strict=True)]
-        self._in_flight: list[comm.Pending] = []
+        self.in_flight: list[tuple[int, comm.Pending]] = []
 
     def zero(self) -> None:
         for flat in self._full:
             flat.zero_()
 
-    def launch(self, i: int) -> None:
-        """Start to sum bucket i, whose gradients are complete, over the ranks."""
-        start = comm.reduce_scatter_async if self.scatter else comm.all_reduce_async
-        self._in_flight.append(start(self._full[i], self.axis))
+    def launch(self, i: int, at_once: int = 0) -> None:
+        """Start to sum bucket i, if its gradients are complete, over the ranks."""
+        if self.due(i):
+            start = comm.reduce_scatter_async if self.scatter else comm.all_reduce_async
+            self.in_flight.append((i, start(self._full[i], self.axis)))
+
+    def make_room(self) -> None:
+        """They have memory of their own."""
 
     def wait(self) -> None:
         """Until all that was launched is in `own`."""
-        for own, pending in zip(self.own, self._in_flight, strict=True):
-            own.copy_(pending.wait())
-        self._in_flight.clear()
+        for i, pending in self.in_flight:
+            self.own[i].copy_(pending.wait())
+        self.in_flight.clear()
 
 
 class Shards(Protocol):
@@ -72,38 +92,50 @@ def reduce_scatter(flat: Tensor, axis: Axis) -> comm.Pending:
     return comm.reduce_scatter_async(flat, axis)
 
 
-class ShardedGradients:
-    """ZeRO-2 and 3: every micro-batch reduces and scatters each bucket, and frees it; this rank's shard stays.
+class ShardedGradients(Gradients):
+    """ZeRO-2 and 3: each bucket is reduced, scattered and freed; this rank's shard stays.
 
     Args:
         shards: where they are added up.
+        every: in every micro-batch; or once a step, until which autograd adds up full gradients.
         reduce: how a bucket is reduced; ZeRO++ does it otherwise.
     """
-
-    every_microbatch = True  # there is nowhere to keep a sum of full gradients
 
     def __init__(
         self,
         buckets: list[Bucket],
+        users: Sequence[Users],
         axis: Axis,
         shards: Shards,
+        every: bool = True,
         reduce: Callable[[Tensor, Axis], comm.Pending] = reduce_scatter,
     ):
+        super().__init__(users, every)
         self.buckets, self.axis, self.shards, self.reduce = buckets, axis, shards, reduce
-        self.used: set[nn.Parameter] = set()
         self.own = shards.own
-        self._in_flight: list[tuple[int, comm.Pending]] = []
+        self.in_flight: list[tuple[int, comm.Pending]] = []
 
     def zero(self) -> None:
         for shard in self.own:
             shard.zero_()
 
-    def launch(self, i: int) -> None:
-        """Start to sum bucket i, whose gradients are complete, over the ranks; the parameters lose theirs."""
-        self._arrived(but=1)  # at most two buckets of full gradients at a time
+    def launch(self, i: int, at_once: int = 2) -> None:
+        """Start to sum bucket i, if its gradients are complete, over the ranks; the parameters lose theirs.
+
+        Args:
+            at_once: the most buckets of full gradients in flight.
+        """
+        if not self.due(i):
+            return
+        self._arrived(but=at_once - 1)
         self.used |= {m.parameter for m in self.buckets[i].members if m.parameter.grad is not None}
         flat = self.buckets[i].take_gradients()
-        self._in_flight.append((i, self.reduce(flat, self.axis)))
+        self.in_flight.append((i, self.reduce(flat, self.axis)))
+
+    def make_room(self) -> None:
+        """Before many buckets are launched at once: what is in flight arrives, lest full gradients pile up."""
+        if self.every:
+            self._arrived(but=0)
 
     def wait(self) -> None:
         """Until all that was launched is in `own`."""
@@ -112,6 +144,6 @@ class ShardedGradients:
 
     def _arrived(self, but: int) -> None:
         """Add to this rank's shards what has been reduced, `but` for the last so many buckets."""
-        while len(self._in_flight) > but:
-            i, pending = self._in_flight.pop(0)
+        while len(self.in_flight) > but:
+            i, pending = self.in_flight.pop(0)
             self.shards.add(i, pending.wait())

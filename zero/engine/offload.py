@@ -7,14 +7,13 @@ down to the host while backward goes on; and each updated bucket goes up while t
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.ledger import Ledger
-from core.mesh import Axis
-from zero.engine.buckets import Bucket, InOrder, buckets_of
-from zero.engine.engine import Engine, Sharding
-from zero.engine.gradients import ShardedGradients
-from zero.engine.weights import Named, ReplicatedWeights
+from zero.engine.buckets import Bucket
+from zero.engine.engine import Engine
+from zero.engine.sharding import Scope, Sharding, shard_gradients
+from zero.engine.weights import ReplicatedWeights
 
 HOST = torch.device("cpu")
 
@@ -66,12 +65,9 @@ class UploadedWeights(ReplicatedWeights):
         super().gather(i)
 
 
-def shard_on_host(model: nn.Module, axis: Axis, named: Named, elements: int) -> Sharding:
+def shard_on_host(scope: Scope) -> Sharding:
     """ZeRO-2 with gradients and optimizer state on the host: 2Ψ bytes on the device."""
-    buckets = buckets_of(named, axis.size, elements)
-    gradients = ShardedGradients(buckets, axis, HostShards(buckets, axis.ledger))
-    order = InOrder(buckets, gradients.launch, gradients.used)
-    return Sharding(buckets, UploadedWeights(named, buckets, axis, True), gradients, order)
+    return shard_gradients(scope, partial(HostShards, ledger=scope.axis.ledger), UploadedWeights)
 
 
 zero_offload = partial(Engine, shard_on_host, host=HOST)

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from core.proof.lesson import Run
 from core.proof.memory import live_bytes
-from zero.engine.weights import GatheredWeights
+from zero.engine.gathered import GatheredWeights
 from zero.evidence.training import Fast, Plain
 
 # Of one layer and micro-batch. The plain version computes a layer's forward again in its backward.
