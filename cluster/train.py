@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 cluster/train.py --tp 2 --pp 2 --dp 2
 
-read: train.py:44-102; run/build.py:77-149; then run/worker.py
+read: train.py:52-110; run/build.py:82-158; then run/worker.py
 
 Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, because the topics have the rest:
 
@@ -20,14 +20,22 @@ Unless told `--no-verify`, one process trains beside it, and every step is compa
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 from cluster import dry_run
 from cluster.run import evidence
-from cluster.run.arguments import HELD_OUT, add_all_flags, check, layout_of, learning_rate, model_of, moe_of
+from cluster.run.arguments import (
+    HELD_OUT,
+    add_all_flags,
+    check,
+    layout_of,
+    learning_rate,
+    model_of,
+    moe_of,
+    optimizer_of,
+)
 from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.export import export, load_export
 from cluster.run.worker import Worker
@@ -57,8 +65,8 @@ def lesson(run: Run) -> None:
     evidence.show(run, layout, model)
 
     # This rank's shards of model and optimizer, from where an earlier run has stopped.
-    adamw = partial(torch.optim.AdamW, lr=args.lr)
-    spec = TrainSpec(config, moe, layout, args.seed, run.precision, job.device, adamw, args.bucket)
+    make, muon = optimizer_of(args)
+    spec = TrainSpec(config, moe, layout, args.seed, run.precision, job.device, make, args.bucket, muon)
     worker = Worker(spec, mesh)
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()

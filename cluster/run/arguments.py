@@ -4,9 +4,12 @@ import argparse
 import errno
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
+
+import torch
 
 from cluster import dry_run, rules
 from cluster.planner import hardware
@@ -20,6 +23,10 @@ from core.proof.lesson import Lesson
 from core.proof.rules import Rule, at_least
 from core.proof.rules import check as check_rules
 from expert_parallel.engine.routing import MoEConfig, Routing
+from zero.engine.muon import Muon
+from zero.engine.optimizer import MakeOptimizer
+from zero.evidence.muon import add_muon_flags, check_muon, settings_of
+from zero.newton_schulz import MuonSettings
 
 HELD_OUT = 0.1  # of the text, for validation
 
@@ -39,6 +46,9 @@ def add_all_flags(lesson: Lesson) -> None:
     flag("--auto", action="store_true", help="the layout that the planner finds fastest on --machine")
     flag("--machine", metavar="NAME|FILE.json", help="for --auto; of cluster/topology.py, or known (default: this one)")
     flag("--verify", action=argparse.BooleanOptionalAction, default=True, help="beside one process (default)")
+    flag(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the layers' matrices (default adamw)"
+    )
     flag("--warmup", type=int, default=2, help="steps in which the learning rate rises (default %(default)s)")
     flag("--evaluate", type=int, default=0, metavar="STEPS", help="between validations; 0: at the ends only")
     flag("--sample", type=int, default=120, help="bytes of text to write at the end (default %(default)s)")
@@ -51,6 +61,7 @@ def add_all_flags(lesson: Lesson) -> None:
     flag("--dry-run", action="store_true", help="one rank of --world, without the others: what it sends and holds")
     flag("--world", type=int, default=0, metavar="RANKS", help="for --dry-run, whose ranks are not running")
     flag("--rank", type=int, default=0, help="for --dry-run: which of them (default %(default)s)")
+    add_muon_flags(lesson.parser)
 
 
 RULES = (
@@ -138,6 +149,7 @@ def check(args: argparse.Namespace, world: int) -> None:
     """Raises ValueError when the arguments cannot make a run."""
     check_model(args)
     check_rules(args, RULES)
+    check_muon(args)
     Text(args.data, args.sequence).split(HELD_OUT)
     if args.save is not None:
         check_folder(args.save)
@@ -157,6 +169,13 @@ def check_folder(folder: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--save {folder}: nothing can be written there: {error.strerror}; use --save run") from None
+
+
+def optimizer_of(args: argparse.Namespace) -> tuple[MakeOptimizer, MuonSettings | None]:
+    """What makes it of parameter groups, and what Muon has besides."""
+    if args.optimizer == "adamw":
+        return partial(torch.optim.AdamW, lr=args.lr), None
+    return partial(Muon, lr=args.lr, momentum=args.momentum), settings_of(args)
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:

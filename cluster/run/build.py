@@ -14,6 +14,7 @@ Each shards what the others have left. Until `materialize` there is no memory, o
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,9 @@ from sequence_parallel.engine.loss import token_loss as loss_over_sp
 from sequence_parallel.engine.recompute import recompute
 from zero.engine.buckets import BUCKET_ELEMENTS
 from zero.engine.engine import Engine, data_parallel, zero1, zero2, zero3
+from zero.engine.muon import options_of
 from zero.engine.optimizer import MakeOptimizer
+from zero.newton_schulz import MuonSettings
 
 ENGINES = (data_parallel, zero1, zero2, zero3)  # by --zero
 Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and targets, this rank's share
@@ -57,6 +60,7 @@ class TrainSpec:
         layout: one that `cluster.rules.check` accepts.
         make_optimizer: maps parameter groups to an optimizer.
         bucket: elements that ZeRO sends at once, about.
+        muon: where the optimizer is zero.engine.muon's.
     """
 
     config: GPTConfig
@@ -67,6 +71,7 @@ class TrainSpec:
     device: torch.device
     make_optimizer: MakeOptimizer
     bucket: int = BUCKET_ELEMENTS
+    muon: MuonSettings | None = None
 
     @property
     def tokens(self) -> int:
@@ -131,10 +136,14 @@ def shard_optimizer(model: GPT, spec: TrainSpec, mesh: Mesh) -> tuple[Engine, En
     data = mesh.joined("cp", "dp")
     options = {"make_optimizer": spec.make_optimizer, "master": spec.precision.master, "elements": spec.bucket}
     engine = partial(ENGINES[spec.layout.zero], model, **options)
+    muon = partial(muon_options, model, spec, mesh)
     if spec.moe is None:
-        return engine(axis=data), None
+        return engine(axis=data, **muon("tp", "cp", "dp")), None
     experts = set(expert_parameters(model))
-    return engine(axis=data, only=lambda p: p not in experts), engine(axis=mesh["edp"], only=lambda p: p in experts)
+    return (
+        engine(axis=data, only=lambda p: p not in experts, **muon("tp", "cp", "dp")),
+        engine(axis=mesh["edp"], only=lambda p: p in experts, **muon("etp", "edp")),
+    )
 
 
 def make_pipeline(model: GPT, spec: TrainSpec, pp: Axis, loss: Loss, masks: SampleMasks) -> Pipeline | None:
@@ -147,3 +156,10 @@ def make_pipeline(model: GPT, spec: TrainSpec, pp: Axis, loss: Loss, masks: Samp
     activations = (layout.microbatch, here, spec.config.hidden)
     mine = each_stage(model, stages_by_rank(layout)[pp.index], layout.stages)
     return Pipeline(mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks)
+
+
+def muon_options(model: GPT, spec: TrainSpec, mesh: Mesh, inner: str, *outer: str) -> dict[str, Any]:
+    """Args: inner: the axis that shards the matrices themselves. outer: those over which ZeRO does, or all have them."""
+    if spec.muon is None:
+        return {}
+    return options_of(model, spec.muon, mesh.joined(inner, *outer), mesh[inner].size)

@@ -20,6 +20,7 @@ from core.proof.oracle import Oracle
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import end_step
 from expert_parallel.engine.routing import MoEConfig
+from zero.evidence import muon
 
 LARGEST_SAMPLE = 10**8  # parameters of a model that one process may hold to write text
 FALLS = 20  # steps after which the validation loss must have fallen
@@ -50,8 +51,10 @@ def one_process(run: Run, spec: TrainSpec) -> Oracle | None:
     """The same training in one process, on rank 0, where it is to be compared."""
     if run.job.rank or not run.args.verify:
         return None
-    make = partial(full_model, moe=spec.moe)
-    oracle = Oracle(spec.config, spec.seed, spec.device, spec.make_optimizer, run.args.clip, make)
+    make, make_optimizer = partial(full_model, moe=spec.moe), spec.make_optimizer
+    if spec.muon:
+        make_optimizer = muon.one_process(partial(make, spec.config), spec.muon, lr=run.args.lr)
+    oracle = Oracle(spec.config, spec.seed, spec.device, make_optimizer, run.args.clip, make)
     oracle.optimizer.register_step_post_hook(lambda *_: end_step(oracle.model))
     return oracle
 

@@ -95,6 +95,8 @@ class Engine:
         make_optimizer, groups, master, host: see `ShardOptimizer`.
         elements: of a bucket, about.
         only: the parameters that are this engine's, where another has the rest over other ranks; not for ZeRO-3.
+        before_update: of optimizers, buckets and whether they are sharded, what is called when the optimizers have all
+            gradients: for one that looks at more than a shard of a parameter (`muon.py`).
     """
 
     compares_states = True
@@ -110,6 +112,7 @@ class Engine:
         elements: int = BUCKET_ELEMENTS,
         only: Callable[[nn.Parameter], bool] = lambda _: True,
         host: torch.device | None = None,
+        before_update: Callable[..., Callable[[], None]] | None = None,
     ):
         self.model, self.axis = model, axis
         self.named = [(name, p) for name, p in model.named_parameters() if only(p)]  # a tied one once
@@ -123,6 +126,9 @@ class Engine:
             ShardOptimizer(bucket, self.index, own, make_optimizer, groups, master, host)
             for bucket, own in zip(self.buckets, self.sharding.weights.own, strict=True)
         ]
+        self._before_update = (
+            before_update(self.optimizers, self.buckets, self.shards_optimizer) if before_update else None
+        )
         self._unused: set[nn.Parameter] = set()  # what no rank has used in this step
         self._has_gradients = False  # whether the optimizers have this step's
 
@@ -238,6 +244,8 @@ class Engine:
             for optimizer, gradient in zip(self.optimizers, self.own_gradients, strict=True):
                 optimizer.set_gradient(gradient)
         self._has_gradients = False
+        if self._before_update:
+            self._before_update()
         for i, optimizer in enumerate(self.optimizers):
             optimizer.step()
             optimizer.publish()
