@@ -6,10 +6,14 @@ scale `cluster/dry_run.py`): parameters and their states element by element, but
 
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 from cluster.planner.activations import saved_at_peak, transient
 from cluster.planner.counting import (
+    Matrix,
+    expert_matrices,
     expert_parameters,
+    layer_matrices,
     layer_parameters,
     norm,
     norm_parameters,
@@ -61,6 +65,21 @@ def parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> tuple[int, 
         others += norm(model, model.hidden) + (vocabulary_shard(model, layout.tp) if model.head_bias else 0)
     if last and not (model.tied and first):
         others += table
+    return experts, others
+
+
+def matrix_parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> tuple[int, int]:
+    """Of `parameters` those in matrices of the layers, which Muon updates: of experts, and all others."""
+
+    def elements(matrices: list[Matrix], t: int) -> int:
+        return sum(prod(matrix.shape(t)) for matrix in matrices)
+
+    others = experts = 0
+    for stage in layout.stages_of(rank):
+        dense, moe = layers_of(model, layout, stage)
+        others += dense * elements(layer_matrices(model, False), layout.tp)
+        others += moe * (elements(layer_matrices(model, True), layout.tp) + router_parameters(model, True))
+        experts += moe * model.experts // layout.ep * elements(expert_matrices(model), layout.etp)
     return experts, others
 
 

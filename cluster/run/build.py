@@ -159,7 +159,7 @@ def make_pipeline(model: GPT, spec: TrainSpec, pp: Axis, loss: Loss, masks: Samp
 
 
 def muon_options(model: GPT, spec: TrainSpec, mesh: Mesh, inner: str, *outer: str) -> dict[str, Any]:
-    """Args: inner: the axis that shards the matrices themselves. outer: those over which ZeRO does, or all have them."""
+    """Args: inner: the axis that shards matrices themselves; outer: those over which ZeRO does, or all have them."""
     if spec.muon is None:
         return {}
     return options_of(model, spec.muon, mesh.joined(inner, *outer), mesh[inner].size)

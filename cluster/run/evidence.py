@@ -78,6 +78,8 @@ def follow(run: Run, worker: Worker, oracle: Oracle | None) -> None:
 def claim_run(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent: Ledger, steps: int) -> None:
     """What each rank has and sends, against the planner. All ranks call it."""
     size = sum(p.numel() for p in worker.model.parameters() if p.requires_grad)
+    if worker.spec.muon:
+        claim_muon(run, layout, model, worker, sent, steps)
     elements = {axis: traffic.elements / max(1, steps) for axis, traffic in sent_by_axis(sent).items()}
     everyone = run.job.gather((worker.pp.index, size, elements))
     if not everyone:
@@ -97,6 +99,31 @@ def claim_run(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent
         most = max(expected for _, expected, _ in cases)
         formula = f"the planner's, {most:,.0f} at most; counted"
         run.evidence.each(f"elements sent a step over {axis}", formula, cases, 0.02 * most)
+
+
+def claim_muon(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent: Ledger, steps: int) -> None:
+    """What each rank sends to the owners of matrices, and back, and that they have one moment, not two."""
+    planned = 0
+    for engine in worker.engines:
+        group = engine.before_update.group
+        inner = worker.mesh["tp" if engine is worker.dense_engine else "etp"].size
+        d, sharded = worker.spec.config.head_dim, engine.shards_optimizer
+        planned += muon.account(engine.buckets, sharded, group.size, inner, d, worker.spec.muon)[0][group.index]
+    counted = sum(traffic.elements for (_, axis), traffic in sent.traffic.items() if axis == "muon") / max(1, steps)
+    moments = sum(value.numel() for _, value, _ in worker.states() if value.dim())
+    everyone = run.job.gather((planned, counted, moments))
+    if not everyone or not steps:
+        return
+    cases = [(f"elements of Muon, rank {rank}", plan, found) for rank, (plan, found, _) in enumerate(everyone)]
+    run.evidence.each("elements sent a step for Muon", "those of shards not with their owner; counted", cases, 1e-6)
+    expected = 0
+    for index in range(layout.pp):
+        of_all, of_matrices = memory.parameters(model, layout, index), memory.matrix_parameters(model, layout, index)
+        copies = (1, 1) if layout.zero else (layout.edp, layout.data)
+        shards = (layout.ep * layout.etp, layout.tp)
+        expected += sum((2 * a - m) * c * s for a, m, c, s in zip(of_all, of_matrices, copies, shards, strict=True))
+    formula = f"2 of Adam, 1 of Muon: {expected:,}"
+    run.evidence.claim("moments, elements on all ranks", formula, expected, sum(each[2] for each in everyone))
 
 
 def claim_losses(run: Run, first: int, before: float, after: float) -> None:

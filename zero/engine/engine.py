@@ -126,7 +126,7 @@ class Engine:
             ShardOptimizer(bucket, self.index, own, make_optimizer, groups, master, host)
             for bucket, own in zip(self.buckets, self.sharding.weights.own, strict=True)
         ]
-        self._before_update = (
+        self.before_update = (
             before_update(self.optimizers, self.buckets, self.shards_optimizer) if before_update else None
         )
         self._unused: set[nn.Parameter] = set()  # what no rank has used in this step
@@ -244,8 +244,8 @@ class Engine:
             for optimizer, gradient in zip(self.optimizers, self.own_gradients, strict=True):
                 optimizer.set_gradient(gradient)
         self._has_gradients = False
-        if self._before_update:
-            self._before_update()
+        if self.before_update:
+            self.before_update()
         for i, optimizer in enumerate(self.optimizers):
             optimizer.step()
             optimizer.publish()

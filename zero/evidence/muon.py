@@ -4,7 +4,7 @@
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -26,7 +26,8 @@ from core.proof.plot import bars
 from core.proof.rules import Rule, at_least, at_most
 from core.proof.rules import check as check_rules
 from core.proof.training import train
-from zero.engine.buckets import Bucket, Member
+from core.shards import shard_of
+from zero.engine.buckets import Bucket
 from zero.engine.engine import Engine, data_parallel, zero1, zero2, zero3
 from zero.engine.muon import Muon, options_of
 from zero.evidence import training
@@ -230,39 +231,56 @@ def measured(run: Run, trained: Plain | Fast, counted: list[int]) -> tuple[float
     return elements / run.args.steps, sum(counted) / run.args.steps, trained.memory_bytes()["optimizer"]
 
 
+def account(
+    buckets: Sequence[Bucket], sharded: bool, n: int, inner: int, head_size: int, settings: MuonSettings
+) -> tuple[list[int], list[int]]:
+    """Elements that each of the n ranks of a group sends, and FLOPs of Newton-Schulz that it does, in a step.
+
+    Args:
+        sharded, inner: see `zero.engine.muon.Matrices`.
+    """
+    found: list[tuple[int, range, Bucket, bool]] = []  # cost, where in the bucket, whether the inner ranks share it
+    for bucket in buckets:
+        for member in bucket.members:
+            if is_matrix(member.name, member.parameter):
+                *_, rows, columns = member.parameter.shape
+                split = inner > 1 and shard_of(member.parameter) is not None
+                shape = [rows, columns]
+                if split:
+                    shape[shard_of(member.parameter).dim - member.parameter.dim()] *= inner
+                cost = flops(shape, head_size if "qkv" in member.name else 0, settings.steps)
+                for start in range(member.start, member.stop, rows * columns):
+                    found.append((cost, range(start, start + rows * columns), bucket, split))
+    elements, work = [0] * n, [0] * n
+    for (cost, here, bucket, split), owner in zip(found, deal([cost for cost, *_ in found], n), strict=True):
+        work[owner] += cost
+        for rank in {*range(n)} - {owner}:
+            shard = bucket.shard(rank // inner if sharded else 0)
+            size = max(0, min(here.stop, shard.stop) - max(here.start, shard.start))
+            elements[owner] += size  # the direction
+            copy = (not sharded and rank // inner != owner // inner) or (not split and rank % inner != owner % inner)
+            elements[rank] += 0 if copy else size  # the update, of which copies are not sent
+    return elements, work
+
+
 def claim_muon(
     run: Run, name: str, trained: Plain | Fast, stage: int, settings: MuonSettings,
     by_rank: list[tuple[float, float, int]],
 ) -> None:  # fmt: skip
     """What the two all-to-alls send, how the work is dealt, and one moment in place of two. On rank 0."""
     n, size = len(by_rank), run.precision.master.itemsize
-    d = training.configuration(run.args).head_dim
-    matrices = [(b, m) for b in trained.buckets for m in b.members if is_matrix(m.name, m.parameter)]
-    costs = [flops(m.parameter.shape, d if "qkv" in m.name else 0, settings.steps) for _, m in matrices]
-    owners = deal(costs, n)
-
-    def held(bucket: Bucket, member: Member, rank: int) -> int:
-        shard = bucket.shard(rank if stage else 0)
-        return max(0, min(member.stop, shard.stop) - max(member.start, shard.start))
-
-    elements, work, memory = [0] * n, [0] * n, [0] * n
-    for (bucket, member), cost, owner in zip(matrices, costs, owners, strict=True):
-        work[owner] += cost
-        for rank in {*range(n)} - {owner}:
-            elements[owner] += held(bucket, member, rank)  # the direction
-            elements[rank] += held(bucket, member, rank) * (stage > 0)  # the update: data parallelism has all of it
-    plain = isinstance(trained, Plain)
+    elements, work = account(trained.buckets, stage > 0, n, 1, training.configuration(run.args).head_dim, settings)
+    matrices = [m for bucket in trained.buckets for m in bucket.members if is_matrix(m.name, m.parameter)]
+    plain, memory = isinstance(trained, Plain), [0] * n
     for rank in range(n):
         for bucket in trained.buckets:
             segments = [*bucket.segments(rank if stage else 0)]
-            moments = sum(
-                (s.end - s.first) * (1 if is_matrix(s.member.name, s.member.parameter) else 2) for s in segments
-            )
             padding = bucket.length - sum(s.end - s.first for s in segments) if plain else 0
-            moments += padding * (1 if (bucket, bucket.members[0]) in matrices else 2)
+            moments = padding * (1 if bucket.members[0] in matrices else 2)
+            moments += sum((s.end - s.first) * (1 if s.member in matrices else 2) for s in segments)
             copy = bucket.length if plain or run.precision.master != run.dtype else 0
             memory[rank] += (moments + copy) * size
-    of_matrices = sum(member.parameter.numel() for _, member in matrices)
+    of_matrices = sum(member.parameter.numel() for member in matrices)
 
     def row(what: str, formula: str, expected: list[int], values: Iterable[float]) -> None:
         pairs = zip(expected, values, strict=True)
