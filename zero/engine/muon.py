@@ -35,6 +35,10 @@ class Muon(torch.optim.AdamW):
             if group.setdefault("muon", False):
                 group.setdefault("momentum", momentum)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For `load_state_dict`. AdamW's own looks for a count of steps in every state, to mend those of old torch."""
+        torch.optim.Optimizer.__setstate__(self, state)
+
     @torch.no_grad()
     def nesterov(self) -> dict[nn.Parameter, Tensor]:
         """The update of every shard of a matrix that has a gradient; counts that in its momentum."""
