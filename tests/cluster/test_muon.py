@@ -1,0 +1,200 @@
+"""Muon in the combined run: matrices that tp, ep, etp, ZeRO and pp have sharded, at once, equal to one process."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from cluster import rules
+from cluster.planner.layout import Layout
+from cluster.run.build import TrainSpec, make_mesh
+from cluster.run.evidence import full_model
+from cluster.run.worker import Worker
+from core.ledger import Ledger
+from core.model.precision import POLICIES
+from core.model.text import Text
+from core.proof.oracle import Oracle, worst_difference
+from core.shards import full_tensors
+from expert_parallel.engine.router import end_step
+from tests.cluster.resuming import ELSEWHERE, job_here
+from tests.cluster.resuming import train as train_steps
+from tests.cluster.test_mutations import instead
+from tests.cluster.test_worker import CLIP, CONFIG, CPU, MOE, SEED, L, Result, samples_of
+from tests.pool import Pool
+from zero.engine import muon
+from zero.engine.muon import Matrices, Muon
+from zero.evidence.muon import one_process as torchs_muon
+from zero.newton_schulz import MuonSettings
+
+SETTINGS = MuonSettings(momentum=0.9)
+LR = 1e-2
+MUON = partial(Muon, lr=LR, momentum=SETTINGS.momentum)
+
+LAYOUTS = [
+    L(dp=2, tp=2),
+    L(dp=2, tp=2, zero=1, sp=True),
+    L(dp=2, zero=2, microbatches=2, tp=2),
+    L(dp=2, tp=2, zero=3, sp=True, microbatches=2),
+    L(tp=2, cp=2, dp=2, zero=1),
+    L(tp=2, pp=2, dp=2, microbatches=2, zero=1, sp=True),
+    L(pp=2, cp=2, microbatches=4, schedule="dualpipe"),
+    L(pp=2, dp=2, microbatches=2, schedule="zb-h1", zero=1),
+    L(dp=4, ep=4, moe=True, zero=1),
+    L(dp=2, tp=2, ep=2, sp=True, moe=True),
+    L(tp=2, dp=2, ep=2, etp=2, sp=True, moe=True, zero=2, microbatches=2),
+    L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=1),
+    L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True),
+    L(pp=2, dp=4, ep=2, etp=2, microbatches=2, moe=True, zero=1),
+]
+
+
+def worker_of(layout: Layout, moe: bool, seed: int = SEED) -> Worker:
+    mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
+    spec = TrainSpec(
+        CONFIG, MOE if moe else None, layout, seed, POLICIES["float64"], CPU, MUON, bucket=3000, muon=SETTINGS
+    )
+    return Worker(spec, mesh)
+
+
+def train(layout: Layout, moe: bool) -> Result:
+    worker = worker_of(layout, moe)
+    losses, norms, gradients = [], [], []
+    for step in range(2):
+        worker.zero_grad()
+        share = worker.forward_backward(step, *Text(None, 16).batch(SEED, step, 16))
+        gradients = worker.gradients()
+        norm, loss = worker.clip(CLIP, share)
+        worker.step()
+        losses.append(loss)
+        norms.append(norm)
+    result = losses, norms, gradients, worker.weights(), worker.states()
+    worker.close()
+    return result
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[bool, tuple[list[float], list[float], Oracle]]:
+    found = {}
+    for moe in (False, True):
+        make = partial(full_model, moe=MOE if moe else None)
+        optimizer = torchs_muon(partial(make, CONFIG), SETTINGS, lr=LR)
+        oracle = Oracle(CONFIG, SEED, CPU, optimizer, CLIP, make)
+        losses, norms = [], []
+        for step in range(2):
+            losses.append(oracle.step(*Text(None, 16).batch(SEED, step, 16), step))
+            norms.append(oracle.norm)
+            end_step(oracle.model)
+        found[moe] = losses, norms, oracle
+    return found
+
+
+@pytest.mark.parametrize(("layout", "moe"), LAYOUTS, ids=[str(layout).replace("--", "") for layout, _ in LAYOUTS])
+def test_equals_torchs_muon_in_one_process(pool: Pool, one_process: dict, layout: Layout, moe: bool) -> None:
+    layout = samples_of(layout)
+    routing = {"experts": MOE.routing.experts, "top_k": MOE.routing.top_k} if moe else {}
+    rules.check(layout, replace(CONFIG, **routing), world=layout.ranks, batch=16)
+    losses, norms, oracle = one_process[moe]
+    results = pool.run(layout.ranks, train, layout, moe)
+    for rank in results:
+        assert rank[0] == pytest.approx(losses, rel=1e-10)
+        assert rank[1] == pytest.approx(norms, rel=1e-10)
+    for i, reference in ((2, oracle.gradients), (3, oracle.parameters()), (4, oracle.states())):
+        assert worst_difference(full_tensors(piece for rank in results for piece in rank[i]), reference) < 1e-10
+
+
+# ---- Checkpoints
+
+
+def save(layout: Layout, moe: bool, folder: str) -> None:
+    worker = worker_of(layout, moe)
+    train_steps(worker, [0])
+    checkpoints = worker.checkpoints(folder, job_here())
+    checkpoints.save(1, {})
+    checkpoints.wait()
+    worker.close()
+
+
+def go_on(layout: Layout, moe: bool, folder: str) -> tuple[list[float], list, list]:
+    worker = worker_of(layout, moe, ELSEWHERE)
+    checkpoints = worker.checkpoints(folder, job_here())
+    checkpoints.load(checkpoints.latest())
+    losses = train_steps(worker, [1])
+    worker.close()
+    return losses, worker.weights(), worker.states()
+
+
+ROADS = [(3, 5), (5, 0), (1, 7), (11, 8), (8, 10)]
+
+
+@pytest.mark.parametrize(("first", "second"), ROADS)
+def test_goes_on_in_another_layout(pool: Pool, tmp_path: Any, one_process: dict, first: int, second: int) -> None:
+    """With the momentum of every matrix."""
+    (one, moe), (other, same) = LAYOUTS[first], LAYOUTS[second]
+    assert moe == same
+    pool.run(one.ranks, save, samples_of(one), moe, str(tmp_path))
+    results = pool.run(other.ranks, go_on, samples_of(other), moe, str(tmp_path))
+    losses, _, oracle = one_process[moe]
+    for rank in results:
+        assert rank[0] == pytest.approx(losses[1:], rel=1e-10)
+    full = full_tensors(piece for _, *pieces in results for each in pieces for piece in each)
+    assert worst_difference(full, oracle.parameters() | oracle.states()) < 1e-10
+
+
+# ---- Bugs
+
+
+def only_the_local_shard(right: Callable, self: Matrices, matrix: Any, parts: Any) -> torch.Tensor:
+    """Each rank of tp by itself, as blocks: what a group of its own would orthogonalise."""
+    full = right(self, matrix, parts)
+    if matrix.dim is None:
+        return full
+    blocks = [muon.direction(block, matrix.head_size, self.settings) for block in full.chunk(self.inner, matrix.dim)]
+    return torch.cat(blocks, matrix.dim)
+
+
+def scaled_by_the_shard(right: Callable, update: torch.Tensor, head_size: int, settings: MuonSettings) -> torch.Tensor:
+    rows, columns = update.shape
+    return right(update, head_size, settings) * (max(rows / 2, columns) / max(rows, columns)) ** 0.5
+
+
+def not_sent_back(right: Callable, self: Matrices, directions: list[torch.Tensor]) -> None:
+    right(self, [each * (self.group.index != 1) for each in directions])
+
+
+def of_another_rank(right: Callable, self: Matrices, matrix: Any, rank: int) -> tuple[int, int]:
+    return right(self, matrix, (rank + self.inner) % self.group.size)
+
+
+def twice(right: Callable, self: Matrices, matrix: Any, rank: int, owner: int) -> int:
+    """Copies are sent too; the owner takes the first."""
+    first, end = self.held(matrix, rank)
+    return end - first
+
+
+def without(kind: str) -> Callable:
+    return lambda right, name, p: kind not in name and right(name, p)
+
+
+PARAMETER, STATE, SENT, MOMENTS = "every parameter", "the optimizer's state", "elements sent a step for Muon", "moments"
+Bug = tuple[str, Callable[[], AbstractContextManager], str]
+BUGS: dict[str, Bug] = {  # layout of test_mutations, bug, the claim that fails
+    "only the local shard": ("dense", lambda: instead(Matrices, "full", only_the_local_shard), PARAMETER),
+    "the scale of the shard": ("dense", lambda: instead(muon, "direction", scaled_by_the_shard), PARAMETER),
+    "a rank's matrices are not sent back": ("dense", lambda: instead(Matrices, "to_shards", not_sent_back), PARAMETER),
+    "the update of another shard": ("dense", lambda: instead(Matrices, "held", of_another_rank), PARAMETER),
+    "AdamW for one matrix": ("experts", lambda: instead(muon, "is_matrix", without("router")), PARAMETER),
+    "AdamW for one matrix, dense": ("dense", lambda: instead(muon, "is_matrix", without("mlp.up")), STATE),
+    "queries, keys and values as one": (
+        "dense", lambda: instead(muon, "direction", lambda right, x, _, s: right(x, 0, s)), PARAMETER,
+    ),
+    "no momentum": (
+        "pipeline", lambda: patch.object(Muon, "nesterov", lambda self: {
+            p: p.grad for group in self.param_groups for p in group["params"] if group["muon"]
+        }), STATE,
+    ),
+}  # fmt: skip
