@@ -114,7 +114,9 @@ def claim_muon(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sen
     everyone = run.job.gather((planned, counted, moments))
     if not everyone or not steps:
         return
-    cases = [(f"elements of Muon, rank {rank}", plan, found) for rank, (plan, found, _) in enumerate(everyone)]
+    cases = [
+        (f"elements sent a step for Muon, rank {rank}", plan, found) for rank, (plan, found, _) in enumerate(everyone)
+    ]
     run.evidence.each("elements sent a step for Muon", "those of shards not with their owner; counted", cases, 1e-6)
     expected = 0
     for index in range(layout.pp):

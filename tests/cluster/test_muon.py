@@ -1,7 +1,7 @@
 """Muon in the combined run: matrices that tp, ep, etp, ZeRO and pp have sharded, at once, equal to one process."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cluster import rules
 from cluster.planner.layout import Layout
@@ -23,7 +24,7 @@ from core.shards import full_tensors
 from expert_parallel.engine.router import end_step
 from tests.cluster.resuming import ELSEWHERE, job_here
 from tests.cluster.resuming import train as train_steps
-from tests.cluster.test_mutations import instead
+from tests.cluster.test_mutations import failing_claims, instead
 from tests.cluster.test_worker import CLIP, CONFIG, CPU, MOE, SEED, L, Result, samples_of
 from tests.pool import Pool
 from zero.engine import muon
@@ -166,14 +167,31 @@ def not_sent_back(right: Callable, self: Matrices, directions: list[torch.Tensor
     right(self, [each * (self.group.index != 1) for each in directions])
 
 
-def of_another_rank(right: Callable, self: Matrices, matrix: Any, rank: int) -> tuple[int, int]:
-    return right(self, matrix, (rank + self.inner) % self.group.size)
+def in_another_order(right: Callable, self: Matrices, matrix: Any, parts: Any) -> torch.Tensor:
+    return right(self, matrix, parts[::-1])
 
 
-def twice(right: Callable, self: Matrices, matrix: Any, rank: int, owner: int) -> int:
-    """Copies are sent too; the owner takes the first."""
-    first, end = self.held(matrix, rank)
-    return end - first
+def momentum_of_another_rank(right: Callable, self: Muon) -> dict:
+    """Of the neighbour in tp, where there is any yet."""
+    mine = [self.state[p].get("momentum_buffer") for group in self.param_groups for p in group["params"]]
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for own, other in zip(mine, everyone[dist.get_rank() ^ 1], strict=True):
+        if own is not None:
+            own.copy_(other)
+    return right(self)
+
+
+def with_two_moments(right: Callable, self: Muon) -> dict:
+    found = right(self)
+    for p in found:
+        self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+    return found
+
+
+def without_momentum(right: Callable, self: Muon) -> dict:
+    right(self)
+    return {p: p.grad for group in self.param_groups for p in group["params"] if group["muon"]}
 
 
 def without(kind: str) -> Callable:
@@ -186,15 +204,35 @@ BUGS: dict[str, Bug] = {  # layout of test_mutations, bug, the claim that fails
     "only the local shard": ("dense", lambda: instead(Matrices, "full", only_the_local_shard), PARAMETER),
     "the scale of the shard": ("dense", lambda: instead(muon, "direction", scaled_by_the_shard), PARAMETER),
     "a rank's matrices are not sent back": ("dense", lambda: instead(Matrices, "to_shards", not_sent_back), PARAMETER),
-    "the update of another shard": ("dense", lambda: instead(Matrices, "held", of_another_rank), PARAMETER),
+    "shards in another order": ("dense", lambda: instead(Matrices, "full", in_another_order), PARAMETER),
+    "the momentum of another rank": ("dense", lambda: instead(Muon, "nesterov", momentum_of_another_rank), STATE),
+    "all matrices on one rank": ("dense", lambda: patch.object(muon, "deal", lambda costs, n: [0] * len(costs)), SENT),
+    "both moments of Adam": ("pipeline", lambda: instead(Muon, "nesterov", with_two_moments), MOMENTS),
     "AdamW for one matrix": ("experts", lambda: instead(muon, "is_matrix", without("router")), PARAMETER),
     "AdamW for one matrix, dense": ("dense", lambda: instead(muon, "is_matrix", without("mlp.up")), STATE),
     "queries, keys and values as one": (
         "dense", lambda: instead(muon, "direction", lambda right, x, _, s: right(x, 0, s)), PARAMETER,
     ),
-    "no momentum": (
-        "pipeline", lambda: patch.object(Muon, "nesterov", lambda self: {
-            p: p.grad for group in self.param_groups for p in group["params"] if group["muon"]
-        }), STATE,
-    ),
+    "no momentum": ("pipeline", lambda: instead(Muon, "nesterov", without_momentum), PARAMETER),
 }  # fmt: skip
+FLAGS = ("--optimizer", "muon", "--momentum", "0.9")
+
+
+def with_every_bug() -> dict[str, list[str]]:
+    layouts = dict.fromkeys(layout for layout, *_ in BUGS.values())  # in one order on all ranks
+    found = {layout: failing_claims(layout, nullcontext, *FLAGS) for layout in layouts}
+    return found | {name: failing_claims(layout, bug, *FLAGS) for name, (layout, bug, _) in BUGS.items()}
+
+
+@pytest.fixture(scope="module")
+def failed(pool: Pool) -> dict[str, list[str]]:
+    return pool.run(4, with_every_bug, timeout=100)[0]
+
+
+def test_without_a_bug_every_claim_holds(failed: dict[str, list[str]]) -> None:
+    assert [failed[layout] for layout in ("dense", "experts", "pipeline")] == [[]] * 3
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_claims_catch(failed: dict[str, list[str]], name: str) -> None:
+    assert any(claim.startswith(BUGS[name][2]) for claim in failed[name]), failed[name]
