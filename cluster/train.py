@@ -57,7 +57,7 @@ def lesson(run: Run) -> None:
     config, moe = configuration(args), moe_of(args)
     model = model_of(config, moe)  # as the planner knows it
     if args.dry_run:
-        return dry_run.show(run, model, layout, args.rank)
+        return dry_run.show(run, model, layout, args.rank, optimizer_of(args)[1])
 
     # Groups of ranks.
     mesh = make_mesh(layout, job.device.type, Ledger(), job.timeout)

@@ -100,16 +100,20 @@ def state_sizes(itemsize: int) -> tuple[int, int, int]:
     return (2, 4, 12) if itemsize == 2 else (itemsize, itemsize, 2 * itemsize)
 
 
-def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2) -> RankMemory:
+def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2, muon: bool = False) -> RankMemory:
     """What a rank of the pipeline holds.
 
     Args:
         itemsize: bytes of a weight and of an activation.
+        muon: matrices have one moment, not two.
     """
     weight, gradient, optimizer = state_sizes(itemsize)
     experts, others = parameters(model, layout, rank)
     full = experts + others
     shard = others / layout.data + experts / layout.edp
+    moment = max(4, itemsize)
+    of_experts, of_others = matrix_parameters(model, layout, rank) if muon else (0, 0)
+    spared = of_others / layout.data + of_experts / layout.edp if layout.zero else of_others + of_experts
     working = transient(model, layout, rank, itemsize)
     if layout.zero >= 2:
         working += 2 * min(BUCKET_ELEMENTS, full) * gradient  # buckets on their way
@@ -119,7 +123,7 @@ def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int
     return RankMemory(
         weights=weight * (shard if layout.zero == 3 else full),
         gradients=gradient * (shard if layout.zero >= 2 else full),
-        optimizer=optimizer * (shard if layout.zero >= 1 else full),
+        optimizer=optimizer * (shard if layout.zero >= 1 else full) - moment * spared,
         activations=saved_at_peak(model, layout, rank, itemsize),
         working=working,
     )

@@ -9,7 +9,7 @@ from cluster.planner import hardware, memory, traffic
 from cluster.planner.counting import model_parameters, step_flops
 from cluster.planner.layout import Layout
 from cluster.run.build import TrainSpec
-from cluster.run.worker import Worker, sent_by_axis
+from cluster.run.worker import Worker, planned_muon, sent_by_axis
 from core.ledger import Ledger
 from core.model.config import ModelConfig
 from core.model.gpt import GPT, GPTConfig, materialize
@@ -30,12 +30,12 @@ def show(run: Run, layout: Layout, model: ModelConfig) -> None:
     """The layout, and what the planner says that a rank holds."""
     rows = []
     for rank in range(layout.pp):
-        held = memory.rank_memory(model, layout, rank, run.dtype.itemsize)
+        held = memory.rank_memory(model, layout, rank, run.dtype.itemsize, run.args.optimizer == "muon")
         sizes = (held.weights, held.gradients, held.optimizer, held.activations)
         stages = " ".join(map(str, layout.stages_of(rank)))
         rows.append((rank, stages, sum(memory.parameters(model, layout, rank)), *(size / 1e6 for size in sizes)))
     run.say(f"{layout}, {model_parameters(model):,} parameters")
-    header = ("pp rank", "stages", "parameters", "weights", "gradients", "Adam", "activations")
+    header = ("pp rank", "stages", "parameters", "weights", "gradients", "optimizer", "activations")
     run.say(tabulate(rows, header, floatfmt=",.3f", intfmt=",") + "\n(planned, MB a rank)\n")
 
 
@@ -103,15 +103,9 @@ def claim_run(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent
 
 def claim_muon(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent: Ledger, steps: int) -> None:
     """What each rank sends to the owners of matrices, and back, and that they have one moment, not two."""
-    planned = 0
-    for engine in worker.engines:
-        group = engine.before_update.group
-        inner = worker.mesh["tp" if engine is worker.dense_engine else "etp"].size
-        d, sharded = worker.spec.config.head_dim, engine.shards_optimizer
-        planned += muon.account(engine.buckets, sharded, group.size, inner, d, worker.spec.muon)[0][group.index]
     counted = sum(traffic.elements for (_, axis), traffic in sent.traffic.items() if axis == "muon") / max(1, steps)
     moments = sum(value.numel() for _, value, _ in worker.states() if value.dim())
-    everyone = run.job.gather((planned, counted, moments))
+    everyone = run.job.gather((planned_muon(worker), counted, moments))
     if not everyone or not steps:
         return
     cases = [

@@ -236,3 +236,18 @@ def test_without_a_bug_every_claim_holds(failed: dict[str, list[str]]) -> None:
 @pytest.mark.parametrize("name", BUGS)
 def test_the_claims_catch(failed: dict[str, list[str]], name: str) -> None:
     assert any(claim.startswith(BUGS[name][2]) for claim in failed[name]), failed[name]
+
+
+# ---- Without the other ranks
+
+
+DRY = ["--tp 2 --pp 2 --zero 1 --hidden 256", "--tp 4 --zero 3 --hidden 128 --dtype bfloat16", "--cp 2 --tp 2 --sp"]
+
+
+@pytest.mark.parametrize("flags", DRY)
+def test_a_dry_run_sends_and_holds_what_is_planned(pool: Pool, flags: str) -> None:
+    """By fake tensors, of Muon too."""
+    dry = ("--dry-run", "--world", "8", "--optimizer", "muon", "--layers", "2")
+    outcome = pool.script(1, "cluster/train.py", *dry, *flags.split())
+    assert outcome.codes == [0], outcome.out + outcome.err
+    assert "bytes sent in a step: muon" in outcome.out
