@@ -1,4 +1,7 @@
-"""What a dry run refuses, and how far ZeRO's buckets let a rank be from the planner's figures. A case has `experts`, `rank` and `last`, the last of the ranks; or `name` and `missing`."""
+"""What a dry run refuses, and how far ZeRO's buckets let a rank be from the planner's figures.
+
+A case has `experts`, `rank` and `last`, the last of the ranks; or `name` and `missing`.
+"""
 
 from cluster.planner.counting import vocabulary_shard
 from cluster.planner.layout import Layout
