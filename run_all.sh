@@ -21,6 +21,7 @@ lessons=(
   zero/memory.py
   zero/offload.py
   zero/zeropp.py
+  zero/muon.py
   megatron_tp/principle.py
   megatron_tp/tensor_parallel.py
   megatron_tp/train.py
@@ -54,14 +55,14 @@ if ((NPROC % 8 == 0)); then
   lessons+=(
     "cluster/train.py --tp 2 --cp 2 --pp 2 --sp"
     "cluster/train.py --tp 2 --cp 2 --pp 2 --experts 4 --ep 4"
-    "cluster/train.py --pp 4 --schedule zb-h1 --zero 3"
+    "cluster/train.py --pp 4 --schedule zb-h1 --zero 3 --optimizer muon"
     "cluster/train.py --tp 2 --zero 3 --recompute full --dtype bfloat16"
     "cluster/train.py --tp 2 --pp 1 --zero 1 --microbatches 2 --attention softmax --dropout 0.1"
   )
 elif ((NPROC % 4 == 0)); then
   lessons+=(
     "cluster/train.py --tp 2 --sp --experts 4 --ep 2 --bias-rate 0.01 --zero 1 --dtype float64"
-    "cluster/train.py --cp 2 --pp 2 --schedule zb-h1 --zero 3"
+    "cluster/train.py --cp 2 --pp 2 --schedule zb-h1 --zero 3 --optimizer muon"
     "cluster/train.py --tp 2 --pp 1 --zero 1 --microbatches 2 --attention softmax --dropout 0.1"
   )
 fi

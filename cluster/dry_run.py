@@ -3,7 +3,7 @@
     python cluster/dry_run.py
     python cluster/dry_run.py --tp 8 --sp --pp 16 --zero 1 --schedule interleaved --chunks 6 --batch 1536
 
-read: dry_run.py:62-135; then run/worker.py
+read: dry_run.py:65-149; then run/worker.py
 
 A rank knows of the others only what it sends them and what they send back. So one process can be rank k of any job: the
 same code trains (`run/worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers
@@ -34,14 +34,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster import rules
-from cluster.evidence.dry_run import BUILT, RULES, most_gradients
+from cluster.evidence.dry_run import BUILT, RULES, bucket_padding, most_gradients
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout, given, layout_from
-from cluster.planner.memory import parameters, rank_memory, state_sizes
+from cluster.planner.memory import rank_memory
 from cluster.planner.options import add_case_flags, model_of
 from cluster.planner.traffic import sent_bytes, summed_over_tp
 from cluster.run.build import TrainSpec, make_mesh
-from cluster.run.worker import Worker, sent_by_axis
+from cluster.run.worker import Worker, planned_muon, sent_by_axis
 from core.ledger import Ledger
 from core.mesh import ORDER, Mesh, axis_groups, axis_sizes
 from core.model.config import ModelConfig
@@ -49,8 +49,9 @@ from core.model.precision import POLICIES, Precision
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations
 from core.proof.rules import check as check_rules
-from zero.engine.buckets import BUCKET_ELEMENTS
+from zero.engine.muon import Muon
 from zero.engine.optimizer import MakeOptimizer
+from zero.newton_schulz import MuonSettings
 
 CPU = torch.device("cpu")
 # Fused, because the plain one reads its count of steps as a number. The state is the same.
@@ -67,13 +68,16 @@ class Account(NamedTuple):
     held: dict[str, int]  # bytes of weights, gradients, optimizer, and of activations when they are most
     sent: dict[str, float]  # elements, by axis
     bytes: dict[str, float]  # the same in bytes
+    muon: float = 0.0  # what of it Muon sends, by its shards and who owns which matrix
 
 
 def one_step(
-    model: ModelConfig, layout: Layout, mesh: Mesh, precision: Precision, make_optimizer: MakeOptimizer = ADAMW
-) -> Account:
+    model: ModelConfig, layout: Layout, mesh: Mesh, precision: Precision, make_optimizer: MakeOptimizer = ADAMW,
+    muon: MuonSettings | None = None,
+) -> Account:  # fmt: skip
     """One step, but for clipping, of a rank of the process group that there is, real or not."""
-    worker = Worker(TrainSpec(model, None, layout, 0, precision, CPU, make_optimizer), mesh)
+    spec = TrainSpec(model, None, layout, 0, precision, CPU, make_optimizer, muon=muon)
+    worker = Worker(spec, mesh)
     saved = SavedActivations(worker.model.parameters())
     tokens = torch.zeros(layout.batch, model.sequence, dtype=torch.int64)
     worker.zero_grad()
@@ -91,6 +95,7 @@ def one_step(
         count | {"activations": saved.peak},
         {axis: traffic.elements for axis, traffic in sent.items()},
         {axis: traffic.bytes for axis, traffic in sent.items()},
+        planned_muon(worker),
     )
 
 
@@ -107,15 +112,20 @@ def pretended(rank: int, world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def account(model: ModelConfig, layout: Layout, rank: int, precision: Precision) -> Account:
+def account(
+    model: ModelConfig, layout: Layout, rank: int, precision: Precision, muon: MuonSettings | None = None
+) -> Account:
     """`dry_run` in a process that is in no job."""
     with pretended(rank, layout.ranks):
         mesh = make_mesh(layout, "cpu", Ledger(), 30.0)
         with FakeTensorMode():
-            return one_step(model, layout, mesh, precision)
+            make = partial(Muon, lr=1e-3, fused=True) if muon else ADAMW
+            return one_step(model, layout, mesh, precision, make, muon)
 
 
-def dry_run(model: ModelConfig, layout: Layout, rank: int, precision: Precision) -> Account:
+def dry_run(
+    model: ModelConfig, layout: Layout, rank: int, precision: Precision, muon: MuonSettings | None = None
+) -> Account:
     """What rank `rank` of this layout holds, and sends in a step, without the other ranks, memory or computing.
 
     In a process of its own: this one may be in a job.
@@ -124,7 +134,7 @@ def dry_run(model: ModelConfig, layout: Layout, rank: int, precision: Precision)
         ValueError: there are experts, or no such rank.
     """
     refuse(model.experts > 0, layout, rank)
-    case = json.dumps([asdict(model), asdict(layout), rank, precision.name])
+    case = json.dumps([asdict(model), asdict(layout), rank, precision.name, muon])
     command = [sys.executable, "-c", "import sys; from cluster import dry_run; dry_run.alone(sys.argv[1])", case]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
     if outcome.returncode:
@@ -134,8 +144,9 @@ def dry_run(model: ModelConfig, layout: Layout, rank: int, precision: Precision)
 
 def alone(case: str) -> None:
     """The other end of `dry_run`."""
-    model, layout, rank, precision = json.loads(case)
-    print(json.dumps(account(ModelConfig(**model), Layout(**layout), rank, POLICIES[precision])))
+    model, layout, rank, precision, muon = json.loads(case)
+    settings = MuonSettings(*muon) if muon else None
+    print(json.dumps(account(ModelConfig(**model), Layout(**layout), rank, POLICIES[precision], settings)))
 
 
 def refuse(experts: bool, layout: Layout, rank: int) -> None:
@@ -144,10 +155,11 @@ def refuse(experts: bool, layout: Layout, rank: int) -> None:
 
 
 def compared(
-    found: Account, model: ModelConfig, layout: Layout, pp_rank: int, itemsize: int
+    found: Account, model: ModelConfig, layout: Layout, pp_rank: int, itemsize: int, muon: bool = False
 ) -> list[tuple[str, str, float, float]]:
     """(what, of which kind, by the planner, by this run), in bytes, of a rank with this index in the pipeline."""
-    sent, kept = sent_bytes(model, layout, pp_rank, itemsize), rank_memory(model, layout, pp_rank, itemsize)
+    sent, kept = sent_bytes(model, layout, pp_rank, itemsize), rank_memory(model, layout, pp_rank, itemsize, muon)
+    sent |= {"muon": max(4, itemsize) * found.muon} if muon else {}
     moved = [("sent in a step", axis, sent.get(axis, 0.0), found.bytes.get(axis, 0.0)) for axis in sent | found.bytes]
     return moved + [("held", kind, getattr(kept, kind), measured) for kind, measured in found.held.items()]
 
@@ -187,7 +199,7 @@ def lesson(run: Run) -> None:
     show(run, model, layout, run.args.rank)
 
 
-def show(run: Run, model: ModelConfig, layout: Layout, rank: int) -> None:
+def show(run: Run, model: ModelConfig, layout: Layout, rank: int, muon: MuonSettings | None = None) -> None:
     """The dry run of a rank beside the planner's figures, which are claimed."""
     index, itemsize = index_on_axes(layout, rank), run.dtype.itemsize
     run.mesh = {name: getattr(layout, name) for name in index}
@@ -196,11 +208,11 @@ def show(run: Run, model: ModelConfig, layout: Layout, rank: int) -> None:
     run.say(f"rank {rank}: {where}; stages {' '.join(map(str, layout.stages_of(index['pp'])))} of {layout.stages}\n")
     if run.job.rank:
         return
-    found, rows = dry_run(model, layout, rank, run.precision), []
-    padding = bucket_padding(model, layout, index["pp"], itemsize)
+    found, rows = dry_run(model, layout, rank, run.precision, muon), []
+    padding = bucket_padding(model, layout, index["pp"], itemsize, muon is not None)
     # Of the gradients that sp sums a shard of ZeRO may have any number.
     uneven = {"tp": max(4, itemsize) * summed_over_tp(model, layout, index["pp"])} if layout.zero else {}
-    for what, kind, expected, measured in compared(found, model, layout, index["pp"], itemsize):
+    for what, kind, expected, measured in compared(found, model, layout, index["pp"], itemsize, muon is not None):
         elements = f"{found.sent.get(kind, 0.0):,.0f}" if what != "held" else ""
         apart = f"{measured / expected - 1:+.3%}" if expected else "not planned"
         rows.append((what, kind, elements, measured / 1e9, expected / 1e9, apart))
@@ -209,17 +221,6 @@ def show(run: Run, model: ModelConfig, layout: Layout, rank: int) -> None:
         run.evidence.claim(f"bytes {what}: {kind}", formula, expected, measured, near)
     header = ("", "", "elements", "GB, this run", "GB, planner", "difference")
     run.say(tabulate(rows, header, floatfmt=",.4f"))
-
-
-def bucket_padding(model: ModelConfig, layout: Layout, pp_rank: int, itemsize: int) -> dict[str, int]:
-    """Bytes that ZeRO's equal shards of a bucket may differ by from the planner's; the last ranks have what is left."""
-    if not layout.zero:
-        return {}
-    by_layer = model.layers + 2
-    buckets = by_layer if layout.zero == 3 else sum(parameters(model, layout, pp_rank)) // BUCKET_ELEMENTS + 1
-    kinds = dict(zip(("weights", "gradients", "optimizer"), state_sizes(itemsize), strict=True))
-    kinds["gathered"] = kinds["weights"]
-    return {kind: (layout.data - 1) * buckets * size for kind, size in kinds.items()}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 cluster/train.py --tp 2 --pp 2 --dp 2
 
-read: train.py:55-118; run/build.py:79-151; then run/worker.py
+read: train.py:55-124; run/build.py:92-171; then run/worker.py
 
 Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, because the topics have the rest:
 
@@ -32,7 +32,7 @@ from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.data import HELD_OUT, data_of
 from cluster.run.export import export, load_export, load_published
 from cluster.run.hf import bytes_of
-from cluster.run.recipe import adamw_of, learning_rate
+from cluster.run.recipe import learning_rate, optimizer_of
 from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.proof.checkpoint import Checkpoints
@@ -50,7 +50,7 @@ def lesson(run: Run) -> None:
     config, moe, folder = configured(args), moe_of(args), folder_of(args)
     model = model_of(config, moe)  # as the planner knows it
     if args.dry_run:
-        return dry_run.show(run, model, layout, args.rank)
+        return dry_run.show(run, model, layout, args.rank, optimizer_of(args)[1])
 
     # Groups of ranks.
     mesh = make_mesh(layout, job.device.type, Ledger(), job.timeout)
@@ -59,9 +59,10 @@ def lesson(run: Run) -> None:
 
     # This rank's shards of model and optimizer, from where an earlier run has stopped.
     random = args.init == "random" or not (args.init or folder)
+    make_optimizer, muon = optimizer_of(args)
     spec = TrainSpec(
-        config, moe, layout, args.seed, run.precision, job.device, adamw_of(args), args.bucket,
-        drawn=random, weight_decay=args.weight_decay, eos=args.eos if args.pack else None,
+        config, moe, layout, args.seed, run.precision, job.device, make_optimizer, args.bucket,
+        drawn=random, weight_decay=args.weight_decay, eos=args.eos if args.pack else None, muon=muon,
     )  # fmt: skip
     worker = Worker(spec, mesh)
     order = Order(worker) if worker.pipeline else None

@@ -1,12 +1,18 @@
-"""What a dry run refuses, and the most that it finds of gradients.
+"""What a dry run refuses, how far ZeRO's buckets let a rank be from the planner's figures, the most of gradients.
 
 A case of a rule has `experts`, `rank` and `last`, the last of the ranks; or `name` and `missing`.
 """
 
 from types import SimpleNamespace
 
+from cluster.planner.counting import vocabulary_shard
+from cluster.planner.layout import Layout
+from cluster.planner.memory import matrix_parameters, parameters, state_sizes
+from cluster.planner.stages import ends_of
 from cluster.run.worker import Worker
+from core.model.config import ModelConfig
 from core.proof.rules import Rule
+from zero.engine.buckets import BUCKET_ELEMENTS
 
 RULES = (
     Rule(
@@ -40,3 +46,29 @@ def most_gradients(worker: Worker) -> dict[str, int]:
         look_on = SimpleNamespace(begins=look, ends=lambda *_: None, done=lambda: None)
         worker.pipeline.observers = [look_on, *worker.pipeline.observers]
     return most
+
+
+def bucket_padding(model: ModelConfig, layout: Layout, pp_rank: int, itemsize: int, muon: bool) -> dict[str, int]:
+    """Bytes that ZeRO's equal shards of a bucket may differ by from the planner's; the last ranks have what is left."""
+    if not layout.zero:
+        return {}
+    by_layer = model.layers + 2
+    buckets = by_layer if layout.zero == 3 else sum(parameters(model, layout, pp_rank)) // BUCKET_ELEMENTS + 1
+    kinds = dict(zip(("weights", "gradients", "optimizer"), state_sizes(itemsize), strict=True))
+    kinds["gathered"] = kinds["weights"]
+    found = {kind: (layout.data - 1) * buckets * size for kind, size in kinds.items()}
+    if muon:
+        found["optimizer"] += mixed(model, layout, pp_rank) * max(4, itemsize)
+    return found
+
+
+def mixed(model: ModelConfig, layout: Layout, pp_rank: int) -> int:
+    """Elements with two moments that share buckets with matrices, which have one; a shard may have any number of them.
+
+    A table that is larger than a bucket has one of its own.
+    """
+    others, of_matrices = parameters(model, layout, pp_rank)[1], matrix_parameters(model, layout, pp_rank)[1]
+    table = vocabulary_shard(model, layout.tp) * model.hidden
+    first, last = ends_of(layout, pp_rank)
+    tables = (first + last - (first and last and model.tied)) * table
+    return others - of_matrices - (tables if table >= BUCKET_ELEMENTS else 0)

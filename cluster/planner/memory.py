@@ -6,9 +6,12 @@ scale `cluster/dry_run.py`): parameters and their states element by element, but
 
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 from cluster.planner.activations import filling, saved_at_peak, transient
 from cluster.planner.counting import (
+    Matrix,
+    expert_matrices,
     expert_parameters,
     layer_matrices,
     layer_parameters,
@@ -67,6 +70,21 @@ def parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> tuple[int, 
     return experts, others
 
 
+def matrix_parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> tuple[int, int]:
+    """Of `parameters` those in matrices of the layers, which Muon updates: of experts, and all others."""
+
+    def elements(matrices: list[Matrix], t: int) -> int:
+        return sum(prod(matrix.shape(t)) for matrix in matrices)
+
+    others = experts = 0
+    for stage in layout.stages_of(rank):
+        dense, moe = layers_of(model, layout, stage)
+        others += dense * elements(layer_matrices(model, False), layout.tp)
+        others += moe * (elements(layer_matrices(model, True), layout.tp) + router_parameters(model, True))
+        experts += moe * model.experts // layout.ep * elements(expert_matrices(model), layout.etp)
+    return experts, others
+
+
 def replicated_parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> int:
     """Of those, what tensor parallelism replicates: norms, biases of row-parallel layers, positions, routers."""
     row_biases = 2 * model.hidden if model.biases else 0
@@ -85,16 +103,20 @@ def state_sizes(itemsize: int) -> tuple[int, int, int]:
     return (2, 4, 12) if itemsize == 2 else (itemsize, itemsize, 2 * itemsize)
 
 
-def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2) -> RankMemory:
+def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2, muon: bool = False) -> RankMemory:
     """What a rank of the pipeline holds.
 
     Args:
         itemsize: bytes of a weight and of an activation.
+        muon: matrices have one moment, not two.
     """
     weight, gradient, optimizer = state_sizes(itemsize)
     experts, others = parameters(model, layout, rank)
     full = experts + others
     shard = others / layout.data + experts / layout.edp
+    moment = max(4, itemsize)
+    of_experts, of_others = matrix_parameters(model, layout, rank) if muon else (0, 0)
+    spared = of_others / layout.data + of_experts / layout.edp if layout.zero else of_others + of_experts
     working = transient(model, layout, rank, itemsize)
     if layout.zero >= 2:
         working += 2 * min(BUCKET_ELEMENTS, full) * gradient  # buckets on their way
@@ -106,7 +128,7 @@ def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int
     return RankMemory(
         weights=weight * (shard if layout.zero == 3 else full),
         gradients=gradient * (shard + added_up if layout.zero >= 2 else full),
-        optimizer=optimizer * (shard if layout.zero >= 1 else full),
+        optimizer=optimizer * (shard if layout.zero >= 1 else full) - moment * spared,
         activations=saved_at_peak(model, layout, rank, itemsize),
         gathered=weight * here,
         working=working,

@@ -14,6 +14,7 @@ Each shards what the others have left. Until `materialize` there is no memory, o
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,10 @@ from sequence_parallel.engine.layers import parallelize as shard_layers_and_sequ
 from sequence_parallel.engine.recompute import recompute
 from zero.engine.buckets import BUCKET_ELEMENTS
 from zero.engine.engine import Engine, data_parallel, zero1, zero2, zero3
+from zero.engine.muon import options_of
 from zero.engine.optimizer import MakeOptimizer
 from zero.engine.parts import Parts
+from zero.newton_schulz import MuonSettings
 
 ENGINES = (data_parallel, zero1, zero2, zero3)  # by --zero
 Loss = Callable[[Tensor, Tensor], Tensor] | InHead  # of logits and targets, this rank's share
@@ -64,6 +67,7 @@ class TrainSpec:
         drawn: whether the start values are drawn; else they are zeros, and weights are read into them.
         weight_decay: of what decays (`recipe.decays`); None: of everything what `make_optimizer` says.
         eos: the token that ends a document, where documents are to be kept apart.
+        muon: where the optimizer is zero.engine.muon's.
     """
 
     config: GPTConfig
@@ -77,6 +81,7 @@ class TrainSpec:
     drawn: bool = True
     weight_decay: float | None = None
     eos: int | None = None
+    muon: MuonSettings | None = None
 
     @property
     def tokens(self) -> int:
@@ -156,10 +161,23 @@ def shard_optimizer(model: GPT, spec: TrainSpec, mesh: Mesh, copies: Copies) -> 
     if spec.weight_decay is not None:
         options["groups"] = groups_of(model, spec.weight_decay)
     engine = partial(ENGINES[layout.zero], model, **options)
+    muon = partial(muon_options, model, spec, mesh, options.get("groups"))
     if spec.moe is None:
-        return engine(axis=data), None
+        return engine(axis=data, **muon("tp", "cp", "dp")), None
     experts = set(expert_parameters(model))
-    return engine(axis=data, only=lambda p: p not in experts), engine(axis=mesh["edp"], only=lambda p: p in experts)
+    return (
+        engine(axis=data, only=lambda p: p not in experts, **muon("tp", "cp", "dp")),
+        engine(axis=mesh["edp"], only=lambda p: p in experts, **muon("etp", "edp")),
+    )
+
+
+def muon_options(
+    model: GPT, spec: TrainSpec, mesh: Mesh, groups: list[dict[str, Any]] | None, inner: str, *outer: str
+) -> dict[str, Any]:
+    """Args: inner: the axis that shards matrices themselves; outer: those over which ZeRO does, or all have them."""
+    if spec.muon is None:
+        return {}
+    return options_of(model, spec.muon, mesh.joined(inner, *outer), mesh[inner].size, groups)
 
 
 def stages_here(model: GPT, layout: Layout, pp: Axis) -> dict[int, GPT]:

@@ -11,8 +11,8 @@ from cluster.planner.counting import model_parameters, step_flops
 from cluster.planner.layout import Layout
 from cluster.run.arguments import full_model
 from cluster.run.build import TrainSpec
-from cluster.run.recipe import groups_by_module
-from cluster.run.worker import Worker, sent_by_axis
+from cluster.run.recipe import adamw_of, groups_by_module
+from cluster.run.worker import Worker, planned_muon, sent_by_axis
 from core.ledger import Ledger
 from core.model.config import ModelConfig
 from core.model.gpt import materialize
@@ -22,6 +22,7 @@ from core.proof.comparison import gathered
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
 from expert_parallel.engine.router import end_step
+from zero.evidence import muon
 
 LARGEST_SAMPLE = 10**8  # parameters of a model that one process may hold to write text
 FALLS = 20  # steps after which the validation loss must have fallen
@@ -31,12 +32,12 @@ def show(run: Run, layout: Layout, model: ModelConfig) -> None:
     """The layout, and what the planner says that a rank holds."""
     rows = []
     for rank in range(layout.pp):
-        held = memory.rank_memory(model, layout, rank, run.dtype.itemsize)
+        held = memory.rank_memory(model, layout, rank, run.dtype.itemsize, run.args.optimizer == "muon")
         sizes = (held.weights, held.gradients, held.optimizer, held.activations)
         stages = " ".join(map(str, layout.stages_of(rank)))
         rows.append((rank, stages, sum(memory.parameters(model, layout, rank)), *(size / 1e6 for size in sizes)))
     run.say(f"{layout}, {model_parameters(model):,} parameters")
-    header = ("pp rank", "stages", "parameters", "weights", "gradients", "Adam", "activations")
+    header = ("pp rank", "stages", "parameters", "weights", "gradients", "optimizer", "activations")
     run.say(tabulate(rows, header, floatfmt=",.3f", intfmt=",") + "\n(planned, MB a rank)\n")
 
 
@@ -47,9 +48,14 @@ def one_process(run: Run, spec: TrainSpec) -> Oracle | None:
     """The same training in one process, on rank 0, where it is to be compared."""
     if run.job.rank or not run.args.verify:
         return None
-    make = partial(full_model, moe=spec.moe)
+    make, make_optimizer = partial(full_model, moe=spec.moe), spec.make_optimizer
     groups = partial(groups_by_module, weight_decay=spec.weight_decay)
-    oracle = Oracle(spec.config, spec.seed, spec.device, spec.make_optimizer, run.args.clip, make, groups, spec.eos)
+    if spec.muon:
+        groups = partial(muon.named_groups, groups)
+        make_optimizer = partial(
+            muon.OneProcess, head_size=spec.config.head_dim, settings=spec.muon, **adamw_of(run.args).keywords
+        )
+    oracle = Oracle(spec.config, spec.seed, spec.device, make_optimizer, run.args.clip, make, groups, spec.eos)
     oracle.optimizer.register_step_post_hook(lambda *_: end_step(oracle.model))
     return oracle
 
@@ -73,6 +79,8 @@ def follow(run: Run, worker: Worker, oracle: Oracle | None) -> None:
 def claim_run(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent: Ledger, steps: int) -> None:
     """What each rank has and sends, against the planner. All ranks call it."""
     size = sum(p.numel() for p in worker.model.parameters() if p.requires_grad)
+    if worker.spec.muon:
+        claim_muon(run, layout, model, worker, sent, steps)
     elements = {axis: traffic.elements / max(1, steps) for axis, traffic in sent_by_axis(sent).items()}
     everyone = run.job.gather((worker.pp.index, size, elements))
     if not everyone:
@@ -102,6 +110,27 @@ def claim_export(run: Run, model: ModelConfig, written: int) -> None:
     if run.job.rank == 0:
         formula = "the planner's" + f", and {biases:,} biases of selections" * (biases > 0)
         run.evidence.claim("parameters written by --export", formula, model_parameters(model) + biases, written)
+
+
+def claim_muon(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent: Ledger, steps: int) -> None:
+    """What each rank sends to the owners of matrices, and back, and that they have one moment, not two."""
+    counted = sum(traffic.elements for (_, axis), traffic in sent.traffic.items() if axis == "muon") / max(1, steps)
+    moments = sum(value.numel() for _, value, _ in worker.states() if value.dim())
+    everyone = run.job.gather((planned_muon(worker), counted, moments))
+    if not everyone or not steps:
+        return
+    cases = [
+        (f"elements sent a step for Muon, rank {rank}", plan, found) for rank, (plan, found, _) in enumerate(everyone)
+    ]
+    run.evidence.each("elements sent a step for Muon", "those of shards not with their owner; counted", cases, 1e-6)
+    expected = 0
+    for index in range(layout.pp):
+        of_all, of_matrices = memory.parameters(model, layout, index), memory.matrix_parameters(model, layout, index)
+        copies = (1, 1) if layout.zero else (layout.edp, layout.data)
+        shards = (layout.ep * layout.etp, layout.tp)
+        expected += sum((2 * a - m) * c * s for a, m, c, s in zip(of_all, of_matrices, copies, shards, strict=True))
+    formula = f"2 of Adam, 1 of Muon: {expected:,}"
+    run.evidence.claim("moments, elements on all ranks", formula, expected, sum(each[2] for each in everyone))
 
 
 def claim_losses(run: Run, first: int, before: float, after: float) -> None:

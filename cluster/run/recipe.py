@@ -1,4 +1,4 @@
-"""How a combined run learns: AdamW's numbers, which weights decay, and each step's learning rate. Lecture 02."""
+"""How a combined run learns: the optimizer, which weights decay, and each step's learning rate. Lecture 02."""
 
 import argparse
 import math
@@ -11,7 +11,11 @@ from torch import nn
 from core.model.gpt import GPT
 from core.proof.lesson import Lesson
 from core.proof.rules import Rule, at_least, positive
+from zero.engine.muon import Muon
 from zero.engine.optimizer import MakeOptimizer
+from zero.evidence.muon import RULES as MUON_RULES
+from zero.evidence.muon import add_muon_flags, settings_of
+from zero.newton_schulz import MuonSettings
 
 DECAYS = ("cosine", "linear", "constant", "wsd")
 
@@ -23,10 +27,13 @@ def add_recipe_flags(lesson: Lesson) -> None:
          help="how it falls then; wsd: constant, and linear in the --cooldown (default %(default)s)")  # fmt: skip
     flag("--min-lr", type=float, metavar="LR", help="to which it falls (default: a tenth of --lr)")
     flag("--cooldown", type=int, default=0, metavar="STEPS", help="the last ones, for wsd; 0: a tenth of --steps")
-    flag("--weight-decay", type=float, default=0.01, help="of AdamW, for matrices (default %(default)s)")
+    flag("--optimizer", choices=("adamw", "muon"), default="adamw",
+         help="muon: for the layers' matrices, AdamW for the rest (default %(default)s)")  # fmt: skip
+    flag("--weight-decay", type=float, default=0.01, help="of matrices (default %(default)s)")
     flag("--beta1", type=float, default=0.9, help="of AdamW's first moment (default %(default)s)")
     flag("--beta2", type=float, default=0.999, help="of its second moment (default %(default)s)")
     flag("--eps", type=float, default=1e-8, help="of AdamW (default %(default)s)")
+    add_muon_flags(lesson.parser)
 
 
 def _below_one(flag: str, usual: float) -> Rule:
@@ -53,12 +60,21 @@ RECIPE = (
         "must be at least 0 and at most --lr, from which it falls",
         lambda case: f"--min-lr {case.lr / 10:g}",
     ),
+    *MUON_RULES,
 )
 
 
 def adamw_of(args: argparse.Namespace) -> MakeOptimizer:
     """AdamW with the flags' numbers; what decays is said by `groups_of`."""
     return partial(torch.optim.AdamW, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps)
+
+
+def optimizer_of(args: argparse.Namespace) -> tuple[MakeOptimizer, MuonSettings | None]:
+    """What makes `--optimizer` of parameter groups, and what Muon has besides AdamW's numbers."""
+    adamw = adamw_of(args)
+    if args.optimizer == "adamw":
+        return adamw, None
+    return partial(Muon, momentum=args.momentum, **adamw.keywords), settings_of(args)
 
 
 def decays(name: str) -> bool:

@@ -48,6 +48,7 @@ from expert_parallel.engine.router import count_ahead, end_step, forget
 from pipeline.stages import Copies
 from sequence_parallel import context
 from sequence_parallel.engine.ulysses import context_parallel
+from zero.evidence.muon import account
 
 ALWAYS = {
     "vocabulary", "sequence", "hidden", "layers", "heads", "feed_forward", "tied", "head_bias", "name", "kv_heads",
@@ -67,6 +68,17 @@ def sent_by_axis(ledger: Ledger) -> dict[str, Traffic]:
             by_axis[axis].elements += entry.elements
             by_axis[axis].bytes += entry.bytes
     return by_axis
+
+
+def planned_muon(worker: "Worker") -> float:
+    """Elements that this rank sends in a step so that matrices can be orthogonalised, by a count of its shards."""
+    found, settings = 0, worker.spec.muon
+    for engine in worker.engines if settings else ():
+        group = engine.before_update.group
+        inner = worker.mesh["tp" if engine is worker.dense_engine else "etp"].size
+        head_size, sharded = worker.spec.config.head_dim, engine.shards_optimizer
+        found += account(engine.buckets, sharded, group.size, inner, head_size, settings)[0][group.index]
+    return found
 
 
 class Worker:

@@ -90,6 +90,12 @@ CASES |= {
     "latent sp pp, full": (LATENT, Layout(tp=2, sp=True, pp=2, microbatches=4, recompute="full")),
     "latent sp, plain queries": (LATENT | {"latent": Latent(None, 10, 4, 6, 8)}, Layout(tp=2, sp=True, dp=2)),
     "latent ring, selective": (LATENT, Layout(cp=4, recompute="selective")),
+    "llama zero-3 pp": (SMALL_LLAMA, Layout(pp=2, dp=2, zero=3, microbatches=4)),
+    "qwen zero-2 interleaved tp": (
+        QWEN3 | {"kv_heads": 1, "layers": 8, "tied": True},
+        Layout(tp=2, pp=2, dp=2, v=2, schedule="interleaved", zero=2, microbatches=4),
+    ),
+    "latent zero-3 pp": (LATENT, Layout(pp=2, dp=2, zero=3, microbatches=4, schedule="gpipe", reduce="step")),
     "zero-2, added up": ({}, Layout(dp=4, zero=2, microbatches=2, reduce="step")),
     "zero-3, added up, kept": ({}, Layout(dp=4, zero=3, microbatches=3, reduce="step", reshard="step")),
     "1f1b zero-2": ({"layers": 8}, Layout(pp=2, dp=2, zero=2, microbatches=4)),

@@ -87,7 +87,7 @@ DENSE = (  # with 9 heads
 )
 DENSE_TOGETHER = (  # with 6
     Layout(tp=2, cp=2, pp=2, microbatches=4, sp=True, recompute="full", zero=1),
-    Layout(tp=2, pp=2, dp=2, microbatches=2),
+    Layout(tp=2, pp=2, dp=2, microbatches=2, zero=3),
 )
 MIXED = (
     Layout(tp=3, sp=True, microbatch=4),
@@ -99,7 +99,7 @@ MIXED = (
 )
 MIXED_TOGETHER = (
     Layout(tp=2, cp=2, pp=2, ep=2, etp=2, microbatches=4, sp=True, zero=1),
-    Layout(tp=2, sp=True, pp=2, dp=2, ep=2, microbatches=2),
+    Layout(tp=2, sp=True, pp=2, dp=2, ep=2, microbatches=2, zero=3),
 )
 
 

@@ -41,6 +41,13 @@ CASES = [
     (QWEN, Layout(tp=4, pp=2, microbatches=2, schedule="zb-v", v=2, recompute="selective", sp=True)),
     (UNTIED, Layout(tp=2, pp=2, microbatches=4, schedule="dualpipe")),
     (ONE, Layout(tp=2, pp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, sp=True, zero=1)),
+    (QWEN, Layout(tp=2, pp=2, dp=2, microbatches=4, sp=True, zero=3)),
+    (ONE, Layout(tp=2, pp=2, dp=2, microbatches=4, schedule="zb-h1", zero=3, reduce="step", reshard="step")),
+    (ONE, Layout(tp=2, pp=2, dp=2, microbatches=4, schedule="zb-v", v=2, zero=3, recompute="full")),
+    (UNTIED, Layout(pp=2, dp=2, microbatches=4, schedule="interleaved", v=2, zero=2)),
+    (ONE, Layout(tp=2, pp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, sp=True, zero=2)),
+    (QWEN, Layout(pp=2, dp=2, microbatches=4, schedule="dualpipe", zero=3)),
+    (UNTIED, Layout(cp=2, pp=2, microbatches=4, schedule="zb-h2", zero=3)),
 ]
 
 

@@ -119,6 +119,9 @@ ROUND_TRIPS = {
     "qwen3-moe, ep and tp": ("qwen3-moe", 4, ("--tp", "2", "--dp", "2", "--ep", "2", "--etp", "2")),
     "deepseek, ep": ("deepseek", 4, ("--dp", "4", "--ep", "2", "--zero", "1")),
     "deepseek, stages": ("deepseek", 2, ("--pp", "2")),
+    "llama, stages, zero-3": ("llama", 4, ("--pp", "2", "--dp", "2", "--schedule", "zb-h1", "--zero", "3")),
+    "qwen3-moe, stages, ep, zero-3": ("qwen3-moe", 4, ("--pp", "2", "--dp", "2", "--ep", "2", "--zero", "3")),
+    "deepseek, ep, zero-3": ("deepseek", 4, ("--dp", "4", "--ep", "2", "--zero", "3")),
 }
 
 
@@ -261,6 +264,21 @@ def test_it_goes_on_from_a_checkpoint_and_has_a_dry_run(pool: Pool, tmp_path: Pa
         1, "cluster/train.py", *RUN, "--hf", into, "--dry-run", "--world", "4", "--tp", "2", "--dp", "2"
     )
     assert "bytes held: weights" in outcome.out, outcome.err
+
+
+MUON = {  # of q, k and v apart, copied, of latent attention, and of gated experts
+    "qwen3, key heads copied": ("qwen3", 4, ("--tp", "4")),
+    "qwen3-moe": ("qwen3-moe", 4, ("--tp", "2", "--dp", "2", "--ep", "2", "--etp", "2", "--sp", "--zero", "3")),
+    "deepseek, stages": ("deepseek", 4, ("--pp", "2", "--dp", "2", "--ep", "2", "--zero", "3")),
+}
+
+
+@pytest.mark.parametrize("case", MUON)
+def test_muon_trains_it_as_one_process(pool: Pool, tmp_path: Path, case: str) -> None:
+    name, ranks, flags = MUON[case]
+    published(name, tmp_path)
+    flags = (*RUN, "--steps", "2", "--hf", str(tmp_path), "--optimizer", "muon", "--weight-decay", "0.3", *flags)
+    assert "moments, elements on all ranks" in trained(pool, ranks, *flags).out
 
 
 def test_a_failed_export_leaves_nothing(pool: Pool, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ LAYOUTS = {
     "zero-3": (Layout(dp=4, zero=3, microbatches=2), "qwen"),
     "sp pp": (Layout(tp=2, sp=True, pp=2, dp=2, microbatches=2, zero=1), "gpt"),
     "pp": (Layout(pp=4, microbatches=4, schedule="zb-h1"), "llama"),
+    "pp zero-3": (Layout(pp=2, dp=2, microbatches=4, schedule="zb-v", v=2, zero=3), "qwen"),
     "experts": (Layout(tp=2, sp=True, dp=2, ep=4, zero=1, microbatches=2), "experts"),
 }
 

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from core.model.precision import POLICIES
 from core.proof.launch import Job, Stop
 from core.proof.lesson import Lesson, Run
-from zero import ddp, memory, offload, zero1, zero2, zero3, zeropp
+from zero import ddp, memory, muon, offload, zero1, zero2, zero3, zeropp
+from zero.evidence import muon as muon_evidence
 from zero.evidence import training
 
 LESSONS = {"ddp": ddp, "zero1": zero1, "zero2": zero2, "zero3": zero3, "memory": memory, "offload": offload,
-           "zeropp": zeropp}  # fmt: skip
+           "zeropp": zeropp, "muon": muon}  # fmt: skip
 Bug = Callable[[], AbstractContextManager]
 
 
@@ -31,7 +32,7 @@ class Outcome:
 
 def play(name: str, flags: Sequence[str], bug: Bug | None = None) -> Outcome:
     frame = Lesson(f"zero/{name}.py", "01", "", "", "")
-    training.add_flags(frame)
+    (muon_evidence if name == "muon" else training).add_flags(frame)
     frame.parser.set_defaults(stage="ZeRO-2", ranks_per_node=0)
     args = frame.parser.parse_args(flags)
     training.check(args, dist.get_world_size())

@@ -40,7 +40,7 @@ OPTIONS = [("--dtype=float32",), ("--dtype=bfloat16",), ("--untied",), ("--micro
            ("--dropout=0.2", "--attention=softmax")]  # fmt: skip
 
 
-@pytest.mark.parametrize("lesson", ["zero1", "zero3", "offload", "zeropp"])
+@pytest.mark.parametrize("lesson", ["zero1", "zero3", "offload", "zeropp", "muon"])
 def test_options(pool: Pool, lesson: str) -> None:
     ranks = 4 if lesson == "zeropp" else 2  # two nodes
     outcomes = pool.run(ranks, play_all, [(lesson, (*QUICK, *flags), None) for flags in OPTIONS])[0]
@@ -58,6 +58,9 @@ REFUSED = {
         ("--ranks-per-node", "3"),
         "--ranks-per-node 3: the 8 ranks must divide evenly into nodes; use --ranks-per-node one of 1, 2, 4, 8",
     ),
+    "momentum": ("muon", ("--momentum", "1"), "--momentum 1.0: is the share of the momentum that a step keeps"),
+    "no Newton-Schulz": ("muon", ("--ns-steps", "0"), "--ns-steps 0: must be at least 1; use --ns-steps 5"),
+    "coefficients": ("muon", ("--ns-coefficients", "1", "nan", "2"), "must be finite; use --ns-coefficients 3.4445"),
     "stage": ("memory", ("--stage", "4"), "invalid choice: '4'"),
 }
 

@@ -15,12 +15,14 @@ from core.mesh import Axis
 from core.model.gpt import GPT
 from tests.pool import Pool
 from tests.zero.lessons import LESSONS, Bug, Outcome, play_all
-from zero import ddp, zero1, zero3, zeropp
+from zero import ddp, muon, zero1, zero3, zeropp
 from zero.engine import engine
+from zero.engine import muon as muon_engine
 from zero.engine.buckets import Bucket, InOrder
 from zero.engine.engine import Engine
 from zero.engine.gathered import GatheredWeights, Unit
 from zero.engine.gradients import FullGradients
+from zero.engine.muon import Muon
 from zero.engine.offload import HostShards
 from zero.engine.optimizer import ShardOptimizer
 from zero.engine.weights import ReplicatedWeights
@@ -245,7 +247,74 @@ def one_scale_for_all_blocks() -> AbstractContextManager:
     return patch.object(zeropp, "quantise", wrong)
 
 
+def every_rank_orthogonalises_by_itself() -> AbstractContextManager:
+    """Its shards only: the others' are zeros."""
+
+    def wrong(x: Tensor, axis: Axis, send: list[int], receive: list[int], label: str = "") -> comm.Pending:
+        at, mine = sum(send[: axis.index]), x.new_zeros(sum(receive))
+        there = sum(receive[: axis.index])
+        mine[there : there + receive[axis.index]] = x[at : at + send[axis.index]]
+        return comm.Pending(None, axis, mine, label)
+
+    return patch.object(comm, "all_to_all_async", wrong)
+
+
+def every_matrix_is_orthogonalised_everywhere() -> AbstractContextManager:
+    """The result is right, for N times the work."""
+    stack = ExitStack()
+    for module in (muon, muon_engine):
+        right = module.direction
+
+        def wrong(*arguments: Any, right: Any = right) -> Tensor:
+            for _ in range(dist.get_world_size() - 1):
+                right(*arguments)
+            return right(*arguments)
+
+        stack.enter_context(patch.object(module, "direction", wrong))
+    return stack
+
+
+def all_matrices_on_the_first_rank() -> AbstractContextManager:
+    stack = ExitStack()
+    for module in (muon, muon_engine):
+        stack.enter_context(patch.object(module, "deal", lambda costs, n: [0] * len(costs)))
+    return stack
+
+
+def embeddings_are_matrices_too() -> AbstractContextManager:
+    stack = ExitStack()
+    for module in (muon, muon_engine):
+        stack.enter_context(patch.object(module, "is_matrix", lambda name, p: p.dim() == 2))
+    return stack
+
+
+def momentum_is_not_nesterovs() -> AbstractContextManager:
+    right, plain = Muon.nesterov, muon.ZeroMuon.to_owners
+
+    def wrong(self: Muon) -> dict[nn.Parameter, Tensor]:
+        return {p: self.state[p]["momentum_buffer"] for p in right(self)}
+
+    stack = ExitStack()
+    stack.enter_context(patch.object(Muon, "nesterov", wrong))
+    stack.enter_context(patch.object(muon.ZeroMuon, "to_owners", lambda self, _: plain(self, self.momentum.detach())))
+    return stack
+
+
 # ---- Bugs in the plain versions
+
+
+def plain_directions_stay_with_their_owners() -> AbstractContextManager:
+    """Each rank updates what it has of its own matrices only."""
+    right = muon.ZeroMuon.to_shards
+
+    def wrong(self: muon.ZeroMuon, directions: list[Tensor], update: Tensor) -> Tensor:
+        shard, mine = right(self, directions, update), self.owned[self.axis.index]
+        for i in range(len(self.matrices)):
+            if i not in mine:
+                shard[self.held(i, self.axis.index)] = 0
+        return shard
+
+    return patch.object(muon.ZeroMuon, "to_shards", wrong)
 
 
 def plain_gradients_are_not_reduced() -> AbstractContextManager:
@@ -352,6 +421,12 @@ MUST_FAIL: dict[tuple[str, Bug], tuple[tuple[str, ...], set[str]]] = {  # of whi
     ),
     ("memory", no_layer_is_freed_in_forward): (("",), {PEAK}),
     ("memory", full_gradients_stay): (("",), {f"{STATES}, ZeRO-2", f"{STATES}, ZeRO-3"}),
+    ("muon", every_rank_orthogonalises_by_itself): (BOTH, {PARAMETER, LOSS, "elements sent a step to owners"}),
+    ("muon", every_matrix_is_orthogonalised_everywhere): (BOTH, {"FLOPs of Newton-Schulz"}),
+    ("muon", all_matrices_on_the_first_rank): (BOTH, {"FLOPs of Newton-Schulz"}),
+    ("muon", embeddings_are_matrices_too): (BOTH, {PARAMETER, STATE, "bytes of optimizer state"}),
+    ("muon", momentum_is_not_nesterovs): (BOTH, {PARAMETER}),
+    ("muon", plain_directions_stay_with_their_owners): ((PLAIN,), {PARAMETER, LOSS}),
     ("ddp", plain_gradients_are_not_reduced): ((PLAIN,), {GRADIENT, NORM, SENT}),
     ("zero1", plain_shards_are_shifted): ((PLAIN,), {PARAMETER, LOSS}),
     ("zero1", plain_weights_are_not_gathered): ((PLAIN,), {PARAMETER, LOSS, SENT}),

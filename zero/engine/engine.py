@@ -47,6 +47,8 @@ class Engine:
         only: the parameters that are this engine's, where another has the rest over other ranks.
         parts: the stages of a pipeline that this rank computes; None for all of the model at a time.
         every, reshard, whole: see `Scope`.
+        before_update: of optimizers, buckets and whether they are sharded, what is called when the optimizers have all
+            gradients: for one that looks at more than a shard of a parameter (`muon.py`).
     """
 
     compares_states = True
@@ -66,6 +68,7 @@ class Engine:
         every: bool = True,
         reshard: bool = True,
         whole: Collection[nn.Parameter] = (),
+        before_update: Callable[..., Callable[[], None]] | None = None,
     ):
         self.model, self.axis = model, axis
         self.named = [(name, p) for name, p in model.named_parameters() if only(p)]  # a tied one once
@@ -80,6 +83,9 @@ class Engine:
             ShardOptimizer(bucket, self.index, own, make_optimizer, groups, master, host)
             for bucket, own in zip(self.buckets, self.sharding.weights.own, strict=True)
         ]
+        self.before_update = (
+            before_update(self.optimizers, self.buckets, self.shards_optimizer) if before_update else None
+        )
         self._unused: set[nn.Parameter] = set()  # what no rank has used in this step
         self._has_gradients = False  # whether the optimizers have this step's
 
@@ -237,6 +243,8 @@ class Engine:
             for optimizer, gradient in zip(self.optimizers, self.own_gradients, strict=True):
                 optimizer.set_gradient(gradient)
         self._has_gradients = False
+        if self.before_update:
+            self.before_update()
         for i, optimizer in enumerate(self.optimizers):
             optimizer.step()
             optimizer.publish()

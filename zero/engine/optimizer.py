@@ -23,7 +23,8 @@ class Owned(Segment):
 class ShardOptimizer:
     """`make_optimizer` over one shard of a bucket.
 
-    Any optimizer that treats each element by itself works: SGD, Adam, Lion; not one that looks at a full matrix.
+    Any optimizer that treats each element by itself works: SGD, Adam, Lion. One that looks at full matrices needs more:
+    see `muon.py`.
 
     Args:
         index: of the shard.
@@ -50,6 +51,7 @@ class ShardOptimizer:
         self._weights = weights
         same = weights.dtype == master and host is None
         self._master = weights if same else weights.to(host or weights.device, master, copy=True)
+        self.empty = self._master.new_empty(0)  # as the shards are
         self._rounded: Tensor | None = None  # on the host, in the model's precision: what goes back
         if host is not None:
             if weights.is_cuda:  # only from pinned memory does a copy go on by itself

@@ -89,9 +89,10 @@ class Plain:
         self.dtype = run.dtype
         self.technique = technique(self.model, axis, optimizer_of(run), run.precision.master)
         self.step = self.technique.step
-        self.shards = [p for group in self.technique.optimizer.param_groups for p in group["params"]]
-        units = getattr(self.technique, "units", None)  # where each is gathered by itself; else all are replicated
-        self.replicated = units is None
+        in_optimizer = [p for group in self.technique.optimizer.param_groups for p in group["params"]]
+        self.shards = getattr(self.technique, "shards", in_optimizer)
+        units = getattr(self.technique, "units", None)  # where there are several flat buffers
+        self.replicated = hasattr(self.technique, "weights")  # else each unit is gathered and freed
         self.buckets = []
         for unit, shard in zip(units or [list(self.model.parameters())], self.shards, strict=True):
             size = sum(p.numel() for p in unit)
