@@ -17,14 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cluster.run.build import (
-    TrainSpec,
-    build_model,
-    loss_function,
-    make_pipeline,
-    shard_optimizer,
-    stages_by_rank,
-)
+from cluster.run.build import TrainSpec, build_model, loss_function, make_pipeline, shard_optimizer, stages_by_rank
 from core.gradients import norm_and_totals
 from core.ledger import Ledger, Traffic
 from core.mesh import Mesh
