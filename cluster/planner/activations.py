@@ -183,16 +183,18 @@ def in_flight(schedule: str, pp: int, microbatches: int, v: int) -> list[set[tup
     """For each rank how many microbatches its stages keep, wherever a number is about to fall.
 
     First for each stage those between forward and backward, then for each those between dgrad (I) and wgrad (W); then 1
-    where this is at the end of a dgrad, whose last layer has its own input still.
+    where this is at the end of a dgrad, whose last layer has its own input still; then 1 where a dgrad begins, and its
+    first matrix keeps the gradient of its output, before anything falls. (Of a head that is as large as what falls.)
     """
-    found = []
+    found, head = [], pp * v - 1
     for row in build(schedule, pp, microbatches, v):
         stages = sorted({action.stage for action in row})
         saved, deferred = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
         peaks, before = set(), ""
         for action in row:
-            if before == "I" or (before == "F" and action.kind != "F"):
-                peaks.add((*saved.values(), *deferred.values(), 1 if before == "I" else 0))
+            begins = action.kind == "I" and action.stage != head
+            if before == "I" or begins or (before == "F" and action.kind != "F"):
+                peaks.add((*saved.values(), *deferred.values(), int(before == "I"), int(begins)))
             before = action.kind
             saved[action.stage] += SAVED[action.kind]
             deferred[action.stage] += DEFERRED[action.kind]
@@ -215,7 +217,7 @@ def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int =
     stages = layout.stages_of(rank)
     sizes = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_kept_for_wgrad) for stage in stages]
     last_input = layout.microbatch * model.sequence * model.hidden / layout.sequence_shards * itemsize
-    sizes.append(last_input)
+    sizes += [last_input, layout.tokens(model.sequence) * model.hidden * itemsize]
     microbatches = filling(layout.schedule, layout.pp, layout.microbatches)
     peaks = in_flight(layout.schedule, layout.pp, microbatches, layout.v)[rank]
     most = max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)

@@ -89,6 +89,9 @@ CASES |= {
     "latent": (LATENT, Layout(tp=2, dp=2, microbatch=2)),
     "latent sp pp, full": (LATENT, Layout(tp=2, sp=True, pp=2, microbatches=4, recompute="full")),
     "latent sp, plain queries": (LATENT | {"latent": Latent(None, 10, 4, 6, 8)}, Layout(tp=2, sp=True, dp=2)),
+    "llama zb-h1": (SMALL_LLAMA, Layout(pp=4, schedule="zb-h1", microbatches=8)),
+    "llama sp zb-v": (QWEN3 | {"layers": 8}, Layout(tp=2, sp=True, pp=2, v=2, schedule="zb-v", microbatches=4)),
+    "latent dualpipe": (LATENT, Layout(tp=2, pp=2, schedule="dualpipe", microbatches=4)),
     "latent ring, selective": (LATENT, Layout(cp=4, recompute="selective")),
     "llama zero-3 pp": (SMALL_LLAMA, Layout(pp=2, dp=2, zero=3, microbatches=4)),
     "qwen zero-2 interleaved tp": (
@@ -120,21 +123,7 @@ CASES |= {
         Layout(pp=2, dp=2, v=2, zero=2, microbatches=4, schedule="dualpipev", recompute="full"),
     ),
 }
-SPLIT = (
-    "dualpipe",
-    "zb-h1",
-    "zb-v",
-    "stages of 1 and 2 layers, two a rank",
-    "chunked loss, sp dualpipe",
-    "chunked loss, sp zb-h1",
-    "zb-h1 zero-3, kept",
-    "zb-h1 zero-2, added up",
-    "zb-v zero-3",
-    "dualpipe zero-3",
-    "dualpipev zero-3",
-    "dualpipev zero-2, full",
-)  # what of a layer is left at the end of an I, to a few numbers a token
-
+SPLIT = ("chunked loss, sp zb-h1", "llama sp zb-v")  # a few numbers a token are left when a dgrad begins
 
 EXPERTS = 8
 WITH_EXPERTS = (
