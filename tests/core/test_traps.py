@@ -103,7 +103,7 @@ def test_nothing_is_broadcast() -> None:
 
 def test_plain_values_are_in_no_checkpoint_of_tensors() -> None:
     """torch's distributed checkpoint keeps one rank's plain value, not always the same rank's; its writer of
-    safetensors saves one without an error, and the file cannot be read. It gets tensors here; the rest is JSON of rank 0.
+    safetensors saves one without an error, and the file cannot be read. Here it gets tensors, and JSON the rest.
     """
     source = (ROOT / "core/proof/chunks.py").read_text()
     assert "HuggingFaceStorageWriter" not in source
