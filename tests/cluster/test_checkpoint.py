@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from cluster import rules
 from cluster.planner.layout import Layout
+from cluster.run.arguments import full_model
 from cluster.run.export import export, load_export
 from core.model.gpt import GPT
 from core.model.precision import POLICIES, Precision
@@ -238,7 +239,8 @@ def there_and_back(path: str, layouts: list[tuple[Layout, bool]]) -> list[dict[s
     (first, moe), (second, _) = layouts
     workers = [worker_of(samples_of(each), MOE if moe else None, SEED + i) for i, each in enumerate((first, second))]
     train(workers[0], [0])
-    export(workers[0], job_here(), path)
+    mixture = MOE if moe else None
+    export(workers[0], path, full_model(workers[0].spec.config, mixture), 10**9, None)
     load_export(workers[1], path)
     found = [dict(full_tensors(p for rank in job_here().gather(w.master_weights()) for p in rank)) for w in workers]
     published = [dict(full_tensors(p for rank in job_here().gather(w.weights()) for p in rank)) for w in workers]
@@ -264,6 +266,7 @@ def test_exports_to_one_safetensors_file_and_back(pool: Pool, tmp_path: Path, la
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     (length,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    assert header.pop("__metadata__") == {"format": "pt"}
     assert header.keys() == saved.keys()
     end = 0
     for name, each in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -243,8 +243,8 @@ def weights_gradients_come_at_once_and_later() -> AbstractContextManager:
     """As where a backward is run twice, once for each half, and the first does the whole."""
     right = linear.Deferred.put
 
-    def wrong(self: linear.Deferred, weight: Tensor, bias: Tensor, compute: Callable, reads: tuple) -> tuple:
-        right(self, weight, bias, compute, reads)
+    def wrong(self: linear.Deferred, parameters: tuple, compute: Callable, reads: tuple) -> tuple:
+        right(self, parameters, compute, reads)
         return compute()
 
     return patch.object(linear.Deferred, "put", wrong)
