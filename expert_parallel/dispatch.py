@@ -92,7 +92,7 @@ class ExpertParallelMoE(nn.Module):
 
 
 def parallelize(model: GPT, moe: MoEConfig, mesh: Mesh) -> GPT:
-    """The GPT with mixtures in place of its MLPs, their experts sharded over ep."""
+    """The model with mixtures in place of its MLPs, their experts sharded over ep."""
 
     def over_ranks(config: GPTConfig, moe: MoEConfig) -> ExpertParallelMoE:
         return ExpertParallelMoE(MoE(config, moe, mesh["dp"]), mesh["ep"])

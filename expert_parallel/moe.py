@@ -81,7 +81,7 @@ class MoE(nn.Module):
 
 
 def with_experts(model: GPT, moe: MoEConfig, dp: Axis) -> GPT:
-    """The GPT with mixtures in place of its MLPs."""
+    """The model with mixtures in place of its MLPs."""
     return replace_mlps(model, moe, lambda config, moe: MoE(config, moe, dp))
 
 

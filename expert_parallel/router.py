@@ -61,7 +61,7 @@ class Router(nn.Module):
             weights = logits.gather(-1, experts).softmax(-1)
         elif r.score == "sigmoid" and r.top_k > 1:
             weights = weights / (weights.sum(-1, keepdim=True) + TINY)
-        weights = weights * r.weight_scale
+        weights = weights * r.weight_scale  # DeepSeek's routed scaling factor
 
         # Capacity: of each sample an expert takes its first C tokens, or the C with the highest score.
         kept = torch.ones_like(experts, dtype=torch.bool)

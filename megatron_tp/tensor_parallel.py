@@ -6,9 +6,15 @@ A column-parallel linear layer followed by a row-parallel one: two matrix produc
 backward (f). The vocabulary is sharded too, and the loss never gathers the logits. The optimizer, and the rest of the
 model, are those of one process.
 
-read: tensor_parallel.py:42-191; then engine/layers.py; engine/loss.py; evidence/streams.py
+Grouped heads (`--model llama`): a rank has K/t heads of keys and values. With fewer than ranks, t/K neighbouring ranks
+hold copies of one, each for query heads of its own, and add up the copies' gradients after backward. So do all ranks
+with the norms of queries and keys, which are replicated and yet see a rank's own heads only. Latent attention: what is
+made for each head (`q_up`, `kv_up`) is sharded by head; what is made once for all, before one f, is replicated.
 
-B batch, S sequence, H hidden, I and O in and out features, V vocabulary, t ranks; V/t is rounded up, the rest padding
+read: tensor_parallel.py:48-197; then engine/layers.py; engine/loss.py; evidence/streams.py
+
+B batch, S sequence, H hidden, A heads, K key and value heads, I and O in and out features, V vocabulary, t ranks; V/t
+is rounded up, the rest padding
 """
 
 import sys
@@ -82,7 +88,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, linear: nn.Linear, axis: Axis, shards: int | None = None):
         super().__init__()
         self.axis = axis
-        self.weight = shard(linear.weight, 0, axis, shards)  # (O/t, I)
+        self.weight = shard(linear.weight, 0, axis, shards)  # (O/t, I); of fewer shards than t, neighbours hold copies
         self.bias = None if linear.bias is None else shard(linear.bias, 0, axis, shards)  # (O/t)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +168,7 @@ def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabul
 
 
 def parallelize(model: GPT, axis: Axis) -> GPT:
-    """Shard the GPT's heads, feed-forward and vocabulary over the ranks of the axis.
+    """Shard the model's heads, feed-forward and vocabulary over the ranks of the axis.
 
     Norms, positions and biases of row-parallel layers stay replicated. The ledger counts each label by itself.
     """
@@ -171,7 +177,7 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     for block in model.blocks.values():
         for module, name, shards in column_parallel(block):  # qkv, or q, k and v: A/t heads; up, and gate
             setattr(module, name, ColumnParallelLinear(getattr(module, name), inside, shards))
-        shard_latent(block, inside, partial(f, axis=inside))
+        shard_latent(block, inside, partial(f, axis=inside))  # of latent attention q_up and kv_up, by head
         block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A, S, S)
         block.attention.out = RowParallelLinear(block.attention.out, inside)
         block.mlp.down = RowParallelLinear(block.mlp.down, inside)
@@ -183,11 +189,11 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
 
 
 def sum_partial_gradients(model: GPT, axis: Axis, same_heads: Axis) -> None:
-    """After backward: where other heads use a parameter too. `same_heads` are the ranks with the same k and v."""
+    """After backward: what several ranks hold, each for its own heads, has on each one term of its gradient."""
     for name, p in model.named_parameters():
-        if is_copied(p):  # k and v
+        if is_copied(p):  # k and v; `same_heads` are the t/K ranks with copies of the same head
             comm.all_reduce(p.grad, same_heads.labelled("gradients of heads"))
-        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):  # (D), for all heads
             comm.all_reduce(p.grad, axis.labelled("gradients of heads"))
 
 

@@ -7,7 +7,7 @@ one training step with the layers of lecture 05, every collective outside of a l
 holds of it on every divisor of the number of ranks (1, 2, 4, 8): less than before, but by less than their number,
 because what is replicated stays.
 
-read: train.py:37-66; tensor_parallel.py:76-191; then evidence/memory.py
+read: train.py:37-66; tensor_parallel.py:82-197; then evidence/memory.py
 
 B batch, S sequence, V vocabulary, t ranks
 """

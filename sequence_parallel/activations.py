@@ -5,7 +5,7 @@
 The bytes that one layer keeps for backward, in bfloat16, by the paper's table 2, with tensor parallelism, sequence
 parallelism, and recomputation; counted as autograd saves them. Selective recomputation forgets what attention makes
 between Q, K, V and its output, which is large (5as/h of 34 + 5as/h) and cheap to compute again. Full recomputation
-forgets all of a layer but its input. Neither changes anything: with it a GPT trains as one process does, dropout
+forgets all of a layer but its input. Neither changes anything: with it a model trains as one process does, dropout
 included, and the gradients of a layer are the same to the last bit.
 
 read: activations.py:37-90; then engine/recompute.py, engine/layers.py

@@ -1,10 +1,10 @@
 """Lecture 06: context parallelism. The sequence is sharded over the ranks of an axis (cp), attention included.
 
 A model treats each token by itself in all but attention, so a rank can have some of a sample's tokens and compute as
-always. Three things know of the others: positions, the loss (divided by the tokens of the global batch), and attention,
-which is given to `parallelize`: `Ulysses` (ulysses.py), `RingAttention` (ring_attention.py), or both (hybrid.py). To
-everything else cp is like dp: ranks with the same parameters have seen different tokens, so the gradients of *all*
-parameters are summed over dp x cp, whatever the size of dp:
+always. Three things know of the others: positions (learned or rotary, a token keeps its own), the loss (divided by the
+tokens of the global batch), and attention, which is given to `parallelize`: `Ulysses` (ulysses.py), `RingAttention`
+(ring_attention.py), or both (hybrid.py). To everything else cp is like dp: ranks with the same parameters have seen
+different tokens, so the gradients of *all* parameters are summed over dp x cp, whatever the size of dp:
 
     here = attention.positions(sequence)  # this rank's tokens
     loss = token_loss(model(inputs[:, here]), targets[:, here], tokens_of_the_global_batch)

@@ -7,7 +7,7 @@ neighbours, in a node with fast links, exchange heads for tokens, and then each 
 sequence; the ranks with the same index in all nodes are a ring for these heads. With c1 = 1 it is a ring, with c2 = 1
 Ulysses.
 
-read: hybrid.py:33-53; ulysses.py:32-79; then ring_attention.py, engine/ulysses.py
+read: hybrid.py:33-53; ulysses.py:33-83; then ring_attention.py, engine/ulysses.py
 
 B batch (paper: b), A heads (a), S sequence (s), D head size, H hidden (h), c = c1 c2 ranks of the axis
 """

@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=8 sequence_parallel/megatron_sp.py
 
-Tensor parallelism shards what is inside attention and MLP, and replicates what is between them: LayerNorm, dropout, the
-residual stream. Here that is sharded too, along the sequence. The all-reduce at each border becomes its two halves,
-and moves the same bytes. The paper's names, forward / backward:
+Tensor parallelism shards what is inside attention and MLP, and replicates what is between them: norms, dropout, the
+residual stream. Here that is sharded too, along the sequence. The all-reduce at each border becomes its two halves, and
+moves the same bytes. The paper's names, forward / backward:
 
     tensor parallelism     f  identity / all-reduce         f̄  all-reduce / identity (g in 1909.08053, lecture 05)
     with sequence          g  all-gather / reduce-scatter   ḡ  reduce-scatter / all-gather
@@ -64,7 +64,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, linear: nn.Linear, axis: Axis, shards: int | None = None):
         super().__init__()
         self.axis = axis
-        self.weight = shard(linear.weight, 0, axis, shards)  # (O/t, I)
+        self.weight = shard(linear.weight, 0, axis, shards)  # (O/t, I); of fewer shards than t, neighbours hold copies
         self.bias = None if linear.bias is None else shard(linear.bias, 0, axis, shards)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class PositionShard(nn.Module):
 
 
 def parallelize(model: GPT, axis: Axis) -> GPT:
-    """Shard the GPT over the ranks of `axis`: (B, S) tokens to (B, S, V/t) logits, and (B, S/t, H) in between."""
+    """Shard the model over the ranks of `axis`: (B, S) tokens to (B, S, V/t) logits, and (B, S/t, H) in between."""
     check_sizes(model.config, axis.size)
     on_sequence = (S, axis.index, axis.size)  # what a dropout mask of (B, S/t, H) is a shard of
     layers = axis.labelled("layers")  # so that the ledger counts what the layers send
@@ -130,7 +130,7 @@ def parallelize(model: GPT, axis: Axis) -> GPT:
     for block in model.blocks.values():  # its norms stay as they are, and see S/t tokens
         for module, name, shards in column_parallel(block):  # qkv, or q, k and v: A/t heads; up, and gate
             setattr(module, name, ColumnParallelLinear(getattr(module, name), layers, shards))
-        shard_latent(block, layers, partial(g, axis=layers))
+        shard_latent(block, layers, partial(g, axis=layers))  # what each token's c^Q, c^KV and k^R are gathered by
         block.attention.dropout.split = (1, axis.index, axis.size)  # of the scores (B, A/t, S, S)
         block.attention.out = RowParallelLinear(block.attention.out, layers)
         block.mlp.down = RowParallelLinear(block.mlp.down, layers)
@@ -170,15 +170,15 @@ def token_loss(logits: Tensor, targets: Tensor, tokens: int, axis: Axis, vocabul
 
 
 def sum_replicated_gradients(model: GPT, axis: Axis, same_heads: Axis) -> None:
-    """After backward. Each rank has seen its own tokens only: what is replicated has partial gradients.
+    """After backward. What is replicated has seen a rank's own tokens only, or its own heads: partial gradients.
 
     Args:
         same_heads: with more ranks than heads of keys and values, those that hold the same one; else one rank.
     """
-    for p in model.parameters():  # norms, biases of the row-parallel layers, positions
+    for p in model.parameters():  # norms, also those of q and k, biases of the row-parallel layers, positions
         if shard_of(p) is None:
             comm.all_reduce(p.grad, axis.labelled("replicated gradients"))
-        elif is_copied(p):  # k and v: of the queries of other ranks
+        elif is_copied(p):  # weights of k and v: other ranks have other queries of the same head
             comm.all_reduce(p.grad, same_heads.labelled("gradients of heads"))
 
 

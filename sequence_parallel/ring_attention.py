@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node=8 sequence_parallel/ring_attention.py
 
-Each rank keeps its queries. Keys and values travel round the ring of ranks; the outputs over one block of keys after
-another are merged exactly, by the logarithms of the sums of their exponentials (lse). Of the (S, S) scores a rank holds
-a block at a time: (S/c, S/c) a head here, none in the engine on a CPU (`engine/blocks.py`). Backward sends keys and
-values round again, and with them the sums of their gradients, which end at the rank that has the keys.
+Each rank keeps its queries. Keys (already rotated, by their own positions) and values travel round the ring of ranks: K
+heads, and not the A of the queries. The outputs over one block of keys after another are merged exactly, by
+the logarithms of the sums of their exponentials (lse). Of the (S, S) scores a rank holds a block at a time: (S/c, S/c)
+a head here, none in the engine on a CPU (`engine/blocks.py`). Backward sends keys and values round again, and with them
+the sums of their gradients, which end at the rank that has the keys.
 
 A query sees no later key, so where a rank's tokens are contiguous the first rank has next to nothing to do and the last
 computes every block: all wait for it. Zigzag (as in zhuzilin's ring-flash-attention) gives rank r chunk r from the

@@ -3,9 +3,10 @@
     torchrun --nproc_per_node=8 sequence_parallel/ulysses.py
 
 A rank has some tokens of all heads; for attention it wants all tokens of some heads. An all-to-all of each of Q, K and
-V changes the one into the other, and one of the output changes back.
+V changes the one into the other, and one of the output changes back. Keys and values of fewer heads than ranks are
+repeated first; queries and keys are already rotated, each by the position of its token.
 
-read: ulysses.py:32-79; context.py:78-117; then engine/ulysses.py
+read: ulysses.py:33-83; context.py:78-117; then engine/ulysses.py
 
 B batch (paper: b), A heads (a), K of keys and values, S sequence (s), D head size, c ranks of the axis
 """
@@ -56,7 +57,10 @@ def to_tokens(x: Tensor, axis: Axis) -> Tensor:
 
 
 def for_ranks(x: Tensor, ranks: int) -> Tensor:
-    """Keys or values (B, K, S/c, D) to (B, lcm(K, c), S/c, D): of fewer heads than ranks, several need the same one."""
+    """Keys or values (B, K, S/c, D) to (B, lcm(K, c), S/c, D): each head repeated, until c divides their number.
+
+    Then the block of them that a rank gets is the one that its query heads read. Backward adds up a head's copies.
+    """
     return x.repeat_interleave(lcm(x.shape[1], ranks) // x.shape[1], 1)
 
 

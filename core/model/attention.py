@@ -1,4 +1,4 @@
-"""Causal self-attention: of heads with keys and values of their own, shared ones, or compressed ones (DeepSeek's).
+"""Causal self-attention, whose heads have keys and values of their own (MHA), of a group (GQA), or compressed (MLA).
 
 B batch, S sequence, H hidden, A heads, K key and value heads (a divisor of A), D head size
 """
@@ -40,7 +40,7 @@ class Attention(nn.Module):
     """Causal self-attention, (B, S, H) to (B, S, H).
 
     The rows of the fused weight are ordered (head, q|k|v, D): a contiguous block of rows is a set of whole heads,
-    so tensor parallelism can cut it anywhere between heads. Of three weights too the rows are ordered by head. Query
+    so tensor parallelism can shard it anywhere between heads. Of three weights too the rows are ordered by head. Query
     head i reads key and value head i K/A, rounded down: a contiguous block of the ones reads a contiguous block of the
     others.
     """
@@ -121,9 +121,10 @@ def dense_attention(
 class LatentAttention(Attention):
     """Multi-head latent attention (DeepSeek-V2, 2405.04434, 2.1; 2412.19437, 2.1.1), (B, S, H) to (B, S, H).
 
-    What is kept of a token for its keys and values is a vector of kv_rank features, from which each head's are made,
-    and one key of `rope` features for all heads, which alone is turned; the queries too are made from fewer features.
-    Rows of `q_up` are ordered (head, nope|rope), of `kv_up` (head, nope|value), of `kv_down` (latent, rope).
+    The keys and values of all heads are made (`kv_up`: W^UK, W^UV) from c^KV, kv_rank features of a token, which
+    `kv_down` (W^DKV, W^KR) makes together with k^R: `rope` features of a key that all heads share. Only these and as
+    many of each head's query are rotated; the `nope` others have no position. The queries may come from c^Q (q_rank).
+    Rows of `q_up` are ordered (head, nope|rope), of `kv_up` (head, nope|value), of `kv_down` (c^KV, k^R).
     """
 
     NORM_EPS = 1e-6  # of the compressed features, whatever the configuration says of the layers' norms
@@ -150,7 +151,7 @@ class LatentAttention(Attention):
         return self.out(rearrange(self.core(q, k, v, self.scale, starts), "b a s d -> b s (a d)"))
 
     def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, H) to what queries are made from (B, S, q_rank or H), keys and values (B, S, kv_rank), the one key."""
+        """(B, S, H) to c^Q (B, S, q_rank), or x where q_rank is 0; c^KV (B, S, kv_rank); and k^R (B, S, rope)."""
         q = self.q_down_norm(self.q_down(x)) if self.latent.q_rank else x
         kv, key = self.kv_down(x).split((self.latent.kv_rank, self.latent.rope), -1)
         return q, self.kv_down_norm(kv), key
@@ -160,11 +161,11 @@ class LatentAttention(Attention):
         return compressed
 
     def expand(self, q: Tensor, kv: Tensor, key: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """And these to the queries and keys (B, A, S, nope + rope) and values (B, A, S, value) of all heads here."""
+        """These to the queries and keys (B, A, S, nope + rope) and values (B, A, S, value) of all heads here."""
         _, _, rope, nope, value = self.latent
-        q, q_turned = rearrange(self.q_up(q), "b s (a d) -> b a s d", d=nope + rope).split((nope, rope), -1)
+        q, q_rope = rearrange(self.q_up(q), "b s (a d) -> b a s d", d=nope + rope).split((nope, rope), -1)
         k, v = rearrange(self.kv_up(kv), "b s (a d) -> b a s d", d=nope + value).split((nope, value), -1)
         # Its pairs are neighbours (2i, 2i + 1): put in the order of halves, of queries and keys alike, products stay.
-        halves = (rearrange(t, "... (i two) -> ... (two i)", two=2) for t in (q_turned, key.unsqueeze(1)))
-        q_turned, key = self.rotary(*halves, starts)
-        return torch.cat((q, q_turned), -1), torch.cat((k, key.expand(-1, k.shape[1], -1, -1)), -1), v
+        halves = (rearrange(t, "... (i two) -> ... (two i)", two=2) for t in (q_rope, key.unsqueeze(1)))
+        q_rope, key = self.rotary(*halves, starts)
+        return torch.cat((q, q_rope), -1), torch.cat((k, key.expand(-1, k.shape[1], -1, -1)), -1), v

@@ -63,7 +63,7 @@ class ModelConfig:
     tied: bool = True  # the head is the token embedding
     head_bias: bool = False
     name: str = "gpt"
-    # Other kinds than GPT-2's. `unbuilt` says which of them are counted only.
+    # Other kinds than GPT-2's. Of their combinations `unbuilt` names those that are counted only.
     kv_heads: int | None = None  # grouped-query attention; None: as many as heads
     head_size: int | None = None  # None: hidden / heads
     gated: bool = False  # SwiGLU: the MLP has two matrices to F features, gate and up
@@ -115,7 +115,7 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Features of a head that rotary positions turn."""
+        """Features of a head that rotary positions rotate."""
         return self.latent.rope if self.latent else self.head_dim
 
     @property

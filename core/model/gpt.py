@@ -100,7 +100,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if missing := config.unbuilt():
-            raise ValueError(f"{config.name}: core.model.gpt has no {missing}; use a configuration of GPT-2's kind")
+            raise ValueError(f"{config.name}: core.model.gpt has no {missing}; use a family of core.model.published")
         check(config, DECODER)
         self.config = config
         with torch.device("meta"):
@@ -110,7 +110,7 @@ class GPT(nn.Module):
             self.head: Linear | None = Linear(config.hidden, config.vocabulary, config.head_bias)
         if config.tied:
             self.head.weight = self.embed.token.weight
-        for block in self.blocks.values():  # all turn by the same table
+        for block in self.blocks.values():  # all rotate by the same table
             block.attention.rotary = self.blocks["0"].attention.rotary
 
     def forward(self, x: Tensor, end: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Tensor:
@@ -184,7 +184,7 @@ def materialize(model: GPT, seed: int | None, device: torch.device, precision: P
                 continue
             if meta not in made:
                 name = model.full_name(f"{prefix}.{leaf}")
-                mark = shard_of(meta)  # the whole is drawn, then cut: every layout starts from the same numbers
+                mark = shard_of(meta)  # the whole is drawn, then sharded: every layout starts from the same numbers
                 if seed is None:
                     value = torch.zeros(meta.shape, device=device, dtype=precision.parameters)
                 else:

@@ -211,7 +211,7 @@ def _llama(fields: Fields, kind: str, sequence: int | None) -> ModelConfig:
         latent = Latent(fields.optional("q_lora_rank") or 0, *map(fields.size, names))
         fields.check("qk_head_dim", (latent.rope + latent.nope,))
         fields.check("num_key_value_heads", (heads,))
-        head_size = None  # in the file it is that of the part that is turned
+        head_size = None  # in the file it is that of the part that is rotated
     limits = {"max_position_embeddings": fields.size("max_position_embeddings")} | _window(fields)
     return ModelConfig(
         name=kind,

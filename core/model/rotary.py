@@ -1,7 +1,7 @@
-"""Rotary positions: features (i, i + D/2) of a query or key are a pair, turned by position x frequency i. 2104.09864.
+"""Rotary positions: features (i, i + D/2) of a query or key are a pair, rotated by position x frequency i. 2104.09864.
 
 Frequencies, angles, cosines and sines are float32 in every precision, as in the published implementations, so that
-float64 is of the model that is trained. What is turned is turned in float32, or in float64 if it is that.
+float64 is of the model that is trained. Queries and keys are rotated in float32, or in float64 if they are that.
 
 S sequence, D head size
 """
@@ -17,7 +17,7 @@ from core.model.precision import wide
 
 
 class Rotary(nn.Module):
-    """Queries and keys (B, A or K, S, D) to the same, turned. Has no parameters; layers may share one and its table."""
+    """Queries and keys (B, A or K, S, D) to the same, rotated. No parameters; layers may share one and its table."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -34,12 +34,12 @@ class Rotary(nn.Module):
         length = q.shape[-2]
         if starts is not None:
             cos, sin = self._of(restarted(self.positions(length), starts), length)  # (B, S, D/2) each
-            return turned(q, cos, sin), turned(k, cos, sin)
+            return rotated(q, cos, sin), rotated(k, cos, sin)
         tokens = self.positions, length, q.device
         if self.last[0] != tokens:  # else they are those of the layer before, and saved for backward once
             self.last = tokens, self._of(self.positions(length).to(q.device), length)
         cos, sin = self.last[1]  # (S, D/2) each
-        return turned(q, cos, sin), turned(k, cos, sin)
+        return rotated(q, cos, sin), rotated(k, cos, sin)
 
     def _of(self, positions: Tensor, length: int) -> Tensor:
         self._reach(max(self.config.sequence, length), positions.device)  # a dry run's positions have no numbers
@@ -53,7 +53,7 @@ class Rotary(nn.Module):
             self.table = torch.stack((angles.cos() * factor, angles.sin() * factor))
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(B, A, S, D) by the angles of (S, D/2) or (B, S, D/2).
 
     In memory the result is (B, S, A, D), as what linear layers make: so is then the output of attention, and its linear

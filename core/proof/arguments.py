@@ -35,7 +35,7 @@ TRAINING = (
 
 
 def add_model_flags(lesson: Lesson, **defaults: Any) -> None:
-    """The flags of every lesson that trains the GPT. `defaults` replace the usual ones, by name."""
+    """The flags of every lesson that trains. `defaults` replace the usual ones, by name."""
     flag = partial(_flag, lesson, defaults)
     flag("model", "gpt", "GPT-2's kind, or a small Llama", choices=("gpt", "llama"))
     flag("batch", 16, "samples in a step")
@@ -78,7 +78,7 @@ def _flag(
 def configuration(args: argparse.Namespace) -> GPTConfig:
     """Of GPT-2's kind, or of Llama's: RMSNorm, rotary positions, grouped keys and values, SwiGLU, a head of its own.
 
-    Rotary positions turn pairs: where hidden / heads is odd, a Llama's head has one feature more.
+    Rotary positions rotate pairs: where hidden / heads is odd, a Llama's head has one feature more.
     """
     config = GPTConfig(
         vocabulary=getattr(args, "vocabulary", 0) or VOCABULARY,  # not a flag of every lesson

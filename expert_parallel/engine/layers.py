@@ -201,7 +201,7 @@ def shard_experts(experts: Experts, ep: Axis, etp: Axis) -> Experts:
 
 
 def parallelize(model: GPT, ep: Axis, etp: Axis, spread: Spread, dispatch: str = "all-to-all") -> GPT:
-    """Shard the experts of a GPT of `to_moe`, or of a pipeline stage of it, over the ranks.
+    """Shard the experts of a model of `to_moe`, or of a pipeline stage of it, over the ranks.
 
     What is not an expert is left alone: shard it before, with sequence parallelism for example. After backward its
     gradients are to be summed over the dense world, as always, and those of the experts by `sum_expert_gradients`.

@@ -84,7 +84,7 @@ class MoE(nn.Module):
 
 
 def to_moe(model: GPT, moe: MoEConfig | None = None) -> GPT:
-    """Replace the MLPs of the GPT, or of a pipeline stage of it, by mixtures, before it is materialized.
+    """Replace the MLPs of the model, or of a pipeline stage of it, by mixtures, before it is materialized.
 
     `moe` and errors as of `replace_mlps`.
     """

@@ -163,7 +163,7 @@ class MoEConfig:
 
 
 def replace_mlps(model: GPT, moe: MoEConfig | None, make: Callable[[ModelConfig, MoEConfig], nn.Module]) -> GPT:
-    """Put a mixture in the place of each MLP of the GPT, or of a pipeline stage of it, but in the first dense layers.
+    """Put a mixture in the place of each MLP of the model, or of a pipeline stage of it, but in the first dense layers.
 
     Args:
         moe: None: as the model's configuration says, trained without more. Of a model without experts the MLPs are

@@ -1,4 +1,4 @@
-"""Train a GPT with mixtures of experts in several versions over the ranks, beside one process."""
+"""Train a model with mixtures of experts in several versions over the ranks, beside one process."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -79,7 +79,7 @@ class Version(Replica):
     """One way in which this rank trains the mixture: here the engine's.
 
     Args:
-        model: this rank's shards of the GPT, on the meta device.
+        model: this rank's shards of the model, on the meta device.
     """
 
     def __init__(self, run: Run, model: GPT, mesh: Mesh):

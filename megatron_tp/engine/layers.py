@@ -133,7 +133,7 @@ def sum_partial_gradients(model: GPT, axis: Axis, same_heads: Axis) -> None:
 
 
 def parallelize(model: GPT, axis: Axis) -> GPT:
-    """Shard the GPT, or a pipeline stage of it, over the ranks of `axis`: heads, feed-forward, vocabulary.
+    """Shard the model, or a pipeline stage of it, over the ranks of `axis`: heads, feed-forward, vocabulary.
 
     Norms, the position embedding and the biases of row-parallel layers stay replicated. Of fewer heads of keys and
     values than ranks each is on as many neighbouring ranks. The logits stay sharded, for

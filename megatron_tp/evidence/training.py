@@ -37,7 +37,7 @@ class Version:
 
 
 def build(run: Run, config: GPTConfig, axis: Axis, parallelize: Parallelize) -> tuple[GPT, MasterOptimizer]:
-    """This rank's shards of the GPT, and an ordinary optimizer over them."""
+    """This rank's shards of the model, and an ordinary optimizer over them."""
     model = materialize(parallelize(GPT(config), axis), run.args.seed, run.job.device, run.precision)
     return model, MasterOptimizer(model.parameters(), partial(torch.optim.AdamW, lr=run.args.lr), run.precision.master)
 

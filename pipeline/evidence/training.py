@@ -1,4 +1,4 @@
-"""What the pipeline lessons share: train the GPT with a schedule, in the plain runtime and in the engine, compare both
+"""What the pipeline lessons share: train a model with a schedule, in the plain runtime and in the engine, compare both
 with one process, measure, and claim.
 
 The schedule, and what is special about it, stand in each lesson's own file.
@@ -67,7 +67,7 @@ def check(args: argparse.Namespace, ranks: int, per_rank: int = 1, rules: tuple[
 
 
 class Stages(Replica):
-    """This rank's stages of the GPT, trained with a schedule. The runtime is the subclass's.
+    """This rank's stages of the model, trained with a schedule. The runtime is the subclass's.
 
     Args:
         axis: the ranks of the pipeline; what it sends enters its ledger.

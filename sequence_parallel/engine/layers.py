@@ -148,7 +148,7 @@ def parallelize_block(block: Block, axis: Axis, sequence: bool = True) -> Block:
 
 
 def parallelize(model: GPT, axis: Axis) -> GPT:
-    """Shard the GPT, or a pipeline stage of it, over the ranks of `axis`, the sequence included.
+    """Shard the model, or a pipeline stage of it, over the ranks of `axis`, the sequence included.
 
     It maps (B, S) tokens, or this rank's (B, S/t, H), to this rank's (B, S/t, H), or logits (B, S, V/t) for
     `engine.loss.token_loss`. After backward, `sum_replicated_gradients`.

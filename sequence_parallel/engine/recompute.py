@@ -29,7 +29,7 @@ def recompute_block(block: Block, kind: str) -> Block:
 
 
 def recompute(model: GPT, kind: str) -> GPT:
-    """The same for all layers of the GPT, or of a pipeline stage of it."""
+    """The same for all layers of the model, or of a pipeline stage of it."""
     for block in model.blocks.values():
         recompute_block(block, kind)
     return model

@@ -5,6 +5,7 @@ The whole of it is compared with transformers in test_hf.py.
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,10 +14,12 @@ import torch
 from cluster.planner.command import lacking
 from cluster.planner.counting import model_parameters
 from cluster.planner.models import PRESETS
+from core.model.attention import dense_attention
 from core.model.config import Latent, Llama3Scaling, ModelConfig, YarnScaling
 from core.model.gpt import GPT, materialize
 from core.model.norms import RMSNorm
 from core.model.rotary import Rotary, frequencies
+from core.proof.memory import SavedActivations
 from pipeline.stages import partition
 from tests.core.test_definitions import CPU, off, seeded
 
@@ -61,6 +64,21 @@ def test_rms_norm_is_its_definition(dtype: torch.dtype, trained: tuple[bool, boo
             if is_trained:
                 assert leaf.grad.dtype == dtype
                 assert off(leaf.grad, of_leaf) < rounding / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rms_norm_saves_its_input_as_it_is(dtype: torch.dtype) -> None:
+    """And a number a token; torch's keeps the normalised input besides, of 16 bits both in 32: see findings/."""
+    layer, x = RMSNorm(48, 1e-5).to(dtype), seeded(3, 5, 48).to(dtype).requires_grad_()
+    of_tokens = 15 * max(4, dtype.itemsize)
+    assert saved_bytes(layer, lambda: layer(x)) == x.nbytes + of_tokens
+
+
+def saved_bytes(layer: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    saved = SavedActivations(layer.parameters())
+    with saved:
+        forward()
+    return saved.peak
 
 
 # ---- Rotary positions
@@ -133,6 +151,16 @@ def test_both_attentions_are_one_with_repeated_keys() -> None:
         p.data.copy_(value)
     for other in (explicit, repeated):
         torch.testing.assert_close(other(tokens), grouped(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_values_shorter_than_keys_need_no_matrix_of_scores() -> None:
+    """torch's would make and keep it: see findings/. What is kept of S tokens grows with S, not with its square."""
+
+    def kept(tokens: int) -> int:
+        q, k, v = (seeded(1, 2, tokens, size).requires_grad_() for size in (12, 12, 8))
+        return saved_bytes(torch.nn.Identity(), lambda: dense_attention(q, k, v))
+
+    assert kept(256) == 2 * kept(128)
 
 
 def test_the_future_does_not_leak() -> None:
