@@ -37,9 +37,9 @@ class Layout:
     microbatch: int = 1  # samples
     microbatches: int = 1  # of a pipeline in a step
     recompute: str = "none"
-    loss_chunk: int = 0  # tokens whose logits are made at a time; 0: of many logits a part
     reduce: str = "microbatch"  # of ZeRO-2 and 3: when gradients are reduced and freed
     reshard: str = "forward"  # of ZeRO-3: after what weights are freed
+    loss_chunk: int = 0  # tokens whose logits are made at a time; 0: of many logits a part
 
     @property
     def ranks(self) -> int:
