@@ -10,6 +10,7 @@ from itertools import zip_longest
 from tabulate import tabulate
 from torch import Tensor
 
+from core.proof.arguments import configuration
 from core.proof.clock import Event
 from core.proof.files import write_file
 from core.proof.lesson import Run
@@ -144,13 +145,14 @@ def claim_timeline(run: Run, measured: list[Measured], planned: Verdict) -> None
 def claim_split(run: Run, schedule: Schedule, measured: list[Measured]) -> None:
     """A W really does what an I has left: every linear layer of the stage, the head too."""
     stages, _ = size(schedule)
-    cases = []
+    config, cases = configuration(run.args), []
+    each = (1 if config.fused_qkv else 3) + 1 + (3 if config.gated else 2)  # linear layers of a layer
     for rank, (row, m) in enumerate(zip(schedule, measured, strict=True)):
-        of_layers = [4 * run.args.layers // stages for action in row if action.kind == "W"]  # a layer has four
+        of_layers = [each * run.args.layers // stages for action in row if action.kind == "W"]
         of_head = [1 for action in row if action.kind == "W" and action.stage == stages - 1]
         cases.append((f"left for W on rank {rank}", sum(of_layers) + sum(of_head), m.deferred_layers))
     run.evidence.each(
-        "weight gradients computed by a W, not before", "4 linear layers of each layer, and the head", cases
+        "weight gradients computed by a W, not before", f"{each} linear layers of each layer, and the head", cases
     )
 
 

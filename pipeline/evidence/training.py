@@ -18,6 +18,7 @@ from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, materialize, token_loss, use_masks
 from core.model.precision import MasterOptimizer
+from core.model.rotary import Rotary
 from core.model.seeded import SampleMasks
 from core.proof.arguments import add_model_flags, check_model, configuration
 from core.proof.clock import VirtualClock
@@ -97,11 +98,19 @@ class Stages(Replica):
     def _forward_backward(self, step: int, inputs: Tensor, targets: Tensor) -> Tensor:
         self.masks.seek(step)
         if step == self.last_step:
-            self.saved = SavedActivations([*self.model.parameters(), inputs, targets])
+            self.saved = SavedActivations([*self.model.parameters(), inputs, targets, *self._cosines()])
         inputs, targets = (rearrange(t, "(m b) s -> m b s", m=self.microbatches) for t in (inputs, targets))
         share = self.run_schedule(inputs, targets)
         self.copies.sum_gradients()
         return share
+
+    def _cosines(self) -> list[Tensor]:
+        """And sines of rotary positions, which all micro-batches share."""
+        x = torch.empty(1, 1, self.shape[1], self.model.config.rotary_dim, device=self.device)
+        turning = [each for each in self.model.modules() if isinstance(each, Rotary)]
+        for each in turning:
+            each(x, x)
+        return [each.last[1] for each in turning]
 
     def _clip(self, largest: float, share: Tensor) -> tuple[float, float]:
         return clip_and_total(self.model.parameters(), self.copies.counted_once(), [self.axis], largest, share)

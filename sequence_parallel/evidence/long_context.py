@@ -95,7 +95,7 @@ def measure_ways(run: Run, config: GPTConfig, axes: Mapping[int, Axis], ways: Ma
 
 def measure(run: Run, config: GPTConfig, axis: Axis, way: str, z: Sizes) -> Measured:
     """The first layer of the model, parallelized in one of the ways, or in "one process"."""
-    model = GPT(replace(config, layers=1))
+    model = GPT(replace(config, layers=1, sequence=z.s))
     attention = None
     if way == "Megatron SP":
         parallelize_block(model.blocks["0"], axis)

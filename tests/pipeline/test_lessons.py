@@ -15,6 +15,7 @@ from tests.pool import ROOT, Pool
 
 LESSONS = ("naive", "gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe", "auto", "compare")
 QUICK = ("--steps", "2", "--batch", "8", "--sequence", "16", "--hidden", "16")
+LLAMA = ("--model", "llama", "--kv-heads", "1")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,8 @@ SEVERAL_STAGES = {
     "dualpipe": ("dualpipe", ()),
     "dualpipev": ("dualpipe", ("--schedule", "dualpipev")),
     "auto": ("auto", ("--microbatches", "8", "--message", "0.2", "--memory", "5")),
+    "gpipe of a llama": ("gpipe", LLAMA),
+    "zb-h1 of a llama": ("zero_bubble", ("--schedule", "zb-h1", *LLAMA)),
     "compare": ("compare", ("--large", "8", "16", "--costs", "1", "1.2", "0.8", "--memory", "4")),
 }
 

@@ -66,6 +66,7 @@ OPTIONS = {
         ("hybrid", ("--placement=contiguous", "--sequence=36")),
         ("hybrid", ("--placement=contiguous", "--sequence=4", "--hidden=192")),  # one token a rank
         ("long_context", ("--dtype=float32", "--heads=3")),
+        ("long_context", LLAMA),
     ],
     8: [("ring_attention", ())],
 }  # fmt: skip
