@@ -19,7 +19,7 @@ from dataclasses import asdict
 
 from tabulate import tabulate
 
-from cluster.planner.command import commands, folder_of, lacking
+from cluster.planner.command import commands, folder_of, lacking, write_config
 from cluster.planner.counting import model_parameters, step_flops
 from cluster.planner.hardware import Machine, Software
 from cluster.planner.layout import given
@@ -124,17 +124,18 @@ def search(args: argparse.Namespace) -> tuple[ModelConfig, Machine, list[Plan], 
 def main() -> int:
     made = parser("plan", "The fastest layout of a model on a machine, and why.")
     made.add_argument("--top", type=int, default=10, help="layouts to show (default %(default)s)")
+    made.add_argument("--write-config", metavar="FOLDER", help="write config.json there, for a command that trains it")
     made.add_argument("--json", action="store_true", help="the same for a program")
     began = time.perf_counter()
     try:
         args = made.parse_args()
         model, machine, found, considered = search(args)
+        folder = write_config(args.write_config, model) if args.write_config else folder_of(args)
     except ValueError as error:
         print(f"cluster/plan.py: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - began
     layout, best = found[0].layout, found[: args.top]
-    folder = folder_of(args)
     line, sbatch = commands(layout, machine, model, folder)
     if args.json:
         written = report(model, machine, best) | {"considered": considered, "torchrun": line, "sbatch": sbatch}
@@ -147,7 +148,8 @@ def main() -> int:
     print(table(model, machine, best) + "\n")
     print("\n".join(why(model, machine, found)))
     if lacks := lacking(model, folder):
-        print(f"The plan is for the model; the command trains one without {lacks}.")
+        whole = "" if lacking(model, "FOLDER") else "; with --write-config FOLDER it trains this model"
+        print(f"The plan is for the model; the command trains one without {lacks}{whole}.")
     print(f"\n{line}\n\n{sbatch}", end="")
     return 0
 

@@ -16,9 +16,9 @@ from zero.engine.buckets import BUCKET_ELEMENTS
 
 RULES = (
     Rule(
-        "dry run: experts", "--experts", lambda case: not case.experts,
+        "dry run: experts", "a mixture of experts", lambda case: not case.experts,
         "which rank a token is sent to depends on its numbers, and a dry run has none",
-        lambda case: "python -m cluster.plan, which takes tokens to choose evenly, or leave out the flags of experts",
+        lambda case: "python -m cluster.plan, which takes tokens to choose evenly, or a model without experts",
     ),
     Rule(
         "dry run: rank", "--rank {rank}", lambda case: 0 <= case.rank <= case.last, "the ranks are 0 to {last}",

@@ -1,14 +1,17 @@
 """The command that trains a planned model in a planned layout, and what of the model it cannot say. Lecture 03."""
 
 import argparse
+import json
 import shlex
 from pathlib import Path
 
 from cluster.planner.hardware import Machine
 from cluster.planner.layout import Layout
 from cluster.planner.options import SIZES
+from cluster.run.hf import CONFIG, INDEX, SINGLE
 from core.model.config import ModelConfig
-from core.model.published import PLANNED
+from core.model.publish import to_content
+from core.model.published import PLANNED, read_json
 from core.model.text import VOCABULARY
 
 # What the flags of cluster/train.py say of a model, and the words for the rest, which a published folder can say.
@@ -35,7 +38,28 @@ UNSAID = {
 def folder_of(args: argparse.Namespace) -> str | None:
     """Of `--config`, where the model is what the file says, so that `cluster/train.py --hf` trains it."""
     changed = any(getattr(args, size) is not None for size in SIZES if size != "sequence")
-    return None if args.config is None or changed else str(Path(args.config).parent)
+    return None if args.config is None or changed or Path(args.config).name != CONFIG else str(Path(args.config).parent)
+
+
+def write_config(folder: str, model: ModelConfig) -> str:
+    """Write `config.json` of a model into a folder, without weights; returns the folder.
+
+    Raises:
+        ValueError: no published family has such models, or the folder cannot be written, or has another model.
+    """
+    flag, path = f"--write-config {folder}", Path(folder, CONFIG)
+    try:
+        content = to_content(model)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}; leave --write-config out") from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and read_json(path, flag) != content:
+            raise ValueError(f"{flag}: has a {CONFIG} of another model; use another folder")
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"{flag}: {CONFIG} cannot be written: {error.strerror}; use another folder") from None
+    return folder
 
 
 def commands(layout: Layout, machine: Machine, model: ModelConfig, folder: str | None = None) -> tuple[str, str]:
@@ -46,7 +70,10 @@ def commands(layout: Layout, machine: Machine, model: ModelConfig, folder: str |
     """
     nodes = next(n for n in range(-(-layout.ranks // machine.node), layout.ranks + 1) if layout.ranks % n == 0)
     each = layout.ranks // nodes
-    sizes = [f"--hf {shlex.quote(folder)}", f"--sequence {model.sequence}"] if folder else flags_of(by_flags(model))
+    sizes = flags_of(by_flags(model))
+    if folder:
+        drawn = not any(Path(folder, name).is_file() for name in (SINGLE, INDEX))
+        sizes = [f"--hf {shlex.quote(folder)}", *["--init random"] * drawn, f"--sequence {model.sequence}"]
     how = "--dtype bfloat16 --no-verify --sample 0"
     script = " ".join(["cluster/train.py", str(layout), f"--batch {layout.batch}", *sizes, how])
     meet = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=$FIRST_NODE:29400 " if nodes > 1 else ""

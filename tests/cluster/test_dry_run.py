@@ -101,7 +101,7 @@ def test_lesson(pool: Pool) -> None:
 
 
 REFUSED = {
-    "leave out the flags of experts": ("--experts", "4", "--top-k", "2"),
+    "a model without experts": ("--experts", "4", "--top-k", "2"),
     "use --rank 1023": ("--rank", "1024"),
     "heads 96": ("--tp", "64"),
     "must be a multiple of 128 ranks": ("--tp", "8", "--batch", "7"),

@@ -14,18 +14,19 @@ import pytest
 
 from cluster import plan
 from cluster.links.messages import all_to_all, link, ring
-from cluster.planner.command import commands
+from cluster.planner.command import commands, folder_of, lacking, write_config
 from cluster.planner.counting import model_parameters, step_flops
 from cluster.planner.hardware import PRESETS as MACHINES
 from cluster.planner.hardware import Link, Machine, Software, measured
 from cluster.planner.layout import Layout
 from cluster.planner.memory import parameters, rank_memory
 from cluster.planner.models import PRESETS
+from cluster.planner.options import parser
 from cluster.planner.plans import USABLE, fits, plans
 from cluster.planner.rulebook import Case, broken
 from cluster.planner.steptime import bubble, step
 from cluster.planner.steptime import product as matrix_product
-from cluster.run.arguments import add_all_flags, layout_of
+from cluster.run.arguments import add_all_flags, configured, full_model, layout_of, moe_of
 from core.model.config import Llama3Scaling, ModelConfig, YarnScaling
 from core.model.published import from_config, from_content
 from core.proof.lesson import Lesson
@@ -304,6 +305,34 @@ def test_a_thousand_gpus() -> None:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *flags: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["plan", *flags])
     return plan.main(), *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["gpt3-175b", "llama3-8b", "llama3-405b", "mixtral-8x7b", "deepseek-v3"])
+def test_the_command_trains_a_known_model_by_a_config_that_is_written(tmp_path: Path, name: str) -> None:
+    folder, model = str(tmp_path / "model"), PRESETS[name]
+    assert lacking(model)
+    assert not lacking(model, folder)
+    for _ in range(2):
+        assert write_config(folder, model) == folder
+    line, _ = commands(Layout(dp=8, microbatch=1), A100, model, folder)
+    assert f"--hf {folder} --init random --sequence {model.sequence} " in line  # there are no weights
+    flags = shlex.split(line)
+    frame = Lesson("cluster/train.py", "02", "", "", "")
+    add_all_flags(frame)
+    args = frame.parser.parse_args(flags[flags.index("cluster/train.py") + 1 :])
+    found = configured(args)
+    biases = model.experts * model.moe_layers * (model.score == "sigmoid")  # of the router, which are not trained
+    full = sum(p.numel() for p in full_model(found, moe_of(args)).parameters())
+    assert full - biases <= model_parameters(model) == model_parameters(found) <= full
+    for field in ("query_groups", "head_dim", "norm_eps", "rope_theta", "rope_scaling", "score", "table"):
+        assert getattr(found, field) == getattr(model, field), field
+    with pytest.raises(ValueError, match="has a config.json of another model; use another folder"):
+        write_config(folder, replace(model, layers=model.layers - 1))
+
+
+def test_a_config_of_another_name_is_not_what_hf_reads(tmp_path: Path) -> None:
+    path = Path(write_config(str(tmp_path), PRESETS["llama3-8b"]), "config.json").rename(tmp_path / "8b.json")
+    assert folder_of(parser("plan", "").parse_args(["--config", str(path)])) is None
 
 
 def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
