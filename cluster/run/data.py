@@ -91,5 +91,11 @@ def check_data(args: argparse.Namespace, model: ModelConfig | None) -> None:
         raise ValueError(f"--eos {args.eos}: is none of {args.vocabulary} tokens; use --eos {args.vocabulary - 1}")
     data = data_of(args)
     if isinstance(data, Tokens):
-        data.scan()
+        try:
+            data.scan()
+        except ValueError as error:
+            if model is None:
+                raise
+            use = f"the tokens of the tokenizer of --hf {args.hf}"
+            raise ValueError(f"{str(error).partition('; use ')[0]}; use {use}") from None
     data.split(HELD_OUT)

@@ -118,11 +118,18 @@ def relative_difference(value: float, expected: float) -> float:
     return difference if difference == difference else float("inf")
 
 
-def worst(tensors: Iterable[tuple[Hashable, Tensor]], reference: Mapping[Hashable, Tensor]) -> tuple[float, Hashable]:
+def worst(
+    tensors: Iterable[tuple[Hashable, Tensor]],
+    reference: Mapping[Hashable, Tensor],
+    scales: Mapping[Hashable, Hashable] | None = None,
+) -> tuple[float, Hashable]:
     """The largest |a - b| / |b| (Euclidean norms) over the tensors, each compared with its namesake, and its name.
 
     Infinite when a tensor of the reference has no counterpart, when one has no namesake, and when anything is NaN:
     a layout that lost a parameter must not pass for equal.
+
+    Args:
+        scales: by name, another of the reference, whose norm is the divisor where it is the larger.
     """
     worst, where, seen = 0.0, "", {}
     for name, value in tensors:
@@ -131,7 +138,10 @@ def worst(tensors: Iterable[tuple[Hashable, Tensor]], reference: Mapping[Hashabl
         if name in seen and torch.equal(value, seen[name]):
             continue  # a replica of one that has been compared
         expected = reference[name].double().cpu()
-        difference = (value.double().cpu() - expected).norm().item() / (expected.norm().item() or 1.0)
+        scale = expected.norm().item()
+        if name in (scales or ()):
+            scale = max(scale, reference[scales[name]].double().norm().item())
+        difference = (value.double().cpu() - expected).norm().item() / (scale or 1.0)
         if difference != difference:
             return float("inf"), name
         if difference > worst:

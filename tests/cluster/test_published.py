@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from cluster.planner.layout import Layout
 from cluster.run import export, hf
 from cluster.run.arguments import add_all_flags, check, configured, folder_of, full_model
 from cluster.run.build import TrainSpec, make_mesh
-from cluster.run.data import HELD_OUT
+from cluster.run.data import HELD_OUT, check_data
 from cluster.run.hf import Folder, pieces
 from cluster.run.worker import Worker
 from core.ledger import Ledger
@@ -538,3 +539,13 @@ def evaluated(folder: str, read: Callable, axes: dict[str, int]) -> float:
     found = worker.evaluate(*Text(None, 16).split(HELD_OUT)[0].batch(0, 0, 8))
     worker.close()
     return found
+
+
+def test_a_token_outside_its_vocabulary_is_refused_with_what_works(tmp_path: Path) -> None:
+    """`--vocabulary` would be refused."""
+    published("llama", tmp_path)
+    ids = np.arange(600, dtype=np.uint16) % 264
+    np.save(tmp_path / "ids.npy", ids)
+    args = parsed("--hf", str(tmp_path), "--tokens", str(tmp_path / "ids.npy"))
+    with pytest.raises(ValueError, match="id 263 at position 263 is outside the vocabulary of 263; use the tokens of"):
+        check_data(args, folder_of(args).config)
