@@ -53,6 +53,7 @@ BUILT: dict[str, tuple[Any, ...]] = {  # of a sliding window see `_window`
     "scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,), "add_cross_attention": (False,),
     "cross_attention_hidden_size": (), "is_decoder": (False, True), "is_encoder_decoder": (False,),
     "tie_encoder_decoder": (False,), "pruned_heads": ({},), "use_sliding_window": (False, True),
+    "tie_word_embeddings": (False, True), "norm_topk_prob": (False, True),
 }  # fmt: skip
 OTHERS = {  # of families that are only counted
     "deepseek_v2": {"scoring_func": ("softmax", "sigmoid"), "topk_method": ("greedy", "group_limited_greedy")},

@@ -498,3 +498,10 @@ def test_names_and_values_come_back() -> None:
 def replaced(**options: Any) -> ModelConfig:
     llama = {"kv_heads": 2, "gated": True, "biases": False, "learned_positions": False, "tied": False, "norm": "rms"}
     return ModelConfig(**llama | {"qk_norm": True, "qkv_bias": True} | options)
+
+
+@pytest.mark.parametrize("field", ["tie_word_embeddings", "norm_topk_prob", "use_sliding_window"])
+def test_a_word_where_true_or_false_should_be_is_refused(field: str) -> None:
+    content = transformers.AutoConfig.for_model("qwen3_moe").to_dict() | {field: "false"}
+    with pytest.raises(ValueError, match=f'{field} "false" is not built, only false or true'):
+        from_content(content, 16)
