@@ -50,10 +50,10 @@ lessons=(
   cluster/dry_run.py
   cluster/train.py
 )
-# What the defaults have not got: experts, sp, cp, dropout.
+# What the defaults have not got: a Llama, experts, sp, cp, dropout, Muon.
 if ((NPROC % 8 == 0)); then
   lessons+=(
-    "cluster/train.py --tp 2 --cp 2 --pp 2 --sp"
+    "cluster/train.py --model llama --kv-heads 1 --tp 2 --cp 2 --pp 2 --sp"
     "cluster/train.py --tp 2 --cp 2 --pp 2 --experts 4 --ep 4"
     "cluster/train.py --pp 4 --schedule zb-h1 --zero 3 --optimizer muon"
     "cluster/train.py --tp 2 --zero 3 --recompute full --dtype bfloat16"
@@ -61,7 +61,7 @@ if ((NPROC % 8 == 0)); then
   )
 elif ((NPROC % 4 == 0)); then
   lessons+=(
-    "cluster/train.py --tp 2 --sp --experts 4 --ep 2 --bias-rate 0.01 --zero 1 --dtype float64"
+    "cluster/train.py --model llama --tp 2 --sp --experts 4 --ep 2 --bias-rate 0.01 --zero 1 --dtype float64"
     "cluster/train.py --cp 2 --pp 2 --schedule zb-h1 --zero 3 --optimizer muon"
     "cluster/train.py --tp 2 --pp 1 --zero 1 --microbatches 2 --attention softmax --dropout 0.1"
   )
