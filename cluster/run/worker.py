@@ -309,6 +309,6 @@ class Worker:
         return json.loads(json.dumps(found))  # as it is read again: named tuples are lists
 
     def saved_elsewhere(self) -> set[str]:
-        """What another rank of the pipeline has too, and saves: its ZeRO has sharded it in other places."""
+        """What another rank of the pipeline has too, and saves: once is enough."""
         named = self.model.named_parameters()
         return {self.model.full_name(name) for name, p in named if not self.copies.counted_here(p)}

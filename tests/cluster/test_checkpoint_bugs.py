@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 
 from cluster.planner.layout import Layout
-from cluster.run.worker import Worker
 from core.model.text import Text
 from core.proof import checkpoint, chunks
 from core.proof.checkpoint import Checkpoints
@@ -200,10 +199,6 @@ def not_read(what: str) -> AbstractContextManager:
     )  # fmt: skip
 
 
-def the_tied_copy_is_saved_too() -> AbstractContextManager:
-    return patch.object(Worker, "saved_elsewhere", lambda self: set())
-
-
 def not_published() -> AbstractContextManager:
     return patch.object(Engine, "publish", lambda self: None)
 
@@ -215,7 +210,6 @@ def not_copied() -> AbstractContextManager:
 BUGS = {
     "none": (nullcontext, nullcontext),
     "padding is saved": (padding_is_saved, nullcontext),
-    "the tied copy is saved too": (the_tied_copy_is_saved_too, nullcontext),
     "read one element further": (nullcontext, read_one_element_further),
     "first moments are not read": (nullcontext, partial(not_read, "|exp_avg")),
     "steps are not read": (nullcontext, partial(not_read, "|step")),
@@ -279,7 +273,7 @@ def test_every_bug_shows(pool: Pool, tmp_path: Path) -> None:
     for name, result in found.items():
         if name.startswith("none"):
             assert result < 1e-10, name
-        elif name in ("padding is saved", "the tied copy is saved too"):
+        elif name == "padding is saved":
             assert "cannot be written" in str(result), name
         else:
             assert result > 1e-6, name
