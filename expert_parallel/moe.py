@@ -2,7 +2,7 @@
 
     python expert_parallel/moe.py
 
-    read: moe.py:31-85; router.py:34-92; then engine/moe.py and engine/experts.py
+    read: moe.py:31-85; router.py:34-93; then engine/moe.py and engine/experts.py
 
 In place of a layer's MLP, E of them, each for the tokens that chose it: the parameters of E MLPs for the work of k.
 Shazeer et al. 2017 (1701.06538), section 2. The engine computes all experts as one grouped product, beside the loop.

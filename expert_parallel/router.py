@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 expert_parallel/router.py
 
-    read: router.py:34-92; then engine/router.py
+    read: router.py:34-93; then engine/router.py
 
 Top-k gating: Shazeer et al. 2017 (1701.06538). Auxiliary loss and capacity: Switch (2101.03961), section 2.2. z-loss:
 ST-MoE (2202.08906), section 3. Balancing by a bias: 2408.15664. Groups of experts: DeepSeek-V3 (2412.19437), 2.1.2.
@@ -46,14 +46,15 @@ class Router(nn.Module):
         logits = wide(x) @ wide(self.weight).T  # (B, S, E): rounded to 16 bits, it would choose other experts
         scores = logits.sigmoid() if r.score == "sigmoid" else logits.softmax(-1)
 
-        # Selection: the best k by score + bias, within the best groups. The bias is in no weight, and has no gradient.
+        # Selection: the best k by score + bias, within the best groups; of equal ones the first, which topk does not
+        # promise. The bias is in no weight, and has no gradient.
         selection = scores.detach() if self.bias is None else scores.detach() + self.bias
         if r.top_groups < r.groups:
             of_group = selection.unflatten(-1, (r.groups, -1)).topk(max(1, r.top_k // r.top_groups)).values.sum(-1)
-            best = of_group.topk(r.top_groups).indices  # (B, S, top_groups)
+            best = of_group.argsort(descending=True, stable=True)[..., : r.top_groups]  # (B, S, top_groups)
             group = torch.arange(E, device=x.device) // (E // r.groups)  # (E)
             selection = selection.masked_fill((group != best.unsqueeze(-1)).all(-2), -torch.inf)
-        experts = selection.topk(r.top_k).indices  # (B, S, k)
+        experts = selection.argsort(descending=True, stable=True)[..., : r.top_k]  # (B, S, k)
 
         # Weights: a softmax over the chosen, or the scores of the chosen, sigmoids divided by their sum.
         weights = scores.gather(-1, experts)

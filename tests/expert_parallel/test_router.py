@@ -14,9 +14,10 @@ from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig, materialize
 from expert_parallel import router as plain
+from expert_parallel.engine import routing as decisions
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import Router, Spread, count_ahead, end_step
-from expert_parallel.engine.routing import MoEConfig, Routing, choose, keep
+from expert_parallel.engine.routing import MoEConfig, Routing, choose, first_of_the_largest, keep
 from expert_parallel.evidence.training import balance
 
 CPU = torch.device("cpu")
@@ -56,6 +57,56 @@ def test_choices(case: tuple[Routing, Tensor]) -> None:
         else:  # the best of the groups it is in
             assert min(values) >= max([row[e] for e in range(len(row)) if e // within in groups and e not in chosen],
                                       default=0.0)  # fmt: skip
+
+
+def first_by_definition(row: list[float], routing: Routing) -> list[int]:
+    """A token's experts: Python's sort is stable."""
+    within, some = routing.experts // routing.groups, max(1, routing.top_k // routing.top_groups)
+    best = [sum(sorted(row[g * within : (g + 1) * within])[-some:]) for g in range(routing.groups)]
+    groups = sorted(range(routing.groups), key=lambda g: -best[g])[: routing.top_groups]
+    return sorted((e for e in range(len(row)) if e // within in groups), key=lambda e: -row[e])[: routing.top_k]
+
+
+EQUAL = [Routing(e, k, "softmax-topk") for e in (2, 3, 4, 5, 8, 16, 17, 64, 128, 256) for k in (1, 2, 8) if k <= e]
+TIES = [*EQUAL, Routing(8, 2, "sigmoid", 4, 2), Routing(12, 4, "sigmoid", 4, 2), Routing(64, 8, "sigmoid", 8, 4)]
+
+
+def ties_decided_otherwise() -> list[str]:
+    """Where a choice among equal scores is not the first of them, or depends on what else is in the tensor."""
+    wrong = []
+    for routing in TIES:
+        values = torch.randint(0, 3, (2, 9, routing.experts), generator=torch.Generator().manual_seed(0)).double() / 4
+        for name, scores in (("equal", torch.full_like(values, 0.5)), ("ties", values)):
+            found, case = choose(scores, routing), f"{name}, {routing.experts} experts, {routing.top_k} of them"
+            rows = scores.flatten(0, 1).tolist()
+            if found.flatten(0, 1).tolist() != [first_by_definition(row, routing) for row in rows]:
+                wrong.append(f"{case}: not the first")
+            layouts = {
+                "micro-batches": torch.cat([choose(x, routing) for x in scores.split(1)]),
+                "tokens": torch.cat([choose(x, routing) for x in scores.split([1, 3, 5], 1)], 1),
+                "in memory": choose(scores.transpose(0, 2).contiguous().transpose(0, 2), routing),
+            }
+            if routing.groups == 1:  # experts that none may choose, in rows of another length
+                padded = torch.nn.functional.pad(scores, (0, 5), value=-1.0)
+                layouts["padded"] = choose(padded, replace(routing, experts=routing.experts + 5))
+            wrong += [f"{case}: {what}" for what, other in layouts.items() if not torch.equal(other, found)]
+    return wrong
+
+
+def test_among_equal_scores_the_first_whatever_the_layout() -> None:
+    assert ties_decided_otherwise() == []
+
+
+def test_torchs_topk_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decisions, "first_of_the_largest", lambda scores, k: scores.topk(k).indices)
+    wrong = ties_decided_otherwise()
+    assert {"not the first", "padded"} <= {case.split(": ")[1] for case in wrong}
+
+
+def test_numbers_that_are_not_finite_are_experts_too() -> None:
+    """A loss that is no number must be seen as one, and not as an index out of bounds."""
+    assert first_of_the_largest(torch.tensor([[math.nan] * 4]), 2).tolist() == [[0, 1]]
+    assert first_of_the_largest(torch.tensor([[0.0, -math.inf, math.inf, 1.0]]), 3).tolist() == [[2, 3, 0]]
 
 
 @settings(max_examples=150, deadline=None)
