@@ -29,6 +29,7 @@ lessons=(
   sequence_parallel/activations.py
   sequence_parallel/ulysses.py
   sequence_parallel/ring_attention.py
+  sequence_parallel/all_gather.py
   sequence_parallel/hybrid.py
   sequence_parallel/long_context.py
   pipeline/naive.py

@@ -6,7 +6,7 @@ One layer over c ranks in every way of this folder, for several c and s: message
 activations that it keeps, weights that it has. The formulas stand here, and are measured to hold; each way trains as
 one process does. Then cases too large for a laptop, calculated by the same formulas.
 
-read: long_context.py:28-114; then megatron_sp.py, ulysses.py, ring_attention.py, hybrid.py
+read: long_context.py:28-126; then megatron_sp.py, ulysses.py, ring_attention.py, all_gather.py, hybrid.py
 
 b samples, s tokens in a sample, h hidden, a heads of size d, k heads of keys and values (where c1 is no divisor of it
 lcm(k, c1), with copies), c = c1 c2 ranks
@@ -38,7 +38,7 @@ def ulysses_elements(z: Sizes) -> float:
 
 
 def ring_elements(z: Sizes) -> float:
-    """K and V pass c2 - 1 times in forward and in backward, and their gradients as often."""
+    """K and V pass c2 - 1 times forward and backward, their gradients as often; with all-gather, as much at once."""
     of_a_head = z.b * z.s * z.d / z.c
     return 3 * 2 * of_a_head * lcm(z.k, z.c1) * (z.c2 - 1)
 
@@ -56,6 +56,7 @@ WAYS = {
     "Megatron SP": Way(
         degree=every_rank_a_head,
         limit="c divides a",
+        held="2bskd/c",
         messages=lambda z: 10,
         counted="10 collectives",
         elements=megatron_elements,
@@ -64,6 +65,7 @@ WAYS = {
     "Ulysses": Way(
         degree=every_rank_a_head,
         limit="c divides a",
+        held="2bskd/c",
         messages=lambda z: 8,
         counted="8 all-to-alls",
         elements=ulysses_elements,
@@ -73,14 +75,26 @@ WAYS = {
     "ring": Way(
         degree=lambda c, a: 1,
         limit="2c divides s",
+        held="4bskd/c",
         messages=lambda z: 3 * (z.c - 1),
         counted="3(c-1)",
         elements=ring_elements,
         formula="6bskd/c (c-1)",
     ),
+    "all-gather": Way(
+        degree=lambda c, a: 1,
+        limit="2c divides s",
+        held="2bskd",
+        messages=lambda z: 3,
+        counted="3 collectives",
+        elements=ring_elements,
+        formula="6bskd/c (c-1)",
+        kind="all-gather",
+    ),
     "hybrid": Way(
         degree=most_inside,
         limit="c1 divides a; c and 2c2 divide s",
+        held="4bskd/c",
         messages=lambda z: 8 + 3 * (z.c2 - 1),
         counted="8 + 3(c2-1)",
         elements=lambda z: ulysses_elements(z) + ring_elements(z),
@@ -102,6 +116,8 @@ def waiting(name: str, z: Sizes) -> float:
     if z.c2 == 1:
         return switched
     step = ring_elements(z) / 3 / (z.c2 - 1) * 2 / link
+    if name == "all-gather":  # hidden by what a rank's two runs have to do with themselves
+        return max(0.0, (z.c2 - 1) * step - z.b * z.a * z.d * (z.s / z.c) ** 2 / PEAK)
     computing = 2 * z.b * z.a * z.d / z.c1 * (z.s / z.c2) ** 2 / PEAK  # zigzag: half of a block's 4bnnad
     return switched + (z.c2 - 1) * max(0.0, step - computing)
 
@@ -110,7 +126,8 @@ ADVICE = """
 Megatron SP shards the weights too: take it inside a node where they do not fit. Ulysses sends least, for up to as many
 ranks as there are heads; where few heads of keys and values meet few ranks, a ring sends less. A ring has no limit of
 heads, and hides what it sends once each rank has enough tokens. The hybrid keeps Ulysses' messages inside a node, and
-makes fewer and larger blocks of its ring.
+makes fewer and larger blocks of its ring. All-gather sends what a ring sends, in 3 messages and with any mask, but
+waits for it, and holds a layer's keys and values of all tokens meanwhile: little where there are few heads of them.
 """.strip()
 
 
@@ -122,8 +139,8 @@ def lesson(run: Run) -> None:
     axes = {c: Mesh(device.type, Ledger(), run.job.timeout, cp=c, dp=n // c)["cp"] for c in long_context.divisors(n)}
     long_context.measure_ways(run, config, axes, WAYS)
     axis = axes[n]
-    degrees = {name: WAYS[name].degree(n, config.heads) for name in ("Ulysses", "ring", "hybrid")}
-    attentions = {name: context_parallel(axis, device, c1) for name, c1 in degrees.items() if c1}
+    degrees = {name: WAYS[name].degree(n, config.heads) for name in ("Ulysses", "ring", "all-gather", "hybrid")}
+    attentions = {name: context_parallel(axis, device, c1, kind=WAYS[name].kind) for name, c1 in degrees.items() if c1}
     versions = {name: context_version(run, config, attention, axis) for name, attention in attentions.items()}
     compare(run, config, axis, versions)
     for attention in attentions.values():
@@ -137,7 +154,7 @@ if __name__ == "__main__":
         "06",
         "Long sequences: when to use which",
         "Megatron-LM SP 代码解析",
-        "Megatron SP, Ulysses, a ring and the hybrid side by side: messages, bytes, memory and limits, measured.",
+        "Megatron SP, Ulysses, a ring, all-gather and both side by side: messages, bytes, memory and limits, measured.",
         smallest=2,
     )
     add_model_flags(frame, layers=2, batch=3)

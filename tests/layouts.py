@@ -47,6 +47,7 @@ class Layout:
     cp: int = 1
     ulysses: int = 1  # of the ranks of cp, how many neighbours exchange heads; the rest is a ring
     zigzag: bool = True
+    cp_kind: str = "ring"
     ep: int = 1
     etp: int = 1
     moe: MoEConfig | None = None
@@ -73,6 +74,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
         sp=layout.sequence,
         cp=layout.cp,
         ulysses=layout.ulysses,
+        cp_kind=layout.cp_kind,
         ep=layout.ep,
         etp=layout.etp,
         dp=layout.dp,
@@ -88,7 +90,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     tp, cp, dp, pp, edp, etp = (mesh[name] for name in ("tp", "cp", "dp", "pp", "edp", "etp"))
     data = mesh.joined("cp", "dp")
     same_heads, _ = tp.split(config.kv_copies(tp.size))
-    attention = context_parallel(cp, CPU, layout.ulysses, layout.zigzag)
+    attention = context_parallel(cp, CPU, layout.ulysses, layout.zigzag, layout.cp_kind)
     stage = build_model(spec, mesh, attention)
     for module in stage.modules():
         if isinstance(module, experts.ExpertParallelMoE):

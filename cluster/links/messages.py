@@ -60,6 +60,10 @@ def context(
     tokens = layout.microbatch * model.sequence / layout.cp
     keys = tokens * model.key_value_size / t
     switch = all_to_all(tokens * (model.query_size + model.value_size) / t + keys, inner, t, machine, software)
+    if layout.cp_kind == "all-gather":  # while a rank attends to its own tokens; the gradients' sums after all else
+        own = attention / (2 * ring_size)  # with zigzag two of the ring's blocks of a quarter, half of them masked
+        travels = ring(keys * ring_size, ring_size, inner * t, machine, software)
+        return switch + max(0.0, travels - own), switch + max(0.0, travels - 2 * own) + travels
     way = machine.inside if layout.cp * t <= machine.node else machine.outside
     hop = way.alpha + keys * ITEM * way.beta / software.links
     hidden = attention / ring_size  # of each step round the ring

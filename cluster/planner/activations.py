@@ -14,6 +14,7 @@ from math import lcm
 from cluster.planner.counting import (
     attention_matrices,
     expert_matrices,
+    keys_and_values,
     layer_matrices,
     read_by_heads,
     vocabulary_shard,
@@ -235,4 +236,8 @@ def transient(model: ModelConfig, layout: Layout, rank: int, itemsize: int) -> f
     features = 2 * model.feed_forward if model.gated else model.feed_forward  # of a gradient inside the MLP
     at_a_time = layout.chunk_of_loss(model) or tokens
     logits = 2 * at_a_time * vocabulary_shard(model, t) * max(4, itemsize) if ends_of(layout, rank)[1] else 0.0
-    return max(recomputed + tokens * features / t * itemsize, logits)
+    gathered = 0.0
+    if layout.cp_kind == "all-gather" and layout.cp > layout.ulysses:  # of all tokens, and the sums of their gradients
+        of_all = tokens * layout.cp / layout.ulysses * keys_and_values(model, layout)
+        gathered = of_all * (itemsize + max(4, itemsize))
+    return max(recomputed + max(tokens * features / t * itemsize, gathered), logits)

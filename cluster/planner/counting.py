@@ -3,9 +3,10 @@
 t ranks of tensor parallelism: a column-parallel matrix has outputs / t on each rank, a row-parallel one inputs / t.
 """
 
-from math import prod
+from math import lcm, prod
 from typing import NamedTuple
 
+from cluster.planner.layout import Layout
 from core.model.config import ModelConfig
 
 
@@ -149,3 +150,9 @@ def step_flops(model: ModelConfig, batch: int, forwards: int = 1) -> int:
     moe = model.moe_layers * layer_flops(model, True)
     head = 2 * model.hidden * model.vocabulary
     return batch * model.sequence * ((2 + forwards) * (dense + moe) + 3 * head)
+
+
+def keys_and_values(model: ModelConfig, layout: Layout) -> float:
+    """Numbers a token that a rank of tp sends over cp; of heads Ulysses has copies where its ranks are more."""
+    heads = model.heads if model.latent else model.query_groups * model.kv_copies(layout.tp)
+    return lcm(heads // layout.tp, layout.ulysses) * (model.head_dim + model.value_dim)

@@ -13,6 +13,7 @@ from core.model.loss import chunk_of
 from pipeline.schedules import SCHEDULES
 from sequence_parallel.engine.recompute import KINDS
 from sequence_parallel.engine.ring import PLACEMENTS
+from sequence_parallel.engine.ulysses import CP_KINDS
 
 FOLDED = ("zb-v", "dualpipev")  # rank r holds stages r and 2p-1-r
 REDUCE, RESHARD = ("microbatch", "step"), ("forward", "step")
@@ -30,7 +31,7 @@ class Layout:
     dp: int = 1
     v: int = 1  # stages of a rank: 2 or more of interleaved, 2 of zb-v and dualpipev
     sp: bool = False  # sequence parallelism beside tp
-    ulysses: int = 1  # of the cp ranks of a sequence, how many shard its heads; the rest is a ring
+    ulysses: int = 1  # of the cp ranks of a sequence, how many shard its heads; the rest is a ring, or gathers
     placement: str = "zigzag"  # of a sequence's tokens on that ring
     schedule: str = "1f1b"
     zero: int = 0  # stage of ZeRO over dp x cp; 0: data parallelism
@@ -40,6 +41,7 @@ class Layout:
     reduce: str = "microbatch"  # of ZeRO-2 and 3: when gradients are reduced and freed
     reshard: str = "forward"  # of ZeRO-3: after what weights are freed
     loss_chunk: int = 0  # tokens whose logits are made at a time; 0: of many logits a part
+    cp_kind: str = "ring"  # or all-gather: how ranks of cp with the same heads get each other's keys and values
 
     @property
     def ranks(self) -> int:
@@ -139,6 +141,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--reduce", choices=REDUCE, help="ZeRO-2 and 3: gradients reduced and freed after each microbatch, or added up"
     )
+    flag("--cp-kind", choices=CP_KINDS, help="keys and values go round a ring, or are gathered as in Llama 3")
     flag("--reshard", choices=RESHARD, help="ZeRO-3: weights freed after each forward and backward, or after the step")
     for name, choices in (("placement", PLACEMENTS), ("schedule", tuple(SCHEDULES)), ("recompute", KINDS)):
         flag(f"--{name}", choices=choices)

@@ -22,14 +22,14 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
 
     Args:
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
-            usual one of sp, ulysses, placement, schedule, zero, reduce, reshard and recompute.
+            usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard and recompute.
     """
     usual = Layout()
 
     def of(name: str, every: Sequence | None = None) -> Sequence:
         return choices.get(name) or every or (getattr(usual, name),)
 
-    (placement,) = of("placement")
+    (placement,), (cp_kind,), (loss_chunk,) = of("placement"), of("cp_kind"), of("loss_chunk")
     for tp, cp, pp in product(of("tp", divisors(world)), of("cp", divisors(world)), of("pp", divisors(world))):
         dp = world // (tp * cp * pp)
         if tp * cp * pp * dp != world or model.heads % tp or batch % dp or dp not in of("dp", [dp]):
@@ -49,7 +49,8 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
         for fold, (schedule, v), (zero, *when), (b, m), recompute in product(
             folds, pipelines, exchanges, sizes, of("recompute")
         ):
-            layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute, *when)
+            layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute,
+                            loss_chunk, *when, cp_kind)  # fmt: skip
             if keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
                 yield layout
 
@@ -73,6 +74,7 @@ def nearest(case: Case) -> Layout | None:
     batch = case.batch or max(1, given.dp) * max(1, given.microbatch) * max(1, given.microbatches)
     choices = {
         "placement": [given.placement],
+        "cp_kind": [given.cp_kind],
         "ulysses": [max(1, given.ulysses), 1],
         "recompute": [given.recompute],
         "sp": [False, True],

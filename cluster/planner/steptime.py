@@ -127,7 +127,7 @@ def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine,
 
 
 # What the times of a layer depend on, so that layouts that differ in something else share them.
-OF_A_LAYER = ("tp", "cp", "ep", "etp", "sp", "ulysses", "microbatch", "recompute")
+OF_A_LAYER = ("tp", "cp", "cp_kind", "ep", "etp", "sp", "ulysses", "microbatch", "recompute")
 
 
 def rank_times(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> Microbatch:

@@ -5,9 +5,8 @@ global norm and the padding of ZeRO's buckets. Over ep the mean of all ranks, if
 """
 
 from collections import Counter
-from math import lcm
 
-from cluster.planner.counting import read_by_heads, vocabulary_shard
+from cluster.planner.counting import keys_and_values, read_by_heads, vocabulary_shard
 from cluster.planner.exchanges import gathered, reduced
 from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.memory import parameters, replicated_parameters
@@ -136,6 +135,7 @@ def summed_over_tp(model: ModelConfig, layout: Layout, rank: int) -> float:
 def layer_cp(model: ModelConfig, layout: Layout) -> float:
     """Of one layer and microbatch (lecture 06). Ring: keys and values go round, and in backward their gradients too.
 
+    All-gather: as much; gathered, in backward gathered again, and their gradients reduce-scattered.
     Ulysses: an all-to-all of q, k, v and of the result, and the same backward.
     """
     shard = layout.tokens(model.sequence) * ring_share(layout.ulysses)
@@ -146,15 +146,9 @@ def layer_cp(model: ModelConfig, layout: Layout) -> float:
 
 
 def around_ring(model: ModelConfig, layout: Layout) -> float:
-    """Keys and values that a rank passes on around its ring; or, in backward, their gradients."""
+    """Keys and values that a rank passes on around its ring, or that it gathers; or, in backward, their gradients."""
     hops = layout.cp // layout.ulysses - 1
     return layout.tokens(model.sequence) * keys_and_values(model, layout) * hops
-
-
-def keys_and_values(model: ModelConfig, layout: Layout) -> float:
-    """Numbers a token that a rank of tp sends over cp; of heads Ulysses has copies where its ranks are more."""
-    heads = model.heads if model.latent else model.query_groups * model.kv_copies(layout.tp)
-    return lcm(heads // layout.tp, layout.ulysses) * (model.head_dim + model.value_dim)
 
 
 # ---- Experts ---------------------------------------------------------------------------------------------------------

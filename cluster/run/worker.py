@@ -86,7 +86,8 @@ class Worker:
         layout, self.spec, self.layout, self.mesh = spec.layout, spec, spec.layout, mesh
         self.tp, self.pp = mesh["tp"], mesh["pp"]
         self.same_heads, _ = self.tp.split(spec.config.kv_copies(self.tp.size))  # ranks that hold the same k and v
-        self.attention = context_parallel(mesh["cp"], spec.device, layout.ulysses, layout.placement == "zigzag")
+        zigzag = layout.placement == "zigzag"
+        self.attention = context_parallel(mesh["cp"], spec.device, layout.ulysses, zigzag, layout.cp_kind)
         self.model = build_model(spec, mesh, self.attention)
         self.masks = use_masks(self.model, SampleMasks(spec.seed))
         self.documents = None if spec.eos is None else use_documents(self.model, Documents(self.masks))

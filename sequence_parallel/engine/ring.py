@@ -39,23 +39,16 @@ class Tile(NamedTuple):
         return rows * columns / tokens**2 / (2 if self.causal else 1)
 
 
-class OverlappedRing(SequenceAttention):
-    """Attention of this rank's tokens, with keys and values that travel round the ranks of `axis`.
+class Placed(SequenceAttention):
+    """Whose tokens are one or two runs of neighbours.
 
     Args:
         zigzag: rank r has chunks r and 2c-1-r of 2c; otherwise chunk r of c.
-
-    Attributes:
-        clock: where it is set, records what is done in which order.
     """
 
-    clock: VirtualClock | None = None
-
-    def __init__(self, axis: Axis, device: torch.device, zigzag: bool = True):
+    def __init__(self, axis: Axis, zigzag: bool = True):
         self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
         self.multiple = 2 * axis.size if self.zigzag else axis.size
-        routes = [(rank, (rank + 1) % axis.size, kind) for rank in range(axis.size) for kind in (KV, GRADIENTS)]
-        self.messages = PointToPoint(axis, routes, device) if axis.size > 1 else None
 
     def positions(self, sequence: int) -> Tensor:
         return self.positions_of(self.axis.index, sequence)
@@ -65,6 +58,21 @@ class OverlappedRing(SequenceAttention):
         check_length(sequence, self.multiple)
         chunks = torch.arange(sequence).chunk(self.multiple)
         return torch.cat([chunks[rank], chunks[-1 - rank]]) if self.zigzag else chunks[rank]
+
+
+class OverlappedRing(Placed):
+    """Attention of this rank's tokens, with keys and values that travel round the ranks of `axis`.
+
+    Attributes:
+        clock: where it is set, records what is done in which order.
+    """
+
+    clock: VirtualClock | None = None
+
+    def __init__(self, axis: Axis, device: torch.device, zigzag: bool = True):
+        super().__init__(axis, zigzag)
+        routes = [(rank, (rank + 1) % axis.size, kind) for rank in range(axis.size) for kind in (KV, GRADIENTS)]
+        self.messages = PointToPoint(axis, routes, device) if axis.size > 1 else None
 
     def tile(self, step: int, tokens: int) -> Tile | None:
         """What to compute of rank r's queries and rank (r - step)'s keys, `tokens` each; None: all keys are later."""

@@ -14,9 +14,11 @@ from core import comm
 from core.mesh import Axis
 from core.model.attention import dense_attention
 from sequence_parallel.context import SequenceAttention, check_length
+from sequence_parallel.engine.all_gather import OverlappedAllGather
 from sequence_parallel.engine.ring import OverlappedRing
 
 HEADS, TOKENS = 1, 2  # dimensions of (B, A, S, D)
+CP_KINDS = ("ring", "all-gather")  # how ranks with the same heads get each other's keys and values
 
 
 def switch(axis: Axis, sharded: int, gathered: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -92,8 +94,10 @@ class OverlappedUlysses(SequenceAttention):
         self.inner.close()
 
 
-def context_parallel(axis: Axis, device: torch.device, ulysses: int = 1, zigzag: bool = True) -> OverlappedUlysses:
-    """Attention for `sequence_parallel.context.parallelize`: a ring, Ulysses, or both (`hybrid.py`).
+def context_parallel(
+    axis: Axis, device: torch.device, ulysses: int = 1, zigzag: bool = True, kind: str = CP_KINDS[0]
+) -> OverlappedUlysses:
+    """Attention for `sequence_parallel.context.parallelize`: a ring or all-gather, Ulysses, or both (`hybrid.py`).
 
     All ranks of the axis must call it at the same time.
 
@@ -101,9 +105,13 @@ def context_parallel(axis: Axis, device: torch.device, ulysses: int = 1, zigzag:
         axis: over whose ranks the sequence is sharded.
         ulysses: how many neighbouring ranks share heads; the rest of the axis is a ring. 1: only a ring.
         zigzag: the ring's placement of tokens.
+        kind: "all-gather" in place of the ring.
 
     Raises:
         ValueError: `ulysses` does not divide the ranks.
     """
     inner, outer = axis.split(ulysses)
-    return OverlappedUlysses(inner, OverlappedRing(outer, device, zigzag) if outer.size > 1 else FullSequence())
+    if outer.size == 1:
+        return OverlappedUlysses(inner, FullSequence())
+    across = OverlappedAllGather(outer, zigzag) if kind == "all-gather" else OverlappedRing(outer, device, zigzag)
+    return OverlappedUlysses(inner, across)

@@ -23,7 +23,9 @@ from core.proof.clock import Event, VirtualClock
 from core.proof.lesson import Run
 from core.proof.memory import SavedActivations
 from sequence_parallel.context import SequenceAttention
+from sequence_parallel.engine.all_gather import OverlappedAllGather
 from sequence_parallel.engine.ring import OverlappedRing
+from sequence_parallel.engine.ulysses import OverlappedUlysses
 from sequence_parallel.evidence.training import Sent
 
 # From dense attention of the same type. In bfloat16 each rounds several times, every time by up to 2^-8 = 0.004.
@@ -87,7 +89,7 @@ class Measured:
     saved: int  # bytes that autograd keeps for backward
     largest: int  # bytes of the largest tensor made
     squares: Tensor  # of the differences from dense attention, and of that: the output and three gradients, (4, 2)
-    ahead: list[Event]  # of a ring in forward, in virtual time
+    ahead: list[Event]  # of a ring, or what gathers, in forward, in virtual time
     back: list[Event]  # and in backward
 
 
@@ -101,16 +103,17 @@ def measure(run: Run, attention: SequenceAttention, axis: Axis, shape: Shape, dt
     here = attention.positions(s).to(run.job.device)
     mine = [x[:, :, here].requires_grad_() for x in full]
     clock = VirtualClock(run.job.device)
-    if isinstance(attention, OverlappedRing):
-        attention.clock = clock
+    timed = timed_part(attention)
+    if timed:
+        timed.clock = clock
     forward, both, saved, largest = Ledger(), Ledger(), SavedActivations([]), LargestTensor()
     with axis.ledger.recording_to(both), largest:
         with both.recording_to(forward), saved:
             out = attention(*mine)
         kept, ahead = saved.live, len(clock.events)
         out.backward(gradient[:, :, here])
-    if isinstance(attention, OverlappedRing):
-        attention.clock = None
+    if timed:
+        timed.clock = None
     dense = [x.requires_grad_() for x in full]
     expected = F.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=a != kv)
     expected.backward(gradient)
@@ -120,6 +123,13 @@ def measure(run: Run, attention: SequenceAttention, axis: Axis, shape: Shape, dt
     return Measured(
         forward.traffic, both.traffic, kept, largest.nbytes, squares, clock.events[:ahead], clock.events[ahead:]
     )
+
+
+def timed_part(attention: SequenceAttention) -> OverlappedRing | OverlappedAllGather | None:
+    """What records on a virtual clock, where it is not within an exchange of heads."""
+    if isinstance(attention, OverlappedUlysses) and attention.axis.size == 1:
+        attention = attention.inner
+    return attention if isinstance(attention, OverlappedRing | OverlappedAllGather) else None
 
 
 def claim_difference(

@@ -50,10 +50,12 @@ class Way:
 
     degree: Callable[[int, int], int | None]  # c1 for c ranks and a heads; None where it cannot be
     limit: str
+    held: str  # of keys and values while attention is computed, what is arriving included
     messages: Callable[[Sizes], int]
     counted: str  # the same in words
     elements: Callable[[Sizes], float]
     formula: str
+    kind: str = "ring"  # of `context_parallel`, where c2 > 1
     keeps_output_twice: bool = False  # attention's output before the all-to-all, too: bsh/c
 
 
@@ -86,21 +88,21 @@ def measure_ways(run: Run, config: GPTConfig, axes: Mapping[int, Axis], ways: Ma
             for name, way in ways.items():
                 if (c1 := way.degree(c, config.heads)) is not None:
                     z = sizes(s=s, c=c, c1=c1)
-                    found[name].append((z, run.job.gather(measure(run, config, axis, name, z))))
+                    found[name].append((z, run.job.gather(measure(run, config, axis, name, z, way.kind))))
     if run.job.rank == 0:
         show(run, found, dense, ways)
         for name, way in ways.items():
             claim_formulas(run, name, way, found[name], dense, not config.learned_positions)
 
 
-def measure(run: Run, config: GPTConfig, axis: Axis, way: str, z: Sizes) -> Measured:
+def measure(run: Run, config: GPTConfig, axis: Axis, way: str, z: Sizes, kind: str = "ring") -> Measured:
     """The first layer of the model, parallelized in one of the ways, or in "one process"."""
     model = GPT(replace(config, layers=1, sequence=z.s))
     attention = None
     if way == "Megatron SP":
         parallelize_block(model.blocks["0"], axis)
     elif way != "one process":
-        attention = context_parallel(axis, run.job.device, z.c1)
+        attention = context_parallel(axis, run.job.device, z.c1, kind=kind)
         parallelize(model, attention)
     block = materialize(model, run.args.seed, run.job.device, run.dtype).blocks["0"]
     x = torch.ones(z.b, z.s // z.c, z.h, dtype=run.dtype, device=run.job.device, requires_grad=True)
@@ -125,8 +127,8 @@ def show(run: Run, found: Found, dense: Mapping[int, Measured], ways: Mapping[st
             split = f"{z.c1} x {z.c2}" if name == "hybrid" else ""
             rows.append((s, c, name, split, m.messages, m.sent / 1e3, m.kept / 1e3, m.parameters))
     head = ("s", "c", "way", "c1 x c2", "messages", "kB sent", "kB kept", "parameters")
-    limits = [(name, way.counted, way.formula, way.limit) for name, way in ways.items()]
-    run.say(tabulate(limits, ("way", "messages", "elements", "limit")))
+    limits = [(name, way.counted, way.formula, way.held, way.limit) for name, way in ways.items()]
+    run.say(tabulate(limits, ("way", "messages", "elements", "K and V held", "limit")))
     run.say("\nmeasured: one layer on one rank, forward and backward")
     run.say(tabulate(rows, head, floatfmt=",.1f", intfmt=","))
     for name, cases in found.items():

@@ -95,6 +95,16 @@ def test_ulysses_exchanges_before_and_after_attention_and_is_not_hidden() -> Non
     assert found == pytest.approx((switch, switch))
 
 
+def test_all_gather_is_hidden_by_what_a_rank_has_to_do_with_its_own_tokens() -> None:
+    """Keys and values of 2 tokens of 3 others; backward again, and then the gradients, which nothing hides."""
+    layout = Layout(cp=4, cp_kind="all-gather")
+    travels = 3 * (1.0 + 2 * 8 * 2 * 0.01)
+    for attention in (0.0, 4.0, 1000.0):
+        own = attention / 8
+        expected = max(0.0, travels - own), max(0.0, travels - 2 * own) + travels
+        assert context(MODEL, layout, attention, MACHINE, SOFTWARE) == pytest.approx(expected)
+
+
 def test_ep_and_etp() -> None:
     """k rows a token there and back, forward and backward; over etp a gather and a scatter of all its ranks' rows."""
     model = replace(MODEL, experts=4, top_k=2)

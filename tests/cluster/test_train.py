@@ -58,6 +58,7 @@ def parsed(*flags: str) -> Namespace:
         (2, ("--auto", "--evaluate", "1", "--no-verify")),
         (4, ("--tp", "2", "--pp", "2", "--eos", "101", "--pack", "--loss-chunk", "20", "--vocabulary", "300")),
         (4, ("--cp", "4", "--ulysses", "2", "--eos", "101", "--pack", "--heads", "8", "--model", "llama")),
+        (4, ("--cp", "4", "--cp-kind", "all-gather", "--eos", "101", "--pack", "--model", "llama", "--kv-heads", "1")),
         (1, ()),
     ],
 )

@@ -50,6 +50,7 @@ LAYOUTS = [  # on 4 ranks where that is enough
     L(tp=2, cp=2, pp=2, microbatches=2, sp=True),
     L(cp=4, dp=2, ulysses=2, zero=3),
     L(cp=4),
+    L(cp=2, pp=2, microbatches=4, schedule="dualpipe", cp_kind="all-gather"),
     L(tp=2, dp=2, zero=3, sp=True, microbatches=2),
     L(tp=2, dp=2, zero=3, recompute="full"),
     L(pp=4, microbatches=4, schedule="zb-h1"),

@@ -11,7 +11,7 @@ import core.proof.arguments
 from core.model.precision import POLICIES
 from core.proof.launch import Job, Stop
 from core.proof.lesson import Lesson, Run
-from sequence_parallel import activations, hybrid, long_context, megatron_sp, ring_attention, ulysses
+from sequence_parallel import activations, all_gather, hybrid, long_context, megatron_sp, ring_attention, ulysses
 from tests.pool import Pool
 
 Bug = Callable[[], AbstractContextManager]
@@ -20,6 +20,7 @@ LESSONS = {
     "activations": activations,
     "ulysses": ulysses,
     "ring_attention": ring_attention,
+    "all_gather": all_gather,
     "hybrid": hybrid,
     "long_context": long_context,
 }

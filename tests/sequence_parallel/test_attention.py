@@ -18,7 +18,9 @@ from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig
 from core.proof.oracle import worst_difference
 from sequence_parallel import ring_attention
+from sequence_parallel.all_gather import AllGather
 from sequence_parallel.context import SequenceAttention, local, parallelize
+from sequence_parallel.engine.all_gather import OverlappedAllGather
 from sequence_parallel.engine.blocks import attend, attend_backward, attend_in_products, backward_in_products, merge
 from sequence_parallel.engine.ring import OverlappedRing
 from sequence_parallel.engine.ulysses import FullSequence, context_parallel
@@ -158,11 +160,13 @@ def all_ways(c: int) -> dict[tuple, list[float]]:
     axis, found = Mesh("cpu", Ledger(), 30.0, cp=c)["cp"], {}
     for u, zigzag in WAYS[c]:
         engine, plain = context_parallel(axis, CPU, u, zigzag), Hybrid(axis, u, zigzag)
+        gathering = [context_parallel(axis, CPU, u, zigzag, "all-gather")] + [AllGather(axis, zigzag)] * (u == 1)
         alone = {1: RingAttention(axis, zigzag), c: Ulysses(axis)}
+        assert {each.multiple for each in gathering} == {plain.multiple}
         assert engine.multiple == plain.multiple == least_sequence(c, u, zigzag)
         for dtype in TOLERANCE:
             found[u, zigzag, dtype] = differences(engine, dtype)
-            for each in (plain, alone.get(u)):
+            for each in (plain, alone.get(u), *gathering):
                 found[u, zigzag, dtype] += differences(each, dtype) if each else []
         engine.close()
     return found
@@ -181,7 +185,7 @@ def test_one_rank_is_the_identity() -> None:
     axis = Axis("cp", (0,), 0, None, Ledger(), timedelta(seconds=5))
     q, k, v = (random(2, 4, 6, 8, seed=i) for i in range(3))
     expected = FullSequence()(q, k, v)
-    for attention in (context_parallel(axis, CPU), OverlappedRing(axis, CPU), Ulysses(axis)):
+    for attention in (context_parallel(axis, CPU), OverlappedRing(axis, CPU), Ulysses(axis), OverlappedAllGather(axis)):
         assert torch.equal(attention(q, k, v), expected)
         assert torch.equal(local(q, attention), q)
 
@@ -211,7 +215,12 @@ def with_wide_values(c: int, value: int) -> dict[tuple, float]:
     axis, found = Mesh("cpu", Ledger(), 30.0, cp=c)["cp"], {}
     b, a, kv, s, d, scale = 2, 4, 2, 8 * c, 6, 0.3
     for u, zigzag in WAYS[c]:
-        for name, make in (("plain", Hybrid), ("engine", lambda axis, u, z: context_parallel(axis, CPU, u, z))):
+        for name, make in {
+            "plain": Hybrid,
+            "engine": lambda axis, u, z: context_parallel(axis, CPU, u, z),
+            "gathered, plain": lambda axis, u, z: AllGather(axis, z),
+            "gathered": lambda axis, u, z: context_parallel(axis, CPU, u, z, "all-gather"),
+        }.items():
             attention = make(axis, u, zigzag)
             if a % u:
                 continue

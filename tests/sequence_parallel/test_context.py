@@ -15,7 +15,7 @@ from core.model.text import Text
 from core.proof.full import full_tensors
 from core.proof.oracle import Oracle, worst_difference
 from sequence_parallel import context
-from sequence_parallel.engine.ulysses import context_parallel
+from sequence_parallel.engine.ulysses import CP_KINDS, context_parallel
 from tests.layouts import Layout
 from tests.pool import Pool
 from tests.sequence_parallel.batch import all_equal_one_process
@@ -32,7 +32,9 @@ def layout(**options: object) -> Layout:
 def test_equals_one_process(pool: Pool) -> None:
     config = GPTConfig(**SMALL)
     for cp, cases in {2: [(1, True)], 3: [(1, False)], 6: [(2, True), (3, False)]}.items():
-        all_equal_one_process(pool, cp, [(config, layout(cp=cp, ulysses=u, zigzag=zigzag)) for u, zigzag in cases])
+        kinds = CP_KINDS if cp < 6 else ("ring",)
+        layouts = [layout(cp=cp, ulysses=u, zigzag=zigzag, cp_kind=kind) for u, zigzag in cases for kind in kinds]
+        all_equal_one_process(pool, cp, [(config, each) for each in layouts])
 
 
 def test_corners(pool: Pool) -> None:
@@ -42,6 +44,9 @@ def test_corners(pool: Pool) -> None:
         ({}, {"recompute": "full", "freeze": ("embed", "blocks.0")}),
         ({"tied": False}, {"freeze": ("embed.token", "blocks.1")}),
         ({}, {"ulysses": 4}),
+        ({}, {"cp_kind": "all-gather"}),
+        ({}, {"cp_kind": "all-gather", "ulysses": 1, "recompute": "full"}),
+        ({}, {"cp_kind": "all-gather", "ulysses": 1, "length": 8, "samples": 1}),
         ({}, {"ulysses": 1, "length": 8, "samples": 1}),  # one token a chunk
     ]
     cases = [(GPTConfig(**SMALL | config), layout(**{"cp": 4, "ulysses": 2} | options)) for config, options in cases]

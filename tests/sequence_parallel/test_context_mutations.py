@@ -15,10 +15,13 @@ from torch import Tensor, nn
 import sequence_parallel.engine.ulysses
 from core import comm
 from core.mesh import Axis
+from core.model import documents
 from core.model.gpt import GPT
 from core.p2p import PointToPoint
-from sequence_parallel import context, hybrid, ring_attention, ulysses
+from sequence_parallel import all_gather, context, hybrid, ring_attention, ulysses
+from sequence_parallel.engine import all_gather as gathering
 from sequence_parallel.engine import ring
+from sequence_parallel.engine.all_gather import OverlappedAllGather
 from sequence_parallel.engine.blocks import attend_in_products
 from sequence_parallel.engine.ring import GRADIENTS, OverlappedRing, Tile
 from sequence_parallel.engine.ulysses import OverlappedUlysses
@@ -213,6 +216,80 @@ def everyones_positions(self: OverlappedRing, sequence: int) -> list[Tensor]:
     return [torch.cat(each) for each in both]
 
 
+# ---- The bugs of all-gather
+
+
+def runs_take_each_others_masks() -> AbstractContextManager:
+    right = OverlappedAllGather.runs
+
+    def wrong(self: OverlappedAllGather, tokens: int) -> list[tuple[slice, int]]:
+        where, firsts = zip(*right(self, tokens), strict=True)
+        return list(zip(where, firsts[::-1], strict=True))
+
+    return patch.object(OverlappedAllGather, "runs", wrong)
+
+
+def a_run_sees_its_own_future() -> AbstractContextManager:
+    right = gathering.attend
+    return patch.object(gathering, "attend", lambda q, k, v, causal, *rest: right(q, k, v, False, *rest))
+
+
+def gathered_keys_stay_in_the_order_of_ranks() -> AbstractContextManager:
+    def wrong(self: OverlappedAllGather, pending: comm.Pending) -> Tensor:
+        self.note(f"wait for {gathering.GATHER}")
+        return pending.wait()
+
+    return patch.object(OverlappedAllGather, "arrived", wrong)
+
+
+def gradients_of_keys_are_this_ranks_alone() -> AbstractContextManager:
+    def wrong(self: OverlappedAllGather, sums: Tensor) -> Tensor:
+        return sums[:, :, self.positions(sums.shape[2])]
+
+    return patch.object(OverlappedAllGather, "scattered", wrong)
+
+
+def gradients_are_scattered_in_the_order_of_the_sequence() -> AbstractContextManager:
+    return patch.object(OverlappedAllGather, "scattered", lambda self, sums: comm.reduce_scatter(sums, self.axis, 2))
+
+
+def the_gather_is_waited_for_at_once() -> AbstractContextManager:
+    right = OverlappedAllGather.gather
+
+    def wrong(self: OverlappedAllGather, k: Tensor, v: Tensor) -> comm.Pending:
+        pending = right(self, k, v)
+        self.arrived(pending)
+        return pending
+
+    return patch.object(OverlappedAllGather, "gather", wrong)
+
+
+def all_heads_of_keys_are_gathered() -> AbstractContextManager:
+    right = OverlappedAllGather.__call__
+
+    def wrong(self: OverlappedAllGather, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        return right(self, q, *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)), *rest)
+
+    return patch.object(OverlappedAllGather, "__call__", wrong)
+
+
+def plain_runs_have_no_mask() -> AbstractContextManager:
+    right = documents.visible
+
+    def wrong(starts: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        return torch.ones_like(right(starts, queries, keys))
+
+    return patch.object(all_gather.documents, "visible", wrong)
+
+
+def plain_keys_stay_in_the_order_of_ranks() -> AbstractContextManager:
+    return patch.object(all_gather.AllGather, "gather", lambda self, x: comm.gather_for(x, self.axis, 2))
+
+
+def plain_gradients_of_keys_are_this_ranks_alone() -> AbstractContextManager:
+    return patch.object(all_gather.comm, "gather_for", comm.gather_from)
+
+
 # ---- The bugs of Ulysses
 
 
@@ -388,6 +465,19 @@ CONTIGUOUS: dict[Callable, set[str]] = {
     plain_diagonal_has_no_mask: {PLAIN_LOSS, PLAIN_GRADIENT, "contiguous, plain: output and gradients"},
     plain_blocks_are_merged_without_rescaling: {PLAIN_LOSS, PLAIN_GRADIENT, "contiguous, plain: output and gradients"},
 }
+FLIGHT = "blocks computed with the gather in flight"
+GATHERED: dict[Callable, set[str]] = AROUND | {
+    runs_take_each_others_masks: {LOSS, GRADIENT, ALONE, SMALL, "zigzag: output"},
+    a_run_sees_its_own_future: {LOSS, GRADIENT, ALONE, SMALL, "contiguous: output"},
+    gathered_keys_stay_in_the_order_of_ranks: {LOSS, GRADIENT, ALONE, SMALL},
+    gradients_of_keys_are_this_ranks_alone: {GRADIENT, ALONE, "reduce-scatters, backward (engine)"},
+    gradients_are_scattered_in_the_order_of_the_sequence: {GRADIENT, ALONE, SMALL},
+    the_gather_is_waited_for_at_once: {f"{FLIGHT}, forward", f"{FLIGHT}, backward"},
+    all_heads_of_keys_are_gathered: {"elements sent then"},
+    plain_runs_have_no_mask: {PLAIN_LOSS, PLAIN_GRADIENT, PLAIN_ALONE},
+    plain_keys_stay_in_the_order_of_ranks: {PLAIN_LOSS, PLAIN_GRADIENT, PLAIN_ALONE},
+    plain_gradients_of_keys_are_this_ranks_alone: {PLAIN_GRADIENT, PLAIN_ALONE, "reduce-scatters, backward (plain)"},
+}
 ULYSSES: dict[Callable, set[str]] = {
     shards_are_joined_in_the_wrong_order: {LOSS, GRADIENT, "4 heads of keys and values", SMALL},
     everything_is_gathered: {
@@ -411,7 +501,7 @@ HYBRID: dict[Callable, set[str]] = {
     plain_heads_come_back_out_of_order: {PLAIN_LOSS, PLAIN_GRADIENT, "plain: output and gradients"},
 }  # fmt: skip
 TABLE: dict[Callable, set[str]] = {
-    gradients_are_not_summed_because_dp_is_1: {equal(name)[1] for name in ("Ulysses", "ring", "hybrid")},
+    gradients_are_not_summed_because_dp_is_1: {equal(name)[1] for name in ("Ulysses", "ring", "all-gather", "hybrid")},
     keys_and_values_are_gathered: {
         f"ring: {what}, s {s}, c 4"
         for what in ("messages of a layer", "elements sent", "bytes kept for backward")
@@ -422,6 +512,7 @@ LESSONS = {
     "ulysses": ("ulysses", [], ULYSSES),
     "zigzag": ("ring_attention", ["--placement=zigzag"], ZIGZAG),
     "contiguous": ("ring_attention", ["--placement=contiguous"], CONTIGUOUS),
+    "all_gather": ("all_gather", ["--placement=zigzag"], GATHERED),
     "hybrid": ("hybrid", ["--ulysses=2", "--placement=zigzag"], HYBRID),
     "long_context": ("long_context", [], TABLE),
 }

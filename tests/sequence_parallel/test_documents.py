@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -17,6 +18,7 @@ from core.model.documents import Documents, use_documents
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
 from core.model.seeded import SampleMasks
 from sequence_parallel import context
+from sequence_parallel.all_gather import AllGather
 from sequence_parallel.context import SequenceAttention
 from sequence_parallel.engine import recompute, ring
 from sequence_parallel.engine.ring import OverlappedRing
@@ -28,7 +30,7 @@ from tests.pool import Pool
 from tests.sequence_parallel.batch import all_equal_one_process
 from tests.sequence_parallel.test_context import layout
 
-CPU = torch.device("cpu")
+CPU, GATHER = torch.device("cpu"), "all-gather"
 MODELS = {
     "gpt": GPT2,
     "llama": LLAMA,
@@ -45,6 +47,9 @@ def ways(c: int) -> dict[tuple[str, int, bool], Callable[..., SequenceAttention]
         for zigzag in (True, False) if u < c else (True,):
             found["engine", u, zigzag] = lambda axis, u=u, zigzag=zigzag: context_parallel(axis, CPU, u, zigzag)
             found["plain", u, zigzag] = lambda axis, u=u, zigzag=zigzag: Hybrid(axis, u, zigzag)
+            found["gathered", u, zigzag] = partial(context_parallel, device=CPU, ulysses=u, zigzag=zigzag, kind=GATHER)
+    for zigzag in (True, False):
+        found["gathered, plain", 1, zigzag] = partial(AllGather, zigzag=zigzag)
     return found
 
 

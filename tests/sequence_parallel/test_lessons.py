@@ -15,7 +15,7 @@ OWN_SIZES = ("--steps", "1", "--batch", "1", "--layers", "1")
 @pytest.mark.parametrize(
     ("lesson", "ranks", "flags"),
     [("megatron_sp", 4, QUICK), ("activations", 4, OWN_SIZES), ("ulysses", 4, QUICK), ("ring_attention", 4, QUICK),
-     ("hybrid", 6, QUICK), ("long_context", 6, QUICK)],
+     ("all_gather", 4, QUICK), ("hybrid", 6, QUICK), ("long_context", 6, QUICK)],
 )  # fmt: skip
 def test_every_claim_holds(pool: Pool, tmp_path: Path, lesson: str, ranks: int, flags: tuple[str, ...]) -> None:
     report = tmp_path / "report.json"
@@ -49,7 +49,7 @@ def as_in_the_paper(claims: dict[str, float], t: int) -> None:
 DROPOUT = ("--dropout=0.2", "--attention=softmax")
 LLAMA = ("--model=llama", "--kv-heads=4")
 OPTIONS = {
-    1: [("ulysses", ()), ("ring_attention", ())],
+    1: [("ulysses", ()), ("ring_attention", ()), ("all_gather", ())],
     2: [("megatron_sp", ()), ("activations", DROPOUT), ("megatron_sp", (*LLAMA, "--kv-heads=1"))],
     4: [
         *(("megatron_sp", flags) for flags in [("--dtype=float32",), ("--dtype=bfloat16",), ("--untied",), DROPOUT,
@@ -62,6 +62,9 @@ OPTIONS = {
         ("ulysses", ("--dtype=bfloat16", "--untied", "--feed-forward=40")),
         ("ring_attention", ("--dtype=float32", "--placement=contiguous")),
         ("ring_attention", ("--dtype=bfloat16", "--heads=1")),
+        ("all_gather", ("--dtype=float32", "--placement=contiguous")),
+        ("all_gather", ("--dtype=bfloat16", "--heads=1")),
+        ("all_gather", (*LLAMA, "--kv-heads=2")),
         ("hybrid", ("--ulysses=4",)),
         ("hybrid", ("--placement=contiguous", "--sequence=36")),
         ("hybrid", ("--placement=contiguous", "--sequence=4", "--hidden=192")),  # one token a rank
@@ -104,6 +107,7 @@ REFUSED = [
     ("activations", ("--recompute", "some"), "invalid choice: 'some'"),
     ("ulysses", ("--heads", "4"), "--heads 4: heads must divide --hidden and be a multiple of the 8 ranks"),
     ("ulysses", ("--sequence", "60"), "use --sequence 56"),
+    ("all_gather", ("--sequence", "40"), "must be a multiple of 16, so that each rank gets"),
     ("ring_attention", ("--sequence", "40"), "must be a multiple of 16, so that each rank gets"),
     ("hybrid", ("--ulysses", "3"), "use --ulysses one of 1, 2, 4, 8"),
     ("hybrid", ("--ulysses", "3", "--heads", "2"), "use --ulysses one of 1, 2\n"),
