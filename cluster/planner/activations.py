@@ -76,8 +76,13 @@ def latent_saved(model: ModelConfig, layout: Layout, w: int, kind: str) -> float
             softmax, dropout = w, 1 + w if model.dropout else 0
             scores = heads * model.sequence * (softmax + dropout)
     elif kind == "none":
-        ring = layout.cp > layout.ulysses == 1
-        made += heads * ((product if ring else max(d, value)) + max(d, value))  # values and results, as wide as keys
+        across, exchanged = layout.cp > layout.ulysses, layout.ulysses > 1
+        kept, result = max(d, value), max(d, value)  # values and results, as wide as keys
+        if across and layout.cp_kind == "all-gather":
+            kept, result = (value, value) if exchanged else (product, 0)  # the result is what the next layer keeps
+        elif across and not exchanged:
+            kept = product
+        made += heads * (kept + result)
         scores = heads * max(w, 4)
     else:
         made += heads * product

@@ -96,6 +96,7 @@ CASES |= {
         Layout(cp=4, ulysses=2, microbatch=2, recompute="selective", cp_kind="all-gather"),
     ),
     "latent all-gather": (LATENT, Layout(cp=4, cp_kind="all-gather")),
+    "latent hybrid, all-gather": (LATENT, Layout(cp=4, ulysses=2, cp_kind="all-gather")),
     "llama hybrid": (SMALL_LLAMA | {"kv_heads": 1}, Layout(cp=4, ulysses=2, microbatch=2)),
     "latent": (LATENT, Layout(tp=2, dp=2, microbatch=2)),
     "latent sp pp, full": (LATENT, Layout(tp=2, sp=True, pp=2, microbatches=4, recompute="full")),
