@@ -23,6 +23,7 @@ from cluster.planner.layout import given as decided
 from cluster.planner.models import PRESETS
 from cluster.planner.options import case_of, parser
 from cluster.planner.rulebook import RULES, Case, broken, keeps_all
+from cluster.planner.search import legal
 from cluster.rules import check, explain, nearest
 from core.mesh import axis_sizes
 from core.model.config import ModelConfig
@@ -30,6 +31,7 @@ from core.proof import rulebook
 from core.proof.lesson import Lesson
 from core.proof.rules import Rule
 from pipeline.schedules import SCHEDULES
+from sequence_parallel.engine.ulysses import CP_KINDS
 from sequence_parallel.evidence.rules import check_context, check_sequence_parallel
 
 BY_NAME = {rule.name: rule for rule in RULES}
@@ -242,6 +244,7 @@ sizes = st.sampled_from([1, 1, 2, 3, 4])
 layouts = st.builds(
     Layout, tp=sizes, cp=sizes, ep=sizes, etp=sizes, pp=sizes, dp=sizes, v=sizes, sp=st.booleans(), ulysses=sizes,
     schedule=st.sampled_from(list(SCHEDULES)), zero=st.integers(0, 3), microbatch=sizes, microbatches=sizes,
+    cp_kind=st.sampled_from(CP_KINDS),
 )  # fmt: skip
 
 
@@ -270,6 +273,16 @@ def test_flags_say_the_layout(layout: Layout) -> None:
     made = argparse.ArgumentParser()
     add_flags(made)
     assert Layout(**decided(made.parse_args(layout.flags()))) == layout
+
+
+def test_the_search_keeps_what_flags_say_of_its_layouts() -> None:
+    """Each in its own field: a choice at another's place would be a layout that nobody asked for."""
+    said = {"placement": "contiguous", "cp_kind": "all-gather", "loss_chunk": 7, "reduce": "step", "reshard": "step"}
+    found = list(legal(GPT, None, 4, 8, {"cp": [2], "zero": [3]} | {name: [value] for name, value in said.items()}))
+    assert found
+    for layout in found:
+        assert {name: getattr(layout, name) for name in said} == said
+    assert {layout.loss_chunk for layout in legal(GPT, None, 4, 8, {})} == {0}
 
 
 def test_every_rule_is_complete() -> None:
