@@ -23,6 +23,7 @@ from sequence_parallel.evidence.attention import (
     measure,
     shape_of,
     spans,
+    timed_part,
 )
 from sequence_parallel.evidence.ring import claim_summed_gradients
 from sequence_parallel.evidence.training import LayerTraffic, Version, count
@@ -84,7 +85,7 @@ def claim_held(run: Run, attention: SequenceAttention, axis: Axis, shape: Shape)
         return
     s = 4 * d * c
     everyone = run.job.gather(measure(run, attention, axis, shape._replace(sequence=s), run.dtype))
-    firsts = run.job.gather(last_run(attention.positions(s).tolist()))
+    firsts = run.job.gather(timed_part(attention).runs(s // c)[-1][1])  # all before a rank's last run is seen by it
     if everyone:
         w = torch.promote_types(run.dtype, torch.float32).itemsize
         cases = [
@@ -93,11 +94,6 @@ def claim_held(run: Run, attention: SequenceAttention, axis: Axis, shape: Shape)
         ]
         formula = f"K and V of all tokens, or of those before for all heads; a ring's are 1/{c}"
         run.evidence.each("bytes of the largest tensor, s = 4dc", formula, cases)
-
-
-def last_run(positions: list[int]) -> int:
-    """The first token of the last run of neighbours."""
-    return max(p for p in positions if p - 1 not in positions)
 
 
 # ---- Who computes what, and when -------------------------------------------------------------------------------------
