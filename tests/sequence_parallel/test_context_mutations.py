@@ -273,6 +273,12 @@ def all_heads_of_keys_are_gathered() -> AbstractContextManager:
     return patch.object(OverlappedAllGather, "__call__", wrong)
 
 
+def the_output_is_kept_twice() -> AbstractContextManager:
+    """In another order in memory than what follows keeps."""
+    right = OverlappedAllGather.__call__
+    return patch.object(OverlappedAllGather, "__call__", lambda self, *args: right(self, *args).contiguous())
+
+
 def plain_runs_have_no_mask() -> AbstractContextManager:
     right = documents.visible
 
@@ -501,6 +507,7 @@ HYBRID: dict[Callable, set[str]] = {
     plain_heads_come_back_out_of_order: {PLAIN_LOSS, PLAIN_GRADIENT, "plain: output and gradients"},
 }  # fmt: skip
 TABLE: dict[Callable, set[str]] = {
+    the_output_is_kept_twice: {f"all-gather: bytes kept for backward, s {s}, c 4" for s in (16, 64)},
     gradients_are_not_summed_because_dp_is_1: {equal(name)[1] for name in ("Ulysses", "ring", "all-gather", "hybrid")},
     keys_and_values_are_gathered: {
         f"ring: {what}, s {s}, c 4"
