@@ -46,11 +46,11 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
         pipelines = [(s, v) for s in of("schedule") for v in _stages(s, pp, model, choices.get("v"))]
         exchanges = [(zero, reduce, reshard) for zero in of("zero") for reduce in of("reduce")
                      for reshard in of("reshard")]  # fmt: skip
-        for fold, (schedule, v), (zero, *when), (b, m), recompute in product(
+        for fold, (schedule, v), (zero, reduce, reshard), (b, m), recompute in product(
             folds, pipelines, exchanges, sizes, of("recompute")
         ):
             layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute,
-                            loss_chunk, *when, cp_kind)  # fmt: skip
+                            reduce=reduce, reshard=reshard, loss_chunk=loss_chunk, cp_kind=cp_kind)  # fmt: skip
             if keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
                 yield layout
 
