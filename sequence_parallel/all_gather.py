@@ -10,7 +10,7 @@ values. A rank sends what a ring sends, in 3 messages; it waits for the first, a
 A rank's tokens are one run of neighbours, or with zigzag, as in the paper, two: chunks r and 2c-1-r of 2c. No query of
 a run sees a key after it, so for each run the keys up to its end are enough.
 
-read: all_gather.py:37-78; context.py:78-117; then engine/all_gather.py
+read: all_gather.py:37-66; context.py:80-140; then engine/all_gather.py
 
 B batch (paper: b), A heads (a), K of keys and values, S sequence (s), N = S/c tokens of a rank, D head size, c ranks
 """
@@ -23,31 +23,19 @@ from torch import Tensor
 
 from core import comm
 from core.ledger import Ledger
-from core.mesh import Axis, Mesh
+from core.mesh import Mesh
 from core.model import documents
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
-from sequence_parallel.context import SequenceAttention, check_length
+from sequence_parallel.context import Placed
 from sequence_parallel.engine.ring import PLACEMENTS
 from sequence_parallel.engine.ulysses import context_parallel
 from sequence_parallel.evidence import all_gather, rules
 from sequence_parallel.evidence.training import compare, context_version
 
 
-class AllGather(SequenceAttention):
+class AllGather(Placed):
     """For `parallelize`: rank r has the r-th S/c tokens, or with zigzag the r-th S/2c from either end."""
-
-    def __init__(self, axis: Axis, zigzag: bool = True):
-        self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
-        self.multiple = 2 * axis.size if self.zigzag else axis.size
-
-    def positions(self, sequence: int) -> Tensor:
-        return self.positions_of(self.axis.index, sequence)
-
-    def positions_of(self, r: int, sequence: int) -> Tensor:
-        check_length(sequence, self.multiple)
-        chunks = torch.arange(sequence).chunk(self.multiple)
-        return torch.cat([chunks[r], chunks[-1 - r]]) if self.zigzag else chunks[r]
 
     def gather(self, x: Tensor) -> Tensor:
         """This rank's (B, K, N, D) to (B, K, S, D) in the order of the sequence; backward: summed, and this rank's."""

@@ -18,8 +18,10 @@ B batch, S sequence, H hidden, A heads, K key and value heads (a divisor of A), 
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
+from core.mesh import Axis
 from core.model.gpt import GPT, token_loss
 
 NEEDS_SDPA = "cp computes attention in its own way, without the full matrix of scores and without dropout"
@@ -73,6 +75,27 @@ def check_length(sequence: int, multiple: int) -> None:
             f"--sequence {sequence}: must be a multiple of {multiple}, so that the shards of all ranks are equal; "
             f"use --sequence {max(1, sequence // multiple) * multiple}"
         )
+
+
+class Placed(SequenceAttention):
+    """Whose tokens are one or two runs of neighbours.
+
+    Args:
+        zigzag: rank r has chunks r and 2c-1-r of 2c; otherwise chunk r of c.
+    """
+
+    def __init__(self, axis: Axis, zigzag: bool = True):
+        self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
+        self.multiple = 2 * axis.size if self.zigzag else axis.size
+
+    def positions(self, sequence: int) -> Tensor:
+        return self.positions_of(self.axis.index, sequence)
+
+    def positions_of(self, rank: int, sequence: int) -> Tensor:
+        """Which tokens of the sequence that rank has."""
+        check_length(sequence, self.multiple)
+        chunks = torch.arange(sequence).chunk(self.multiple)
+        return torch.cat([chunks[rank], chunks[-1 - rank]]) if self.zigzag else chunks[rank]
 
 
 def local(x: Tensor, attention: SequenceAttention) -> Tensor:

@@ -12,7 +12,7 @@ A query sees no later key, so where a rank's tokens are contiguous the first ran
 computes every block: all wait for it. Zigzag (as in zhuzilin's ring-flash-attention) gives rank r chunk r from the
 beginning and chunk r from the end, and every rank the same work in every step.
 
-read: ring_attention.py:40-171; then context.py, engine/ring.py, engine/blocks.py
+read: ring_attention.py:41-160; context.py:80-98; then engine/ring.py, engine/blocks.py
 
 B batch (paper: b), A heads (a), K of keys and values, S sequence (s), N = S/c tokens of a rank, D head size, c ranks
 """
@@ -30,7 +30,7 @@ from core.mesh import Axis, Mesh
 from core.model import documents
 from core.proof.arguments import add_model_flags, configuration
 from core.proof.lesson import Lesson, Run
-from sequence_parallel.context import SequenceAttention, check_length
+from sequence_parallel.context import Placed
 from sequence_parallel.engine.ring import PLACEMENTS, OverlappedRing
 from sequence_parallel.evidence import ring, rules
 from sequence_parallel.evidence.training import compare, context_version
@@ -141,20 +141,8 @@ class _Ring(torch.autograd.Function):
         return dq.flatten(1, 2).to(ctx.dtype), dk, dv, None, None, None
 
 
-class RingAttention(SequenceAttention):
-    """For `parallelize`: the ring, and which tokens a rank has."""
-
-    def __init__(self, axis: Axis, zigzag: bool = True):
-        self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
-        self.multiple = 2 * axis.size if self.zigzag else axis.size
-
-    def positions(self, sequence: int) -> Tensor:
-        return self.positions_of(self.axis.index, sequence)
-
-    def positions_of(self, r: int, sequence: int) -> Tensor:
-        check_length(sequence, self.multiple)
-        chunks = torch.arange(sequence).chunk(self.multiple)
-        return torch.cat([chunks[r], chunks[-1 - r]]) if self.zigzag else chunks[r]
+class RingAttention(Placed):
+    """For `parallelize`: the ring; rank r has the r-th S/c tokens, or with zigzag the r-th S/2c from either end."""
 
     def seen(self, step: int, q: Tensor, starts: Tensor | None, rows: slice = ALL, keys: slice = ALL) -> Tensor | None:
         """Which of the `keys` that have come `step` ranks far the queries `rows` see; None: all."""

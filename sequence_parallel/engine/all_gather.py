@@ -17,8 +17,9 @@ from torch import Tensor
 from core import comm
 from core.model.documents import visible
 from core.proof.clock import VirtualClock
+from sequence_parallel.context import Placed
 from sequence_parallel.engine.blocks import attend, attend_backward, merge
-from sequence_parallel.engine.ring import BACKWARD, Placed
+from sequence_parallel.engine.ring import BACKWARD
 
 TOKENS = 2  # dimension of (B, A, S, D)
 GATHER, OWN, EARLIER, SCATTER = "gather", "block of its own", "block of earlier", "reduce-scatter"

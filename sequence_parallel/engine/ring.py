@@ -18,7 +18,7 @@ from core.mesh import Axis
 from core.model.documents import visible
 from core.p2p import PointToPoint
 from core.proof.clock import VirtualClock
-from sequence_parallel.context import SequenceAttention, check_length
+from sequence_parallel.context import Placed
 from sequence_parallel.engine.blocks import attend, attend_backward, merge
 
 PLACEMENTS = ("zigzag", "contiguous")
@@ -37,27 +37,6 @@ class Tile(NamedTuple):
         """In units of (N, N)."""
         rows, columns = (len(range(tokens)[each]) for each in self[:2])
         return rows * columns / tokens**2 / (2 if self.causal else 1)
-
-
-class Placed(SequenceAttention):
-    """Whose tokens are one or two runs of neighbours.
-
-    Args:
-        zigzag: rank r has chunks r and 2c-1-r of 2c; otherwise chunk r of c.
-    """
-
-    def __init__(self, axis: Axis, zigzag: bool = True):
-        self.axis, self.ranks, self.zigzag = axis, axis.size, zigzag and axis.size > 1
-        self.multiple = 2 * axis.size if self.zigzag else axis.size
-
-    def positions(self, sequence: int) -> Tensor:
-        return self.positions_of(self.axis.index, sequence)
-
-    def positions_of(self, rank: int, sequence: int) -> Tensor:
-        """Which tokens of the sequence that rank has."""
-        check_length(sequence, self.multiple)
-        chunks = torch.arange(sequence).chunk(self.multiple)
-        return torch.cat([chunks[rank], chunks[-1 - rank]]) if self.zigzag else chunks[rank]
 
 
 class OverlappedRing(Placed):
