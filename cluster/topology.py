@@ -159,7 +159,7 @@ def describe(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """Show this machine, or that of `--file`. As JSON: its domains, and all else."""
     machine: dict[str, Any] = {}
     if run.args.file:
-        topology = parse(Path(run.args.file).read_text())
+        topology = parse(Path(run.args.file).read_text(encoding="utf-8-sig"))
     else:
         found, topology = processors(), nvidia_smi_topology(run.args.timeout)
         evidence.show_processors(run, found)

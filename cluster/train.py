@@ -18,6 +18,7 @@ Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, beca
 Unless told `--no-verify`, one process trains beside it, and every step is compared.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,13 +31,15 @@ from cluster.run import evidence
 from cluster.run.arguments import add_all_flags, check, configured, folder_of, full_model, layout_of, model_of, moe_of
 from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.data import HELD_OUT, data_of
-from cluster.run.export import export, load_export, load_published
+from cluster.run.export import export
 from cluster.run.hf import bytes_of
+from cluster.run.load import load_export, load_published
 from cluster.run.recipe import learning_rate, optimizer_of
 from cluster.run.worker import Worker
 from core.ledger import Ledger
-from core.proof.checkpoint import Checkpoints
-from core.proof.launch import Stop
+from core.proof.checkpoint import Checkpoints, agreed
+from core.proof.files import FolderLock
+from core.proof.launch import Job, Stop
 from core.proof.lesson import Lesson, Run
 from core.proof.oracle import Oracle
 from core.proof.training import train
@@ -69,6 +72,7 @@ def lesson(run: Run) -> None:
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()
     oracle = evidence.one_process(run, spec)
+    lock = or_stop(alone, job, args.save) if args.save else None
     checkpoints = worker.checkpoints(args.save, job, args.keep) if args.save else None
     if not random and (checkpoints is None or or_stop(checkpoints.latest) is None):
         if args.init:
@@ -96,7 +100,7 @@ def lesson(run: Run) -> None:
         if args.evaluate and (step + 1) % args.evaluate == 0:
             run.say(f"step {step + 1}: validation loss {evaluate():.4f}")
         if checkpoints and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            or_stop(checkpoints.save, step + 1, {"step": step + 1, "losses": run.losses})
+            or_stop(checkpoints.save, step + 1, {"step": step + 1, "losses": run.losses, "drawn": drawn_by(args)})
 
     before = evaluate()
     with ledger.recording_to(sent):
@@ -106,6 +110,8 @@ def lesson(run: Run) -> None:
         )[""]  # fmt: skip
     if checkpoints:
         or_stop(checkpoints.wait)
+    if lock:
+        lock.close()
     if args.export:
         written = or_stop(export, worker, args.export, full_model(config, moe), bytes_of(args.shard_size), folder)
         evidence.claim_export(run, model, written)
@@ -130,15 +136,35 @@ def resume(run: Run, worker: Worker, oracle: Oracle | None, checkpoints: Checkpo
     Batches, masks and learning rates follow from the step, so there is nothing else to restore.
     """
     found = or_stop(checkpoints.latest) if checkpoints else None
+    for name in or_stop(checkpoints.passed_over) if checkpoints else ():
+        run.say(f"passes over {run.args.save}/{name}, which is no complete checkpoint")
     if found is None:
         return 0
     done = or_stop(checkpoints.load, found)
     run.losses += done["losses"]
     run.say(f"goes on from {found}, step {done['step']}\n")
+    for name, before in done.get("drawn", {}).items():
+        if before != (now := drawn_by(run.args)[name]):
+            run.say(f"{name} was {before}, and is {now} from here on: not what one run of either would have done\n")
     evidence.follow(run, worker, oracle)
     if done["step"] >= run.args.steps:
         run.say(f"all {run.args.steps} steps are done\n")
     return done["step"]
+
+
+def drawn_by(args: argparse.Namespace) -> dict[str, Any]:
+    """What batches, masks and learning rates of a step follow from, besides the step."""
+    names = ("seed", "data", "tokens", "batch", "lr", "min_lr", "warmup", "decay", "cooldown")
+    return {f"--{name.replace('_', '-')}": getattr(args, name) for name in names} | {
+        "--schedule-steps": args.schedule_steps or args.steps
+    }
+
+
+def alone(job: Job, folder: str) -> FolderLock | None:
+    """That no other run saves there, held by rank 0. Raises ValueError on all ranks where one does."""
+    held: list[FolderLock] = []
+    agreed(lambda: held.append(FolderLock("--save", folder)) if job.rank == 0 else None)
+    return held[0] if held else None
 
 
 def or_stop(call: Callable[..., Any], *arguments: Any) -> Any:

@@ -31,6 +31,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from core.proof.comparison import claim_equal
+from core.proof.files import check_readable
 from core.proof.lesson import Lesson, Run
 from core.proof.rules import check as check_rules
 from pipeline.engine.actions import Schedule, ScheduleError, size, stage_share, stages_of_ranks
@@ -130,12 +131,11 @@ def own_schedule(args: argparse.Namespace, ranks: int) -> Schedule | None:
     if args.csv is None:
         return None
     usual = "print one with python -m pipeline.schedules 1f1b --stages 8 --microbatches 16 --csv"
+    check_readable(f"--csv {args.csv}", args.csv, usual)
     try:
-        with Path(args.csv).open(encoding="utf-8", newline="") as file:
+        with Path(args.csv).open(encoding="utf-8-sig", newline="") as file:  # some editors begin it with a mark
             schedule = from_csv(file)
         validate(schedule)
-    except OSError as error:
-        raise ValueError(f"--csv {args.csv}: {error.strerror}; {usual}") from None
     except (csv.Error, ValueError) as error:  # a ScheduleError, or no text at all
         raise ValueError(f"--csv {args.csv!r}: {error}; {usual}") from None
     check_rules(argparse.Namespace(**vars(args), pp=ranks, own=size(schedule), own_ranks=len(schedule)), OWN)

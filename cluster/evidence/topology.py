@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from cluster.links.links import APART, Links, same_domain
 from cluster.links.machine import LINKS, Processors, Topology, parse, slowness
+from core.proof.files import check_readable
 from core.proof.lesson import Run
 from core.proof.plot import picture
 from core.proof.rules import Rule
@@ -118,10 +119,11 @@ RULES = (  # of a case: the flags; ranks; pairs of them
 
 def check_file(path: str) -> None:
     """Raises ValueError unless the file holds what `nvidia-smi topo -m` prints."""
+    use = "use what nvidia-smi topo -m printed"
+    check_readable(f"--file {path}", path, use)
     try:
-        parse(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not text"
-        raise ValueError(f"--file {path}: {reason}; use what nvidia-smi topo -m printed") from None
+        parse(Path(path).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError(f"--file {path}: is not text; {use}") from None
     except ValueError as error:
         raise ValueError(f"--file {path}: {error}") from None

@@ -17,8 +17,10 @@ LINKS = {
     "PHB": "the PCIe host bridge, so the CPU",
     "NODE": "host bridges of one NUMA node",
     "SYS": "the link between NUMA nodes",
+    "SOC": "the same, as drivers until 2017 called it",
 }
-_LINK = re.compile(r"X|NV\d+|PIX|PXB|PHB|NODE|SYS")
+_LINK = re.compile(r"X|NV\d+|PIX|PXB|PHB|NODE|SOC|SYS")
+_P2P = {"X", "OK", "CNS", "GNS", "TNS", "NS", "DR", "U"}  # the words of nvidia-smi topo -p2p
 _COLUMNS = re.compile(r"CPU Affinity|NUMA Affinity|GPU NUMA ID")
 
 
@@ -75,23 +77,30 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """Read what `nvidia-smi topo -m` printed, also with lines before and after it.
+    """Read what `nvidia-smi topo -m` printed, also with lines before and after it, as the matrix of `topo -p2p r`.
 
     Raises:
-        ValueError: there is no matrix in it, or one with a row missing, cut off, or with a link of no known kind.
+        ValueError: there is no matrix in it, or several, or one with a row missing, cut off, or with a link of no known
+            kind.
     """
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in text.splitlines()]  # its header is underlined
-    start = next((i for i, line in enumerate(lines) if _is_header(line.split())), None)
+    start, *more = [i for i, line in enumerate(lines) if _is_header(line.split())] or [None]
     if start is None:
         raise ValueError("there is no line with GPU0 over columns of links; save the output of nvidia-smi topo -m")
+    if nodes := [i for i in more if not _P2P.issuperset(" ".join(lines[i + 1 : i + 2]).split()[1:])]:
+        raise ValueError(f"there are the matrices of {1 + len(nodes)} machines; save each in a file of its own")
     columns = _COLUMNS.findall(" ".join(lines[start].split()))
     devices = _COLUMNS.sub("", " ".join(lines[start].split())).split()
     links: dict[tuple[str, str], str] = {}
     beside: dict[str, dict[str, str]] = {name: {} for name in ("CPU Affinity", "NUMA Affinity", "GPU NUMA ID")}
+    rows: set[str] = set()
     for line in lines[start + 1 :]:
         name, *cells = line.split() or [""]
         if name not in devices or not cells:
             continue
+        if rows == set(devices):  # what follows is of something else
+            break
+        rows.add(name)
         row, rest = cells[: len(devices)], cells[len(devices) :]
         wrong = [link for other, link in zip(devices, row, strict=False)
                  if not _LINK.fullmatch(link) or (link == "X") != (other == name)]  # fmt: skip
@@ -101,8 +110,7 @@ def parse(text: str) -> Topology:
         links |= {(name, other): link for other, link in zip(devices, row, strict=True) if other != name}
         for column, value in zip(reversed(columns), reversed(rest), strict=False):
             beside[column][name] = value  # from the right: where the system does not say the CPUs, nothing is printed
-    missing = [name for name in devices if not any(name == a for a, _ in links)] if len(devices) > 1 else []
-    if missing:
+    if missing := [name for name in devices if name not in rows]:
         raise ValueError(f"the row of {missing[0]} is missing; save the whole output of nvidia-smi topo -m")
     gpus = [name for name in devices if name.startswith("GPU")]
     return Topology(

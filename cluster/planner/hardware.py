@@ -18,6 +18,7 @@ from statistics import median
 
 import torch
 
+from core.proof.files import check_readable
 from zero.engine.buckets import BUCKET_ELEMENTS
 
 
@@ -108,8 +109,9 @@ def measured(path: str) -> Machine:
         ValueError: the file cannot be read, or lacks what a planner needs.
     """
     use = "use the --json of cluster/topology.py"
+    check_readable(f"--machine {path}", path, f"{use}, or one of {', '.join(PRESETS)}")
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         domains, alpha, beta = found["domains"], found["alpha"], found["beta"]
         domain = {rank: i for i, ranks in enumerate(domains) for rank in ranks}
         pairs = [(a, b) for a in domain for b in domain if a != b]
@@ -125,8 +127,6 @@ def measured(path: str) -> Machine:
                 raise ValueError(f"{name} is {value!r}, and must be positive")
             if value is None and found.get("device") == "cuda":
                 raise ValueError(f"it is of GPUs, and lacks the {name} of one")
-    except OSError as error:
-        raise ValueError(f"--machine {path}: {error.strerror}; {use}, or one of {', '.join(PRESETS)}") from None
     except KeyError as error:
         raise ValueError(f"--machine {path}: no topology, it has no {error}; {use} with two ranks or more") from None
     except (ValueError, TypeError, IndexError) as error:

@@ -15,10 +15,12 @@ from cluster.planner.plans import plans
 from cluster.run.data import add_data_flags, check_data
 from cluster.run.export import check_export
 from cluster.run.hf import Folder, bytes_of, is_file
+from cluster.run.load import check_init
 from cluster.run.recipe import RECIPE, add_recipe_flags
 from core.model.config import ModelConfig
 from core.model.gpt import GPT
 from core.proof.arguments import Told, add_model_flags, check_model, configuration
+from core.proof.files import FolderLock
 from core.proof.lesson import Lesson
 from core.proof.rules import Rule, at_least
 from core.proof.rules import check as check_rules
@@ -73,13 +75,6 @@ RULES = (
         lambda case: not case.world or case.dry_run,
         "is for --dry-run, whose ranks are not running",
         lambda case: "--world 0, or --dry-run",
-    ),
-    Rule(
-        "init",
-        "--init {init}",
-        lambda case: case.init is None or (case.hf and case.init == "random") or Path(case.init).is_file(),
-        "there is no such file",
-        lambda case: "one that --export wrote",
     ),
 )
 CAPACITY_AND_CP = Rule(
@@ -208,12 +203,14 @@ def check_weights(args: argparse.Namespace, config: ModelConfig, moe: MoEConfig 
     folder, model = folder_of(args), full_model(config, moe)
     if folder and not args.init and not args.dry_run:
         folder.tensors(model)
+    if args.init and not (folder and args.init == "random"):
+        check_init(args.init, model)
     if args.export and not is_file(args.export):
         check_export(args.export, model.config, model, args.hf)
 
 
 def check_folder(folder: str) -> None:
-    """Make the folder of the checkpoints. Raises ValueError where that or a file in it cannot be."""
+    """Make the folder of checkpoints. Raises ValueError where nothing can be written there, or a run already does."""
     try:
         if not folder:
             raise FileNotFoundError(errno.ENOENT, "it has no name")
@@ -222,3 +219,4 @@ def check_folder(folder: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--save {folder}: nothing can be written there: {error.strerror}; use --save run") from None
+    FolderLock("--save", folder, probe=True)

@@ -11,22 +11,33 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 
-from cluster.run.hf import CONFIG, FLOATS, INDEX, SINGLE, Folder, Piece, expected, is_file, pieces, places
+from cluster.run.hf import (
+    CONFIG,
+    FLOATS,
+    INDEX,
+    SINGLE,
+    Folder,
+    Piece,
+    expected,
+    is_file,
+    pieces,
+    places,
+)
 from cluster.run.worker import Worker
 from core.model.config import ModelConfig
 from core.model.gpt import GPT
 from core.model.publish import to_content
-from core.proof.checkpoint import LONGEST, agreed, sync
+from core.proof.checkpoint import LONGEST, agreed
 from core.proof.chunks import Chunks
+from core.proof.files import sync
 
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -187,8 +198,21 @@ def write(
             for number in numbers.values():
                 os.close(number)
 
-    agreed(lambda: make() if dist.get_rank() == 0 else None, group)
-    agreed(fill, group)
+    def room(problem: Exception | str) -> ValueError:
+        free = shutil.disk_usage(folder.parent).free
+        return ValueError(f"{problem}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free there")
+
+    def make_where_it_fits() -> None:
+        if needed > shutil.disk_usage(folder.parent).free:
+            raise room("does not fit")
+        make()
+
+    needed = sum(file.size for file in files.values())
+    agreed(lambda: make_where_it_fits() if dist.get_rank() == 0 else None, group)
+    try:
+        agreed(fill, group)
+    except ValueError as error:  # others write there too
+        raise room(error) from None
     return {name: where.file for name, where in ranges.items()}
 
 
@@ -245,63 +269,3 @@ def export(worker: Worker, path: str, model: GPT, most: int, source: Folder | No
             shutil.rmtree(old, ignore_errors=True)
         dist.destroy_process_group(group)
     return sum(prod(shape) for shape in expected(published, model).values())
-
-
-# ---- In --------------------------------------------------------------------------------------------------------------
-
-
-def load_published(worker: Worker, folder: Folder, model: GPT) -> None:
-    """Read the weights of a published folder into a worker of any layout. All ranks call it.
-
-    Args:
-        model: all of it, on the meta device.
-
-    Raises:
-        ValueError: they are not those of the model.
-    """
-
-    def read() -> None:
-        tensors = folder.tensors(model)
-        if dist.get_rank() == 0:
-            folder.check_head(tensors)
-        folder.read({each.name: Chunks(each) for each in worker.master_weights()}, tensors)
-
-    _read_by_all(worker, read)
-
-
-def load_export(worker: Worker, path: str) -> None:
-    """Read the weights, and nothing else, of a file of our own names into a worker of any layout. All ranks call it.
-
-    Raises:
-        ValueError: it is no such file, or truncated, or of another model.
-    """
-    weights = {each.name: Chunks(each) for each in worker.master_weights()}
-    everywhere = {name for names in agreed(lambda: list(weights)) for name in names}
-    _read_by_all(worker, lambda: _read(path, weights, everywhere))
-
-
-def _read_by_all(worker: Worker, read: Callable[[], None]) -> None:
-    group = dist.new_group(backend="gloo", timeout=LONGEST)
-    agreed(read, group)
-    dist.destroy_process_group(group)
-    worker.publish()
-
-
-def _read(path: str, weights: dict[str, Chunks], everywhere: set[str]) -> None:
-    """Each rank reads the chunks that it has."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
-            if more := sorted(found.keys() - everywhere):
-                raise ValueError(f"{path}: has {more[0]}, which this model has not; use a file of the same model")
-            for name, each in weights.items():
-                shape = found[name].get_shape() if name in found else "missing"
-                if shape != list(each.shape):
-                    use = "use a file of the same model"
-                    raise ValueError(f"{path}: {name} is {shape}, not {list(each.shape)}; {use}")
-            for name, each in weights.items():
-                for offset, view in each.views.items():
-                    ranges = (slice(o, o + n) for o, n in zip(offset, view.shape, strict=True))
-                    view.copy_(found[name][tuple(ranges)])
-    except SafetensorError as error:
-        raise ValueError(f"{path}: is no safetensors file, or truncated: {error}; use one that export wrote") from None

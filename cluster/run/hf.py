@@ -177,6 +177,13 @@ def opened(path: Path, flag: str) -> Iterator[Any]:
         raise ValueError(f"{flag}: {path.name} is no safetensors file, or truncated: {error}; {SAME}") from None
 
 
+def check_numbers(value: Tensor, named: str) -> Tensor:
+    """The value. Raises ValueError where it is not finite: the loss of a first step would be NaN, and not say why."""
+    if value.numel() and not all(each.isfinite() for each in torch.aminmax(value)):  # which need no copy of it
+        raise ValueError(f"{named} has NaN or infinity; use a file whose training has not diverged")
+    return value
+
+
 def expected(config: ModelConfig | None, model: GPT) -> dict[str, tuple[int, ...]]:
     """The shapes of the published tensors of a full model, which may be on the meta device, or under our own names.
 
@@ -259,6 +266,7 @@ class Folder:
                 for piece in pieces(name, offset, view, each.shape, self.config):
                     with opened(tensors[piece.name].file, self.flag) as file:
                         value = file.get_slice(self.stored_name(piece.name, file))[piece.slices]
+                        check_numbers(value, f"{self.flag}: {piece.name} in {tensors[piece.name].file.name}")
                         piece.value.copy_(value.T if piece.transposed else value)
                         del value
 

@@ -26,7 +26,14 @@ def add_recipe_flags(lesson: Lesson) -> None:
     flag("--decay", choices=DECAYS, default="cosine",
          help="how it falls then; wsd: constant, and linear in the --cooldown (default %(default)s)")  # fmt: skip
     flag("--min-lr", type=float, metavar="LR", help="to which it falls (default: a tenth of --lr)")
-    flag("--cooldown", type=int, default=0, metavar="STEPS", help="the last ones, for wsd; 0: a tenth of --steps")
+    flag("--cooldown", type=int, default=0, metavar="STEPS", help="the last ones, for wsd; 0: a tenth of them")
+    flag(
+        "--schedule-steps",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="in which the learning rate falls; 0: --steps. The same in runs that go on from each other",
+    )
     flag("--optimizer", choices=("adamw", "muon"), default="adamw",
          help="muon: for the layers' matrices, AdamW for the rest (default %(default)s)")  # fmt: skip
     flag("--weight-decay", type=float, default=0.01, help="of matrices (default %(default)s)")
@@ -49,6 +56,7 @@ def _below_one(flag: str, usual: float) -> Rule:
 RECIPE = (
     at_least("warmup", 0, 2),
     at_least("cooldown", 0, 0),
+    at_least("schedule-steps", 0, 0),
     at_least("weight-decay", 0, 0.01),
     positive("eps", 1e-8),
     _below_one("beta1", 0.9),
@@ -108,16 +116,16 @@ def groups_by_module(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
-    """Rises over `--warmup` steps to `--lr`, then goes as `--decay` says to `--min-lr`, where --steps end.
+    """Rises over `--warmup` steps to `--lr`, then goes as `--decay` says to `--min-lr`, where `--schedule-steps` end.
 
     It follows from the step alone, so a run that goes on in another layout goes on with it.
     """
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     lowest = args.lr / 10 if args.min_lr is None else args.min_lr
-    first = args.warmup
+    first, last = args.warmup, args.schedule_steps or args.steps
     if args.decay == "wsd":  # 2404.06395, section 4
-        first = max(first, args.steps - (args.cooldown or max(1, args.steps // 10)))
-    done = min(1.0, max(0.0, (step - first) / max(1, args.steps - first)))
+        first = max(first, last - (args.cooldown or max(1, last // 10)))
+    done = min(1.0, max(0.0, (step - first) / max(1, last - first)))
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}.get(args.decay, 1 - done)
     return lowest + (args.lr - lowest) * left

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.model.config import Latent, Llama3Scaling, ModelConfig, YarnScaling
+from core.proof.files import check_readable
 
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -117,10 +118,9 @@ def read_json(path: Path, flag: str) -> dict[str, Any]:
         ValueError: it cannot be read, or holds something else.
     """
     use = f"use the path of a {path.name}" if path.suffix else "use the path of a config.json"
+    check_readable(f"{flag}: {path.name}", path, use)
     try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{flag}: {path.name} cannot be read: {error.strerror}; {use}") from None
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{flag}: {path.name} is no JSON: {error}; {use}") from None
     if not isinstance(content, dict):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.model.seeded import generator
 from core.model.tokenizer import Tokenizer
+from core.proof.files import check_readable
 
 VOCABULARY = 256
 
@@ -86,11 +87,8 @@ def _decoded(content: bytes, path: str | None) -> str:
 
 
 def _file(path: str) -> bytes:
-    try:
-        content = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = getattr(error, "strerror", error)
-        raise ValueError(f"--data {path!r}: {reason}; use the path of a readable text file") from None
+    check_readable(f"--data {path}", path, "use the path of a readable text file")
+    content = Path(path).read_bytes()
     if not content:
         raise ValueError(f"--data {path}: the file is empty; use a text of more than --sequence bytes")
     return content

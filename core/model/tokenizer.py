@@ -1,6 +1,6 @@
 """A tokenizer of the readers' own, from the `tokenizer.json` that every published model has. Needs the extra `hf`."""
 
-from pathlib import Path
+from core.proof.files import check_readable
 
 
 class Tokenizer:
@@ -17,8 +17,7 @@ class Tokenizer:
             raise ValueError(
                 f"--tokenizer {path}: needs the package tokenizers; use pip install 'parallelism-lessons[hf]'"
             ) from None
-        if not Path(path).is_file():
-            raise ValueError(f"--tokenizer {path!r}: there is no such file; use a model's tokenizer.json")
+        check_readable(f"--tokenizer {path}", path, "use a model's tokenizer.json")
         try:
             self._fast = Fast.from_file(path)
         except Exception as error:  # what the package raises is no class of its own

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.proof.files import check_readable
+
 TYPES = ("uint16", "uint32")
 SCANNED = 2**28  # ids of a file that are all looked at before a run; in a larger one each batch is, when it is read
 BLOCK = 2**24  # of them at a time
@@ -32,6 +34,7 @@ class Tokens:
     """
 
     def __init__(self, path: str, sequence: int, vocabulary: int, kind: str | None = None):
+        check_readable(f"--tokens {path}", path, "use the path of a readable file")
         self.path, self.sequence, self.vocabulary = path, sequence, vocabulary
         self.ids = _npy(path, kind) if Path(path).suffix == ".npy" else _bin(path, kind)
         self.first = 0  # where the ids are in the file

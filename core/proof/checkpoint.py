@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from core.comm import peer_errors
 from core.proof.chunks import INDEX, Chunks, Index, load, read_index, save
+from core.proof.files import remove, sync
 from core.proof.launch import Job
 from core.shards import LocalTensor
 
@@ -132,10 +133,10 @@ class Checkpoints:
             target.rename(replaced)
         part.rename(target)
         sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
         until_now = [path for path in self._complete() if _step(path) <= _step(target)]
         for old in until_now[: -self.keep]:
-            shutil.rmtree(old.rename(_hidden(old, "removed")), ignore_errors=True)
+            remove(old.rename(_hidden(old, "removed")))
 
     # ---- Load
 
@@ -151,10 +152,14 @@ class Checkpoints:
                 if path.suffix == ".replaced" and not target.exists():  # killed between two renames
                     path.rename(target)
                 else:
-                    shutil.rmtree(path)
+                    remove(path)
             return next(reversed(self._complete()), None)
 
         return self._first(find)
+
+    def passed_over(self) -> list[str]:
+        """What has a checkpoint's name and is none: it lacks the file that is written last."""
+        return self._first(lambda: [path.name for path in self._named() if path not in self._complete()])
 
     def load(self, found: str | Path) -> dict[str, Any]:
         """Weights and optimizer state from a checkpoint of any layout; the `extra` of `save`.
@@ -177,9 +182,12 @@ class Checkpoints:
         self.trained.publish()
         return content["extra"]
 
-    def _complete(self) -> list[Path]:
+    def _named(self) -> list[Path]:
         """In the order of their steps."""
         return sorted((p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), key=_step)
+
+    def _complete(self) -> list[Path]:
+        return [path for path in self._named() if (path / CONTENT).is_file()]
 
     def _first(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on rank 0, on all ranks."""
@@ -296,12 +304,3 @@ def write_content(folder: Path, content: dict[str, Any]) -> None:
 
 def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sync(folder: Path) -> None:
-    """The names in a folder, to disk."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -1,7 +1,82 @@
-"""Files that a lesson writes: refused before anything runs, and renamed to their names when complete."""
+"""Files that a lesson reads or writes: refused before anything runs, and renamed to their names when complete."""
 
+import fcntl
 import os
+import shutil
+import socket
+import time
+from datetime import datetime
 from pathlib import Path
+
+LOCK = ".running"  # in a folder that a run writes to; it stays, the lock does not
+PATIENCE = 1.0  # seconds, while another run only looks
+
+
+def check_readable(named: str, path: str | Path, use: str) -> None:
+    """Raises ValueError unless `path` is a file that every rank can read, and again.
+
+    A pipe, as of `<(command)`, gives its bytes to whoever opens it first, and all others wait for ever.
+
+    Args:
+        named: the file as the user has named it, with the flag.
+    """
+    if "\0" in str(path):
+        raise ValueError(f"{named!r}: is no file name; {use}")
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise ValueError(f"{named}: is a folder; {use}")
+        if target.exists() and not target.is_file():
+            raise ValueError(f"{named}: is no regular file, which every rank could read; {use}")
+        with target.open("rb"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{named}: {error.strerror}; {use}") from None
+
+
+class FolderLock:
+    """That one run at a time writes to a folder. The system ends it with the process, however that ends.
+
+    Args:
+        probe: only look whether another process has it; many may at once.
+
+    Raises:
+        ValueError: another process has it, which is named.
+    """
+
+    def __init__(self, flag: str, folder: str | Path, probe: bool = False):
+        path = Path(folder) / LOCK
+        if probe and not path.exists():
+            return
+        try:
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+        except OSError as error:
+            raise ValueError(f"{flag} {folder}: nothing can be written there: {error.strerror}; use another") from None
+        until = time.monotonic() + (0 if probe else PATIENCE)
+        while not self._taken(fcntl.LOCK_SH if probe else fcntl.LOCK_EX):
+            if time.monotonic() > until:
+                use = "use another folder, or wait until it has ended"
+                raise ValueError(f"{flag} {folder}: {self._file.read() or 'another run'} writes there; {use}")
+            time.sleep(PATIENCE / 20)
+        if probe:
+            self.close()
+        else:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M}")
+            self._file.flush()
+
+    def _taken(self, kind: int) -> bool:
+        try:
+            fcntl.lockf(self._file, kind | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the two ways in which systems say that another has it
+            return False
+        except OSError:  # a file system without locks: then there is none, as before
+            return True
+        return True
+
+    def close(self) -> None:
+        """Let others write there."""
+        self._file.close()
 
 
 def check_writable(flag: str, path: str) -> None:
@@ -37,3 +112,20 @@ def write_file(path: str, content: str | bytes) -> None:
 
 def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}")
+
+
+def remove(path: Path) -> None:
+    """A folder or a file, if it is there, as far as it goes."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """The names in a folder, to disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from cluster.planner.layout import Layout
 from cluster.run.build import TrainSpec, make_mesh
-from cluster.run.export import export, load_published
+from cluster.run.export import export
 from cluster.run.hf import Folder
+from cluster.run.load import load_published
 from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.model.gpt import GPT
@@ -50,7 +51,7 @@ def main() -> None:
     export(worker, sys.argv[2], model, 10**9, folder)
     writing = resident()["VmHWM"] - before
     part = sum(4 * p.numel() for p in worker.model.parameters())
-    print(json.dumps([part, reading, writing]), flush=True)
+    print(json.dumps([part, reading, writing]) + "\n", end="", flush=True)  # in one, for others print too
     worker.close()
 
 

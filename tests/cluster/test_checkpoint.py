@@ -14,7 +14,8 @@ import torch.distributed as dist
 from cluster import rules
 from cluster.planner.layout import Layout
 from cluster.run.arguments import full_model
-from cluster.run.export import export, load_export
+from cluster.run.export import export
+from cluster.run.load import check_init, load_export
 from core.model.gpt import GPT
 from core.model.precision import POLICIES, Precision
 from core.model.text import Text
@@ -253,9 +254,8 @@ def there_and_back(path: str, layouts: list[tuple[Layout, bool]]) -> list[dict[s
             load_export(workers[1], f"{path} {name}")
     with pytest.raises(ValueError, match="No such file"):
         load_export(workers[1], f"{path} elsewhere")
-    other = worker_of(samples_of(second), MOE if moe else None, config=replace(CONFIG, hidden=32))
     with pytest.raises(ValueError, match=r"is \[\d+, 16\], not \[\d+, 32\]|is \[16\], not \[32\]"):
-        load_export(other, path)
+        check_init(path, full_model(replace(CONFIG, hidden=32), mixture))
     return [*found, *published]
 
 

@@ -15,8 +15,8 @@ from cluster import rules
 from cluster.planner.layout import Layout
 from cluster.run.arguments import full_model
 from cluster.run.build import TrainSpec, make_mesh
-from cluster.run.export import load_published
 from cluster.run.hf import Folder
+from cluster.run.load import load_published
 from cluster.run.worker import Worker
 from core.ledger import Ledger
 from core.model.config import ModelConfig

@@ -127,6 +127,36 @@ def test_a_broken_matrix_is_refused(case: str) -> None:
         parse(change((LAYOUTS / "hgx_a100_4gpu.txt").read_text()))
 
 
+P2P = """\
+        GPU0    GPU1    GPU2    GPU3
+ GPU0   X       OK      OK      CNS
+ GPU1   OK      X       OK      OK
+ GPU2   OK      OK      X       OK
+ GPU3   CNS     OK      OK      X
+
+Legend:
+  X    = Self
+  OK   = Status Ok
+"""
+
+
+def test_what_follows_the_matrix_is_not_read() -> None:
+    text = (LAYOUTS / "hgx_a100_4gpu.txt").read_text()
+    assert parse(text + P2P) == parse(text)
+
+
+def test_two_machines_in_one_file_are_refused() -> None:
+    text = (LAYOUTS / "hgx_a100_4gpu.txt").read_text()
+    with pytest.raises(ValueError, match="the matrices of 3 machines; save each in a file of its own"):
+        parse(text + P2P + (LAYOUTS / "consumer_2gpu.txt").read_text() + text)
+
+
+def test_links_between_sockets_as_in_2017() -> None:
+    found = parse(re.sub(r"\bSYS\b", "SOC", (LAYOUTS / "nvlink_pairs_4gpu.txt").read_text()))
+    assert found.links["GPU0", "GPU3"] == "SOC"
+    assert found.domains() == layout("nvlink_pairs_4gpu").domains()
+
+
 # ---- /sys
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from cluster.planner.layout import Layout
-from cluster.run import export, hf
+from cluster.run import export, hf, load
 from cluster.run.arguments import add_all_flags, check, configured, folder_of, full_model
 from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.data import HELD_OUT, check_data
@@ -370,7 +370,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "not in its shard": (lambda f: split(f, lambda w: w.update(x="a.safetensors")), "x is not in a.safetensors, where"),
     "outside": (lambda f: split(f, lambda w: w.update(x="../a.safetensors")), "has no ../a.safetensors"),
     "no map": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
-    "no configuration": (lambda f: (f / "config.json").unlink(), "config.json cannot be read: No such file"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), "config.json: No such file"),
     "another family": (says(model_type="bert"), "model_type 'bert' is not built, only gpt2, llama"),
     "another head": (says(architectures=["LlamaForSequenceClassification"]), "architecture LlamaForSequenceClassif"),
     "counted only": (says(model_type="qwen2_moe", num_experts=4, num_experts_per_tok=2, architectures=None),
@@ -424,7 +424,7 @@ CONTRADICTIONS = {
     "--experts 4: --hf .* has 0": ("--experts", "4"),
     "--model: --hf": ("--model", "llama"),
     "--shard-size 5XB: must be a size of a file; use 5GB": ("--shard-size", "5XB"),
-    "--init random.safetensors: there is no such file": ("--init", "random.safetensors"),
+    "--init random.safetensors: No such file": ("--init", "random.safetensors"),
     "is the folder that --hf reads": ("--export", "SAME"),
     "--export /nowhere/out: there is no folder /nowhere": ("--export", "/nowhere/out"),
     "holds test_plan.py, which an export does not replace|holds .*, which an export": ("--export", "tests/cluster"),
@@ -535,7 +535,7 @@ def evaluated(folder: str, read: Callable, axes: dict[str, int]) -> float:
     worker = Worker(spec, mesh)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Folder, "read", read)
-        export.load_published(worker, folder_of(args), full_model(config, None))
+        load.load_published(worker, folder_of(args), full_model(config, None))
     found = worker.evaluate(*Text(None, 16).split(HELD_OUT)[0].batch(0, 0, 8))
     worker.close()
     return found

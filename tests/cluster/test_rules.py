@@ -312,7 +312,7 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         (("--schedule", "zigzag"), "--schedule: invalid choice"),
         (("--world", str(10**18)), f"--world {10**18}: is more than 10000000; use --world 10000000"),
         (("--experts", "4", "--top-k", "0"), "--top-k 0: a token needs an expert; use --top-k 1"),
-        (("--config", "/nowhere"), "--config /nowhere: nowhere cannot be read: No such file"),
+        (("--config", "/nowhere"), "--config /nowhere: nowhere: No such file"),
     ):
         code, out, err = run(*flags)
         assert (code, out) == (2, "")

@@ -94,12 +94,12 @@ REFUSED = {
     ),
     "eos": (("--eos", "256"), "--eos 256: is none of 256 tokens; use --eos 255"),
     "pack": (("--pack",), "--pack: needs the token that ends a document; use --eos ID"),
-    "tokens": (("--tokens", "none.npy", "--vocabulary", "9"), "--tokens 'none.npy': No such file"),
+    "tokens": (("--tokens", "none.npy", "--vocabulary", "9"), "--tokens none.npy: No such file"),
     "tokens without a vocabulary": (("--tokens", "none.npy"), "does not say how many tokens there are; use --voc"),
     "tokens and data": (("--tokens", "a.npy", "--data", "b"), "--tokens a.npy --data b: one of them is trained on"),
     "token type": (("--token-type", "uint16"), "--token-type uint16: is of a file of --tokens"),
-    "tokenizer": (("--tokenizer", "none.json"), "--tokenizer 'none.json': there is no such file"),
-    "init": (("--init", "/nowhere"), "--init /nowhere: there is no such file"),
+    "tokenizer": (("--tokenizer", "none.json"), "--tokenizer none.json: No such file"),
+    "init": (("--init", "/nowhere"), "--init /nowhere: No such file"),
     "export": (("--export", "/nowhere/file"), "--export /nowhere/file: there is no folder"),
 }
 
@@ -191,7 +191,7 @@ def test_weights_go_out_and_in_and_the_text_is_of_the_trained_model(pool: Pool, 
     untrained = pool.script(1, "cluster/train.py", *QUICK, "--lr", "1e-9")
     assert texts[0] == texts[1] != re.search("it writes: .*", untrained.out).group()
     refused = pool.script(2, "cluster/train.py", *QUICK, "--layers", "2", "--init", path)
-    assert refused.codes == [1, 1]
+    assert refused.codes == [2, 2]
     assert "which this model has not" in refused.err
 
 
@@ -199,7 +199,7 @@ def test_a_finished_run_that_is_started_again_is_finished(pool: Pool, tmp_path: 
     flags = (*QUICK, "--zero", "3", "--dp", "2", "--save", str(tmp_path), "--save-every", "1", "--keep", "1")
     (tmp_path / ".step-notes").mkdir()
     assert pool.script(2, "cluster/train.py", *flags).codes == [0, 0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-notes", "step-00000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".running", ".step-notes", "step-00000002"]
     for steps in ("2", "1"):
         again = pool.script(2, "cluster/train.py", *flags, "--steps", steps)
         assert again.codes == [0, 0], again.out + again.err
