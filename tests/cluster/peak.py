@@ -14,7 +14,7 @@ import torch.distributed as dist
 from cluster.planner.layout import Layout
 from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.export import export
-from cluster.run.hf import Folder
+from cluster.run.hf import Folder, check_numbers
 from cluster.run.load import load_published
 from cluster.run.worker import Worker
 from core.ledger import Ledger
@@ -42,6 +42,7 @@ def main() -> None:
     spec = TrainSpec(folder.config, None, layout, 0, POLICIES["float32"], torch.device("cpu"), sgd, drawn=False)
     model = GPT(folder.config)
     folder.tensors(model)  # what is loaded and made once is no part of it
+    check_numbers(torch.zeros(9), "")
     dist.all_gather_object([None] * 4, 0)
     worker = Worker(spec, mesh)  # it has memory for its part, and for gradients
     before = forget_the_peak()
