@@ -1,4 +1,5 @@
 import faulthandler
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -10,6 +11,12 @@ from tests.pool import Pool
 LONGEST_TEST = 120  # seconds
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """torch and three thousand tests stay: the garbage collector need not look through them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -182,11 +182,17 @@ def _ask_nobody() -> None:
     os.environ["RES_OPTIONS"] = "attempts:0"
 
 
+def _collect_less() -> None:
+    """What is imported is not looked through for garbage each time, and what is small not often."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def _work(connection: Connection, port: int) -> None:
     """The life of one worker."""
     _ask_nobody()
     torch.set_num_threads(1)
-    gc.freeze()  # what is imported is not looked through each time
+    _collect_less()
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
@@ -237,6 +243,7 @@ def _play(script: str, flags: Sequence[str], environment: dict[str, str], log: s
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _ask_nobody()
     torch.set_num_threads(1)
+    _collect_less()
     path = ROOT / script
     sys.argv = [str(path), *flags]
     sys.path[0] = str(path.parent)

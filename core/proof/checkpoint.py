@@ -23,18 +23,20 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from core.comm import peer_errors
-from core.proof.chunks import INDEX, Chunks, Index, load, read_index, save
+from core.proof.chunks import INDEX, Chunks, Index, dcp, load, read_index, save
 from core.proof.files import remove, sync
 from core.proof.launch import Job
 from core.shards import LocalTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 CONTENT = "checkpoint.json"
 HIDDEN = r"\.step-\d{8,}\.(part|replaced|removed)"  # what an interrupted save leaves
@@ -87,6 +89,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=LONGEST)  # its own: training sends at the same time
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
+        dcp()  # here, because the thread would import it while this one may import what needs it too
 
     # ---- Save
 

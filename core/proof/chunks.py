@@ -17,30 +17,40 @@ A DTensor also needs the process group of its mesh; `write` and `convert` lay te
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from core.comm import peer_errors
 from core.shards import FlatShard, LocalTensor
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorStorageMetadata,
+    )
+    from torch.distributed.checkpoint.planner import WriteItem
+
 INDEX = ".metadata"  # torch.distributed.checkpoint's file that says where which chunk is
-Index = Mapping[str, TensorStorageMetadata]
+Index = Mapping[str, "TensorStorageMetadata"]
 Extent = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
+
+
+@cache
+def dcp() -> Any:
+    """torch.distributed.checkpoint. With DTensor and sympy it would be a third of what `import cluster.train` takes, on
+    every rank, and few runs save: imported by the first that reads or writes."""
+    import_module("torch.distributed.checkpoint.planner")
+    return import_module("torch.distributed.checkpoint")
 
 
 def cover(first: int, end: int, shape: Sequence[int]) -> Iterator[Extent]:
@@ -110,21 +120,23 @@ class Chunks(Tensor):
         self.views = {offset: view.to("cpu", copy=True) for offset, view in self.views.items()}
         return self
 
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+    def __create_write_items__(self, name: str, _: object) -> "list[WriteItem]":
+        plan, metadata = dcp().planner, dcp().metadata
         chunks = zip(self.__create_chunk_list__(), self.views.values(), strict=True)
         return [
-            WriteItem(
-                MetadataIndex(name, chunk.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(view), self.shape),
+            plan.WriteItem(
+                metadata.MetadataIndex(name, chunk.offsets),
+                plan.WriteItemType.SHARD,
+                tensor_data=plan.TensorWriteData(chunk, metadata.TensorProperties.create_from_tensor(view), self.shape),
             )
             for chunk, view in chunks
         ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offset, view.shape) for offset, view in self.views.items()]
+    def __create_chunk_list__(self) -> "list[ChunkStorageMetadata]":
+        make = dcp().metadata.ChunkStorageMetadata
+        return [make(offset, view.shape) for offset, view in self.views.items()]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def __get_tensor_shard__(self, index: "MetadataIndex") -> Tensor:
         return self.views[index.offset]
 
 
@@ -140,9 +152,9 @@ def save(folder: Path, chunks: Mapping[str, Tensor], group: dist.ProcessGroup | 
     try:
         with peer_errors(f"writing {folder}"):
             # Nothing is on a GPU, where copying ahead would help.
-            writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-            dcp.save(dict(chunks), storage_writer=writer, process_group=group)
-    except dcp.CheckpointException as error:
+            writer = dcp().FileSystemWriter(folder, per_thread_copy_ahead=0)
+            dcp().save(dict(chunks), storage_writer=writer, process_group=group)
+    except dcp().CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         raise ValueError(f"cannot be written: rank {rank}: {cause}") from error
 
@@ -152,10 +164,10 @@ def read_index(folder: Path) -> Index:
     return _opened(folder)[1].state_dict_metadata
 
 
-def _opened(folder: Path) -> tuple[FileSystemReader, Metadata]:
+def _opened(folder: Path) -> "tuple[FileSystemReader, Metadata]":
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: is no checkpoint, it lacks {INDEX}; use a folder that a run has saved")
-    reader = FileSystemReader(folder)
+    reader = dcp().FileSystemReader(folder)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, True)
     return reader, metadata
@@ -175,7 +187,7 @@ def load(folder: Path, chunks: Mapping[str, Tensor]) -> None:
         if found.size != each.shape:
             shapes = f"{tuple(found.size)}, not {tuple(each.shape)}"
             raise ValueError(f"{folder}: {name} is {shapes}; use a checkpoint of the same sizes")
-    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    planner = dcp().DefaultLoadPlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(chunks), metadata)
     try:
         reader.read_data(planner.create_local_plan(), planner).wait()
@@ -196,7 +208,7 @@ def write(folder: Path, ranks: Sequence[Iterable[LocalTensor]]) -> None:
     Raises:
         ValueError: the chunks do not make full tensors.
     """
-    writer, planners = FileSystemWriter(folder), [DefaultSavePlanner() for _ in ranks]
+    writer, planners = dcp().FileSystemWriter(folder), [dcp().DefaultSavePlanner() for _ in ranks]
     writer.set_up_storage_writer(True)
     for rank, (planner, tensors) in enumerate(zip(planners, ranks, strict=True)):
         planner.set_up_planner({each.name: Chunks(each) for each in tensors}, is_coordinator=rank == 0)

@@ -107,7 +107,7 @@ def test_plain_values_are_in_no_checkpoint_of_tensors() -> None:
     """
     source = (ROOT / "core/proof/chunks.py").read_text()
     assert "HuggingFaceStorageWriter" not in source
-    saved = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "dcp.save"]
+    saved = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "dcp().save"]
     assert [ast.unparse(call.args[0]) for call in saved] == ["dict(chunks)"]  # of `Chunks`, each of one tensor
 
 

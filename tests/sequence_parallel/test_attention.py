@@ -3,7 +3,7 @@
 import argparse
 import re
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from unittest.mock import patch
 
 import pytest
@@ -119,6 +119,17 @@ SIZES = [  # samples, heads, key and value heads, tokens, head size
 ]
 
 
+@cache
+def dense_attention(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Queries, keys, values and the output's gradient; and what one process makes of them: the same for all ways."""
+    b, a, kv, s, d = sizes
+    q, k, v, gradient = (random(b, n, s, d, seed=i).to(dtype) for i, n in enumerate((a, kv, kv, a)))
+    full = [x.clone().requires_grad_() for x in (q, k, v)]
+    dense = F.scaled_dot_product_attention(*full, is_causal=True, enable_gqa=a != kv)
+    dense.backward(gradient)
+    return [q, k, v, gradient], {"out": dense.detach()} | {n: x.grad for n, x in zip("qkv", full, strict=True)}
+
+
 def differences(attention: SequenceAttention, dtype: torch.dtype) -> list[float]:
     """From dense attention of the same type, for each of SIZES that has equal shards."""
     found = []
@@ -127,16 +138,12 @@ def differences(attention: SequenceAttention, dtype: torch.dtype) -> list[float]
             continue
         if dtype == torch.bfloat16 and d == 1:
             continue  # 24 roundings a token, and no average over them: dense attention is off by 0.015, too
-        q, k, v, gradient = (random(b, n, s, d, seed=i).to(dtype) for i, n in enumerate((a, kv, kv, a)))
+        (q, k, v, gradient), right = dense_attention((b, a, kv, s, d), dtype)
         here = attention.positions(s)
         mine = [x.transpose(1, 2)[:, here].transpose(1, 2).requires_grad_() for x in (q, k, v)]  # not contiguous
         out = attention(*mine)
         out.backward(gradient[:, :, here])
-        full = [x.requires_grad_() for x in (q, k, v)]
-        dense = F.scaled_dot_product_attention(*full, is_causal=True, enable_gqa=a != kv)
-        dense.backward(gradient)
         ours = {"out": out.detach()} | {name: x.grad for name, x in zip("qkv", mine, strict=True)}
-        right = {"out": dense.detach()} | {name: x.grad for name, x in zip("qkv", full, strict=True)}
         found.append(worst_difference(ours.items(), {name: x[:, :, here] for name, x in right.items()}))
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.gradients import sum_gradients
 from core.ledger import Ledger
-from core.mesh import Mesh
+from core.mesh import Axis, Mesh
 from core.model import documents, gpt
 from core.model.documents import Documents, use_documents
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss, use_masks
@@ -54,9 +54,8 @@ def ways(c: int) -> dict[tuple[str, int, bool], Callable[..., SequenceAttention]
     return found
 
 
-def sharded(config: GPTConfig, make: Callable[..., SequenceAttention], c: int, seed: int, kind: str) -> Result:
+def sharded(config: GPTConfig, make: Callable[..., SequenceAttention], axis: Axis, seed: int, kind: str) -> Result:
     """Logits, loss and gradients of this rank's tokens; both micro-batches are forward before one is backward."""
-    axis = Mesh("cpu", Ledger(), 30.0, cp=c)["cp"]
     attention = make(axis)
     inputs, targets, ids = batch(4, seed)
     model = context.parallelize(GPT(config), attention)
@@ -86,15 +85,14 @@ def joined(results: list[Result], attention: list[Tensor]) -> Result:
 
 
 def all_sharded(names: list[str], c: int, seed: int, kind: str, bug: Callable | None = None) -> dict:
-    found = {}
+    found, axis = {}, Mesh("cpu", Ledger(), 30.0, cp=c)["cp"]
     for name in names:
         for way, make in ways(c).items():
             if MODELS[name].heads % way[1]:
                 continue
             with bug() if bug else nullcontext():
-                axis = Mesh("cpu", Ledger(), 30.0, cp=c)["cp"]
                 here = Hybrid(axis, *way[1:]).positions(24)
-                found[(name, *way)] = sharded(MODELS[name], make, c, seed, kind), here
+                found[(name, *way)] = sharded(MODELS[name], make, axis, seed, kind), here
     return found
 
 
