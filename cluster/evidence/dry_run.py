@@ -1,6 +1,6 @@
 """What a dry run refuses, how far ZeRO's buckets let a rank be from the planner's figures, the most of gradients.
 
-A case of a rule has `experts`, `rank` and `last`, the last of the ranks; or `name` and `missing`.
+A case of a rule has `rank` and `last`, the last of the ranks; or `name` and `missing`.
 """
 
 from types import SimpleNamespace
@@ -16,11 +16,6 @@ from zero.engine.buckets import BUCKET_ELEMENTS
 
 RULES = (
     Rule(
-        "dry run: experts", "a mixture of experts", lambda case: not case.experts,
-        "which rank a token is sent to depends on its numbers, and a dry run has none",
-        lambda case: "python -m cluster.plan, which takes tokens to choose evenly, or a model without experts",
-    ),
-    Rule(
         "dry run: rank", "--rank {rank}", lambda case: 0 <= case.rank <= case.last, "the ranks are 0 to {last}",
         lambda case: f"--rank {case.last}",
     ),
@@ -31,6 +26,12 @@ BUILT = Rule(
 )  # fmt: skip
 
 
+def held(worker: Worker) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer, of all engines."""
+    found = [engine.memory_bytes() for engine in worker.engines]
+    return {kind: sum(each[kind] for each in found) for kind in found[0]}
+
+
 def most_gradients(worker: Worker) -> dict[str, int]:
     """The most bytes of gradients at the begin of a forward of the model, or of an action of the pipeline, from now on.
 
@@ -39,7 +40,7 @@ def most_gradients(worker: Worker) -> dict[str, int]:
     most = {"gradients": 0}
 
     def look(*_: object) -> None:
-        most["gradients"] = max(most["gradients"], worker.dense_engine.memory_bytes()["gradients"])
+        most["gradients"] = max(most["gradients"], held(worker)["gradients"])
 
     worker.model.register_forward_pre_hook(look)
     if worker.pipeline:
@@ -56,7 +57,8 @@ def bucket_padding(model: ModelConfig, layout: Layout, pp_rank: int, itemsize: i
     buckets = by_layer if layout.zero == 3 else sum(parameters(model, layout, pp_rank)) // BUCKET_ELEMENTS + 1
     kinds = dict(zip(("weights", "gradients", "optimizer"), state_sizes(itemsize), strict=True))
     kinds["gathered"] = kinds["weights"]
-    found = {kind: (layout.data - 1) * buckets * size for kind, size in kinds.items()}
+    ranks = layout.data - 1 + (layout.edp - 1) * (model.experts > 0)
+    found = {kind: ranks * buckets * size for kind, size in kinds.items()}
     if muon:
         found["optimizer"] += mixed(model, layout, pp_rank) * max(4, itemsize)
     return found

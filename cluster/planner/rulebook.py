@@ -180,13 +180,6 @@ EXPERTS = (
     ONE_EXPERT,
     TOP_K,
     Rule(
-        "experts: sp",
-        "--experts {experts} --tp {tp}",
-        lambda x: not x.experts or x.tp == 1 or x.sp,
-        "without --sp every rank of tp would dispatch the same tokens",
-        source="Megatron-LM, validate_args",
-    ),
-    Rule(
         "experts: dualpipe",
         "--experts {experts} --schedule {schedule}",
         lambda x: not x.experts or x.schedule != "dualpipe",

@@ -211,6 +211,16 @@ def choose(scores: Tensor, routing: Routing) -> Tensor:
     return first_of_the_largest(scores, routing.top_k)
 
 
+def chosen_of(experts: Tensor, scores: Tensor) -> Tensor:
+    """Whether a token chose an expert, bool (B, S, E), from the k that it chose."""
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, experts, True)
+
+
+def by_score(scores: Tensor) -> Tensor:
+    """How many tokens of a sample have a higher score of an expert, or as high a one before: (B, S, E) to the same."""
+    return scores.argsort(dim=1, descending=True, stable=True).argsort(1)
+
+
 def keep(experts: Tensor, scores: Tensor, routing: Routing) -> Tensor:
     """Which choices are within their expert's capacity, bool (B, S, k); the others are dropped.
 
@@ -218,10 +228,6 @@ def keep(experts: Tensor, scores: Tensor, routing: Routing) -> Tensor:
         experts: (B, S, k).
         scores: (B, S, E).
     """
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, experts, True)
-    if routing.drop == "position":
-        before = chosen.cumsum(1) - 1
-    else:
-        best_first = scores.masked_fill(~chosen, -math.inf).argsort(dim=1, descending=True, stable=True)
-        before = best_first.argsort(1)
+    chosen = chosen_of(experts, scores)
+    before = chosen.cumsum(1) - 1 if routing.drop == "position" else by_score(scores.masked_fill(~chosen, -math.inf))
     return (before < routing.expert_capacity(scores.shape[1])).gather(-1, experts)

@@ -214,7 +214,7 @@ BROKEN = {
     "dualpipe: microbatches": Layout(pp=4, schedule="dualpipe", microbatches=7),
     "dualpipev: microbatches": Layout(pp=4, v=2, schedule="dualpipev", microbatches=7),
     "experts: ranks": Layout(dp=4, ep=8),
-    "experts: ep": Layout(dp=3, ep=3), "experts: etp": Layout(dp=3, etp=3), "experts: sp": Layout(tp=2, dp=2, ep=2),
+    "experts: ep": Layout(dp=3, ep=3), "experts: etp": Layout(dp=3, etp=3),
 }  # fmt: skip
 
 
