@@ -3,7 +3,7 @@
     python cluster/dry_run.py
     python cluster/dry_run.py --tp 8 --sp --pp 16 --zero 1 --schedule interleaved --chunks 6 --batch 1536
 
-read: dry_run.py:65-149; then run/worker.py
+read: dry_run.py:68-147; then run/worker.py
 
 A rank knows of the others only what it sends them and what they send back. So one process can be rank k of any job: the
 same code trains (`run/worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers
@@ -24,9 +24,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from math import gcd
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -37,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster import rules
-from cluster.evidence.dry_run import BUILT, RULES, bucket_padding, held, most_gradients
+from cluster.evidence.dry_run import BUILT, RULES, bucket_padding, held, most_gradients, shown
 from cluster.evidence.even import ROUTED, route_evenly, unevenness
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout, given, layout_from
@@ -62,8 +61,6 @@ CPU = torch.device("cpu")
 # Fused, because the plain one reads its count of steps as a number. The state is the same.
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, fused=True)
 WORLD = 1024
-SHOWN = Layout(tp=8, sp=True, pp=16, dp=8, v=3, schedule="interleaved", zero=1, microbatches=24)  # without any flag
-EXPERTS_SHOWN = Layout(pp=16, dp=64, ep=64, zero=1, microbatches=32)
 NEAR = 0.01
 LONGEST = 600.0  # seconds
 
@@ -181,11 +178,6 @@ def case(args: argparse.Namespace) -> tuple[ModelConfig, Layout]:
     if not given(args) and args.world == WORLD and args.batch is None:
         return model, shown(model)
     return model, layout_from(args, args.world, args.batch, model.experts > 0, microbatch=1)
-
-
-def shown(model: ModelConfig) -> Layout:
-    """The layout where no flag says one; of a mixture about DeepSeek-V3's (2412.19437, section 3.2), on half the ranks."""
-    return replace(EXPERTS_SHOWN, ep=gcd(model.experts, EXPERTS_SHOWN.dp)) if model.experts else SHOWN
 
 
 def check_built(model: ModelConfig) -> None:

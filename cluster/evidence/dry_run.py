@@ -3,6 +3,8 @@
 A case of a rule has `rank` and `last`, the last of the ranks; or `name` and `missing`.
 """
 
+from dataclasses import replace
+from math import gcd
 from types import SimpleNamespace
 
 from cluster.planner.counting import vocabulary_shard
@@ -24,6 +26,14 @@ BUILT = Rule(
     "dry run: model", "--model {name}", lambda case: not case.missing,
     "core.model.gpt, which is what is trained, has no {missing}", lambda case: "--model gpt3-175b",
 )  # fmt: skip
+
+SHOWN = Layout(tp=8, sp=True, pp=16, dp=8, v=3, schedule="interleaved", zero=1, microbatches=24)
+EXPERTS_SHOWN = Layout(pp=16, dp=64, ep=64, zero=1, microbatches=32)  # on half as many ranks as DeepSeek-V3
+
+
+def shown(model: ModelConfig) -> Layout:
+    """Where no flag says a layout; of a mixture about DeepSeek-V3's (2412.19437, section 3.2)."""
+    return replace(EXPERTS_SHOWN, ep=gcd(model.experts, EXPERTS_SHOWN.dp)) if model.experts else SHOWN
 
 
 def held(worker: Worker) -> dict[str, int]:

@@ -40,6 +40,8 @@ class Dealt(Numbers):
     def __init__(self, worker: Worker, layer: ExpertParallelMoE):
         self.layout, self.config, self.mesh = worker.layout, worker.spec.config, worker.mesh
         self.ep, self.etp = layer.ep, layer.etp
+        # Of tp: whose ranks have the tokens of a sample between them, or all of them.
+        self.shares = self.layout.tp if self.layout.sp or layer.router.spread.alike else 1
         self.here = self.config.experts // self.ep.size  # experts of a rank
 
     def sent(self, counts: Tensor) -> list[list[int]]:
@@ -61,7 +63,7 @@ class Dealt(Numbers):
 
     def _of(self, rank: int) -> list[int]:
         """Rows of each expert, of the tokens of that rank: the neighbours of tp share those of a sample."""
-        tokens = sizes(self.config.sequence // self.layout.cp, self.layout.tp)[rank % self.layout.tp]
+        tokens = sizes(self.config.sequence // self.layout.cp, self.shares)[rank % self.shares]
         return sizes(self.layout.microbatch * tokens * self.config.top_k, self.config.experts)
 
 

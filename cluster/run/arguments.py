@@ -73,6 +73,7 @@ RULES = (
         lambda case: not case.world or case.dry_run,
         "is for --dry-run, whose ranks are not running",
         lambda case: "--world 0, or --dry-run",
+        peer="cannot be: ranks that run are counted",
     ),
     Rule(
         "init",

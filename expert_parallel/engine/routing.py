@@ -69,11 +69,14 @@ ROUTING = (
     replace(TOP_K, use=_fewer_choices),
     Rule("top k: softmax", "--top-k {top_k}", lambda r: r.top_k > 1 or r.score != "topk-softmax",
          "the softmax over one chosen expert is always 1, and the router would learn nothing",
-         lambda r: "--score softmax-topk"),
+         lambda r: "--score softmax-topk",
+         peer="Megatron-LM, TransformerConfig.__post_init__: use --moe-router-pre-softmax when topk is 1"),
     Rule("groups: equal", "--groups {groups}", lambda r: r.experts % r.groups == 0,
-         "must divide --experts {experts}, so that groups are equal", _fewer_groups),
+         "must divide --experts {experts}, so that groups are equal", _fewer_groups,
+         peer="Megatron-LM, TransformerConfig: num_moe_experts should be divisible by moe_router_num_groups"),
     Rule("top groups", "--top-groups {top_groups}", _enough_groups,
-         "at most the {groups} groups, and with --top-k {top_k} experts in them", lambda r: f"--top-groups {r.groups}"),
+         "at most the {groups} groups, and with --top-k {top_k} experts in them", lambda r: f"--top-groups {r.groups}",
+         peer="Megatron-LM, TransformerConfig: moe_router_group_topk must not exceed moe_router_num_groups"),
 )  # fmt: skip
 MIXTURE = (at_least("feed-forward", 0, 0), at_least("shared", 0, 0))
 OF_MODEL = ("experts", "top_k", "score", "weight_scale", "groups", "top_groups")  # the rest is how it is trained
