@@ -3,7 +3,7 @@
     python cluster/dry_run.py
     python cluster/dry_run.py --tp 8 --sp --pp 16 --zero 1 --schedule interleaved --chunks 6 --batch 1536
 
-read: dry_run.py:65-149; then run/worker.py
+read: dry_run.py:68-147; then run/worker.py
 
 A rank knows of the others only what it sends them and what they send back. So one process can be rank k of any job: the
 same code trains (`run/worker.py`), on tensors that have a shape, a type and a storage with a size, but no numbers
@@ -12,7 +12,9 @@ Nothing is allocated or computed, and still every message enters the ledger, and
 counted. What comes out is compared with the planner's formulas (`planner/memory.py`, `planner/traffic.py`), which know
 nothing of that code.
 
-What depends on numbers has no dry run: clipping, whose messages are some numbers a parameter, and experts.
+What depends on numbers has no dry run: clipping, whose messages are some numbers a parameter, and where tokens go.
+Of a mixture of experts the tokens choose evenly, as in the planner's formulas; what does not hang on their choice is
+that of any run. The router has no losses here, and drops nothing.
 """
 
 import argparse
@@ -34,7 +36,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster import rules
-from cluster.evidence.dry_run import BUILT, RULES, bucket_padding, most_gradients
+from cluster.evidence.dry_run import BUILT, RULES, bucket_padding, held, most_gradients, shown
+from cluster.evidence.even import ROUTED, route_evenly, unevenness
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout, given, layout_from
 from cluster.planner.memory import rank_memory
@@ -49,6 +52,7 @@ from core.model.precision import POLICIES, Precision
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations
 from core.proof.rules import check as check_rules
+from expert_parallel.engine.routing import MoEConfig
 from zero.engine.muon import Muon
 from zero.engine.optimizer import MakeOptimizer
 from zero.newton_schulz import MuonSettings
@@ -57,7 +61,6 @@ CPU = torch.device("cpu")
 # Fused, because the plain one reads its count of steps as a number. The state is the same.
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, fused=True)
 WORLD = 1024
-SHOWN = Layout(tp=8, sp=True, pp=16, dp=8, v=3, schedule="interleaved", zero=1, microbatches=24)  # without any flag
 NEAR = 0.01
 LONGEST = 600.0  # seconds
 
@@ -76,19 +79,21 @@ def one_step(
     muon: MuonSettings | None = None,
 ) -> Account:  # fmt: skip
     """One step, but for clipping, of a rank of the process group that there is, real or not."""
-    spec = TrainSpec(model, None, layout, 0, precision, CPU, make_optimizer, muon=muon)
+    moe = MoEConfig.of(model) if model.experts else None
+    spec = TrainSpec(model, moe, layout, 0, precision, CPU, make_optimizer, muon=muon)
     worker = Worker(spec, mesh)
+    route_evenly(worker)
     saved = SavedActivations(worker.model.parameters())
     tokens = torch.zeros(layout.batch, model.sequence, dtype=torch.int64)
     worker.zero_grad()
     most = most_gradients(worker) if layout.reduce == "step" else {"gradients": 0}
     worker.forward_backward(0, tokens, tokens, saved)
-    count = worker.dense_engine.memory_bytes()
+    count = held(worker)
     count["gradients"] = max(count["gradients"], most["gradients"])
     if layout.zero == 3:
-        count["gathered"] = worker.dense_engine.sharding.weights.most
+        count["gathered"] = sum(engine.sharding.weights.most for engine in worker.engines)
     worker.step()
-    count["optimizer"] = worker.dense_engine.memory_bytes()["optimizer"]  # Adam makes its moments in the first step
+    count["optimizer"] = held(worker)["optimizer"]  # Adam makes its moments in the first step
     worker.close()
     sent = sent_by_axis(mesh["tp"].ledger)
     return Account(
@@ -131,9 +136,9 @@ def dry_run(
     In a process of its own: this one may be in a job.
 
     Raises:
-        ValueError: there are experts, or no such rank.
+        ValueError: there is no such rank.
     """
-    refuse(model.experts > 0, layout, rank)
+    refuse(layout, rank)
     case = json.dumps([asdict(model), asdict(layout), rank, precision.name, muon])
     command = [sys.executable, "-c", "import sys; from cluster import dry_run; dry_run.alone(sys.argv[1])", case]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
@@ -149,9 +154,9 @@ def alone(case: str) -> None:
     print(json.dumps(account(ModelConfig(**model), Layout(**layout), rank, POLICIES[precision], settings)))
 
 
-def refuse(experts: bool, layout: Layout, rank: int) -> None:
-    """Raises ValueError where there is no dry run, or no such rank."""
-    check_rules(SimpleNamespace(experts=experts, rank=rank, last=layout.ranks - 1), RULES)
+def refuse(layout: Layout, rank: int) -> None:
+    """Raises ValueError where there is no such rank."""
+    check_rules(SimpleNamespace(rank=rank, last=layout.ranks - 1), RULES)
 
 
 def compared(
@@ -169,9 +174,10 @@ def compared(
 
 def case(args: argparse.Namespace) -> tuple[ModelConfig, Layout]:
     """What the flags ask for."""
+    model = model_of(args)
     if not given(args) and args.world == WORLD and args.batch is None:
-        return model_of(args), SHOWN
-    return model_of(args), layout_from(args, args.world, args.batch, microbatch=1)
+        return model, shown(model)
+    return model, layout_from(args, args.world, args.batch, model.experts > 0, microbatch=1)
 
 
 def check_built(model: ModelConfig) -> None:
@@ -183,7 +189,7 @@ def check(args: argparse.Namespace, ranks: int) -> None:
     """Raises ValueError when the flags do not fit each other."""
     model, layout = case(args)
     check_built(model)
-    refuse(model.experts > 0, layout, args.rank)
+    refuse(layout, args.rank)
     rules.check(layout, model, world=args.world, batch=args.batch)
 
 
@@ -212,13 +218,17 @@ def show(run: Run, model: ModelConfig, layout: Layout, rank: int, muon: MuonSett
     padding = bucket_padding(model, layout, index["pp"], itemsize, muon is not None)
     # Of the gradients that sp sums a shard of ZeRO may have any number.
     uneven = {"tp": max(4, itemsize) * summed_over_tp(model, layout, index["pp"])} if layout.zero else {}
+    apart_of_rows = unevenness(model, layout)
     for what, kind, expected, measured in compared(found, model, layout, index["pp"], itemsize, muon is not None):
         elements = f"{found.sent.get(kind, 0.0):,.0f}" if what != "held" else ""
         apart = f"{measured / expected - 1:+.3%}" if expected else "not planned"
         rows.append((what, kind, elements, measured / 1e9, expected / 1e9, apart))
         formula = f"{expected:,.0f} by the planner, within {NEAR:.0%}"
-        near = NEAR * expected + (padding if what == "held" else uneven).get(kind, 0)
+        more = apart_of_rows if kind in ("ep", "etp", "activations") else 0.0
+        near = (NEAR + more) * expected + (padding if what == "held" else uneven).get(kind, 0)
         run.evidence.claim(f"bytes {what}: {kind}", formula, expected, measured, near)
+    if model.experts:
+        run.say(f"{ROUTED}\n")
     header = ("", "", "elements", "GB, this run", "GB, planner", "difference")
     run.say(tabulate(rows, header, floatfmt=",.4f"))
 

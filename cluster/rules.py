@@ -60,6 +60,7 @@ def explain(case: Case) -> str:
     header, widths = ("rule", "holds", "flags", "reason", "source"), (None, None, 30, 50, 26)
     lines = [str(case.layout), tabulate(rows, header, maxcolwidths=widths, disable_numparse=True)]
     lines += [f"{'slow' if rule.advice else 'refused'}: {rule.message(case.sizes)}" for rule in failing]
+    lines += [f"refused elsewhere too: {rule.peer}" for rule in failing if rule.peer and "cannot be" not in rule.peer]
     lines.append(instead(case) if failing else "every rule holds")
     return "\n".join(lines)
 

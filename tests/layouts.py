@@ -122,6 +122,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
             sequence_parallel.engine.layers.sum_replicated_gradients(stage, tp, same_heads)
         else:
             megatron_tp.engine.layers.sum_partial_gradients(stage, tp, same_heads)
+            sum_gradients(experts.parameters_of_shares(stage), tp)
             share = share if tp.index == 0 else torch.zeros_like(share)  # the same on all ranks of tp
         copies.sum_gradients()
         of_experts = {*experts.expert_parameters(stage)}

@@ -1,8 +1,10 @@
 """What a dry run refuses, how far ZeRO's buckets let a rank be from the planner's figures, the most of gradients.
 
-A case of a rule has `experts`, `rank` and `last`, the last of the ranks; or `name` and `missing`.
+A case of a rule has `rank` and `last`, the last of the ranks; or `name` and `missing`.
 """
 
+from dataclasses import replace
+from math import gcd
 from types import SimpleNamespace
 
 from cluster.planner.counting import vocabulary_shard
@@ -16,11 +18,6 @@ from zero.engine.buckets import BUCKET_ELEMENTS
 
 RULES = (
     Rule(
-        "dry run: experts", "a mixture of experts", lambda case: not case.experts,
-        "which rank a token is sent to depends on its numbers, and a dry run has none",
-        lambda case: "python -m cluster.plan, which takes tokens to choose evenly, or a model without experts",
-    ),
-    Rule(
         "dry run: rank", "--rank {rank}", lambda case: 0 <= case.rank <= case.last, "the ranks are 0 to {last}",
         lambda case: f"--rank {case.last}",
     ),
@@ -29,6 +26,20 @@ BUILT = Rule(
     "dry run: model", "--model {name}", lambda case: not case.missing,
     "core.model.gpt, which is what is trained, has no {missing}", lambda case: "--model gpt3-175b",
 )  # fmt: skip
+
+SHOWN = Layout(tp=8, sp=True, pp=16, dp=8, v=3, schedule="interleaved", zero=1, microbatches=24)
+EXPERTS_SHOWN = Layout(pp=16, dp=64, ep=64, zero=1, microbatches=32)  # on half as many ranks as DeepSeek-V3
+
+
+def shown(model: ModelConfig) -> Layout:
+    """Where no flag says a layout; of a mixture about DeepSeek-V3's (2412.19437, section 3.2)."""
+    return replace(EXPERTS_SHOWN, ep=gcd(model.experts, EXPERTS_SHOWN.dp)) if model.experts else SHOWN
+
+
+def held(worker: Worker) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer, of all engines."""
+    found = [engine.memory_bytes() for engine in worker.engines]
+    return {kind: sum(each[kind] for each in found) for kind in found[0]}
 
 
 def most_gradients(worker: Worker) -> dict[str, int]:
@@ -39,7 +50,7 @@ def most_gradients(worker: Worker) -> dict[str, int]:
     most = {"gradients": 0}
 
     def look(*_: object) -> None:
-        most["gradients"] = max(most["gradients"], worker.dense_engine.memory_bytes()["gradients"])
+        most["gradients"] = max(most["gradients"], held(worker)["gradients"])
 
     worker.model.register_forward_pre_hook(look)
     if worker.pipeline:
@@ -56,7 +67,8 @@ def bucket_padding(model: ModelConfig, layout: Layout, pp_rank: int, itemsize: i
     buckets = by_layer if layout.zero == 3 else sum(parameters(model, layout, pp_rank)) // BUCKET_ELEMENTS + 1
     kinds = dict(zip(("weights", "gradients", "optimizer"), state_sizes(itemsize), strict=True))
     kinds["gathered"] = kinds["weights"]
-    found = {kind: (layout.data - 1) * buckets * size for kind, size in kinds.items()}
+    ranks = layout.data - 1 + (layout.edp - 1) * (model.experts > 0)
+    found = {kind: ranks * buckets * size for kind, size in kinds.items()}
     if muon:
         found["optimizer"] += mixed(model, layout, pp_rank) * max(4, itemsize)
     return found

@@ -91,14 +91,32 @@ def latent_saved(model: ModelConfig, layout: Layout, w: int, kind: str) -> float
 
 def mlp_saved(model: ModelConfig, layout: Layout, moe: bool, w: int) -> float:
     """Bytes a token that the MLP saves, or the router and the experts."""
-    h, t, q, etp = model.hidden, layout.tp, layout.sp_ranks, layout.etp
+    h, t, etp = model.hidden, layout.tp, layout.etp
     tensors = 4 if model.gated else 2  # of f features each
     if not moe:
         return tensors * model.feed_forward / t * w
     # An expert's ranks have the rows of all of them; their results go back to each of them, to be weighted.
     of_copy = etp * (h + tensors * model.expert_size / etp) + h
-    router = 2 * model.experts
-    return ((model.top_k * of_copy + router) / q + tensors * model.shared_feed_forward / q) * w
+    of_experts = (model.top_k * of_copy + tensors * model.shared_feed_forward) * w
+    return (of_experts + router_saved(model, w)) / t + mixture_input(model, layout, w)
+
+
+def router_saved(model: ModelConfig, w: int) -> int:
+    """Bytes a token that the router saves, which computes in 4 at least: its input where that has fewer, and scores."""
+    k, wide = model.top_k, max(4, w)
+    scores = model.experts + {"topk-softmax": k, "sigmoid": (k + 1) * (k > 1)}.get(model.score, 0)
+    choices = k * (w + 3 * 8)  # their weights; which they are, and in which order
+    return (model.hidden * wide if w < wide else 0) + scores * wide + choices
+
+
+def mixture_input(model: ModelConfig, layout: Layout, w: int) -> float:
+    """Bytes a token that the input of a mixture is more than a norm's output, which everything else reads as it is.
+
+    Where the ranks of tp have it alike a mixture reads a copy of a share; with few bits the router reads another copy.
+    """
+    alike, read = layout.tp > 1 and not layout.sp, w >= 4 or model.shared_feed_forward > 0
+    share = read / layout.tp if alike else read / layout.sp_ranks
+    return model.hidden * w * (share - 1 / layout.sp_ranks)
 
 
 def layer_saved(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2, kind: str | None = None) -> float:
@@ -114,7 +132,10 @@ def layer_saved(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2
         return tokens * h * w / q  # its input
     norms = 2 * (2 * h * w + norm_saved(model, w)) / q  # input, output
     masks = 2 * h / q if model.dropout else 0.0  # a byte an element
-    return tokens * (norms + masks + attention_saved(model, layout, w, kind) + mlp_saved(model, layout, moe, w))
+    router = 4 * model.experts * h if moe and w < 4 else 0  # its weight, in float32
+    return (
+        tokens * (norms + masks + attention_saved(model, layout, w, kind) + mlp_saved(model, layout, moe, w)) + router
+    )
 
 
 def stage_saved(model: ModelConfig, layout: Layout, stage: int, itemsize: int = 2) -> float:
@@ -158,12 +179,15 @@ def layer_kept_for_wgrad(model: ModelConfig, layout: Layout, moe: bool, itemsize
             kept += matrix.inputs / t + matrix.outputs
         elif matrix.sharding == "column":  # its input is gathered again, but what is compressed
             kept += matrix.inputs / (1 if matrix.name in ("q up", "kv up") else q) + matrix.shape(t)[1]
-        else:
-            kept += (matrix.inputs + matrix.outputs) / q
+        else:  # what is compressed is before sp's gather; a shared expert has a share of the tokens with or without sp
+            kept += (matrix.inputs + matrix.outputs) / (q if matrix.name in ("q down", "kv down") else t)
     if model.latent and t > 1:
         kept += model.latent.rope  # the key of all heads has been sent with what is compressed
     if moe:
-        kept += model.top_k * etp / q * sum(sum(matrix.shape(etp)) for matrix in expert_matrices(model))
+        if itemsize >= 4 and not model.shared_feed_forward:  # the router's input, which a shared expert has too
+            kept += model.hidden / t
+        kept += model.experts / t if itemsize >= 4 else 0  # with fewer bits the router's wgrad is not left for later
+        kept += model.top_k * etp / t * sum(sum(matrix.shape(etp)) for matrix in expert_matrices(model))
     return layout.tokens(model.sequence) * kept * itemsize
 
 
@@ -223,7 +247,8 @@ def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int =
     stages = layout.stages_of(rank)
     sizes = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_kept_for_wgrad) for stage in stages]
     last_input = layout.microbatch * model.sequence * model.hidden / layout.sequence_shards * itemsize
-    sizes += [last_input, layout.tokens(model.sequence) * model.hidden * itemsize]
+    # A mixture begins by freeing what it weighted.
+    sizes += [last_input, 0 if model.moe_layers else layout.tokens(model.sequence) * model.hidden * itemsize]
     microbatches = filling(layout.schedule, layout.pp, layout.microbatches)
     peaks = in_flight(layout.schedule, layout.pp, microbatches, layout.v)[rank]
     most = max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)

@@ -106,6 +106,12 @@ def vocabulary_shard(model: ModelConfig, t: int) -> int:
     return -(-model.vocabulary // t)
 
 
+def parameters_of_shares(model: ModelConfig) -> int:
+    """Of a layer with experts what every rank of tp has in full, and computes on tokens of its own."""
+    shared = sum(m.parameters() for m in mlp_matrices(model, model.shared_feed_forward))
+    return shared + router_parameters(model, True)
+
+
 def layer_parameters(model: ModelConfig, moe: bool, t: int = 1) -> int:
     """Of one layer on a rank, but for its routed experts."""
     matrices = sum(matrix.parameters(t) for matrix in layer_matrices(model, moe))

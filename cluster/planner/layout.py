@@ -163,7 +163,7 @@ def layout_from(
     Args:
         world: ranks; None: as many as the flags say.
         batch: samples in a step; None: as many as the flags say.
-        experts: whether the model has experts, which need sp beside tp.
+        experts: whether the model has experts: beside tp, then, is sp, with which least is sent.
         microbatch: samples of a microbatch where no flag says it. None: so many that a pipeline has two microbatches
             a rank, and all samples where there is no pipeline.
     """

@@ -87,11 +87,11 @@ def matrix_parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> tupl
 
 def replicated_parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> int:
     """Of those, what tensor parallelism replicates: norms, biases of row-parallel layers, positions, routers."""
-    row_biases = 2 * model.hidden if model.biases else 0
     found = 0
     for stage in layout.stages_of(rank):
         for layers, moe in zip(layers_of(model, layout, stage), (False, True), strict=True):
             matrices = sum(m.parameters() for m in layer_matrices(model, moe) if m.sharding == "replicate")
+            row_biases = (2 - moe) * model.hidden * model.biases  # those of experts are not over tp
             found += layers * (norm_parameters(model) + row_biases + matrices + router_parameters(model, moe))
     first, last = ends_of(layout, rank)
     found += position_parameters(model) if first else 0

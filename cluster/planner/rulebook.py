@@ -96,6 +96,7 @@ BATCHES = (
         lambda x: x.batch == x.samples,
         "--dp {dp} x --microbatches {microbatches} x --microbatch {microbatch} = {samples} samples",
         source="lecture 07",
+        peer="Megatron-LM, num_microbatches_calculator.py: not divisible by micro batch size times data parallel size",
     ),
 )
 
@@ -135,6 +136,7 @@ PIPELINE = (
         lambda x: x.v == 1 or x.pp > 1,
         "several stages a rank shrink a pipeline's bubble, and one rank has none",
         source="2104.04473, section 2.2.2",
+        peer="Megatron-LM, validate_args: when interleaved pipeline-model-parallel size should be greater than 1",
     ),
     Rule(
         "pp: schedule",
@@ -142,6 +144,7 @@ PIPELINE = (
         lambda x: x.v == x.stages_of_schedule or x.schedule == "interleaved",
         "zb-v and dualpipev hold two stages a rank, interleaved what --chunks says, the others one",
         source="lecture 08",
+        peer="torchtitan, pipeline_parallel.py: exactly 1 stage per rank; torch: ZBV requires exactly 2",
     ),
     Rule(
         "pp: microbatches",
@@ -162,6 +165,7 @@ ZERO = (
         "below stage 2 gradients are added up over the step anyway",
         lambda x: "--zero 2, or no --reduce",
         source="lecture 01",
+        peer="cannot be: there is no shard that a micro-batch's gradients could be reduced into",
     ),
     Rule(
         "zero: reshard",
@@ -170,6 +174,7 @@ ZERO = (
         "below stage 3 every rank has all weights",
         lambda x: "--zero 3, or no --reshard",
         source="lecture 01",
+        peer="cannot be: no weight has been gathered that could be freed",
     ),
 )
 
@@ -179,13 +184,6 @@ EXPERTS = (
     EP_EXPERTS,
     ONE_EXPERT,
     TOP_K,
-    Rule(
-        "experts: sp",
-        "--experts {experts} --tp {tp}",
-        lambda x: not x.experts or x.tp == 1 or x.sp,
-        "without --sp every rank of tp would dispatch the same tokens",
-        source="Megatron-LM, validate_args",
-    ),
     Rule(
         "experts: dualpipe",
         "--experts {experts} --schedule {schedule}",

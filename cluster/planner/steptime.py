@@ -73,7 +73,7 @@ def layer_flop(model: ModelConfig, layout: Layout, moe: bool, machine: Machine) 
     products = [(matrix.shape(layout.tp), tokens, 1) for matrix in layer_matrices(model, moe)]
     if moe:
         experts = model.experts // layout.ep  # on this rank, and the rows of each
-        rows = tokens / layout.sp_ranks * layout.etp * model.top_k / experts
+        rows = tokens / layout.tp * layout.etp * model.top_k / experts
         products += [(matrix.shape(layout.etp), rows, experts) for matrix in expert_matrices(model)]
     forward, dgrad, wgrad = attention, 2 * attention, 0.0
     for (inputs, outputs), rows, count in products:
@@ -112,7 +112,7 @@ def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine,
     cp, cp_backward = context(model, layout, flop.attention / speed, machine, software)
     ep = 0.0
     if moe:
-        routed = model.top_k * elements / layout.sp_ranks
+        routed = model.top_k * elements / layout.tp
         ep = 2 * all_to_all(routed, layout.ep, layout.etp, machine, software)
         ep += 2 * ring(layout.etp * routed, layout.etp, 1, machine, software)
     forward = {"matrix products": flop.forward / speed, "memory": memory, "tp": tp, "cp": cp, "ep": ep}

@@ -6,7 +6,7 @@ global norm and the padding of ZeRO's buckets. Over ep the mean of all ranks, if
 
 from collections import Counter
 
-from cluster.planner.counting import keys_and_values, read_by_heads, vocabulary_shard
+from cluster.planner.counting import keys_and_values, parameters_of_shares, read_by_heads, vocabulary_shard
 from cluster.planner.exchanges import gathered, reduced
 from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.memory import parameters, replicated_parameters
@@ -46,6 +46,7 @@ def sent(model: ModelConfig, layout: Layout, rank: int = 0) -> dict[str, float]:
         found["ep"] += m * moe * layer_ep(model, layout)
         found["etp"] += m * moe * layer_etp(model, layout)
     found["tp"] += summed_over_tp(model, layout, rank) + gathered_for_head(model, layout, rank)
+    found["etp"] += summed_over_etp(model, layout, rank)
     found["pp"] = messages(layout, rank) * message(model, layout) + exchanged(model, layout, rank)
     for axis, ranks, experts in (("dp", layout.data, False), ("edp", layout.edp, True)):
         exchanged_over_data = gradients_reduced(model, layout, rank, experts) + gathers(model, layout, rank, experts)
@@ -56,6 +57,8 @@ def sent(model: ModelConfig, layout: Layout, rank: int = 0) -> dict[str, float]:
 def sent_bytes(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2) -> dict[str, float]:
     """The same in bytes, where an element has `itemsize`; but gradients of weights, and what is `wide`, 4 or more."""
     found = {axis: itemsize * elements for axis, elements in sent(model, layout, rank).items()}
+    for axis, elements in counts_sent(model, layout, rank).items():
+        found[axis] += elements * (8 - itemsize)  # int64
     for axis, elements in wide(model, layout, rank).items():
         found[axis] += elements * (max(4, itemsize) - itemsize)
     return found
@@ -69,6 +72,7 @@ def wide(model: ModelConfig, layout: Layout, rank: int) -> dict[str, float]:
         found["tp"] += m * layout.tokens(model.sequence) * loss_tp(layout) * ring_share(layout.tp)
     found["cp"] = m * layers_by_rank(model, layout)[rank] * around_ring(model, layout)
     found["dp"] = gradients_reduced(model, layout, rank, False) * ring_share(layout.data)
+    found["etp"] = summed_over_etp(model, layout, rank)
     found["edp"] = gradients_reduced(model, layout, rank, True) * ring_share(layout.edp)
     return {axis: elements for axis, elements in found.items() if elements}
 
@@ -85,7 +89,8 @@ def layer_tp(model: ModelConfig, layout: Layout, moe: bool) -> float:
     mlp = 0 if moe else h  # experts are not sharded over tp
     a_token = 2 * read + 2 * h + 4 * mlp
     if not layout.sp:
-        a_token += 2 * (h + mlp) * again
+        # Of a mixture results are gathered, and in backward gradients; that again only where a mask is saved after it.
+        a_token += 2 * (h + mlp) * again + moe * h * (2 + (again and bool(model.dropout)))
     else:
         a_token += mlp + (0 if model.latent else h)  # inputs are gathered again for wgrad, but what is compressed
         # Computed again is what was not saved. Nothing after the MLP's reduce-scatter is saved but a dropout's mask, so
@@ -125,6 +130,8 @@ def summed_over_tp(model: ModelConfig, layout: Layout, rank: int) -> float:
     """
     layers, copies = layers_by_rank(model, layout)[rank], model.kv_copies(layout.tp)
     norms = replicated_parameters(model, layout, rank) if layout.sp else layers * heads_norm_parameters(model)
+    if not layout.sp and layout.tp > 1:
+        norms += mixtures_of(model, layout, rank) * parameters_of_shares(model)
     copied = ring_share(copies) * layers * copied_parameters(model, layout.tp)
     return 2 * (ring_share(layout.tp) * norms + copied) / (layout.data if layout.zero else 1)
 
@@ -156,20 +163,44 @@ def around_ring(model: ModelConfig, layout: Layout) -> float:
 
 def rows(model: ModelConfig, layout: Layout) -> float:
     """Routed tokens of a rank, each once for every expert it chooses; as many arrive, if they choose evenly."""
-    return model.top_k * layout.microbatch * model.sequence / layout.sequence_shards
+    return model.top_k * layout.tokens(model.sequence) / layout.tp
 
 
 def layer_ep(model: ModelConfig, layout: Layout) -> float:
     """Of one layer with experts and microbatch (CODE 04): k rows a token there and back, and the same backward."""
     forwards = 2 if layout.recompute == "full" else 1
-    counts = forwards * model.experts  # how many rows come, sent before
-    return ((2 * forwards + 2) * rows(model, layout) * model.hidden + counts) * ring_share(layout.ep)
+    return ((2 * forwards + 2) * rows(model, layout) * model.hidden + layer_counts(model, layout)) * ring_share(
+        layout.ep
+    )
 
 
 def layer_etp(model: ModelConfig, layout: Layout) -> float:
     """Where ranks shard an expert's features each gathers the rows of the others, and reduce-scatters the results."""
     forwards = 2 if layout.recompute == "full" else 1
-    return (2 * forwards + 2) * rows(model, layout) * model.hidden * (layout.etp - 1)
+    return ((2 * forwards + 2) * rows(model, layout) * model.hidden + layer_counts(model, layout)) * (layout.etp - 1)
+
+
+def layer_counts(model: ModelConfig, layout: Layout) -> int:
+    """How many rows come for each expert, sent before them."""
+    return model.experts * (2 if layout.recompute == "full" else 1)
+
+
+def mixtures_of(model: ModelConfig, layout: Layout, rank: int) -> int:
+    """Layers with experts on a rank of the pipeline."""
+    return sum(layers_of(model, layout, stage)[1] for stage in layout.stages_of(rank))
+
+
+def counts_sent(model: ModelConfig, layout: Layout, rank: int) -> dict[str, float]:
+    """Of `sent` what are whole numbers."""
+    times = microbatches_a_rank(layout) * mixtures_of(model, layout, rank) * layer_counts(model, layout)
+    found = {"ep": times * ring_share(layout.ep), "etp": times * (layout.etp - 1)}
+    return {axis: elements for axis, elements in found.items() if elements}
+
+
+def summed_over_etp(model: ModelConfig, layout: Layout, rank: int) -> float:
+    """Gradients of the experts' last biases, which the ranks of etp have alike, each of its own tokens."""
+    biases = model.biases * mixtures_of(model, layout, rank) * model.experts // layout.ep * model.hidden
+    return 2 * ring_share(layout.etp) * biases / (layout.edp if layout.zero else 1)
 
 
 # ---- pp and dp -------------------------------------------------------------------------------------------------------

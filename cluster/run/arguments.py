@@ -75,14 +75,8 @@ RULES = (
         lambda case: not case.world or case.dry_run,
         "is for --dry-run, whose ranks are not running",
         lambda case: "--world 0, or --dry-run",
+        peer="cannot be: ranks that run are counted",
     ),
-)
-CAPACITY_AND_CP = Rule(
-    "capacity with cp",
-    "--capacity {capacity} --cp {cp}",
-    lambda case: not case.capacity or case.cp == 1,
-    "which tokens are dropped is decided over the full sample, which cp shards",
-    lambda case: "--capacity 0",
 )
 
 
@@ -148,7 +142,7 @@ def model_of(config: ModelConfig, moe: MoEConfig | None) -> ModelConfig:
     """The model with its experts."""
     if moe is None:
         return config
-    return replace(config, experts=moe.routing.experts, top_k=moe.routing.top_k, shared_feed_forward=moe.shared)
+    return moe.described(config)
 
 
 def layout_of(args: argparse.Namespace, world: int) -> Layout:
@@ -192,9 +186,8 @@ def check(args: argparse.Namespace, world: int) -> None:
     layout = layout_of(args, args.world or world)
     config, moe = configured(args), moe_of(args)
     if args.dry_run:
-        dry_run.refuse(moe is not None, layout, args.rank)
+        dry_run.refuse(layout, args.rank)
     check_weights(args, config, moe)
-    check_rules(argparse.Namespace(capacity=args.capacity, cp=layout.cp), [CAPACITY_AND_CP])
 
 
 def check_weights(args: argparse.Namespace, config: ModelConfig, moe: MoEConfig | None) -> None:

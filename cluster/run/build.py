@@ -30,6 +30,7 @@ from core.model.loss import InHead
 from core.model.loss import token_loss as loss_in_chunks
 from core.model.precision import Precision
 from core.model.seeded import SampleMasks
+from expert_parallel.engine.capacity import Holders
 from expert_parallel.engine.layers import expert_parameters
 from expert_parallel.engine.layers import parallelize as shard_experts
 from expert_parallel.engine.moe import to_moe
@@ -107,7 +108,7 @@ def build_model(spec: TrainSpec, mesh: Mesh, attention: SequenceAttention) -> GP
     model = partition(model, stages_by_rank(layout)[mesh["pp"].index], layout.stages)
     model = with_tensor_parallelism(model, layout, mesh["tp"])
     model = with_context_parallelism(model, layout, attention)
-    model = with_experts(model, spec.moe, layout, mesh)
+    model = with_experts(model, spec.moe, layout, mesh, attention)
     model = recompute(model, layout.recompute)
     return materialize(model, spec.seed if spec.drawn else None, spec.device, spec.precision)
 
@@ -124,13 +125,21 @@ def with_context_parallelism(model: GPT, layout: Layout, attention: SequenceAtte
     return shard_sequence(model, attention) if layout.cp > 1 else model
 
 
-def with_experts(model: GPT, moe: MoEConfig | None, layout: Layout, mesh: Mesh) -> GPT:
-    """ep and etp: MLPs become mixtures of experts, which are spread over the ranks."""
+def with_experts(model: GPT, moe: MoEConfig | None, layout: Layout, mesh: Mesh, attention: SequenceAttention) -> GPT:
+    """ep and etp: MLPs become mixtures of experts, which are spread over the ranks; tp shards what they are given."""
     if moe is None:
         return model
-    tp = mesh["tp"] if layout.sp else None
-    seen_by = (mesh["dp"], mesh["cp"], *((tp,) if tp else ()))  # ranks that see different tokens
-    return shard_experts(to_moe(model, moe), mesh["ep"], mesh["etp"], Spread(seen_by, tp, layout.microbatches))
+    tp = mesh["tp"]
+    holders = Holders((tp, mesh["cp"]), partial(positions_of_ranks, attention, tp.size))
+    alike = None if layout.sp or tp.size == 1 else tp
+    spread = Spread((mesh["dp"], mesh["cp"], tp), holders, layout.microbatches, alike)
+    return shard_experts(to_moe(model, moe), mesh["ep"], mesh["etp"], spread)
+
+
+def positions_of_ranks(attention: SequenceAttention, tp: int, sequence: int) -> list[Tensor]:
+    """Which tokens of a sample the ranks of tp x cp have between the matrix products, tp varying fastest."""
+    of_cp = (attention.positions_of(rank, sequence) for rank in range(attention.ranks))
+    return [share for positions in of_cp for share in positions.tensor_split(tp)]
 
 
 def loss_function(spec: TrainSpec, tp: Axis) -> Loss:

@@ -30,6 +30,7 @@ RULES = (
         lambda case: case.tokens is None or case.data is None,
         "one of them is trained on",
         lambda case: f"--tokens {case.tokens} alone",
+        peer="cannot be: a run has one stream of tokens",
     ),
     Rule(
         "token-type",
@@ -37,6 +38,7 @@ RULES = (
         lambda case: case.token_type is None or case.tokens is not None,
         "is of a file of --tokens",
         lambda case: "--tokens FILE.bin with it",
+        peer="cannot be: text has no type, and a .npy says its own",
     ),
     Rule(
         "pack",
@@ -44,6 +46,7 @@ RULES = (
         lambda case: not case.pack or case.eos is not None,
         "needs the token that ends a document",
         lambda case: "--eos ID with it",
+        peer="cannot be: nothing says where a document ends",
     ),
 )
 

@@ -36,7 +36,7 @@ from core.proof.oracle import Oracle
 from core.shards import LocalTensor, is_copied, is_first, shard_of
 from expert_parallel.engine.choices import Choices, follow
 from expert_parallel.engine.experts import Experts
-from expert_parallel.engine.layers import expert_parameters
+from expert_parallel.engine.layers import expert_parameters, parameters_of_shares
 from expert_parallel.engine.router import count_ahead, end_step, forget
 from pipeline.stages import Copies
 from sequence_parallel import context
@@ -94,6 +94,7 @@ class Worker:
         self.choices: Choices | None = None
         self.loss = loss_function(spec, self.tp)
         self.copies = Copies(self.model, self.pp, stages_by_rank(layout))
+        self.of_shares = set(parameters_of_shares(self.model))
         self.experts = set(expert_parameters(self.model))
         self.last_biases = {m.down.bias for m in self.model.modules() if isinstance(m, Experts)}
         self.dense_engine, self.expert_engine = shard_optimizer(self.model, spec, mesh, self.copies)
@@ -135,14 +136,14 @@ class Worker:
         batch = self.split((inputs, targets))
         if saved:
             saved.ignore(batch)
-        if self._counts_ahead():
+        if self.counts_ahead():
             self._forward(*batch)
             count_ahead(self.model)
         share = self._by_schedule(*batch, saved) if self.pipeline else self._one_by_one(*batch, saved)
         self._sum_over_tp()
         return self._once_over_tp(share)
 
-    def _counts_ahead(self) -> bool:
+    def counts_ahead(self) -> bool:
         """Whether the balancing loss needs the load of the whole batch before the first backward."""
         moe = self.spec.moe
         return moe is not None and moe.routing.aux > 0 and self.layout.microbatches > 1
@@ -183,7 +184,8 @@ class Worker:
         if self.layout.sp:
             self.dense_engine.sum_over(self.tp.labelled("replicated"), lambda p: shard_of(p) is None)
         else:
-            self.dense_engine.sum_over(self.tp.labelled("heads"), heads_norms(self.model).__contains__)
+            partial_ = heads_norms(self.model) | self.of_shares
+            self.dense_engine.sum_over(self.tp.labelled("heads"), partial_.__contains__)
         self.dense_engine.sum_over(self.same_heads.labelled("heads"), is_copied)
         if self.expert_engine:
             self.expert_engine.sum_over(self.mesh["etp"], self.last_biases.__contains__)
@@ -256,12 +258,12 @@ class Worker:
             follow(oracle.model, everyone)
 
     def _rows(self) -> Tensor:
-        """Which tokens of the global batch the micro-batch is of that is computed now: (B, S/cp), with sp S/cp/tp."""
+        """Which tokens of the global batch the micro-batch is of that routers see now: (B, S/cp/tp)."""
         batch, sequence = self.layout.batch, self.spec.config.sequence
         first = self.masks.first_sample + self.masks.offset
         rows = torch.arange(batch * sequence).view(batch, sequence)[first : first + self.layout.microbatch]
         rows = context.local(rows, self.attention)
-        return rows.chunk(self.tp.size, 1)[self.tp.index] if self.layout.sp else rows
+        return rows.tensor_split(self.tp.size, 1)[self.tp.index]
 
     # ---- What this rank holds, under the names of the full model
 

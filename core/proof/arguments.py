@@ -28,6 +28,7 @@ KV_HEADS_OF_LLAMA = Rule(
     lambda case: case.model == "llama" or not case.kv_heads,
     "GPT-2's kind has as many as heads",
     lambda case: "--kv-heads 0, or --model llama",
+    peer="transformers, GPT2Config: has no num_key_value_heads",
 )
 TRAINING = (
     at_least("batch", 1, 8), positive("lr", 1e-3), positive("clip", 1.0), at_least("kv-heads", 0, 0), KV_HEADS_OF_LLAMA,

@@ -25,6 +25,7 @@ HEADS = Rule(
     "must divide --hidden {hidden}, so that heads are equal",
     usable_heads,
     "core.model.gpt",
+    peer="Megatron-LM, validate_args: hidden_size % num_attention_heads",
 )
 ATTENTION = Rule(
     "attention",
@@ -49,6 +50,7 @@ DROPOUT = Rule(
     "the masks drawn inside sdpa depend on the layout",
     lambda case: "--attention softmax",
     "core.model.gpt",
+    peer="cannot be: sdpa draws a mask from the generator of its device, which no other layout has",
 )
 ONE_EXPERT = Rule(
     "experts: one",
@@ -57,6 +59,7 @@ ONE_EXPERT = Rule(
     "a token needs an expert",
     lambda case: "--top-k 1",
     "2101.03961, section 2.1",
+    peer="cannot be: what has no expert computes nothing",
 )
 TOP_K = Rule(
     "experts: top k",
@@ -65,6 +68,7 @@ TOP_K = Rule(
     "a token cannot choose more than the --experts {experts}",
     lambda case: f"--top-k {case.experts}",
     "2101.03961, section 2.1",
+    peer="torch.topk: selected index k out of range",
 )
 NORM = Rule(
     "norm",
@@ -117,6 +121,7 @@ RANKS = Rule(
     "tp x cp x dp x pp = {ranks} ranks, but {world} are running",
     lambda case: f"torchrun --nproc_per_node={case.ranks}",
     "core.mesh",
+    peer="torchtitan, ParallelDims._validate: the product must be WORLD_SIZE",
 )
 EXPERT_RANKS = Rule(
     "experts: ranks",
@@ -125,6 +130,7 @@ EXPERT_RANKS = Rule(
     "ep x etp must divide tp x cp x dp = {inside}",
     lambda case: "--ep 1 --etp 1",
     "core.mesh",
+    peer="torchtitan, ParallelDims._validate: expert_parallel_degree must divide dp_shard * cp * tp",
 )
 
 # ---- Equal shards ----------------------------------------------------------------------------------------------------
@@ -137,6 +143,7 @@ BATCH = Rule(
     "must be a multiple of {dp} ranks x --microbatches {microbatches}, so that all micro-batches are equal",
     lambda case: f"--batch {nearest_multiple(case.batch, case.dp * case.microbatches)}",
     "lecture 01",
+    peer="Megatron-LM, num_microbatches_calculator.py: not divisible by micro batch size times data parallel size",
 )
 TP_HEADS = Rule(
     "tp: heads",
@@ -145,6 +152,7 @@ TP_HEADS = Rule(
     EQUAL,
     lambda case: f"--heads {nearest_multiple(case.heads, case.tp)}",
     "1909.08053, section 3",
+    peer="Megatron-LM, TransformerConfig.__post_init__: num_attention_heads % tensor_model_parallel_size",
 )
 
 
@@ -166,6 +174,7 @@ TP_KV_HEADS = Rule(
     "must be a multiple of the {tp} ranks or divide them, so that each has whole heads, or as many have the same one",
     lambda case: f"--kv-heads {usable_kv_heads(case)}",
     "Megatron-LM, num_query_groups",
+    peer="Megatron-LM, TransformerConfig: num_query_groups must be a multiple or divisor of tensor_model_parallel_size",
 )
 TP_FEED_FORWARD = Rule(
     "tp: feed-forward",
@@ -174,6 +183,7 @@ TP_FEED_FORWARD = Rule(
     EQUAL,
     lambda case: f"--feed-forward {nearest_multiple(case.feed_forward, case.tp)}",
     "1909.08053, section 3",
+    peer="Megatron-LM, ColumnParallelLinear: divide(output_size, world_size)",
 )
 TENSOR = (TP_HEADS, TP_KV_HEADS, TP_FEED_FORWARD)
 SP_SEQUENCE = Rule(
@@ -183,6 +193,7 @@ SP_SEQUENCE = Rule(
     EQUAL,
     lambda case: f"--sequence {nearest_multiple(case.sequence, case.tp * case.cp)}",
     "2205.05198, 4.2.2",
+    peer="Megatron-LM, mappings.py: first dimension should be divisible by tensor parallel size",
 )
 PP_LAYERS = Rule(
     "pp: layers",
@@ -191,6 +202,7 @@ PP_LAYERS = Rule(
     "must be a multiple of the {stages} stages, or 2 x {stages} - 2 or more, so that each has a layer",
     lambda case: f"--layers {nearest_multiple(case.layers, case.stages)}",
     "2407.21783, section 3.3.2",
+    peer="torchtitan, pipeline_parallel.py: number of stages cannot be greater than effective layers",
 )
 
 
@@ -213,6 +225,7 @@ ETP_FEATURES = Rule(
     "must divide the {inside} ranks and the {expert_size} features of an expert",
     usable_etp,
     "CODE 04",
+    peer="Megatron-LM, ColumnParallelLinear of an expert: divide(output_size, world_size)",
 )
 EP_EXPERTS = Rule(
     "experts: ep",
@@ -221,4 +234,5 @@ EP_EXPERTS = Rule(
     "must divide the {inside} ranks / --etp {etp} and the --experts {experts}, so that each rank has as many",
     lambda case: f"--ep {gcd(case.experts, case.inside // case.etp)}",
     "2006.16668, section 3",
+    peer="Megatron-LM, validate_args: num_experts % expert_model_parallel_size",
 )

@@ -21,6 +21,8 @@ class Rule:
         use: the flags with which the rule holds, in words: "--heads 8"; None where only a search can say.
         source: the paper or code that says so.
         advice: without it a layout runs, but slowly; never refuses.
+        peer: where flags that are right by themselves are refused together: who refuses them too, and where; or
+            "cannot be:" and why.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Rule:
     use: Callable[[Any], str] | None = None
     source: str = ""
     advice: bool = False
+    peer: str = ""
 
     def message(self, case: Any) -> str:
         """`flags: reason`, with this case's numbers."""

@@ -39,7 +39,8 @@ class Choices:
         here = rows().flatten().cpu()
         kept = None if choice.kept is None else choice.kept.detach().cpu()
         # A forward that is repeated, to count the load ahead or to recompute, chooses the same.
-        self.found.setdefault(name, {})[int(here[0])] = here, choice.experts.detach().cpu(), kept
+        first = int(here[0]) if len(here) else -1  # a rank of tp may have no token
+        self.found.setdefault(name, {})[first] = here, choice.experts.detach().cpu(), kept
 
 
 def follow(model: nn.Module, everyone: list[dict]) -> None:
@@ -61,6 +62,6 @@ def follow(model: nn.Module, everyone: list[dict]) -> None:
         router.decide = partial(_decided, all_experts, all_kept)
 
 
-def _decided(experts: Tensor, kept: Tensor | None, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+def _decided(experts: Tensor, kept: Tensor | None, scores: Tensor, _: int | None) -> tuple[Tensor, Tensor | None]:
     shape = (*scores.shape[:2], experts.shape[1])
     return experts.view(shape).to(scores.device), None if kept is None else kept.view(shape).to(scores.device)

@@ -26,6 +26,7 @@ from expert_parallel.engine.experts import Experts
 from expert_parallel.engine.moe import MoE, order_of, permute, unpermute
 from expert_parallel.engine.router import Choice, Spread
 from expert_parallel.engine.routing import one_of
+from expert_parallel.engine.shares import TOKENS, join, share_of
 
 DISPATCHERS = ("all-to-all", "all-gather")
 ALL_GATHER = Rule(
@@ -108,6 +109,27 @@ def by_source(rows: Tensor, counts: list[list[int]]) -> Tensor:
     return by_expert(rows, [*map(list, zip(*counts, strict=True))])
 
 
+def columns(counts: list[list[int]]) -> list[int]:
+    """The sums over the sources: the rows of each expert."""
+    return [*map(sum, zip(*counts, strict=True))]
+
+
+class Numbers:
+    """How many rows there are, on the host, which must know: a dry run, whose tensors have no numbers, says others."""
+
+    def sent(self, counts: Tensor) -> list[list[int]]:
+        """(ep, E/ep): this rank's, by rank and expert there."""
+        return counts.tolist()
+
+    def received(self, counts: Tensor) -> list[list[int]]:
+        """(ep, E/ep): by source and expert here."""
+        return counts.tolist()
+
+    def of_everyone(self, counts: Tensor) -> list[list[int]]:
+        """(etp ep, E/ep): what each rank of etp has received."""
+        return counts.tolist()
+
+
 # ---- The layer -------------------------------------------------------------------------------------------------------
 
 
@@ -133,21 +155,27 @@ class ExpertParallelMoE(nn.Module):
         self.ep, self.etp, self.dispatch = ep, etp, dispatch
         self.router, self.shared, self.experts = moe.router, moe.shared, shard_experts(moe.experts, ep, etp)
         self.router.spread = spread
+        self.numbers = Numbers()
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens, choice = x.flatten(0, 1), self.router(x)
+        alike, given = self.router.spread.alike, x.shape[TOKENS]
+        if alike:
+            x = share_of(x, alike)
+        tokens, choice = x.flatten(0, 1), self.router(x, given if alike else None)
         by = self._by_all_to_all if self.dispatch == "all-to-all" else self._by_all_gather
-        return by(tokens, choice).view_as(x)
+        y = by(tokens, choice).view_as(x)
+        return join(y, alike, given) if alike else y
 
     def _by_all_to_all(self, tokens: Tensor, choice: Choice) -> Tensor:
         ep, equal = self.ep, [1] * self.ep.size
         order, counts = order_of(choice, self.router.routing.experts)
-        send = counts.view(ep.size, -1)  # (ep, E/ep): by rank and expert there
-        pending = comm.all_to_all_async(send, ep.labelled("counts"), equal, equal)
+        counts = counts.view(ep.size, -1)
+        pending = comm.all_to_all_async(counts, ep.labelled("counts"), equal, equal)
         rows = permute(tokens, order, self.router.routing.top_k)
-        receive = pending.wait()  # (ep, E/ep): by source and expert here
+        send = self.numbers.sent(counts)  # (ep, E/ep): by rank and expert there
+        receive = self.numbers.received(pending.wait())  # (ep, E/ep): by source and expert here
 
-        dispatch = Exchange(ep, send.sum(1).tolist(), receive.sum(1).tolist())
+        dispatch = Exchange(ep, [*map(sum, send)], [*map(sum, receive)])
         ticket = dispatch.begin(rows)
         shared = 0.0 if self.shared is None else self.shared(tokens)
         rows = self._compute(dispatch.end(ticket), receive)
@@ -156,21 +184,22 @@ class ExpertParallelMoE(nn.Module):
         rows = combine.end(combine.begin(rows))
         return unpermute(rows, order, choice.weights) + shared
 
-    def _compute(self, rows: Tensor, received: Tensor) -> Tensor:
+    def _compute(self, rows: Tensor, received: list[list[int]]) -> Tensor:
         """The experts here on rows in the order (source, expert), of which there are `received`."""
         if self.etp.size == 1:
-            counts = received.tolist()
-            return by_source(self.experts(by_expert(rows, counts), received.sum(0).tolist()), counts)
+            return by_source(self.experts(by_expert(rows, received), columns(received)), received)
         # Each rank of etp has some features of the same experts: it needs the rows of the others, too.
-        every = comm.all_gather(received, self.etp)
-        counts, of_ranks = every.tolist(), every.view(self.etp.size, -1).sum(1).tolist()
+        here = torch.tensor(received, device=rows.device)
+        counts = self.numbers.of_everyone(comm.all_gather(here, self.etp))
+        ep = len(received)
+        of_ranks = [sum(map(sum, counts[i : i + ep])) for i in range(0, len(counts), ep)]
         rows = by_expert(gather_rows(rows, self.etp, of_ranks), counts)
-        y = self.experts(rows, every.sum(0).tolist(), last_bias=False)  # partial: the bias once, after the sum
+        y = self.experts(rows, columns(counts), last_bias=False)  # partial: the bias once, after the sum
         y = scatter_rows(by_source(y, counts), self.etp, of_ranks)
         if self.experts.down.bias is None:
             return y
-        bias = self.experts.down.bias.repeat(len(received), 1)
-        return y + bias.repeat_interleave(received.flatten(), 0, output_size=len(y))
+        bias = self.experts.down.bias.repeat(ep, 1)
+        return y + bias.repeat_interleave(here.flatten(), 0, output_size=len(y))
 
     def _by_all_gather(self, tokens: Tensor, choice: Choice) -> Tensor:
         everyone = comm.gather_for(tokens, self.ep, 0)
@@ -217,6 +246,16 @@ def parallelize(model: GPT, ep: Axis, etp: Axis, spread: Spread, dispatch: str =
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()]
+
+
+def parameters_of_shares(model: nn.Module) -> list[nn.Parameter]:
+    """Where ranks route shares of what they are given alike: the routers and shared experts, which all have in full.
+
+    Each has the gradients of its own tokens: they are to be summed over `Spread.alike`.
+    """
+    mixtures = [m for m in model.modules() if isinstance(m, ExpertParallelMoE) and m.router.spread.alike]
+    routed = [p for mixture in mixtures for p in mixture.router.parameters() if p.requires_grad]
+    return routed + [p for mixture in mixtures if mixture.shared is not None for p in mixture.shared.parameters()]
 
 
 def second_biases(model: nn.Module) -> list[nn.Parameter]:

@@ -55,8 +55,8 @@ def permute(x: Tensor, order: Tensor, k: int) -> Tensor:
 def _by_choice(rows: Tensor, order: Tensor, tokens: int, k: int) -> Tensor:
     """Rows (R, H) back to (T, k, H), zeros where dropped."""
     if len(order) == tokens * k:
-        return rows.index_select(0, order.argsort()).view(tokens, k, -1)
-    return rows.new_zeros(tokens * k, rows.shape[1]).index_copy(0, order, rows).view(tokens, k, -1)
+        return rows.index_select(0, order.argsort()).view(tokens, k, rows.shape[1])
+    return rows.new_zeros(tokens * k, rows.shape[1]).index_copy(0, order, rows).view(tokens, k, rows.shape[1])
 
 
 def unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 The plain router is for one forward a step and full samples, and its losses are added to the model's. This one adds:
 losses attached to the weights, so that a pipeline's last stage need not know them; a load counted ahead over the
-micro-batches of a step; capacity where samples are sharded along the sequence; nothing counted twice where a forward is
-recomputed.
+micro-batches of a step; capacity where samples are sharded along the sequence (`capacity.py`); nothing counted twice
+where a forward is recomputed.
 
 B samples, S tokens of a sample, H hidden, E experts, k of them for each token, T tokens of this rank = B S
 """
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from core import comm
 from core.mesh import Axis
 from core.model.linear import linear
 from core.model.precision import wide
+from expert_parallel.engine.capacity import Holders
 from expert_parallel.engine.routing import TINY, Routing, choose, keep
 
 
@@ -35,11 +37,12 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Spread:
-    """How the tokens of a global batch are spread over ranks and forwards, equally."""
+    """How the tokens of a global batch are spread over ranks and forwards: equally, but for shares of what is alike."""
 
     axes: tuple[Axis, ...] = ()  # each rank of these has tokens of its own
-    sequence: Axis | None = None  # the one of them over which the samples themselves are sharded, in order
+    holders: Holders | None = None  # those of them that have different tokens of the same samples
     forwards: int = 1  # of a step: its micro-batches
+    alike: Axis | None = None  # the one of them whose ranks are given the same tokens, and route a share each
 
     @property
     def parts(self) -> int:
@@ -71,10 +74,12 @@ class Router(nn.Module):
         self.share: Tensor | None = None  # of each expert in the global batch, (E), where it was counted ahead
         self.loss = 0.0  # this rank's share of the losses below, since the last step
 
-    def forward(self, x: Tensor) -> Choice:
+    def forward(self, x: Tensor, alike: int | None = None) -> Choice:
+        """Args: alike: of how many tokens of a sample, that ranks are given alike, this rank's are a share."""
         logits = linear(wide(x), wide(self.weight))  # a choice must not hang on 8 bits
-        scores = logits.sigmoid() if self.routing.score == "sigmoid" else logits.softmax(-1)
-        experts, kept = self.decide(scores.detach())
+        scored = logits if self.routing.aux or self.routing.score != "topk-softmax" else logits.detach()
+        scores = scored.sigmoid() if self.routing.score == "sigmoid" else scored.softmax(-1)
+        experts, kept = self.decide(scores.detach(), alike)
         counts = experts.new_zeros(self.routing.experts)
         counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())
         if not _again():
@@ -84,21 +89,23 @@ class Router(nn.Module):
             weights = weights.masked_fill(~kept, 0.0)
             kept = kept.flatten(0, 1)
         if torch.is_grad_enabled() and (self.routing.aux or self.routing.z):
-            weights = _Attach.apply(weights, self._losses(logits, scores, counts))
+            weights = _Attach.apply(weights, self._losses(logits, scores, counts, alike))
         return Choice(experts.flatten(0, 1), weights.flatten(0, 1).to(x.dtype), kept)
 
-    def decide(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+    def decide(self, scores: Tensor, alike: int | None = None) -> tuple[Tensor, Tensor | None]:
         """The experts (B, S, k) of these tokens, and which of the choices are within capacity."""
-        routing, sequence = self.routing, self.spread.sequence
-        if not routing.capacity:
-            return choose(self._biased(scores), routing), None
-        if sequence:  # what is dropped is decided over the full sample
-            scores = comm.all_gather(scores, sequence.labelled("router"), 1)
+        routing, holders = self.routing, self.spread.holders
         experts = choose(self._biased(scores), routing)
-        kept = keep(experts, scores, routing)
-        if sequence:
-            experts, kept = (t.chunk(sequence.size, 1)[sequence.index] for t in (experts, kept))
-        return experts, kept
+        if not routing.capacity:
+            return experts, None
+        if holders is None:
+            return experts, keep(experts, scores, routing)
+        sample = round(self._share_on_average(scores, alike) * holders.ranks)
+        return experts, holders.keep(experts, scores, routing, sample)
+
+    def _share_on_average(self, scores: Tensor, alike: int | None) -> Fraction:
+        """Tokens of a sample on a rank."""
+        return Fraction(alike, self.spread.alike.size) if alike else Fraction(scores.shape[1])
 
     def _biased(self, scores: Tensor) -> Tensor:
         return scores if self.bias is None else scores + self.bias
@@ -112,17 +119,18 @@ class Router(nn.Module):
                 weights = weights / (weights.sum(-1, keepdim=True) + TINY)
         return weights * self.routing.weight_scale
 
-    def _losses(self, logits: Tensor, scores: Tensor, counts: Tensor) -> Tensor:
+    def _losses(self, logits: Tensor, scores: Tensor, counts: Tensor, alike: int | None) -> Tensor:
         """This rank's share of aux E sum_i f_i P_i + z mean(logsumexp^2): f and the means are of the global batch."""
-        routing, tokens = self.routing, logits.shape[0] * logits.shape[1] * self.spread.parts
+        routing, share = self.routing, self._share_on_average(scores, alike)
+        tokens = float(len(logits) * share * self.spread.parts)
         loss = routing.z * logits.logsumexp(-1).square().sum() / tokens
         if routing.aux:
-            share = self.share
-            if share is None:
+            chosen = self.share
+            if chosen is None:
                 assert self.spread.forwards == 1, "the load of the other micro-batches is needed: see count_ahead"
-                share = _share(_over_ranks(counts, self.spread))
+                chosen = _share(_over_ranks(counts, self.spread))
             probability = scores / scores.sum(-1, keepdim=True) if routing.score == "sigmoid" else scores
-            loss = loss + routing.aux * routing.experts * (probability.sum((0, 1)) / tokens) @ share.to(scores.dtype)
+            loss = loss + routing.aux * routing.experts * (probability.sum((0, 1)) / tokens) @ chosen.to(scores.dtype)
         if not _again():
             self.loss = self.loss + loss.detach()
         return loss

@@ -69,11 +69,14 @@ ROUTING = (
     replace(TOP_K, use=_fewer_choices),
     Rule("top k: softmax", "--top-k {top_k}", lambda r: r.top_k > 1 or r.score != "topk-softmax",
          "the softmax over one chosen expert is always 1, and the router would learn nothing",
-         lambda r: "--score softmax-topk"),
+         lambda r: "--score softmax-topk",
+         peer="Megatron-LM, TransformerConfig.__post_init__: use --moe-router-pre-softmax when topk is 1"),
     Rule("groups: equal", "--groups {groups}", lambda r: r.experts % r.groups == 0,
-         "must divide --experts {experts}, so that groups are equal", _fewer_groups),
+         "must divide --experts {experts}, so that groups are equal", _fewer_groups,
+         peer="Megatron-LM, TransformerConfig: num_moe_experts should be divisible by moe_router_num_groups"),
     Rule("top groups", "--top-groups {top_groups}", _enough_groups,
-         "at most the {groups} groups, and with --top-k {top_k} experts in them", lambda r: f"--top-groups {r.groups}"),
+         "at most the {groups} groups, and with --top-k {top_k} experts in them", lambda r: f"--top-groups {r.groups}",
+         peer="Megatron-LM, TransformerConfig: moe_router_group_topk must not exceed moe_router_num_groups"),
 )  # fmt: skip
 MIXTURE = (at_least("feed-forward", 0, 0), at_least("shared", 0, 0))
 OF_MODEL = ("experts", "top_k", "score", "weight_scale", "groups", "top_groups")  # the rest is how it is trained
@@ -211,6 +214,16 @@ def choose(scores: Tensor, routing: Routing) -> Tensor:
     return first_of_the_largest(scores, routing.top_k)
 
 
+def chosen_of(experts: Tensor, scores: Tensor) -> Tensor:
+    """Whether a token chose an expert, bool (B, S, E), from the k that it chose."""
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, experts, True)
+
+
+def by_score(scores: Tensor) -> Tensor:
+    """How many tokens of a sample have a higher score of an expert, or as high a one before: (B, S, E) to the same."""
+    return scores.argsort(dim=1, descending=True, stable=True).argsort(1)
+
+
 def keep(experts: Tensor, scores: Tensor, routing: Routing) -> Tensor:
     """Which choices are within their expert's capacity, bool (B, S, k); the others are dropped.
 
@@ -218,10 +231,6 @@ def keep(experts: Tensor, scores: Tensor, routing: Routing) -> Tensor:
         experts: (B, S, k).
         scores: (B, S, E).
     """
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, experts, True)
-    if routing.drop == "position":
-        before = chosen.cumsum(1) - 1
-    else:
-        best_first = scores.masked_fill(~chosen, -math.inf).argsort(dim=1, descending=True, stable=True)
-        before = best_first.argsort(1)
+    chosen = chosen_of(experts, scores)
+    before = chosen.cumsum(1) - 1 if routing.drop == "position" else by_score(scores.masked_fill(~chosen, -math.inf))
     return (before < routing.expert_capacity(scores.shape[1])).gather(-1, experts)

@@ -46,16 +46,19 @@ DUALPIPE = (
     Rule(
         "dualpipe: ranks", "--nproc_per_node {pp} ranks", lambda case: case.schedule != "dualpipe" or case.pp % 2 == 0,
         DUALPIPE_RANKS, lambda case: "--nproc_per_node 4", "2412.19437, section 3.2.1",
+        peer="DeepSeek's DualPipe, DualPipe.step: num_ranks % 2 == 0",
     ),
     Rule(
         "dualpipe: microbatches", "--microbatches {microbatches} microbatches",
         lambda case: case.schedule != "dualpipe" or (case.microbatches % 2 == 0 and case.microbatches >= 2 * case.pp),
         DUALPIPE_MICROBATCHES, _enough_microbatches, "2412.19437, section 3.2.1",
+        peer="DeepSeek's DualPipe, DualPipe.step: num_chunks % 2 == 0 and num_chunks >= num_ranks * 2",
     ),
     Rule(
         "dualpipev: microbatches", "--microbatches {microbatches} microbatches",
         lambda case: case.schedule != "dualpipev" or case.microbatches >= 2 * case.pp,
         DUALPIPEV_MICROBATCHES, _enough_microbatches, "2412.19437, section 3.2.1",
+        peer="torch, ScheduleDualPipeV: at least as many microbatches as stages",
     ),
 )  # fmt: skip
 

@@ -48,6 +48,9 @@ class FullSequence(SequenceAttention):
     ranks = multiple = 1
 
     def positions(self, sequence: int) -> Tensor:
+        return self.positions_of(0, sequence)
+
+    def positions_of(self, _: int, sequence: int) -> Tensor:
         return torch.arange(sequence)
 
     def __call__(
@@ -73,6 +76,12 @@ class OverlappedUlysses(SequenceAttention):
     def positions(self, sequence: int) -> Tensor:
         check_length(sequence, self.multiple)
         return self.inner.positions(sequence).chunk(self.axis.size)[self.axis.index]
+
+    def positions_of(self, rank: int, sequence: int) -> Tensor:
+        """Those of a rank of the whole axis, of which the ranks of `self.axis` are neighbours."""
+        check_length(sequence, self.multiple)
+        group, index = divmod(rank, self.axis.size)
+        return self.inner.positions_of(group, sequence).chunk(self.axis.size)[index]
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None

@@ -38,6 +38,7 @@ SP_RANKS = Rule(
     "sequence parallelism shards what tensor parallelism replicates, and needs its ranks",
     several_ranks,
     "2205.05198, 4.2.2",
+    peer="Megatron-LM, ModelParallelConfig: cannot use sequence parallelism without tensor parallelism",
 )
 CP_ATTENTION = Rule(
     "cp: attention",
@@ -46,6 +47,7 @@ CP_ATTENTION = Rule(
     NEEDS_SDPA,
     lambda case: "--attention sdpa --dropout 0",
     "lecture 06",
+    peer="Megatron-LM, DotProductAttention: context parallelism is only supported by TEDotProductAttention",
 )
 CP_ULYSSES = Rule(
     "cp: ulysses",
@@ -54,6 +56,7 @@ CP_ULYSSES = Rule(
     "the {cp} ranks are a ring of groups of so many",
     lambda case: f"--ulysses one of {degrees(case)}",
     "2309.14509; 2310.01889",
+    peer="Megatron-LM, validate_args: context_parallel_size == prod(hierarchical_context_parallel_sizes)",
 )
 CP_HEADS = Rule(
     "cp: heads",
@@ -61,6 +64,7 @@ CP_HEADS = Rule(
     lambda case: min(case.heads, case.hidden) >= 1 and case.heads % case.ulysses == 0 and case.hidden % case.heads == 0,
     "heads must divide --hidden and be a multiple of the {ulysses} ranks over which they are sharded",
     source="2309.14509, section 3.1",
+    peer="DeepSpeed, UlyssesSPAttentionHF: attention head count is not divisible by SP size",
 )
 CP_SEQUENCE = Rule(
     "cp: sequence",
@@ -68,6 +72,7 @@ CP_SEQUENCE = Rule(
     lambda case: case.sequence >= 1 and case.sequence % sequence_multiple(case) == 0,
     "the sequence is sharded and must be a multiple of {sequence_multiple}",
     source="2310.01889; 2407.21783, 3.3.2",
+    peer="Megatron-LM, validate_args: seq_length % (context_parallel_size * 2)",
 )
 SP_FEED_FORWARD = replace(
     TP_FEED_FORWARD,

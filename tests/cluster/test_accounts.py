@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -135,6 +136,17 @@ CASES |= {
     ),
     "latent zero-3 pp": (LATENT, Layout(pp=2, dp=2, zero=3, microbatches=4, schedule="gpipe", reduce="step")),
 }
+MIXED = {"experts": 8, "top_k": 2, "expert_feed_forward": 16}
+CASES |= {
+    "experts tp": (MIXED, Layout(tp=4, ep=4, microbatch=2)),
+    "experts tp pp": (SMALL_LLAMA | MIXED, Layout(tp=2, dp=2, pp=2, ep=4, schedule="zb-h1", microbatches=4)),
+    "latent experts sp": (
+        LATENT
+        | MIXED
+        | {"score": "sigmoid", "shared_feed_forward": 24, "dense_layers": 1, "groups": 4, "top_groups": 2},
+        Layout(tp=2, sp=True, dp=2, ep=2, etp=2, recompute="full"),
+    ),
+}
 SPLIT = ("chunked loss, sp zb-h1", "llama sp zb-v")  # a few numbers a token are left when a dgrad begins
 
 EXPERTS = 8
@@ -263,7 +275,32 @@ PRETENDED = (
     "zb-v",
     "ring",
     "hybrid sp, full",
+    "experts tp pp",
+    "latent experts sp",
 )
+UNEVEN = [  # shares of 5, 5, 4 and 4 tokens; rows that cannot be dealt out equally
+    (GPTConfig(**SMALL | MIXED | {"sequence": 18}), Layout(tp=4, ep=4, microbatch=2), FLOAT64),
+    (GPTConfig(**SMALL | MIXED | {"sequence": 14}), Layout(tp=2, cp=2, ep=2, etp=2, placement="contiguous"), BF16),
+]
+
+
+def as_they_choose(cases: list[tuple[GPTConfig, Layout, Precision]]) -> list[tuple[int, Account]]:
+    with patch.object(dry_run, "route_evenly", lambda worker: None):
+        return accounts(cases)
+
+
+def test_a_dry_run_of_a_mixture_equals_real_ranks(pool: Pool) -> None:
+    """Whose tokens are dealt out, in everything; of others in all that does not hang on their choice."""
+    dealt, chosen = pool.run(4, accounts, UNEVEN), pool.run(4, as_they_choose, UNEVEN)
+    for i, (config, layout, precision) in enumerate(UNEVEN):
+        for rank in range(layout.ranks):
+            found = account(config, layout, rank, precision)
+            assert found == dealt[rank][i][1], (layout, rank)
+            real = chosen[rank][i][1]
+            assert found.held | {"activations": 0} == real.held | {"activations": 0}, (layout, rank)
+            free = found.bytes.keys() - {"ep", "etp"}
+            assert {axis: found.bytes[axis] for axis in free} == {axis: real.bytes[axis] for axis in free}
+        assert any(dealt[rank][i][1] != chosen[rank][i][1] for rank in range(4)), "or it was even by chance"
 
 
 def test_a_dry_run_equals_real_ranks(measured: Measured) -> None:

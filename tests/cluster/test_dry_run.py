@@ -5,16 +5,18 @@ from dataclasses import replace
 
 import pytest
 
-from cluster import rules
-from cluster.dry_run import NEAR, SHOWN, Account, account, check_built, compared, index_on_axes, refuse
+from cluster import dry_run, rules
+from cluster.dry_run import NEAR, Account, account, check_built, compared, index_on_axes
+from cluster.evidence.dry_run import SHOWN
 from cluster.planner import models
 from cluster.planner.layout import Layout
-from cluster.run import build
+from cluster.run import build, worker
 from core import comm
 from core.model.gpt import GPTConfig
 from core.model.linear import Deferred
 from core.model.precision import POLICIES
 from core.proof.memory import SavedActivations
+from expert_parallel.engine.router import Spread
 from pipeline.stages import Copies
 from tests.pool import Pool
 from zero.engine.engine import Engine, data_parallel
@@ -101,7 +103,6 @@ def test_lesson(pool: Pool) -> None:
 
 
 REFUSED = {
-    "a model without experts": ("--experts", "4", "--top-k", "2"),
     "use --rank 1023": ("--rank", "1024"),
     "heads 96": ("--tp", "64"),
     "must be a multiple of 128 ranks": ("--tp", "8", "--batch", "7"),
@@ -116,7 +117,50 @@ def test_refusals(pool: Pool) -> None:
         assert "Traceback" not in outcome.err
 
 
-def test_experts_are_refused_from_within() -> None:
-    with pytest.raises(ValueError, match="depends on its numbers"):
-        refuse(True, Layout(), 0)
-    refuse(False, Layout(), 0)
+# ---- Mixtures of experts ---------------------------------------------------------------------------------------------
+
+MIXTURE = replace(MUTATED, experts=8, top_k=2, expert_feed_forward=32, shared_feed_forward=32, biases=False, norm="rms",
+                  learned_positions=False, gated=True, tied=False)  # fmt: skip
+LAYOUT_OF_EXPERTS = Layout(tp=2, dp=4, pp=2, ep=4, microbatches=4)
+EP, TP, ACTIVATIONS = ("sent in a step", "ep"), ("sent in a step", "tp"), ("held", "activations")
+
+
+def nobody_shares(axes: tuple, holders: object, forwards: int, alike: object) -> Spread:
+    return Spread(axes[:2], holders, forwards)
+
+
+MUTATIONS_OF_EXPERTS: dict[str, tuple[object, str, Callable | object, set[tuple[str, str]]]] = {
+    "experts' parameters are forgotten": (
+        dry_run, "held", lambda worker: worker.dense_engine.memory_bytes(),
+        {("held", "weights"), ("held", "gradients"), ("held", "optimizer")},
+    ),
+    "every rank of tp sends all tokens": (build, "Spread", nobody_shares, {EP, TP, ACTIVATIONS}),
+    "routers' gradients are not summed over tp": (worker, "parameters_of_shares", lambda model: [], {TP}),
+}  # fmt: skip
+
+
+def test_a_mixture_is_as_planned_before_a_bug_is_put_in() -> None:
+    rules.check(LAYOUT_OF_EXPERTS, MIXTURE)
+    for rank in (0, 15):
+        assert differences(MIXTURE, LAYOUT_OF_EXPERTS, rank, account(MIXTURE, LAYOUT_OF_EXPERTS, rank, BF16)) == {}
+
+
+@pytest.mark.parametrize("name", MUTATIONS_OF_EXPERTS)
+def test_a_bug_of_a_mixture_shows(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    owner, what, change, shown = MUTATIONS_OF_EXPERTS[name]
+    monkeypatch.setattr(owner, what, change)
+    found = differences(MIXTURE, LAYOUT_OF_EXPERTS, 0, account(MIXTURE, LAYOUT_OF_EXPERTS, 0, BF16))
+    assert found.keys() >= shown, found
+
+
+PUBLISHED = {
+    "mixtral-8x7b": (Layout(tp=2, ep=8, dp=16, pp=16, zero=1, microbatches=2), 511),
+    "deepseek-v3": (Layout(ep=64, dp=64, pp=16, zero=1, microbatches=2), 1023),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_mixture_is_as_planned(name: str) -> None:
+    model, (layout, rank) = models.PRESETS[name], PUBLISHED[name]
+    rules.check(layout, model)
+    assert differences(model, layout, rank, account(model, layout, rank, BF16)) == {}

@@ -22,14 +22,19 @@ from cluster.planner.layout import FOLDED, Layout, add_flags
 from cluster.planner.layout import given as decided
 from cluster.planner.models import PRESETS
 from cluster.planner.options import case_of, parser
-from cluster.planner.rulebook import RULES, Case, broken, keeps_all
+from cluster.planner.rulebook import REFUSING, RULES, Case, broken, keeps_all
 from cluster.planner.search import legal
 from cluster.rules import check, explain, nearest
+from cluster.run import arguments as run_arguments
+from cluster.run import data as run_data
+from cluster.run.recipe import RECIPE
 from core.mesh import axis_sizes
 from core.model.config import ModelConfig
 from core.proof import rulebook
+from core.proof.arguments import TRAINING
 from core.proof.lesson import Lesson
 from core.proof.rules import Rule
+from expert_parallel.engine.routing import ROUTING, Routing
 from pipeline.schedules import SCHEDULES
 from sequence_parallel.engine.ulysses import CP_KINDS
 from sequence_parallel.evidence.rules import check_context, check_sequence_parallel
@@ -214,8 +219,37 @@ BROKEN = {
     "dualpipe: microbatches": Layout(pp=4, schedule="dualpipe", microbatches=7),
     "dualpipev: microbatches": Layout(pp=4, v=2, schedule="dualpipev", microbatches=7),
     "experts: ranks": Layout(dp=4, ep=8),
-    "experts: ep": Layout(dp=3, ep=3), "experts: etp": Layout(dp=3, etp=3), "experts: sp": Layout(tp=2, dp=2, ep=2),
+    "experts: ep": Layout(dp=3, ep=3), "experts: etp": Layout(dp=3, etp=3),
 }  # fmt: skip
+
+
+PEERS = ("Megatron-LM, ", "torchtitan, ", "torch, ", "torch.", "DeepSpeed, ", "DeepSeek's DualPipe, ", "transformers, ")
+
+
+def looks_at(rule: Rule) -> set[str]:
+    """The sizes and choices of a run that decide on it."""
+    every = vars(Case(Layout(), GPT).sizes).keys() | vars(Routing()).keys() | {
+        action.dest for action in train_flags()._actions
+    }  # fmt: skip
+    return every & set(rule.holds.__code__.co_names)
+
+
+def train_flags() -> argparse.ArgumentParser:
+    frame = Lesson("cluster/train.py", "02", "", "", "")
+    run_arguments.add_all_flags(frame)
+    return frame.parser
+
+
+def test_what_is_refused_together_a_peer_refuses_too_or_it_cannot_be() -> None:
+    """Bug: a combination is refused that is only not built."""
+    of_a_run = (*run_arguments.RULES, *RECIPE, *run_data.RULES, *TRAINING, *ROUTING)
+    combined = {*REFUSING, *(rule for rule in of_a_run if len(looks_at(rule)) > 1)}
+    values = {"min-lr", "init"}  # a value's bounds, and whether a file is there
+    without = {rule.name for rule in combined if not rule.peer.startswith((*PEERS, "cannot be: "))}
+    assert without - values - {"experts: dualpipe"} == set()
+    assert {"pack", "world", "tokens and data", "top k: softmax"} <= {rule.name for rule in combined}
+    silent = replace(BY_NAME["tp: heads"], peer="")
+    assert not silent.peer.startswith((*PEERS, "cannot be: "))
 
 
 @pytest.mark.parametrize("name", BROKEN)

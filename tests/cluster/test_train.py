@@ -59,6 +59,7 @@ def parsed(*flags: str) -> Namespace:
         (4, ("--tp", "2", "--pp", "2", "--eos", "101", "--pack", "--loss-chunk", "20", "--vocabulary", "300")),
         (4, ("--cp", "4", "--ulysses", "2", "--eos", "101", "--pack", "--heads", "8", "--model", "llama")),
         (4, ("--cp", "4", "--cp-kind", "all-gather", "--eos", "101", "--pack", "--model", "llama", "--kv-heads", "1")),
+        (4, ("--tp", "2", "--no-sp", "--cp", "2", "--experts", "4", "--ep", "4", "--capacity", "0.8", "--zero", "1")),
         (1, ()),
     ],
 )
@@ -79,7 +80,6 @@ REFUSED = {
     "batch": (("--batch", "9", "--dp", "8"), "--batch"),
     "schedule": (("--pp", "2", "--schedule", "interleaved", "--chunks", "3"), "--layers"),
     "experts": (("--experts", "6", "--ep", "4"), "--ep"),
-    "capacity with cp": (("--experts", "4", "--cp", "2", "--capacity", "1"), "--capacity"),
     "warm-up": (("--warmup", "-1"), "--warmup"),
     "keep": (("--keep", "0"), "--keep"),
     "save": (("--save", "/proc/none"), "--save /proc/none: nothing can be written there: No such file"),

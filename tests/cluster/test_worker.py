@@ -94,6 +94,12 @@ LAYOUTS = [  # on 4 ranks where that is enough
     L(pp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, zero=3, recompute="selective"),
     L(tp=2, cp=2, pp=2, microbatches=4, schedule="zb-h1", sp=True, zero=3, recompute="full"),
     L(dp=4, ep=2, moe=True, zero=3, microbatches=2),
+    # Experts beside tp without sp.
+    L(tp=4, ep=4, moe=True),
+    L(tp=2, dp=2, ep=2, etp=2, moe=True, zero=1, microbatches=2),
+    L(tp=2, cp=2, ep=4, moe=True, zero=2, recompute="full"),
+    L(tp=2, dp=2, ep=2, moe=True, zero=3, microbatches=2, loss_chunk=5),
+    L(tp=2, pp=2, dp=2, ep=4, moe=True, zero=3, microbatches=4, schedule="zb-v", v=2),
     L(tp=2, dp=2, ep=2, sp=True, moe=True, zero=3, reshard="step", reduce="step", microbatches=2),
     L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=3),
     L(pp=2, dp=2, ep=2, moe=True, microbatches=4, schedule="zb-h1", zero=3),

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import tests.layouts
+from cluster.run import build
 from core import comm
 from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig
 from core.shards import Shard
-from expert_parallel.engine import experts, layers, router
+from expert_parallel.engine import capacity, experts, layers, router, shares
+from expert_parallel.engine.capacity import Holders
 from expert_parallel.engine.layers import Exchange
 from expert_parallel.engine.moe import unpermute
 from expert_parallel.engine.router import Router, Spread
@@ -115,9 +117,9 @@ def routers_losses_scaled_by_micro_batches() -> AbstractContextManager:
 def load_of_this_micro_batch_alone() -> AbstractContextManager:
     right = Router._losses
 
-    def wrong(self: Router, logits: Tensor, scores: Tensor, counts: Tensor) -> Tensor:
+    def wrong(self: Router, logits: Tensor, scores: Tensor, counts: Tensor, alike: int | None) -> Tensor:
         self.share = counts.double() / counts.sum()
-        return right(self, logits, scores, counts)
+        return right(self, logits, scores, counts, alike)
 
     return patch.object(Router, "_losses", wrong)
 
@@ -203,14 +205,49 @@ def second_bias_counted_twice_in_the_norm() -> AbstractContextManager:
 def dropped_by_what_this_rank_has() -> AbstractContextManager:
     right = Router.decide
 
-    def wrong(self: Router, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        self.spread = replace(self.spread, sequence=None)
-        return right(self, scores)
+    def wrong(self: Router, scores: Tensor, alike: int | None) -> tuple[Tensor, Tensor | None]:
+        self.spread = replace(self.spread, holders=None)
+        return right(self, scores, alike)
 
     return patch.object(Router, "decide", wrong)
 
 
+def runs_of_a_zigzag_taken_for_one() -> AbstractContextManager:
+    """As if a rank's tokens were neighbours."""
+    return patch.object(capacity, "runs", lambda positions: [(int(positions[0]), len(positions))])
+
+
+def runs_in_the_order_of_the_ranks() -> AbstractContextManager:
+    right = build.positions_of_ranks
+
+    def wrong(*sizes: Any) -> list[Tensor]:
+        every = right(*sizes)
+        return list(torch.arange(sum(map(len, every))).split([*map(len, every)]))
+
+    return patch.object(build, "positions_of_ranks", wrong)
+
+
+def routers_of_shares_not_summed_over_tp() -> AbstractContextManager:
+    return patch.object(layers, "parameters_of_shares", lambda model: [])
+
+
+def tokens_of_all_ranks_of_tp_sent() -> AbstractContextManager:
+    right = build.Spread
+
+    def wrong(axes: tuple, holders: Holders, forwards: int, alike: Axis | None) -> Spread:
+        return right(axes[:2], holders, forwards)
+
+    return patch.object(build, "Spread", wrong)
+
+
+def shares_of_results_not_joined_in_order() -> AbstractContextManager:
+    right = shares._joined
+    return patch.object(shares, "_joined", lambda x, axis, tokens: right(x, axis, tokens).flip(1))
+
+
 CAPACITY = replace(SEQUENCE, moe=MoEConfig(Routing(4, 2, capacity=0.5)))
+SHARES = replace(SEQUENCE, sequence=False, length=7)
+ZIGZAG = Layout(cp=2, dp=2, ep=4, samples=2, moe=MoEConfig(Routing(4, 2, capacity=0.5)))
 SEEN: dict[Bug, Layout] = {
     scaled_by_ep: REPLICAS,
     replicas_of_experts_not_summed: REPLICAS,
@@ -235,6 +272,11 @@ SEEN: dict[Bug, Layout] = {
     replicas_counted_twice_in_the_norm: REPLICAS,
     second_bias_counted_twice_in_the_norm: FEATURES,
     dropped_by_what_this_rank_has: CAPACITY,
+    runs_of_a_zigzag_taken_for_one: ZIGZAG,
+    runs_in_the_order_of_the_ranks: ZIGZAG,
+    routers_of_shares_not_summed_over_tp: SHARES,
+    tokens_of_all_ranks_of_tp_sent: SHARES,
+    shares_of_results_not_joined_in_order: SHARES,
 }
 
 
@@ -253,7 +295,7 @@ class Buggy:
         return self.pool.run(ranks, with_bug, self.bug, function, *args)
 
 
-@pytest.mark.parametrize("layout", [REPLICAS, SEQUENCE, FEATURES, MICRO, CAPACITY], ids=range(5))
+@pytest.mark.parametrize("layout", [REPLICAS, SEQUENCE, FEATURES, MICRO, CAPACITY, SHARES, ZIGZAG], ids=range(7))
 def test_without_a_bug_all_are_equal(pool: Pool, layout: Layout) -> None:
     equals_one_process(pool, CONFIG, layout)
 

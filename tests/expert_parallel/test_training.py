@@ -45,6 +45,11 @@ LAYOUTS = {
     "recomputed": Layout(dp=2, ep=2, recompute="full"),
     "ep over a sharded sequence": Layout(cp=2, dp=2, ep=4),
     "pipeline x tp x cp": Layout(tp=2, cp=2, ep=2, pp=2, microbatches=2, sequence=True),
+    "tp without sp": Layout(tp=2, dp=2, ep=4),
+    "etp x ep x edp, without sp": Layout(dp=4, tp=2, etp=2, ep=2),
+    "shares of 2, 2, 1 and 1 tokens": Layout(tp=4, ep=2, etp=2, length=6, recompute="full"),
+    "more ranks than tokens": Layout(tp=4, ep=4, length=3),
+    "zero bubble x tp x cp, without sp": Layout(tp=2, cp=2, ep=4, pp=2, microbatches=2, schedule="zb-h1"),
 }
 
 
@@ -58,16 +63,25 @@ EXTREMES = {
     ),
     "all-gather": Layout(dp=4, ep=4, bias=ONE_RANK, dispatch="all-gather"),
     "etp": Layout(dp=4, ep=2, etp=2, bias=ONE_RANK),
-    "capacity where samples are sharded": Layout(
-        tp=2, ep=2, sequence=True, moe=MoEConfig(Routing(8, 2, "sigmoid", capacity=0.5, drop="probability"))
-    ),
+}
+BY_SCORE = MoEConfig(Routing(8, 2, "sigmoid", aux=0.01, capacity=0.5, drop="probability"), shared=12)
+BY_POSITION = MoEConfig(Routing(8, 2, capacity=0.5, aux=0.01, z=0.01))
+EXTREMES |= {
+    "capacity: sp": Layout(tp=2, ep=2, sequence=True, moe=BY_SCORE),
+    "capacity: tp, shares of 2, 2, 1 and 1 tokens": Layout(tp=4, ep=4, length=6, moe=BY_SCORE),
+    "capacity: zigzag": Layout(cp=2, dp=2, ep=4, length=12, moe=BY_POSITION),
+    "capacity: in order": Layout(cp=4, ep=2, zigzag=False, length=12, moe=BY_SCORE),
+    "capacity: ulysses and zigzag": Layout(cp=4, ulysses=2, ep=2, length=16, moe=BY_POSITION),
+    "capacity: sp x cp": Layout(tp=2, cp=4, sequence=True, ep=2, length=16, moe=BY_SCORE),
+    "capacity: tp x cp, shares of 3 and 2 of two runs": Layout(tp=4, cp=2, ep=4, length=20, moe=BY_POSITION),
 }
 
 
 @pytest.mark.parametrize("layout", EXTREMES.values(), ids=EXTREMES)
 def test_extremes(pool: Pool, layout: Layout) -> None:
     """No hang, and nothing is lost."""
-    equals_one_process(pool, CONFIG, replace(layout, moe=layout.moe or MoEConfig(Routing(8, 2, "sigmoid", aux=0.01))))
+    moe = layout.moe or MoEConfig(Routing(8, 2, "sigmoid", aux=0.01))
+    equals_one_process(pool, replace(CONFIG, sequence=max(8, layout.length)), replace(layout, moe=moe))
 
 
 def test_a_stage_without_experts(pool: Pool) -> None:
