@@ -13,6 +13,7 @@ from math import lcm
 
 from cluster.planner.counting import (
     attention_matrices,
+    core_again,
     expert_matrices,
     keys_and_values,
     layer_matrices,
@@ -25,11 +26,6 @@ from core.model.config import ModelConfig
 from pipeline.schedules import build
 
 FORGETTING = ("pointwise", "operators")  # what norms and the MLP's nonlinearity make
-
-
-def core_again(model: ModelConfig, kind: str) -> bool:
-    """Whether this recomputation computes attention's core twice."""
-    return kind in ("selective", "full") or (kind == "operators" and model.attention == "softmax")
 
 
 def norm_saved(model: ModelConfig, w: int) -> int:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from cluster.planner.layout import Layout
 from core.model.config import ModelConfig
 from pipeline.stages import layers_in
-from sequence_parallel.engine.recompute import is_recomputed
 
 
 def layers_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
@@ -20,9 +19,9 @@ def recomputed_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, 
     """Of `layers_of` those that are recomputed, in whichever way."""
     if layout.recompute_every == 1:
         return layers_of(model, layout, stage)
-    here = layers_in(model.layers, layout.stages, stage)
-    again = [i >= model.layers - model.moe_layers for i in here if is_recomputed(i, layout.recompute_every)]
-    return again.count(False), again.count(True)
+    here, k = layers_in(model.layers, layout.stages, stage), layout.recompute_every
+    first_moe = min(max(model.layers - model.moe_layers, here.start), here.stop)
+    return first_moe // k - here.start // k, here.stop // k - first_moe // k
 
 
 def sum_of_layers(model: ModelConfig, layout: Layout, stage: int, of_layer: Callable[[Layout, bool], float]) -> float:

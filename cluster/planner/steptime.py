@@ -14,8 +14,8 @@ from math import ceil
 from typing import NamedTuple
 
 from cluster.links.messages import ITEM, all_to_all, between_stages, context, data_parallel, ring
-from cluster.planner.activations import core_again, filling, layer_saved
-from cluster.planner.counting import attention_flops, expert_matrices, layer_matrices, vocabulary_shard
+from cluster.planner.activations import filling, layer_saved
+from cluster.planner.counting import attention_flops, core_again, expert_matrices, layer_matrices, vocabulary_shard
 from cluster.planner.hardware import Machine, Software
 from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.memory import parameters
@@ -123,8 +123,8 @@ def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine,
     elif layout.recompute != "none":
         lacks = 1 - layer_saved(model, layout, moe, ITEM) / saved  # what is made again
         dgrad = add(dgrad, {"memory": lacks * memory})
-        if core_again(model, layout.recompute):
-            dgrad = add(dgrad, {"matrix products": flop.attention / speed, "cp": cp})
+        if core := core_again(model, layout.recompute):
+            dgrad = add(dgrad, {"matrix products": core * flop.attention / speed, "cp": cp})
     return Microbatch(forward, dgrad, wgrad)
 
 
