@@ -22,7 +22,7 @@ from tabulate import tabulate
 from cluster.planner.command import commands, folder_of, lacking, write_config
 from cluster.planner.counting import model_parameters, step_flops
 from cluster.planner.hardware import Machine, Software
-from cluster.planner.layout import given
+from cluster.planner.layout import Layout, given
 from cluster.planner.options import machine_of, model_of, parser
 from cluster.planner.plans import Plan, plans, something_that_fits
 from cluster.planner.stages import layers_by_rank
@@ -54,6 +54,11 @@ COLUMNS = ("tp", "cp", "ulysses", "ep", "pp", "v", "dp", "zero", "mb", "m", "sch
 FORMATS = ("",) * 12 + (".3g", ".4g", ".3f", ".3f")
 
 
+def recomputed(layout: Layout) -> str:
+    every = layout.recompute_every
+    return layout.recompute if every == 1 else f"{layout.recompute} 1/{every}"
+
+
 def table(model: ModelConfig, machine: Machine, best: Iterable[Plan]) -> str:
     rows = []
     for plan in best:
@@ -61,11 +66,11 @@ def table(model: ModelConfig, machine: Machine, best: Iterable[Plan]) -> str:
         schedule = x.schedule if x.pp > 1 else ""
         layout = (x.tp, x.cp, x.ulysses, x.ep, x.pp, x.v, x.dp, x.zero, x.microbatch, x.microbatches, schedule)
         mfu, bubble = rate(model, plan) / machine.peak, plan.step.parts["bubble"] / seconds
-        rows.append((*layout, x.recompute, plan.memory.total / 1e9, seconds, mfu, bubble, plan.step.bound_by))
+        rows.append((*layout, recomputed(x), plan.memory.total / 1e9, seconds, mfu, bubble, plan.step.bound_by))
     return tabulate(rows, COLUMNS, floatfmt=FORMATS)
 
 
-CHOICES = ("tp", "cp", "ulysses", "ep", "pp", "schedule", "v", "zero", "recompute", "microbatch")
+CHOICES = ("tp", "cp", "ulysses", "ep", "pp", "schedule", "v", "zero", "recompute", "recompute_every", "microbatch")
 
 
 def why(model: ModelConfig, machine: Machine, found: list[Plan]) -> list[str]:

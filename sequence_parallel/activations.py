@@ -5,10 +5,11 @@
 The bytes that one layer keeps for backward, in bfloat16, by the paper's table 2, with tensor parallelism, sequence
 parallelism, and recomputation; counted as autograd saves them. Selective recomputation forgets what attention makes
 between Q, K, V and its output, which is large (5as/h of 34 + 5as/h) and cheap to compute again. Full recomputation
-forgets all of a layer but its input. Neither changes anything: with it a model trains as one process does, dropout
-included, and the gradients of a layer are the same to the last bit.
+forgets all of a layer but its input. Between the two are policies by operator: what is pointwise, norms and GELU or
+SwiGLU (12 of the 34), costs no matrix product. None changes anything: with it a model trains as one process does,
+dropout included, and the gradients of a layer are the same to the last bit.
 
-read: activations.py:37-90; then engine/recompute.py, engine/layers.py
+read: activations.py:38-98; then engine/recompute.py, engine/layers.py
 
 b samples, s tokens in a sample, h hidden, a heads, t ranks
 """
@@ -48,6 +49,10 @@ def table_2(a: int, s: int, h: int, t: int) -> dict[str, tuple[str, float]]:
         "TP + SP, plain": ("4 + (30 + 5as/h)/t", 4 + (30 + scores) / t),  # saves both gathered inputs
         "TP, selective": ("10 + 24/t", 10 + 24 / t),
         "TP + SP, selective": ("34/t", 34 / t),
+        "TP, pointwise": ("6 + 16/t + 5as/(ht)", 6 + 16 / t + scores / t),  # without norms' outputs 4 and GELU's 8
+        "TP + SP, pointwise": ("(22 + 5as/h)/t", (22 + scores) / t),
+        "TP, operators": ("4 + 16/t", 4 + 16 / t),  # nor masks 2, nor what attention makes
+        "TP + SP, operators": ("20/t", 20 / t),
         "TP, full": ("2", 2),
         "TP + SP, full": ("2/t", 2 / t),
     }
@@ -75,7 +80,10 @@ class Recompute(torch.autograd.Function):
 
 
 def recompute(model: GPT, kind: str) -> GPT:
-    """Let every layer forget: "selective" the attention core, "full" all but the layer's input, "none" nothing."""
+    """Let every layer forget: "selective" the attention core, "full" all but the layer's input, "none" nothing.
+
+    What a product reads of a pointwise function the product saves, not the function: that is for the engine.
+    """
 
     def again(function: Callable[..., Tensor], layer: torch.nn.Module) -> Callable[..., Tensor]:
         return lambda *inputs, **options: Recompute.apply(
@@ -100,14 +108,18 @@ def lesson(run: Run) -> None:
     def parallelize(model: GPT, axis: Axis) -> GPT:
         return recompute(megatron_sp.parallelize(model, axis), kind)
 
-    plain = tensor_version(run, config, axis, parallelize, megatron_sp.token_loss, megatron_sp.sum_replicated_gradients)
-    versions = {"plain": plain, "engine": tensor_engine(run, config, axis, megatron_sp.token_loss, kind)}
+    of_megatron = megatron_sp.token_loss, megatron_sp.sum_replicated_gradients
+    plain = partial(tensor_version, run, config, axis, parallelize, *of_megatron)
+    versions = {"engine": tensor_engine(run, config, axis, megatron_sp.token_loss, kind)}
+    if kind in ("none", "selective", "full"):
+        versions = {"plain": plain()} | versions
     computed = {name: activations.count_computed(version.model) for name, version in versions.items()}
     compare(run, config, axis, versions)
     activations.claim_computed(run, config, computed)
     paper = table_2(config.heads, run.args.sequence, config.hidden, axis.size)
     expected = paper if run.args.model == "gpt" else activations.table_of_llama(config, run.args.batch, axis.size)
     activations.claim_bytes(run, config, axis, expected, megatron_sp.parallelize)
+    activations.claim_flops(run, config, axis)
     activations.claim_same_gradients(run, config, axis)
 
 

@@ -55,6 +55,7 @@ class Layout:
     bias: tuple[float, ...] = ()  # of the routers, at the start
     sequence: bool = False  # Megatron's
     recompute: str = "none"
+    every: int = 1
     freeze: tuple[str, ...] = ()
     samples: int = 4
     microbatches: int = 1
@@ -84,6 +85,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
         microbatches=m,
         microbatch=layout.samples // (layout.dp * m),
         recompute=layout.recompute,
+        recompute_every=layout.every,
     )
     spec = TrainSpec(config, layout.moe, planned, SEED, POLICIES["float64"], CPU, optimizer_of)
     mesh = make_mesh(planned, "cpu", Ledger(), 30.0)

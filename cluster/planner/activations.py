@@ -13,6 +13,7 @@ from math import lcm
 
 from cluster.planner.counting import (
     attention_matrices,
+    core_again,
     expert_matrices,
     keys_and_values,
     layer_matrices,
@@ -20,9 +21,11 @@ from cluster.planner.counting import (
     vocabulary_shard,
 )
 from cluster.planner.layout import Layout
-from cluster.planner.stages import ends_of, sum_of_layers
+from cluster.planner.stages import ends_of, layers_of, recomputed_of, sum_of_layers
 from core.model.config import ModelConfig
 from pipeline.schedules import build
+
+FORGETTING = ("pointwise", "operators")  # what norms and the MLP's nonlinearity make
 
 
 def norm_saved(model: ModelConfig, w: int) -> int:
@@ -30,9 +33,11 @@ def norm_saved(model: ModelConfig, w: int) -> int:
     return (1 if model.norm == "rms" else 2) * max(4, w)
 
 
-def angles_saved(model: ModelConfig, layout: Layout) -> float:
+def angles_saved(model: ModelConfig, layout: Layout, rank: int) -> float:
     """Bytes of the cosines and sines, which the layers of a rank and all its microbatches have in common."""
-    if model.learned_positions or layout.recompute == "full":
+    rotated_again = layout.recompute == "full" or (layout.recompute == "operators" and model.qk_norm)
+    kept = [layers_of(model, layout, s) != recomputed_of(model, layout, s) for s in layout.stages_of(rank)]
+    if model.learned_positions or (rotated_again and not any(kept)):
         return 0.0
     return 4 * model.sequence / layout.cp * model.rotary_dim
 
@@ -45,8 +50,11 @@ def attention_saved(model: ModelConfig, layout: Layout, w: int, kind: str) -> fl
     heads = model.heads / t
     qkv = sum(m.shape(t)[1] for m in attention_matrices(model) if m.sharding == "column")
     groups = model.query_groups * model.kv_copies(t) / t
-    if model.qk_norm:  # before the norms too, and a scale each
+    if model.qk_norm and kind != "operators":  # before the norms too, and a scale each
         qkv += (heads + groups) * (model.head_dim + max(4, w) / w)
+    elif model.qk_norm and layout.ulysses > 1:  # they were sent after the norms
+        qkv += (heads + groups) * model.head_dim
+    kind = "selective" if core_again(model, kind) else "none"
     scores = 0.0
     if kind == "none" and model.attention == "softmax":
         softmax, dropout = w, 1 + w if model.dropout else 0  # of dropout its mask and its result
@@ -62,6 +70,7 @@ def attention_saved(model: ModelConfig, layout: Layout, w: int, kind: str) -> fl
 def latent_saved(model: ModelConfig, layout: Layout, w: int, kind: str) -> float:
     """The same of latent attention: what is compressed, before and after its norms, and what heads make of it."""
     assert model.latent
+    kind = "selective" if core_again(model, kind) else "none"
     t, heads, d, value = layout.tp, model.heads / layout.tp, model.head_dim, model.value_dim
     q_rank, kv_rank, rope = model.latent.q_rank or 0, model.latent.kv_rank, model.latent.rope
     norms = 2 if q_rank else 1
@@ -89,10 +98,12 @@ def latent_saved(model: ModelConfig, layout: Layout, w: int, kind: str) -> float
     return before / layout.sp_ranks + (after + made) * w + scores
 
 
-def mlp_saved(model: ModelConfig, layout: Layout, moe: bool, w: int) -> float:
+def mlp_saved(model: ModelConfig, layout: Layout, moe: bool, w: int, kind: str = "none") -> float:
     """Bytes a token that the MLP saves, or the router and the experts."""
     h, t, etp = model.hidden, layout.tp, layout.etp
     tensors = 4 if model.gated else 2  # of f features each
+    if kind in FORGETTING:  # what the products make
+        tensors //= 2
     if not moe:
         return tensors * model.feed_forward / t * w
     # An expert's ranks have the rows of all of them; their results go back to each of them, to be weighted.
@@ -130,19 +141,19 @@ def layer_saved(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2
     tokens = layout.tokens(model.sequence)
     if kind == "full":
         return tokens * h * w / q  # its input
-    norms = 2 * (2 * h * w + norm_saved(model, w)) / q  # input, output
-    masks = 2 * h / q if model.dropout else 0.0  # a byte an element
+    inputs = 2 * h * w / q  # of the norms
+    outputs = 0.0 if kind in FORGETTING else 2 * (h * w + norm_saved(model, w)) / q
+    masks = 2 * h / q if model.dropout and kind != "operators" else 0.0  # a byte an element
+    inside = attention_saved(model, layout, w, kind) + mlp_saved(model, layout, moe, w, kind)
     router = 4 * model.experts * h if moe and w < 4 else 0  # its weight, in float32
-    return (
-        tokens * (norms + masks + attention_saved(model, layout, w, kind) + mlp_saved(model, layout, moe, w)) + router
-    )
+    return tokens * (inputs + outputs + masks + inside) + router
 
 
 def stage_saved(model: ModelConfig, layout: Layout, stage: int, itemsize: int = 2) -> float:
     """Bytes that a stage saves of one microbatch: its layers, and the ends of the model."""
     h, t, q, w = model.hidden, layout.tp, layout.sp_ranks, itemsize
     tokens = layout.tokens(model.sequence)
-    saved = sum_of_layers(model, layout, stage, lambda moe: layer_saved(model, layout, moe, w))
+    saved = sum_of_layers(model, layout, stage, lambda x, moe: layer_saved(model, x, moe, w))
     lookup = 9 * tokens if t > 1 else 0.0  # of a sharded table: each token's row, and whether it is here
     if stage == 0:
         positions = 8 * model.sequence / layout.cp if model.learned_positions else 0.0
@@ -193,7 +204,7 @@ def layer_kept_for_wgrad(model: ModelConfig, layout: Layout, moe: bool, itemsize
 
 def stage_kept_for_wgrad(model: ModelConfig, layout: Layout, stage: int, itemsize: int = 2) -> float:
     """The same of a stage: its layers, and the head."""
-    kept = sum_of_layers(model, layout, stage, lambda moe: layer_kept_for_wgrad(model, layout, moe, itemsize))
+    kept = sum_of_layers(model, layout, stage, lambda x, moe: layer_kept_for_wgrad(model, x, moe, itemsize))
     if stage == layout.stages - 1:
         of_logits = vocabulary_shard(model, layout.tp) * itemsize
         if layout.chunk_of_loss(model):  # computed again of what is kept of the loss, two numbers, and their gradients
@@ -243,16 +254,18 @@ def filling(schedule: str, pp: int, microbatches: int) -> int:
 def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int = 2) -> float:
     """Bytes of activations that a rank of the pipeline holds when it holds most."""
     if layout.stages == 1:  # without a pipeline a microbatch's backward follows its forward
-        return stage_saved(model, layout, 0, itemsize) + angles_saved(model, layout)
+        return stage_saved(model, layout, 0, itemsize) + angles_saved(model, layout, rank)
     stages = layout.stages_of(rank)
     sizes = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_kept_for_wgrad) for stage in stages]
     last_input = layout.microbatch * model.sequence * model.hidden / layout.sequence_shards * itemsize
+    if layout.recompute in FORGETTING and layout.recompute_every == 1:
+        last_input = 0.0  # its norm is computed again before, and then has it in place of it
     # A mixture begins by freeing what it weighted.
     sizes += [last_input, 0 if model.moe_layers else layout.tokens(model.sequence) * model.hidden * itemsize]
     microbatches = filling(layout.schedule, layout.pp, layout.microbatches)
     peaks = in_flight(layout.schedule, layout.pp, microbatches, layout.v)[rank]
     most = max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)
-    return most + angles_saved(model, layout)
+    return most + angles_saved(model, layout, rank)
 
 
 def transient(model: ModelConfig, layout: Layout, rank: int, itemsize: int) -> float:

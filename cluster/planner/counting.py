@@ -147,6 +147,39 @@ def layer_flops(model: ModelConfig, moe: bool) -> int:
     return 2 * sum(matrix.inputs * matrix.outputs for matrix in matrices) + attention_flops(model)
 
 
+def flops_again(model: ModelConfig, layout: Layout, moe: bool) -> float:
+    """FLOP of matrix products that a rank computes twice of one layer and microbatch, attention's core among them.
+
+    Under full recomputation all; but the second forward ends before the last product where nothing after it is saved:
+    no dropout's mask, nothing of tp without sp. (Of a backward that is not split, whose products save after.)
+    """
+    tokens, t = layout.tokens(model.sequence), layout.tp
+    flops = core_again(model, layout.recompute) * tokens * attention_flops(model) / t
+    if layout.recompute != "full":
+        return flops
+    matrices = layer_matrices(model, moe)
+    if not (moe or model.dropout or (t > 1 and not layout.sp)):
+        matrices = matrices[:-1]
+    rows = tokens / layout.sp_ranks * layout.etp * model.top_k
+    flops += sum(2 * rows * prod(matrix.shape(layout.etp)) for matrix in expert_matrices(model)) if moe else 0.0
+    return flops + sum(
+        2 * tokens / (layout.sp_ranks if matrix.sharding == "replicate" else 1) * prod(matrix.shape(t))
+        for matrix in matrices
+    )
+
+
+def core_again(model: ModelConfig, kind: str) -> float:
+    """The share of attention's FLOP that this recomputation computes again.
+
+    Of the two products of an attention that makes the matrix of scores QK^T only: backward reads what the second reads.
+    """
+    if kind == "full":
+        return 1.0
+    if model.attention == "softmax":
+        return model.query_size / (model.query_size + model.value_size) if kind in ("selective", "operators") else 0.0
+    return float(kind == "selective")
+
+
 def step_flops(model: ModelConfig, batch: int, forwards: int = 1) -> int:
     """Of a step, matrix products only (2104.04473, equation 3): backward twice a forward, and `forwards` of it.
 

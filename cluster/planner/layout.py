@@ -42,6 +42,7 @@ class Layout:
     reshard: str = "forward"  # of ZeRO-3: after what weights are freed
     loss_chunk: int = 0  # tokens whose logits are made at a time; 0: of many logits a part
     cp_kind: str = "ring"  # or all-gather: how ranks of cp with the same heads get each other's keys and values
+    recompute_every: int = 1  # of how many layers one is recomputed
 
     @property
     def ranks(self) -> int:
@@ -134,6 +135,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        ("dp", "data parallel ranks"), ("v", "stages of a rank of the pipeline"),
                        ("microbatch", "samples in a microbatch"),
                        ("microbatches", "microbatches of a pipeline in a step"),
+                       ("recompute_every", "of how many layers one is recomputed; the others keep all"),
                        ("loss_chunk", "tokens whose logits are made at a time; 0: of many logits a part")):  # fmt: skip
         flag(flag_of(name), dest=name, type=int, help=what)
     flag("--sp", action=argparse.BooleanOptionalAction, help="sequence parallelism beside tp")
@@ -143,7 +145,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag("--cp-kind", choices=CP_KINDS, help="keys and values go round a ring, or are gathered as in Llama 3")
     flag("--reshard", choices=RESHARD, help="ZeRO-3: weights freed after each forward and backward, or after the step")
-    for name, choices in (("placement", PLACEMENTS), ("schedule", tuple(SCHEDULES)), ("recompute", KINDS)):
+    flag("--recompute", choices=KINDS, help="what a layer computes again in backward, see sequence_parallel/engine")
+    for name, choices in (("placement", PLACEMENTS), ("schedule", tuple(SCHEDULES))):
         flag(f"--{name}", choices=choices)
 
 

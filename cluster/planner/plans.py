@@ -37,7 +37,8 @@ def choices(model: ModelConfig, machine: Machine, world: int, batch: int, fixed:
         "sp": [False, True],
         "zero": [0, 1, 2, 3],
         "schedule": ["1f1b", "interleaved", "zb-h1", "zb-v"],
-        "recompute": ["none", "selective", "full"],
+        "recompute": ["none", "selective", "pointwise", "operators", "full"],
+        "recompute_every": [1, 2],
         "microbatch": [b for b in (1, 2, 4, 8, 16) if b <= batch],
         "v": [2, 3, 4, 5, 6, 8],
     }

@@ -86,6 +86,7 @@ POSITIVE = (
         source="lecture 07",
     ),
     replace(at_least("loss-chunk", 0, 0), source="core/model/loss.py"),
+    replace(at_least("recompute-every", 1, 1), source="sequence_parallel/engine/recompute.py"),
 )  # without these the others mean nothing
 
 BATCHES = (
@@ -178,6 +179,25 @@ ZERO = (
     ),
 )
 
+RECOMPUTE = (
+    Rule(
+        "recompute: every",
+        "--recompute {recompute} --recompute-every {recompute_every}",
+        lambda x: x.recompute != "none" or x.recompute_every == 1,
+        "no layer is recomputed",
+        lambda x: "--recompute full, or no --recompute-every",
+        source="torchtitan, activation_checkpoint.py",
+    ),
+    Rule(
+        "recompute: layers",
+        "--recompute-every {recompute_every} --layers {layers}",
+        lambda x: x.recompute_every <= x.layers,
+        "of fewer layers none is recomputed",
+        lambda x: f"--recompute-every {x.layers}, or less",
+        source="torchtitan, activation_checkpoint.py",
+    ),
+)
+
 EXPERTS = (
     EXPERT_RANKS,
     ETP_FEATURES,
@@ -202,6 +222,7 @@ MEANINGFUL = (
     *CONTEXT,
     *PIPELINE,
     *ZERO,
+    *RECOMPUTE,
     *EXPERTS,
 )  # where sizes are positive
 RULES = (*POSITIVE, *MEANINGFUL)

@@ -46,11 +46,13 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
         pipelines = [(s, v) for s in of("schedule") for v in _stages(s, pp, model, choices.get("v"))]
         exchanges = [(zero, reduce, reshard) for zero in of("zero") for reduce in of("reduce")
                      for reshard in of("reshard")]  # fmt: skip
-        for fold, (schedule, v), (zero, reduce, reshard), (b, m), recompute in product(
-            folds, pipelines, exchanges, sizes, of("recompute")
+        again = [(kind, k) for kind in of("recompute") for k in of("recompute_every") if kind != "none" or k == 1]
+        for fold, (schedule, v), (zero, reduce, reshard), (b, m), (recompute, every) in product(
+            folds, pipelines, exchanges, sizes, again
         ):
             layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute,
-                            reduce=reduce, reshard=reshard, loss_chunk=loss_chunk, cp_kind=cp_kind)  # fmt: skip
+                            reduce=reduce, reshard=reshard, loss_chunk=loss_chunk, cp_kind=cp_kind,
+                            recompute_every=every)  # fmt: skip
             if keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
                 yield layout
 
@@ -77,6 +79,7 @@ def nearest(case: Case) -> Layout | None:
         "cp_kind": [given.cp_kind],
         "ulysses": [max(1, given.ulysses), 1],
         "recompute": [given.recompute],
+        "recompute_every": [given.recompute_every, 1],
         "sp": [False, True],
         "zero": [given.zero, min(given.zero, 1)],
         "schedule": list(dict.fromkeys((given.schedule, "1f1b", "interleaved"))),
@@ -100,4 +103,5 @@ WEIGHTS = {"tp": 1.0, "cp": 1.0, "ep": 1.0, "etp": 1.0, "pp": 1.0, "dp": 0.5, "u
 
 def _distance(a: Layout, b: Layout) -> float:
     apart = sum(weight * abs(log2(max(1, getattr(a, n)) / getattr(b, n))) for n, weight in WEIGHTS.items())
-    return apart + sum(getattr(a, n) != getattr(b, n) for n in ("sp", "schedule", "zero", "recompute"))
+    chosen = ("sp", "schedule", "zero", "recompute", "recompute_every")
+    return apart + sum(getattr(a, n) != getattr(b, n) for n in chosen)

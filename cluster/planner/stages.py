@@ -1,6 +1,7 @@
 """Which layers each rank of the pipeline has, and which of them the ends of the model. Lectures 07 and 08."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from cluster.planner.layout import Layout
 from core.model.config import ModelConfig
@@ -14,10 +15,23 @@ def layers_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]
     return dense, len(here) - dense
 
 
-def sum_of_layers(model: ModelConfig, layout: Layout, stage: int, of_layer: Callable[[bool], float]) -> float:
-    """Of all layers of a stage; `of_layer(moe)` is that of a layer without or with experts."""
-    dense, moe = layers_of(model, layout, stage)
-    return dense * of_layer(False) + (moe * of_layer(True) if moe else 0)
+def recomputed_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
+    """Of `layers_of` those that are recomputed, in whichever way."""
+    if layout.recompute_every == 1:
+        return layers_of(model, layout, stage)
+    here, k = layers_in(model.layers, layout.stages, stage), layout.recompute_every
+    first_moe = min(max(model.layers - model.moe_layers, here.start), here.stop)
+    return first_moe // k - here.start // k, here.stop // k - first_moe // k
+
+
+def sum_of_layers(model: ModelConfig, layout: Layout, stage: int, of_layer: Callable[[Layout, bool], float]) -> float:
+    """Of all layers of a stage; `of_layer(layout, moe)` is that of one, in a layout with this recomputation."""
+    found, kept = 0.0, layout if layout.recompute_every == 1 else replace(layout, recompute="none", recompute_every=1)
+    counts = zip(layers_of(model, layout, stage), recomputed_of(model, layout, stage), (False, True), strict=True)
+    for layers, recomputed, moe in counts:
+        found += recomputed * of_layer(layout, moe) if recomputed else 0.0
+        found += (layers - recomputed) * of_layer(kept, moe) if layers > recomputed else 0.0
+    return found
 
 
 def layers_by_rank(model: ModelConfig, layout: Layout) -> list[int]:

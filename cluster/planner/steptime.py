@@ -8,14 +8,14 @@ F forward, I dgrad, W wgrad, of all layers of a rank; m microbatches, p pipeline
 wait for the rank with most layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 from typing import NamedTuple
 
 from cluster.links.messages import ITEM, all_to_all, between_stages, context, data_parallel, ring
 from cluster.planner.activations import filling, layer_saved
-from cluster.planner.counting import attention_flops, expert_matrices, layer_matrices, vocabulary_shard
+from cluster.planner.counting import attention_flops, core_again, expert_matrices, layer_matrices, vocabulary_shard
 from cluster.planner.hardware import Machine, Software
 from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.memory import parameters
@@ -120,14 +120,17 @@ def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine,
     wgrad = {"matrix products": flop.wgrad / speed}
     if layout.recompute == "full":
         dgrad = add(dgrad, forward)
-    elif layout.recompute == "selective":
-        lacks = 1 - layer_saved(model, layout, moe, ITEM, "selective") / saved
-        dgrad = add(dgrad, {"matrix products": flop.attention / speed, "memory": lacks * memory, "cp": cp})
+    elif layout.recompute != "none":
+        lacks = 1 - layer_saved(model, layout, moe, ITEM) / saved  # what is made again
+        dgrad = add(dgrad, {"memory": lacks * memory})
+        if core := core_again(model, layout.recompute):
+            dgrad = add(dgrad, {"matrix products": core * flop.attention / speed, "cp": cp})
     return Microbatch(forward, dgrad, wgrad)
 
 
 # What the times of a layer depend on, so that layouts that differ in something else share them.
-OF_A_LAYER = ("tp", "cp", "cp_kind", "ep", "etp", "sp", "ulysses", "microbatch", "recompute")
+OF_A_LAYER = ("tp", "cp", "cp_kind", "ep", "etp", "sp", "ulysses", "microbatch", "recompute",
+              "recompute_every")  # fmt: skip
 
 
 def rank_times(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> Microbatch:
@@ -139,11 +142,13 @@ def rank_times(model: ModelConfig, layout: Layout, machine: Machine, software: S
 @cache
 def _rank_times(model: ModelConfig, layout: Layout, layers: float, machine: Machine, software: Software) -> Microbatch:
     moe_layers = layers * model.moe_layers / model.layers
-    kinds = [(layers - moe_layers, False), (moe_layers, True)]
+    again = (model.layers // layout.recompute_every) / model.layers  # of the layers
     times = []
-    for n, moe in kinds:
-        if n:
-            times.append([add(each, count=n) for each in layer_times(model, layout, moe, machine, software)])
+    for n, moe in ((layers - moe_layers, False), (moe_layers, True)):
+        for share, kind in ((again, layout.recompute), (1 - again, "none")):
+            if n * share:
+                each = layer_times(model, replace(layout, recompute=kind), moe, machine, software)
+                times.append([add(seconds, count=n * share) for seconds in each])
     return Microbatch(*(add(*of_kinds) for of_kinds in zip(*times, strict=True)))
 
 

@@ -5,12 +5,13 @@ global norm and the padding of ZeRO's buckets. Over ep the mean of all ranks, if
 """
 
 from collections import Counter
+from functools import partial
 
 from cluster.planner.counting import keys_and_values, parameters_of_shares, read_by_heads, vocabulary_shard
 from cluster.planner.exchanges import gathered, reduced
 from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.memory import parameters, replicated_parameters
-from cluster.planner.stages import ends_of, layers_by_rank, layers_of
+from cluster.planner.stages import ends_of, layers_by_rank, sum_of_layers
 from core.model.config import ModelConfig
 from core.model.sharding import copied_parameters, heads_norm_parameters
 from pipeline.schedules import build
@@ -39,12 +40,9 @@ def sent(model: ModelConfig, layout: Layout, rank: int = 0) -> dict[str, float]:
     found: Counter[str] = Counter()
     m = microbatches_a_rank(layout)
     for stage in layout.stages_of(rank):
-        dense, moe = layers_of(model, layout, stage)
-        layers = dense * layer_tp(model, layout, False) + moe * layer_tp(model, layout, True)
-        found["tp"] += m * (layers + ends_tp(model, layout, stage))
-        found["cp"] += m * (dense + moe) * layer_cp(model, layout)
-        found["ep"] += m * moe * layer_ep(model, layout)
-        found["etp"] += m * moe * layer_etp(model, layout)
+        for axis, of_layer in (("tp", layer_tp), ("cp", layer_cp), ("ep", layer_ep), ("etp", layer_etp)):
+            found[axis] += m * sum_of_layers(model, layout, stage, partial(of_layer, model))
+        found["tp"] += m * ends_tp(model, layout, stage)
     found["tp"] += summed_over_tp(model, layout, rank) + gathered_for_head(model, layout, rank)
     found["etp"] += summed_over_etp(model, layout, rank)
     found["pp"] = messages(layout, rank) * message(model, layout) + exchanged(model, layout, rank)
@@ -139,7 +137,7 @@ def summed_over_tp(model: ModelConfig, layout: Layout, rank: int) -> float:
 # ---- cp --------------------------------------------------------------------------------------------------------------
 
 
-def layer_cp(model: ModelConfig, layout: Layout) -> float:
+def layer_cp(model: ModelConfig, layout: Layout, moe: bool = False) -> float:
     """Of one layer and microbatch (lecture 06). Ring: keys and values go round, and in backward their gradients too.
 
     All-gather: as much; gathered, in backward gathered again, and their gradients reduce-scattered.
@@ -148,7 +146,7 @@ def layer_cp(model: ModelConfig, layout: Layout) -> float:
     shard = layout.tokens(model.sequence) * ring_share(layout.ulysses)
     ring, inputs = around_ring(model, layout), shard * (model.query_size / layout.tp + keys_and_values(model, layout))
     result = shard * model.value_size / layout.tp
-    recomputed = {"none": 0.0, "selective": ring + inputs, "full": ring + inputs + result}[layout.recompute]
+    recomputed = {"selective": ring + inputs, "full": ring + inputs + result}.get(layout.recompute, 0.0)
     return 3 * ring + 2 * (inputs + result) + recomputed
 
 
@@ -166,16 +164,20 @@ def rows(model: ModelConfig, layout: Layout) -> float:
     return model.top_k * layout.tokens(model.sequence) / layout.tp
 
 
-def layer_ep(model: ModelConfig, layout: Layout) -> float:
+def layer_ep(model: ModelConfig, layout: Layout, moe: bool) -> float:
     """Of one layer with experts and microbatch (CODE 04): k rows a token there and back, and the same backward."""
+    if not moe:
+        return 0.0
     forwards = 2 if layout.recompute == "full" else 1
     return ((2 * forwards + 2) * rows(model, layout) * model.hidden + layer_counts(model, layout)) * ring_share(
         layout.ep
     )
 
 
-def layer_etp(model: ModelConfig, layout: Layout) -> float:
+def layer_etp(model: ModelConfig, layout: Layout, moe: bool) -> float:
     """Where ranks shard an expert's features each gathers the rows of the others, and reduce-scatters the results."""
+    if not moe:
+        return 0.0
     forwards = 2 if layout.recompute == "full" else 1
     return ((2 * forwards + 2) * rows(model, layout) * model.hidden + layer_counts(model, layout)) * (layout.etp - 1)
 

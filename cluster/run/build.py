@@ -109,7 +109,7 @@ def build_model(spec: TrainSpec, mesh: Mesh, attention: SequenceAttention) -> GP
     model = with_tensor_parallelism(model, layout, mesh["tp"])
     model = with_context_parallelism(model, layout, attention)
     model = with_experts(model, spec.moe, layout, mesh, attention)
-    model = recompute(model, layout.recompute)
+    model = recompute(model, layout.recompute, layout.recompute_every)
     return materialize(model, spec.seed if spec.drawn else None, spec.device, spec.precision)
 
 

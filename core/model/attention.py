@@ -67,10 +67,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         starts = self.documents and self.documents.of(len(x), x.device)
         q, k, v = self.heads_of(x)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
-            q, k = self.rotary(q, k, starts)
+        q, k = self.placed(q, k, starts)
         attended = self.core(q, k, v) if starts is None else self.core(q, k, v, starts=starts)
         return self.out(rearrange(attended, "b a s d -> b s (a d)"))
 
@@ -80,6 +77,12 @@ class Attention(nn.Module):
             return rearrange(self.qkv(x), "b s (a three d) -> three b a s d", three=3, d=self.head_size).unbind()
         parts = products(x, self.q, self.k, self.v)
         return tuple(rearrange(part, "b s (a d) -> b a s d", d=self.head_size) for part in parts)
+
+    def placed(self, q: Tensor, k: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normalised by head and rotated to their positions, where the model does."""
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k) if self.rotary is None else self.rotary(q, k, starts)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, starts: Tensor | None = None) -> Tensor:
         """softmax(scale QK^T) V, (B, A, S, D of v): the part that selective recomputation repeats.
@@ -131,6 +134,7 @@ class LatentAttention(Attention):
 
     def __init__(self, config: ModelConfig, name: str):
         nn.Module.__init__(self)
+        self.q_norm = self.k_norm = None
         self.latent = latent = config.latent
         self.scale, self.explicit = config.score_scale, config.attention == "softmax"
         if latent.q_rank:

@@ -64,10 +64,12 @@ class MLP(nn.Module):
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
-            return self.down(F.gelu(self.up(x), approximate=self.approximate))
-        gate, up = products(x, self.gate, self.up)
-        return self.down(F.silu(gate) * up)
+        layers = [self.up] if self.gate is None else [self.gate, self.up]
+        return self.down(self.activation(*products(x, *layers)))
+
+    def activation(self, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """GELU of x; or silu of it, where it is the gate, times up."""
+        return F.gelu(x, approximate=self.approximate) if up is None else F.silu(x) * up
 
 
 class Block(nn.Module):

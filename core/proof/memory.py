@@ -20,7 +20,8 @@ def _key(tensor: Tensor) -> int:
 class SavedActivations:
     """Bytes that autograd keeps for backward, now and at the peak; each storage counted once.
 
-    Use as a context manager around the forward passes; tensors leave the count when backward frees them.
+    Use as a context manager around the forward passes; tensors leave the count when backward frees them. A storage that
+    is marked `emptied` does not count: it is about to be, and computed again for backward.
 
     Args:
         excluded: tensors that do not count: parameters, which linear layers save too, and the batch.
@@ -48,10 +49,11 @@ class SavedActivations:
         """Count these too, as long as what is returned lives."""
         return [_Saved(t, self) for t in tensors]
 
+    def counts(self, tensor: Tensor) -> bool:
+        return _key(tensor) not in self._ignored and not getattr(tensor.untyped_storage(), "emptied", False)
+
     def _change(self, tensor: Tensor, step: int) -> None:
         key = _key(tensor)
-        if key in self._ignored:
-            return
         before = self._references[key]
         self._references[key] += step
         if before == 0 or before + step == 0:
@@ -63,8 +65,10 @@ class _Saved:
     """A saved tensor; autograd drops this object when it frees the graph node that saved it."""
 
     def __init__(self, tensor: Tensor, account: SavedActivations):
-        self.tensor, self.account = tensor, account
-        account._change(tensor, +1)
+        self.tensor, self.account, self.counted = tensor, account, account.counts(tensor)
+        if self.counted:
+            account._change(tensor, +1)
 
     def __del__(self) -> None:
-        self.account._change(self.tensor, -1)
+        if self.counted:
+            self.account._change(self.tensor, -1)

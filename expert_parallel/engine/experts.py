@@ -83,6 +83,10 @@ class Experts(nn.Module):
         self.down = GroupedLinear(experts, features, config.hidden, config.biases)
 
     def forward(self, x: Tensor, counts: list[int], last_bias: bool = True) -> Tensor:
-        up = self.up(x, counts)
-        inner = F.gelu(up) if self.gate is None else F.silu(self.gate(x, counts)) * up
+        layers = [self.up] if self.gate is None else [self.gate, self.up]
+        inner = self.activation(*(layer(x, counts) for layer in layers))
         return self.down(inner, counts, last_bias)
+
+    def activation(self, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """As `core.model.gpt.MLP.activation`."""
+        return F.gelu(x) if up is None else F.silu(x) * up

@@ -12,7 +12,7 @@ import torch
 
 from cluster import dry_run
 from cluster.dry_run import Account, account, compared, one_step
-from cluster.planner import activations, exchanges, memory, traffic
+from cluster.planner import activations, exchanges, memory, stages, traffic
 from cluster.planner.activations import in_flight
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout
@@ -29,6 +29,7 @@ from core.proof.memory import SavedActivations
 from expert_parallel.engine.routing import MoEConfig, Routing
 from pipeline.evidence.claims import messages_by_rule
 from pipeline.schedules import build
+from pipeline.stages import layers_in
 from tests.pool import Pool
 
 CPU, FLOAT64, BF16 = torch.device("cpu"), POLICIES["float64"], POLICIES["bfloat16"]
@@ -147,6 +148,25 @@ CASES |= {
         Layout(tp=2, sp=True, dp=2, ep=2, etp=2, recompute="full"),
     ),
 }
+CASES |= {
+    "sp dp zero-2, pointwise": (ALL, Layout(tp=2, sp=True, dp=2, zero=2, microbatches=3, recompute="pointwise")),
+    "tp, operators": (ALL, Layout(tp=4, recompute="operators", microbatch=2)),
+    "1f1b, full every third": ({"layers": 7}, Layout(pp=4, microbatches=8, recompute="full", recompute_every=3)),
+    "qwen zb-v, operators": (
+        QWEN3 | {"layers": 8},
+        Layout(tp=2, sp=True, pp=2, v=2, schedule="zb-v", microbatches=4, recompute="operators"),
+    ),
+    "llama ring, pointwise every second": (
+        SMALL_LLAMA, Layout(cp=4, zero=1, recompute="pointwise", recompute_every=2),
+    ),
+    "qwen ulysses, operators": (QWEN3, Layout(cp=4, ulysses=2, microbatch=2, recompute="operators")),
+    "sp zero-3, full every second": (
+        {}, Layout(tp=2, sp=True, dp=2, zero=3, microbatches=2, recompute="full", recompute_every=2),
+    ),
+    "latent dualpipe, pointwise": (
+        LATENT, Layout(tp=2, pp=2, schedule="dualpipe", microbatches=4, recompute="pointwise"),
+    ),
+}  # fmt: skip
 SPLIT = ("chunked loss, sp zb-h1", "llama sp zb-v")  # a few numbers a token are left when a dgrad begins
 
 EXPERTS = 8
@@ -155,6 +175,7 @@ WITH_EXPERTS = (
     (Layout(dp=4, ep=2, etp=2, microbatch=4), 2),
     (Layout(dp=4, ep=4, microbatch=4, recompute="full"), 3),
     (Layout(dp=4, ep=2, microbatch=4, zero=3), 2),
+    (Layout(dp=4, ep=2, microbatch=4, recompute="pointwise"), 2),
 )
 
 
@@ -277,6 +298,7 @@ PRETENDED = (
     "hybrid sp, full",
     "experts tp pp",
     "latent experts sp",
+    "qwen zb-v, operators",
 )
 UNEVEN = [  # shares of 5, 5, 4 and 4 tokens; rows that cannot be dealt out equally
     (GPTConfig(**SMALL | MIXED | {"sequence": 18}), Layout(tp=4, ep=4, microbatch=2), FLOAT64),
@@ -323,6 +345,15 @@ def as_gpipe(original: Callable, schedule: str, *sizes: int) -> list:
     return original("gpipe" if schedule == "1f1b" else schedule, *sizes)
 
 
+def from_the_first(original: Callable, model: GPTConfig, layout: Layout, stage: int) -> tuple[int, int]:
+    here = layers_in(model.layers, layout.stages, stage)
+    return sum(i % layout.recompute_every == 0 for i in here), 0
+
+
+def without_pointwise(layout: Layout) -> str:
+    return "none" if layout.recompute in ("pointwise", "operators") else layout.recompute
+
+
 EVERYTHING = {"weights", "gradients", "optimizer", "activations", "gathered", "tp", "dp", "pp"}
 MUTATIONS = {
     "the tied embedding is not exchanged": (traffic, "exchanged", lambda *_: 0, {"pp"}),
@@ -358,6 +389,11 @@ MUTATIONS = {
     "every stage has both ends": (memory, "ends_of", lambda *_: (True, True), EVERYTHING - {"activations"}),
     "activations are not sharded": (
         activations, "layer_saved", lambda o, m, x, *rest: o(m, replace(x, sp=False), *rest), {"activations"},
+    ),
+    "every third layer, from the first": (stages, "recomputed_of", from_the_first, {"activations"}),
+    "what is pointwise is kept": (
+        activations, "layer_saved", lambda o, m, x, *rest: o(m, replace(x, recompute=without_pointwise(x)), *rest),
+        {"activations"},
     ),
     "a layer saves twice as much": (activations, "layer_saved", twice, {"activations"}),
 }  # fmt: skip

@@ -106,6 +106,13 @@ LAYOUTS = [  # on 4 ranks where that is enough
     L(pp=2, dp=4, ep=2, moe=True, microbatches=4, zero=3, reduce="step"),
     L(pp=2, dp=4, ep=2, moe=True, microbatches=4, schedule="interleaved", v=2, zero=2),
     L(pp=2, dp=4, ep=2, moe=True, microbatches=4, schedule="zb-v", v=2, zero=3, recompute="full"),
+    # What norms and nonlinearities make is computed again, beside all that reads or gathers it.
+    L(tp=2, dp=2, zero=3, sp=True, microbatches=2, recompute="pointwise"),
+    L(cp=2, pp=2, microbatches=4, schedule="dualpipe", recompute="operators"),
+    L(pp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, zero=3, recompute="operators"),
+    L(pp=2, dp=2, ep=2, moe=True, microbatches=4, schedule="zb-h1", zero=3, recompute="pointwise"),
+    L(tp=2, dp=2, ep=2, etp=2, sp=True, moe=True, zero=1, recompute="operators", recompute_every=2),
+    L(tp=2, pp=2, microbatches=4, schedule="zb-v", v=2, recompute="full", recompute_every=2),
 ]
 
 

@@ -40,7 +40,8 @@ def as_in_the_paper(claims: dict[str, float], t: int) -> None:
     a, s, h = 16, 48, 80
     core, statistics = 5 * a * s / h, 2 * 2 * 4 / h  # mean and deviation of a token in two LayerNorms, in float32
     paper = {"one process": 34 + core, "TP": 10 + 24 / t + core / t, "TP + SP": (34 + core) / t, "TP, full": 2,
-             "TP, selective": 10 + 24 / t, "TP + SP, selective": 34 / t}  # fmt: skip
+             "TP, selective": 10 + 24 / t, "TP + SP, selective": 34 / t,
+             "TP + SP, pointwise": (22 + core) / t}  # fmt: skip
     for name, figure in paper.items():
         for rank in range(t):
             assert 0 <= claims[f"bytes saved / sbh, {name}, rank {rank}"] - figure <= statistics + 1e-9
@@ -57,6 +58,8 @@ OPTIONS = {
                                                (*LLAMA, "--kv-heads=2", "--dtype=bfloat16"),
                                                (*LLAMA, "--kv-heads=1", *DROPOUT), (*LLAMA, "--kv-heads=12")]),
         *(("activations", (*DROPOUT, *flags)) for flags in [("--recompute=none",), ("--recompute=selective",),
+                                                            ("--recompute=pointwise",),
+                                                            (*LLAMA, "--recompute=operators"),
                                                             ("--dtype=bfloat16",), ("--batch=1", "--hidden=12"), LLAMA,
                                                             (*LLAMA, "--kv-heads=2", "--feed-forward=40")]),
         ("ulysses", ("--dtype=bfloat16", "--untied", "--feed-forward=40")),

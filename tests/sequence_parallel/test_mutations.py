@@ -218,6 +218,54 @@ def the_training_does_not_recompute() -> AbstractContextManager:
     return patch.object(training, "recompute", lambda model, kind: model)
 
 
+def nothing_is_emptied() -> AbstractContextManager:
+    """What is computed again is kept too: by the products that read it."""
+    right = recompute.Forgotten.take
+
+    def wrong(self: recompute.Forgotten) -> Any:
+        result = right(self)
+        for y in self.results:
+            y.untyped_storage().emptied = False
+        return result
+
+    return patch.object(recompute.Forgotten, "take", wrong)
+
+
+def what_is_inside_is_kept() -> AbstractContextManager:
+    """Its results are emptied, and what it saves for its own backward is not: silu of the gate."""
+    return patch.object(recompute, "saved_tensors_hooks", lambda *hooks: nullcontext())
+
+
+def the_gated_product_is_kept() -> AbstractContextManager:
+    """Only the norms are forgotten."""
+    right = recompute.forget
+
+    def wrong(module: Any, name: str, user: Any) -> None:
+        if name != "activation":
+            right(module, name, user)
+
+    return patch.object(recompute, "forget", wrong)
+
+
+def only_the_layers_input_is_kept() -> AbstractContextManager:
+    """Any recomputation is full."""
+    right = recompute.recompute_block
+    kind = lambda kind: kind if kind == "none" else "full"  # noqa: E731
+    return patch.object(sequence_parallel.evidence.activations, "recompute_block", lambda b, k: right(b, kind(k)))
+
+
+def a_dropout_is_not_restored() -> AbstractContextManager:
+    """In backward another mask is drawn, where no mask is saved."""
+    right = recompute._DrawnTwice.forward
+
+    def wrong(ctx: Any, *args: Any) -> Tensor:
+        y = right(ctx, *args)
+        ctx.same_masks = nullcontext()
+        return y
+
+    return patch.object(recompute._DrawnTwice, "forward", staticmethod(wrong))
+
+
 def a_mask_less() -> AbstractContextManager:
     right = Dropout.forward
     return patch.object(Dropout, "forward", lambda self, x: x if "mlp" in self.name else right(self, x))
@@ -343,12 +391,22 @@ ACTIVATIONS: dict[Callable, set[str]] = {
         "bytes saved / sbh, TP, selective",
         "bytes saved / sbh, TP + SP, selective",
         "bytes saved / sbh, TP, full",
+        "bytes saved / sbh, TP, pointwise",
+        "bytes saved / sbh, TP + SP, operators",
+        "FLOP computed again, full",
     },
     masks_of_two_bytes: {"bytes saved / sbh, one process", "bytes saved / sbh, TP", "bytes saved / sbh, TP + SP"},
     random_numbers_are_not_restored: {"gradients that full", "gradients that selective"},
     the_training_does_not_recompute: {
         "times each attention core is computed a step (engine)", "times each layer is computed a step (engine)"
     },
+    nothing_is_emptied: {"bytes saved / sbh, TP, pointwise", "bytes saved / sbh, TP + SP, operators"},
+    the_gated_product_is_kept: {"bytes saved / sbh, TP, pointwise", "bytes saved / sbh, TP + SP, operators"},
+    only_the_layers_input_is_kept: {
+        "bytes saved / sbh, TP, pointwise", "bytes saved / sbh, TP + SP, operators", "FLOP computed again, pointwise",
+        "FLOP computed again, operators", "FLOP computed again, selective",
+    },
+    a_dropout_is_not_restored: {"gradients that operators"},
     a_mask_less: {"bytes saved / sbh, one process", "bytes saved / sbh, TP + SP, selective"},
     residual_stream_dropped_alike_on_all_ranks: {LOSS, GRADIENT, PLAIN_LOSS, PLAIN_GRADIENT},
     the_plain_training_does_not_recompute: {
@@ -414,3 +472,13 @@ def test_the_claims_of_megatron_sp_catch(pool: Pool) -> None:
 
 def test_the_claims_of_activations_catch(pool: Pool) -> None:
     claims_catch(pool, RANKS, "activations", FLAGS, ACTIVATIONS)
+
+
+GATED: dict[Callable, set[str]] = {
+    what_is_inside_is_kept: {"bytes saved / sbh, TP, pointwise", "bytes saved / sbh, TP + SP, operators"},
+    the_gated_product_is_kept: {"bytes saved / sbh, TP, pointwise", "bytes saved / sbh, TP + SP, operators"},
+}
+
+
+def test_the_claims_of_activations_catch_in_a_llama(pool: Pool) -> None:
+    claims_catch(pool, RANKS, "activations", [*FLAGS, "--model=llama", "--kv-heads=2"], GATED)

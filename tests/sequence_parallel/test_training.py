@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 
 from core.model.gpt import GPTConfig
+from sequence_parallel.engine.recompute import KINDS
 from tests.layouts import Layout
 from tests.llama import BOTH, CASES, LLAMA
 from tests.pool import Pool
@@ -46,7 +47,7 @@ def test_frozen_parameters(pool: Pool) -> None:
 
 def test_one_token_a_rank_and_recomputation(pool: Pool) -> None:
     cases = [(GPTConfig(**SMALL), layout(tp=4, length=4, samples=1))]
-    for recompute, freeze in product(("selective", "full"), ((), ("embed", "blocks.0"))):
+    for recompute, freeze in product(KINDS[1:], ((), ("embed", "blocks.0"))):
         config = GPTConfig(**SMALL | DROPOUT, tied=False)
         cases.append((config, layout(tp=4, recompute=recompute, freeze=freeze)))
     all_equal_one_process(pool, 4, cases)
@@ -56,9 +57,11 @@ def test_in_a_pipeline(pool: Pool) -> None:
     cases = []
     for options in ({}, {"tied": False} | DROPOUT, {"vocabulary": 259}):
         cases.append((GPTConfig(**SMALL | {"layers": 4} | options), layout(tp=2, pp=2, samples=6, microbatches=3)))
-    for recompute in ("selective", "full"):
+    for recompute in KINDS[1:]:
         config = GPTConfig(**SMALL | {"layers": 4} | DROPOUT)
-        cases.append((config, layout(tp=2, pp=2, samples=6, microbatches=6, recompute=recompute)))
+        schedule = "zb-h1" if recompute in ("pointwise", "operators") else "1f1b"
+        sizes = {"tp": 2, "pp": 2, "samples": 6, "microbatches": 6, "schedule": schedule}
+        cases.append((config, layout(**sizes, recompute=recompute)))
     # Weight gradients that are left for later gather their input then.
     for schedule, microbatches in (("interleaved", 6), ("zb-h1", 6), ("zb-v", 3), ("dualpipe", 6)):
         config = GPTConfig(**SMALL | {"layers": 4})
@@ -94,8 +97,8 @@ def test_a_llama_in_a_pipeline(pool: Pool) -> None:
     """Each head of keys and values on two ranks. Of layers that are left for later the input is gathered once."""
     config, cases = replace(LLAMA, layers=4, **BOTH), []
     for schedule, microbatches, recompute in (
-        ("1f1b", 3, "full"), ("interleaved", 6, "none"), ("zb-h1", 3, "selective"), ("zb-v", 3, "none"),
-        ("dualpipe", 6, "none"), ("dualpipev", 6, "none"),
+        ("1f1b", 3, "full"), ("interleaved", 6, "none"), ("zb-h1", 3, "selective"), ("zb-v", 3, "pointwise"),
+        ("dualpipe", 6, "operators"), ("dualpipev", 6, "none"),
     ):  # fmt: skip
         sizes = {"pp": 2, "samples": 6, "microbatches": microbatches, "schedule": schedule, "recompute": recompute}
         cases.append((config, layout(tp=4, **sizes)))
