@@ -9,7 +9,7 @@ from pipeline.stages import layers_in
 
 def layers_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
     """The dense layers of a stage, and those with experts."""
-    here = layers_in(model.layers, layout.stages, stage)
+    here = layers_in(model.layers, layout.stages, stage, layout.split)
     dense = min(max(model.layers - model.moe_layers - here.start, 0), len(here))
     return dense, len(here) - dense
 

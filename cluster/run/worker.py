@@ -93,7 +93,7 @@ class Worker:
         self.documents = None if spec.eos is None else use_documents(self.model, Documents(self.masks))
         self.choices: Choices | None = None
         self.loss = loss_function(spec, self.tp)
-        self.copies = Copies(self.model, self.pp, stages_by_rank(layout))
+        self.copies = Copies(self.model, self.pp, stages_by_rank(layout), layout.split)
         self.experts = set(expert_parameters(self.model))
         self.last_biases = {m.down.bias for m in self.model.modules() if isinstance(m, Experts)}
         self.dense_engine, self.expert_engine = shard_optimizer(self.model, spec, mesh, self.copies)

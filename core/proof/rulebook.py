@@ -184,14 +184,6 @@ SP_SEQUENCE = Rule(
     lambda case: f"--sequence {nearest_multiple(case.sequence, case.tp * case.cp)}",
     "2205.05198, 4.2.2",
 )
-PP_LAYERS = Rule(
-    "pp: layers",
-    "--layers {layers}",
-    lambda case: (case.layers >= case.stages and case.layers % case.stages == 0) or case.layers + 2 >= 2 * case.stages,
-    "must be a multiple of the {stages} stages, or 2 x {stages} - 2 or more, so that each has a layer",
-    lambda case: f"--layers {nearest_multiple(case.layers, case.stages)}",
-    "2407.21783, section 3.3.2",
-)
 
 
 def expert_ranks_fit(size: int, ranks: int, among: int) -> bool:
