@@ -5,7 +5,7 @@ embedding, the last also the final LayerNorm and the head. A rank has one stage 
 embedding, so the ranks of first and last stage each have a copy of it, and DualPipe has every stage on two ranks.
 Copies are equal at the start, and kept equal by adding their gradients before every optimizer step.
 
-read: stages.py:25-118; then split.py, core/model/gpt.py
+read: stages.py:25-118; then core/model/gpt.py
 """
 
 import copy
