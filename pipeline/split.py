@@ -124,10 +124,11 @@ def nearly_equal(layers: int, stages: int) -> tuple[int, ...]:
 # ---- Rules -----------------------------------------------------------------------------------------------------------
 
 
-def sizes_of(split: str, of_ranks: Iterable[Iterable[int]] = ()) -> dict[str, Any]:
+def sizes_of(split: str | None, of_ranks: Iterable[Iterable[int]] = ()) -> dict[str, Any]:
     """What the rules look at: of a split what is wrong, or how many layers and stages, and a rank without anything.
 
     Args:
+        split: None where there is no such flag.
         of_ranks: the stages of each rank.
     """
     found = {"split": split, "split_error": "", "split_layers": 0, "split_stages": 0, "split_idle": None}
@@ -142,7 +143,7 @@ def sizes_of(split: str, of_ranks: Iterable[Iterable[int]] = ()) -> dict[str, An
     return found | {"split_layers": sum(layers), "split_stages": len(layers), "split_idle": next(idle, None)}
 
 
-def _suggested(case: Any) -> str:
+def suggested(case: Any) -> str:
     """The nearly equal split, or another number of layers where stages would be empty."""
     if case.layers + 2 >= case.stages:
         return f"--stages '{notation(nearly_equal(case.layers, case.stages))}'"
@@ -151,7 +152,7 @@ def _suggested(case: Any) -> str:
 
 def _layers_or_split(case: Any) -> str:
     layers = f"--layers {nearest_multiple(case.layers, case.stages)}"
-    return f"{layers}, or {_suggested(case)}" if case.layers + 2 >= case.stages else layers
+    return f"{layers}, or {suggested(case)}" if case.layers + 2 >= case.stages else layers
 
 
 PP_LAYERS = Rule(
@@ -174,7 +175,7 @@ SPLIT = (
         "--stages '{split}'",
         lambda case: not case.split_error,
         "must be E, a t for each layer, and L, with | between stages; t*3 and (t|)*3 repeat{split_error}",
-        _suggested,
+        suggested,
         SOURCE,
     ),
     Rule(
@@ -182,7 +183,7 @@ SPLIT = (
         "--stages '{split}' --layers {layers}",
         lambda case: not case.split or case.split_error or case.split_layers == case.layers,
         "must have a t for each of the {layers} layers: it has {split_layers}",
-        _suggested,
+        suggested,
         SOURCE,
     ),
     Rule(
@@ -190,7 +191,7 @@ SPLIT = (
         "--stages '{split}'",
         lambda case: not case.split or case.split_error or case.split_stages == case.stages,
         "must have as many stages as all ranks of the pipeline hold, {stages}: it has {split_stages}",
-        _suggested,
+        suggested,
         SOURCE,
     ),
     Rule(
@@ -198,7 +199,7 @@ SPLIT = (
         "--stages '{split}'",
         lambda case: case.split_idle is None or case.split_stages != case.stages,
         "must leave something to every rank: rank {split_idle} of the pipeline would have nothing to compute",
-        _suggested,
+        suggested,
         SOURCE,
     ),
 )

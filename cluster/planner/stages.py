@@ -1,6 +1,7 @@
 """Which layers each rank of the pipeline has, and which of them the ends of the model. Lectures 07 and 08."""
 
 from collections.abc import Callable
+from functools import cache
 
 from cluster.planner.layout import Layout
 from core.model.config import ModelConfig
@@ -23,6 +24,17 @@ def sum_of_layers(model: ModelConfig, layout: Layout, stage: int, of_layer: Call
 def layers_by_rank(model: ModelConfig, layout: Layout) -> list[int]:
     """How many layers each rank of the pipeline has."""
     return [sum(sum(layers_of(model, layout, stage)) for stage in layout.stages_of(rank)) for rank in range(layout.pp)]
+
+
+@cache
+def met_by_rank(model: ModelConfig, schedule: str, pp: int, v: int, split: str) -> list[tuple[float, float]]:
+    """Layers, dense and with experts, that a microbatch meets on each rank; with dualpipe half of them meet a rank."""
+    layout, models = Layout(schedule=schedule, pp=pp, v=v, split=split), 2 if schedule == "dualpipe" else 1
+    found = []
+    for rank in range(pp):
+        dense, moe = zip(*(layers_of(model, layout, stage) for stage in layout.stages_of(rank)), strict=True)
+        found.append((sum(dense) / models, sum(moe) / models))
+    return found
 
 
 def distinct_ranks(model: ModelConfig, layout: Layout) -> list[int]:
