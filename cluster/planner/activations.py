@@ -20,7 +20,7 @@ from cluster.planner.counting import (
     vocabulary_shard,
 )
 from cluster.planner.layout import Layout
-from cluster.planner.stages import ends_of, sum_of_layers
+from cluster.planner.stages import ends_of, layers_by_rank, sum_of_layers
 from core.model.config import ModelConfig
 from pipeline.schedules import build
 
@@ -30,9 +30,9 @@ def norm_saved(model: ModelConfig, w: int) -> int:
     return (1 if model.norm == "rms" else 2) * max(4, w)
 
 
-def angles_saved(model: ModelConfig, layout: Layout) -> float:
+def angles_saved(model: ModelConfig, layout: Layout, rank: int) -> float:
     """Bytes of the cosines and sines, which the layers of a rank and all its microbatches have in common."""
-    if model.learned_positions or layout.recompute == "full":
+    if model.learned_positions or layout.recompute == "full" or not layers_by_rank(model, layout)[rank]:
         return 0.0
     return 4 * model.sequence / layout.cp * model.rotary_dim
 
@@ -219,15 +219,17 @@ def filling(schedule: str, pp: int, microbatches: int) -> int:
 def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int = 2) -> float:
     """Bytes of activations that a rank of the pipeline holds when it holds most."""
     if layout.stages == 1:  # without a pipeline a microbatch's backward follows its forward
-        return stage_saved(model, layout, 0, itemsize) + angles_saved(model, layout)
+        return stage_saved(model, layout, 0, itemsize) + angles_saved(model, layout, 0)
     stages = layout.stages_of(rank)
     sizes = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_kept_for_wgrad) for stage in stages]
     last_input = layout.microbatch * model.sequence * model.hidden / layout.sequence_shards * itemsize
     sizes += [last_input, layout.tokens(model.sequence) * model.hidden * itemsize]
+    if not layers_by_rank(model, layout)[rank] and not ends_of(layout, rank)[1]:  # no matrix has an input or an output
+        sizes[-2:] = 0.0, 0.0
     microbatches = filling(layout.schedule, layout.pp, layout.microbatches)
     peaks = in_flight(layout.schedule, layout.pp, microbatches, layout.v)[rank]
     most = max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)
-    return most + angles_saved(model, layout)
+    return most + angles_saved(model, layout, rank)
 
 
 def transient(model: ModelConfig, layout: Layout, rank: int, itemsize: int) -> float:
