@@ -29,6 +29,7 @@ from cluster.planner.stages import layers_by_rank
 from cluster.planner.traffic import sent
 from core.model.config import ModelConfig
 from core.proof.rules import at_least, check
+from pipeline.split import layers_by_stage, notation
 
 BATCH = 512  # without the flag
 WHY = {
@@ -90,7 +91,8 @@ def why(model: ModelConfig, machine: Machine, found: list[Plan]) -> list[str]:
     ]
     layers = layers_by_rank(model, best.layout)
     if len(set(layers)) > 1:
-        lines.append(f"Its ranks have {min(layers)} to {max(layers)} layers: {' '.join(map(str, layers))}.")
+        split = notation(layers_by_stage(model.layers, best.layout.stages, best.layout.split))
+        lines.append(f"Its ranks have {min(layers)} to {max(layers)} layers: --stages {split}")
     for field in CHOICES:
         other = next((p for p in found if getattr(p.layout, field) != getattr(best.layout, field)), None)
         if other:

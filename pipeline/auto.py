@@ -147,7 +147,7 @@ if __name__ == "__main__":
         "Measured times of forward and both halves of the backward, and the shortest step for them.",
         smallest=2,
     )
-    add_flags(frame, microbatches=16)
+    add_flags(frame, microbatches=16, split=False)
     flag = frame.parser.add_argument
     flag("--memory", type=float, help="microbatches of 1/p of the model that a rank can hold (default: p)")
     flag("--message", type=float, default=0.0, help="time of a message, in forwards of 1/p (default %(default)s)")

@@ -147,7 +147,7 @@ def check(args: argparse.Namespace, ranks: int) -> None:
     check_rules(args, (CHUNKS,))
     own = own_schedule(args, ranks)
     stages = lcm(ranks * args.chunks, 2 * ranks, size(own)[0] if own else 1)
-    check_rules(argparse.Namespace(layers=args.layers, stages=stages), (EVERY_SCHEDULE,))
+    check_rules(argparse.Namespace(layers=args.layers, stages=stages, split=None), (EVERY_SCHEDULE,))
     check_stages(args, ranks, 1, COMPARE)
 
 
@@ -213,7 +213,7 @@ if __name__ == "__main__":
         "Every schedule on the same model: time, bubble, memory and messages in one table.",
         smallest=2,
     )
-    add_flags(frame, microbatches=16, trace=False)
+    add_flags(frame, microbatches=16, trace=False, split=False)
     flag = frame.parser.add_argument
     flag("--chunks", type=int, default=2, help="stages a rank, of interleaved (default %(default)s)")
     flag("--costs", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("F", "I", "W"), help="default 1 1 1")

@@ -13,7 +13,7 @@ on, which is just when they come round again. As in 1F1B there are three phases 
     steady state  one forward, one backward, in turn
     cool-down     the backwards of what the warm-up left
 
-read: interleaved.py:32-61; runtime.py:66-134; then engine/runtime.py
+read: interleaved.py:32-61; runtime.py:66-134; then split.py, engine/runtime.py
 
 p ranks, v chunks a rank, m micro-batches
 """

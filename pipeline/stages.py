@@ -1,18 +1,17 @@
 """How the reference GPT is split into pipeline stages, and how what several ranks have stays equal. Lecture 07.
 
-Each stage has layers/stages blocks, or nearly (`layers_in`); the first also the embedding, the last also the final
-LayerNorm and the head. A rank has one stage or several. The head is the token embedding, so the ranks of first and
-last stage each have a copy of it, and DualPipe has every stage on two ranks. Copies are equal at the start, and kept
-equal by adding their gradients before every optimizer step.
+Each stage has layers/stages blocks, or nearly, or as many as `--stages` says (`split.py`); the first also the
+embedding, the last also the final LayerNorm and the head. A rank has one stage or several. The head is the token
+embedding, so the ranks of first and last stage each have a copy of it, and DualPipe has every stage on two ranks.
+Copies are equal at the start, and kept equal by adding their gradients before every optimizer step.
 
-read: stages.py:27-120; then core/model/gpt.py
+read: stages.py:25-118; then core/model/gpt.py
 """
 
 import copy
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +19,29 @@ from torch import Tensor, nn
 from core import p2p
 from core.mesh import Axis
 from core.model.gpt import GPT
-from core.proof.rulebook import PP_LAYERS
-from core.proof.rules import check
+from pipeline.split import layers_by_stage
 
 
 @cache  # a search asks millions of times
-def layers_in(layers: int, stages: int, stage: int) -> range:
-    """The layers of a stage: as many in each or, where that cannot be, nearly.
-
-    Then the embedding counts as a layer and the head as another, so that the ends of the model get fewer layers
-    (2407.21783, section 3.3.2), and the first stages, which keep the most micro-batches, are the shorter ones.
+def layers_in(layers: int, stages: int, stage: int, split: str = "") -> range:
+    """The layers of a stage: those that a split says or, without one, as many in each, or nearly.
 
     Raises:
-        ValueError: a stage would have no layer.
+        ValueError: the split does not fit, or without one a stage would have no layer.
     """
-    each, longer = divmod(layers, stages)
-    if longer == 0 and each:
-        return range(stage * each, (stage + 1) * each)
-    check(SimpleNamespace(layers=layers, stages=stages), (PP_LAYERS,))
-    each, longer = divmod(layers + 2, stages)
-    first, end = (s * each + max(0, s - (stages - longer)) - 1 for s in (stage, stage + 1))
-    return range(max(0, first), min(layers, end))
+    of_stages = layers_by_stage(layers, stages, split)
+    first = sum(of_stages[:stage])
+    return range(first, first + of_stages[stage])
 
 
-def partition(model: GPT, mine: Collection[int], stages: int) -> GPT:
-    """Drop from `model` all that is in none of the stages `mine`. The parameters that stay keep their full names."""
-    layers = {layer for stage in mine for layer in layers_in(model.config.layers, stages, stage)}
+def partition(model: GPT, mine: Collection[int], stages: int, split: str = "") -> GPT:
+    """Drop from `model` all that is in none of the stages `mine`. The parameters that stay keep their full names.
+
+    Args:
+        stages: of the pipeline.
+        split: which layers each of them has, in the notation of `split.py`; without it nearly as many each.
+    """
+    layers = {layer for stage in mine for layer in layers_in(model.config.layers, stages, stage, split)}
     for name in list(model.blocks):
         if int(name) not in layers:
             del model.blocks[name]
@@ -56,14 +52,14 @@ def partition(model: GPT, mine: Collection[int], stages: int) -> GPT:
     return model
 
 
-def each_stage(model: GPT, mine: Collection[int], stages: int) -> dict[int, GPT]:
+def each_stage(model: GPT, mine: Collection[int], stages: int, split: str = "") -> dict[int, GPT]:
     """The stages `mine` that `model` was partitioned to, by number: models of their own, with its modules."""
     found = {}
     for stage in mine:
         found[stage] = copy.copy(model)
         found[stage]._modules = dict(model._modules)
         found[stage].blocks = nn.ModuleDict(model.blocks)
-        partition(found[stage], [stage], stages)
+        partition(found[stage], [stage], stages, split)
     return found
 
 
@@ -73,12 +69,13 @@ class Copies:
     Args:
         model: this rank's stages.
         stages_of_ranks: the stages of each rank of the axis.
+        split: the layers of each stage, as `partition` has it.
     """
 
-    def __init__(self, model: GPT, axis: Axis, stages_of_ranks: Sequence[Collection[int]]):
+    def __init__(self, model: GPT, axis: Axis, stages_of_ranks: Sequence[Collection[int]], split: str = ""):
         self.model, self.axis = model, axis
         stages = 1 + max(max(those) for those in stages_of_ranks)
-        every = each_stage(GPT(model.config), range(stages), stages)  # on the meta device, for the names
+        every = each_stage(GPT(model.config), range(stages), stages, split)  # on the meta device, for the names
         names = [
             {model.full_name(name) for stage in those for name, _ in every[stage].named_parameters()}
             for those in stages_of_ranks

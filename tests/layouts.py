@@ -62,6 +62,7 @@ class Layout:
     schedule: str = "1f1b"
     length: int = 8
     steps: int = 2
+    split: str = ""
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         return Text(None, self.length).batch(SEED, step, self.samples)
@@ -86,6 +87,7 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
         microbatch=layout.samples // (layout.dp * m),
         recompute=layout.recompute,
         recompute_every=layout.every,
+        split=layout.split,
     )
     spec = TrainSpec(config, layout.moe, planned, SEED, POLICIES["float64"], CPU, optimizer_of)
     mesh = make_mesh(planned, "cpu", Ledger(), 30.0)
@@ -105,10 +107,10 @@ def train(config: GPTConfig, layout: Layout) -> tuple[list[float], list[float], 
     here = layout.length // planned.sequence_shards  # tokens of an activation on this rank
     masks = use_masks(stage, SampleMasks(SEED))
     loss = partial(loss_function(spec, tp), tokens=layout.samples * layout.length)  # a sample may be a short one
-    mine = each_stage(stage, stages_by_rank(planned)[pp.index], planned.stages)
+    mine = each_stage(stage, stages_by_rank(planned)[pp.index], planned.stages, planned.split)
     schedule = build(layout.schedule, pp.size, m)
     runtime = Pipeline(mine, loss, schedule, pp, (mine_of // m, here, config.hidden), torch.float64, CPU, masks)
-    copies = Copies(stage, pp, stages_by_rank(planned))
+    copies = Copies(stage, pp, stages_by_rank(planned), planned.split)
     optimizer = optimizer_of(stage.parameters())
     losses, norms, gradients = [], [], []
     for step in range(layout.steps):

@@ -21,7 +21,7 @@ from cluster.planner.counting import (
     vocabulary_shard,
 )
 from cluster.planner.layout import Layout
-from cluster.planner.stages import ends_of, layers_of, recomputed_of, sum_of_layers
+from cluster.planner.stages import ends_of, layers_by_rank, layers_of, recomputed_of, sum_of_layers
 from core.model.config import ModelConfig
 from pipeline.schedules import build
 
@@ -37,7 +37,7 @@ def angles_saved(model: ModelConfig, layout: Layout, rank: int) -> float:
     """Bytes of the cosines and sines, which the layers of a rank and all its microbatches have in common."""
     rotated_again = layout.recompute == "full" or (layout.recompute == "operators" and model.qk_norm)
     kept = [layers_of(model, layout, s) != recomputed_of(model, layout, s) for s in layout.stages_of(rank)]
-    if model.learned_positions or (rotated_again and not any(kept)):
+    if model.learned_positions or not layers_by_rank(model, layout)[rank] or (rotated_again and not any(kept)):
         return 0.0
     return 4 * model.sequence / layout.cp * model.rotary_dim
 
@@ -254,7 +254,7 @@ def filling(schedule: str, pp: int, microbatches: int) -> int:
 def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int = 2) -> float:
     """Bytes of activations that a rank of the pipeline holds when it holds most."""
     if layout.stages == 1:  # without a pipeline a microbatch's backward follows its forward
-        return stage_saved(model, layout, 0, itemsize) + angles_saved(model, layout, rank)
+        return stage_saved(model, layout, 0, itemsize) + angles_saved(model, layout, 0)
     stages = layout.stages_of(rank)
     sizes = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_kept_for_wgrad) for stage in stages]
     last_input = layout.microbatch * model.sequence * model.hidden / layout.sequence_shards * itemsize
@@ -262,6 +262,8 @@ def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int =
         last_input = 0.0  # its norm is computed again before, and then has it in place of it
     # A mixture begins by freeing what it weighted.
     sizes += [last_input, 0 if model.moe_layers else layout.tokens(model.sequence) * model.hidden * itemsize]
+    if not layers_by_rank(model, layout)[rank] and not ends_of(layout, rank)[1]:  # no matrix has an input or an output
+        sizes[-2:] = 0.0, 0.0
     microbatches = filling(layout.schedule, layout.pp, layout.microbatches)
     peaks = in_flight(layout.schedule, layout.pp, microbatches, layout.v)[rank]
     most = max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)

@@ -4,6 +4,7 @@ tp tensor, cp context, dp data, pp pipeline parallel ranks; ep and etp fold the 
 """
 
 import argparse
+import shlex
 from dataclasses import dataclass, fields, replace
 from math import lcm
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 from core.model.config import ModelConfig
 from core.model.loss import chunk_of
 from pipeline.schedules import SCHEDULES
+from pipeline.split import FOLDED, parse, stages_of
 from sequence_parallel.engine.recompute import KINDS
 from sequence_parallel.engine.ring import PLACEMENTS
 from sequence_parallel.engine.ulysses import CP_KINDS
 
-FOLDED = ("zb-v", "dualpipev")  # rank r holds stages r and 2p-1-r
 REDUCE, RESHARD = ("microbatch", "step"), ("forward", "step")
 
 
@@ -43,6 +44,7 @@ class Layout:
     loss_chunk: int = 0  # tokens whose logits are made at a time; 0: of many logits a part
     cp_kind: str = "ring"  # or all-gather: how ranks of cp with the same heads get each other's keys and values
     recompute_every: int = 1  # of how many layers one is recomputed
+    split: str = ""  # of the layers over the stages, in the notation of `pipeline/split.py`; "": nearly equal
 
     @property
     def ranks(self) -> int:
@@ -99,11 +101,7 @@ class Layout:
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages of rank `rank` of the pipeline."""
-        if self.schedule in FOLDED:
-            return [rank, 2 * self.pp - 1 - rank]
-        if self.schedule == "dualpipe":
-            return sorted({rank, self.pp - 1 - rank})
-        return [chunk * self.pp + rank for chunk in range(self.v)]
+        return stages_of(self.schedule, self.pp, self.v, rank)
 
     def flags(self) -> list[str]:
         """Those of `cluster/train.py` that say this layout, without the ones at their defaults."""
@@ -117,12 +115,12 @@ class Layout:
         return found
 
     def __str__(self) -> str:
-        return " ".join(self.flags())
+        return shlex.join(self.flags())
 
 
 def flag_of(field: str) -> str:
     """The flag of a field of `Layout`. For v as the lesson names it: torchrun takes --v for one of its own."""
-    return "--chunks" if field == "v" else f"--{field.replace('_', '-')}"
+    return {"v": "--chunks", "split": "--stages"}.get(field, f"--{field.replace('_', '-')}")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -138,6 +136,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        ("recompute_every", "of how many layers one is recomputed; the others keep all"),
                        ("loss_chunk", "tokens whose logits are made at a time; 0: of many logits a part")):  # fmt: skip
         flag(flag_of(name), dest=name, type=int, help=what)
+    flag(flag_of("split"), dest="split", metavar="E,t*3|t*4|t*2,L", help="layers of each stage (pipeline/split.py)")
     flag("--sp", action=argparse.BooleanOptionalAction, help="sequence parallelism beside tp")
     flag("--zero", type=int, choices=range(4), help="stage of ZeRO; 0: data parallelism")
     flag(
@@ -174,7 +173,8 @@ def layout_from(
     layout = Layout(**decided)
     if "sp" not in decided and experts and layout.tp > 1:
         layout = replace(layout, sp=True)
-    if "v" not in decided and layout.pp > 1 and layout.schedule in (*FOLDED, "interleaved"):
+    layout = replace(layout, **follows_from_split(layout, decided))
+    if "v" not in decided and layout.v == 1 and layout.pp > 1 and layout.schedule in (*FOLDED, "interleaved"):
         layout = replace(layout, v=2)
     ranks_but_dp = layout.tp * layout.cp * layout.pp
     if "dp" not in decided and world and ranks_but_dp > 0:
@@ -188,6 +188,20 @@ def layout_from(
     if "microbatch" not in decided and layout.microbatches > 0:
         layout = replace(layout, microbatch=max(1, samples // layout.microbatches))
     return layout
+
+
+def follows_from_split(layout: Layout, decided: dict[str, Any]) -> dict[str, int]:
+    """Ranks of the pipeline, and stages a rank of interleaved, where no flag says them and `--stages` does."""
+    try:
+        stages = len(parse(layout.split)) if layout.split else 0
+    except ValueError:
+        return {}  # a rule refuses it
+    v = decided.get("v", 2 if layout.schedule in FOLDED else 1)
+    if stages and "pp" not in decided and v > 0 and stages % v == 0 and layout.schedule != "interleaved":
+        return {"pp": stages // v}
+    if stages and "v" not in decided and layout.schedule == "interleaved" and stages % max(1, layout.pp) == 0:
+        return {"v": stages // max(1, layout.pp)}
+    return {}
 
 
 def microbatches_of(samples: int, pp: int, microbatch: int | None) -> int:

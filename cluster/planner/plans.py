@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 
+from cluster.planner.balance import better_split, could_be
 from cluster.planner.counting import model_parameters
 from cluster.planner.hardware import Machine, Software
 from cluster.planner.layout import Layout
@@ -15,6 +16,7 @@ from core.model.config import ModelConfig
 
 USABLE = 0.92  # of a device's memory: the rest is the runtime's, and lost between allocations
 MOST_RANKS = 10**6  # of a machine that may be suggested
+SHOWN = 10  # plans, the fastest ones, whose layers are split as well as can be
 SHORTEST = 2048  # tokens of a sequence that a rank of cp has at least: with fewer its messages are not hidden
 
 
@@ -70,7 +72,27 @@ def plans(
     machine = with_equal_nodes(machine, world)
     found = list(fitting(model, machine, world, batch, fixed))
     fit = [Plan(x, need, step(model, x, machine, software)) for x, need in found if need is not None]
-    return sorted(fit, key=lambda plan: plan.step.seconds), len(found)
+    fit.sort(key=lambda plan: plan.step.seconds)
+    if "split" not in fixed:
+        fit = with_better_splits(model, fit, machine, software)
+    return fit, len(found)
+
+
+def with_better_splits(model: ModelConfig, found: list[Plan], machine: Machine, software: Software) -> list[Plan]:
+    """The same plans, sorted again, with the splits of the layers that make them faster, where they can be among the
+
+    first ones: equal stages are not always as fast, for the head is on one of them.
+    """
+    kept, first = [], [inf] * SHOWN
+    for plan in found:
+        x = plan.layout
+        if x.pp > 1 and plan.step.seconds < first[-1] * could_be(model, x, machine, software):
+            better = better_split(model, x, machine, software, USABLE * machine.memory)
+            if better:
+                plan = Plan(better, fits(model, better, machine), step(model, better, machine, software))
+        kept.append(plan)
+        first = sorted([*first, plan.step.seconds])[:SHOWN]
+    return sorted(kept, key=lambda plan: plan.step.seconds)
 
 
 def something_that_fits(model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices) -> str | None:

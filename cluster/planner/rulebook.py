@@ -22,7 +22,6 @@ from core.proof.rulebook import (
     EXPERT_RANKS,
     HEADS,
     ONE_EXPERT,
-    PP_LAYERS,
     RANKS,
     SP_SEQUENCE,
     TOP_K,
@@ -33,6 +32,7 @@ from core.proof.rulebook import (
 )
 from core.proof.rules import Rule, at_least
 from pipeline.evidence.rules import CHUNKS, DUALPIPE
+from pipeline.split import PP_LAYERS, SPLIT, sizes_of
 from sequence_parallel.evidence.rules import CP_ATTENTION, CP_HEADS, CP_SEQUENCE, CP_ULYSSES, SP_RANKS
 
 
@@ -51,8 +51,7 @@ class Case:
         """What a rule may look at: the fields of `Layout` and `ModelConfig`, and what follows from them."""
         layout, model = self.layout, self.model
         return SimpleNamespace(
-            **vars(model),
-            **vars(layout),
+            **vars(model) | vars(layout) | sizes_of(layout.split, map(layout.stages_of, range(layout.pp))),
             chunks=layout.v,
             query_groups=model.query_groups,
             expert_size=model.expert_size,
@@ -147,6 +146,7 @@ PIPELINE = (
         source="lecture 08",
         peer="torchtitan, pipeline_parallel.py: exactly 1 stage per rank; torch: ZBV requires exactly 2",
     ),
+    *SPLIT,
     Rule(
         "pp: microbatches",
         "--microbatches {microbatches} --pp {pp}",

@@ -1,13 +1,17 @@
 """All layouts that can be run, and the one next to a layout that cannot. Lecture 03."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from itertools import product
 from math import isqrt, log2
+from types import SimpleNamespace
 
 from cluster.planner.hardware import Machine
 from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.rulebook import Case, broken, keeps_all
 from core.model.config import ModelConfig
+from pipeline.split import PP_LAYERS, nearly_equal, notation
 
 Choices = Mapping[str, Sequence]
 
@@ -22,23 +26,25 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
 
     Args:
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
-            usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard and recompute.
+            usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard, recompute and split; but a
+            split is written out where stages would otherwise have no layer.
     """
     usual = Layout()
 
     def of(name: str, every: Sequence | None = None) -> Sequence:
         return choices.get(name) or every or (getattr(usual, name),)
 
-    (placement,), (cp_kind,), (loss_chunk,) = of("placement"), of("cp_kind"), of("loss_chunk")
+    (placement,), (cp_kind,), (loss_chunk,), (split,) = map(of, ("placement", "cp_kind", "loss_chunk", "split"))
     for tp, cp, pp in product(of("tp", divisors(world)), of("cp", divisors(world)), of("pp", divisors(world))):
         dp = world // (tp * cp * pp)
         if tp * cp * pp * dp != world or model.heads % tp or batch % dp or dp not in of("dp", [dp]):
             continue
         # First what the ranks do, then, of what can be, how a pipeline of them works.
         folds = product(of("ep", divisors(world // pp) if model.experts else [1]), of("etp"), of("sp"), of("ulysses"))
+        pipe = {"microbatches": pp, "split": few_layers(model, pp)}
         folds = [
             fold for fold in folds
-            if keeps_all(Case(Layout(tp, cp, *fold[:2], pp, dp, 1, *fold[2:], microbatches=pp), model, machine))
+            if keeps_all(Case(Layout(tp, cp, *fold[:2], pp, dp, 1, *fold[2:], **pipe), model, machine))
         ]  # fmt: skip
         samples = batch // dp  # of a pipeline
         sizes = [(b, samples // b) for b in of("microbatch", divisors(samples)) if samples % b == 0]
@@ -52,9 +58,17 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
         ):
             layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute,
                             reduce=reduce, reshard=reshard, loss_chunk=loss_chunk, cp_kind=cp_kind,
-                            recompute_every=every)  # fmt: skip
+                            recompute_every=every, split=split or few_layers(model, pp * v))  # fmt: skip
             if keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
                 yield layout
+
+
+@cache
+def few_layers(model: ModelConfig, stages: int) -> str:
+    """A split, where without one there is none, because stages of one layer at least would be too many."""
+    if stages < 1 or PP_LAYERS.holds(SimpleNamespace(layers=model.layers, stages=stages, split="")):
+        return ""
+    return notation(nearly_equal(model.layers, stages)) if model.layers + 2 >= stages else ""
 
 
 def _stages(schedule: str, pp: int, model: ModelConfig, wanted: Sequence | None) -> Sequence[int]:
@@ -73,6 +87,10 @@ def nearest(case: Case) -> Layout | None:
     given, world = case.layout, case.world or max(1, case.layout.ranks)
     if not broken(case, advice=True):
         return given
+    if given.split:  # as near as can be without, and then written out
+        found = nearest(replace(case, layout=replace(given, split="")))
+        even = found and notation(nearly_equal(case.model.layers, found.stages))
+        return found and replace(found, split=even)
     batch = case.batch or max(1, given.dp) * max(1, given.microbatch) * max(1, given.microbatches)
     choices = {
         "placement": [given.placement],

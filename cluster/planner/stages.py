@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 from cluster.planner.layout import Layout
 from core.model.config import ModelConfig
@@ -10,7 +11,7 @@ from pipeline.stages import layers_in
 
 def layers_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
     """The dense layers of a stage, and those with experts."""
-    here = layers_in(model.layers, layout.stages, stage)
+    here = layers_in(model.layers, layout.stages, stage, layout.split)
     dense = min(max(model.layers - model.moe_layers - here.start, 0), len(here))
     return dense, len(here) - dense
 
@@ -19,7 +20,7 @@ def recomputed_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, 
     """Of `layers_of` those that are recomputed, in whichever way."""
     if layout.recompute_every == 1:
         return layers_of(model, layout, stage)
-    here, k = layers_in(model.layers, layout.stages, stage), layout.recompute_every
+    here, k = layers_in(model.layers, layout.stages, stage, layout.split), layout.recompute_every
     first_moe = min(max(model.layers - model.moe_layers, here.start), here.stop)
     return first_moe // k - here.start // k, here.stop // k - first_moe // k
 
@@ -37,6 +38,17 @@ def sum_of_layers(model: ModelConfig, layout: Layout, stage: int, of_layer: Call
 def layers_by_rank(model: ModelConfig, layout: Layout) -> list[int]:
     """How many layers each rank of the pipeline has."""
     return [sum(sum(layers_of(model, layout, stage)) for stage in layout.stages_of(rank)) for rank in range(layout.pp)]
+
+
+@cache
+def met_by_rank(model: ModelConfig, schedule: str, pp: int, v: int, split: str) -> list[tuple[float, float]]:
+    """Layers, dense and with experts, that a microbatch meets on each rank; with dualpipe half of them meet a rank."""
+    layout, models = Layout(schedule=schedule, pp=pp, v=v, split=split), 2 if schedule == "dualpipe" else 1
+    found = []
+    for rank in range(pp):
+        dense, moe = zip(*(layers_of(model, layout, stage) for stage in layout.stages_of(rank)), strict=True)
+        found.append((sum(dense) / models, sum(moe) / models))
+    return found
 
 
 def distinct_ranks(model: ModelConfig, layout: Layout) -> list[int]:

@@ -5,7 +5,7 @@ idle: so small products are less efficient. Everything between the products is b
 in `links/messages.py`.
 
 F forward, I dgrad, W wgrad, of all layers of a rank; m microbatches, p pipeline ranks. Where stages are not equal all
-wait for the rank with most layers.
+wait for the slowest rank.
 """
 
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ from cluster.links.messages import ITEM, all_to_all, between_stages, context, da
 from cluster.planner.activations import filling, layer_saved
 from cluster.planner.counting import attention_flops, core_again, expert_matrices, layer_matrices, vocabulary_shard
 from cluster.planner.hardware import Machine, Software
-from cluster.planner.layout import FOLDED, Layout
+from cluster.planner.layout import Layout
 from cluster.planner.memory import parameters
-from cluster.planner.stages import distinct_ranks, layers_by_rank
+from cluster.planner.stages import distinct_ranks, ends_of, met_by_rank
 from core.model.config import ModelConfig
 from pipeline.engine.validator import validate
 from pipeline.schedules import build
@@ -134,31 +134,40 @@ OF_A_LAYER = ("tp", "cp", "cp_kind", "ep", "etp", "sp", "ulysses", "microbatch",
 
 
 def rank_times(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> Microbatch:
-    """Of the rank of a pipeline that has most layers; of them as many have experts as of all."""
+    """Of the rank of a pipeline whose layers take longest."""
+    every = layers_times(model, layout, machine, software)
+    return max(every, key=seconds_of)
+
+
+def layers_times(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> list[Microbatch]:
+    """Of the layers of each rank."""
     key = Layout(**{field: getattr(layout, field) for field in OF_A_LAYER})
-    return _rank_times(model, key, most_layers(model, layout)[0], machine, software)
+    met = met_by_rank(model, layout.schedule, layout.pp, layout.v, layout.split)
+    return [_rank_times(model, key, dense, moe, machine, software) for dense, moe in met]
+
+
+def layer_seconds(model: ModelConfig, layout: Layout, moe: bool, machine: Machine, software: Software) -> float:
+    """Of one layer, forward and backward."""
+    key = Layout(**{field: getattr(layout, field) for field in OF_A_LAYER})
+    return seconds_of(_rank_times(model, key, float(not moe), float(moe), machine, software))
+
+
+def seconds_of(microbatch: Microbatch) -> float:
+    return sum(sum(seconds.values()) for seconds in microbatch)
 
 
 @cache
-def _rank_times(model: ModelConfig, layout: Layout, layers: float, machine: Machine, software: Software) -> Microbatch:
-    moe_layers = layers * model.moe_layers / model.layers
+def _rank_times(
+    model: ModelConfig, layout: Layout, dense: float, moe: float, machine: Machine, software: Software
+) -> Microbatch:
     again = (model.layers // layout.recompute_every) / model.layers  # of the layers
     times = []
-    for n, moe in ((layers - moe_layers, False), (moe_layers, True)):
+    for n, of_moe in ((dense, False), (moe, True)):
         for share, kind in ((again, layout.recompute), (1 - again, "none")):
-            if n * share:
-                each = layer_times(model, replace(layout, recompute=kind), moe, machine, software)
+            if n * share or not (dense or moe or times):  # of a rank without layers one that takes no time
+                each = layer_times(model, replace(layout, recompute=kind), of_moe, machine, software)
                 times.append([add(seconds, count=n * share) for seconds in each])
     return Microbatch(*(add(*of_kinds) for of_kinds in zip(*times, strict=True)))
-
-
-def most_layers(model: ModelConfig, layout: Layout) -> tuple[float, float]:
-    """Layers that a microbatch meets on the rank of a pipeline that has most of them, and on the one with the head."""
-    if model.layers % layout.stages == 0:
-        return model.layers / layout.pp, model.layers / layout.pp
-    models = 2 if layout.schedule == "dualpipe" else 1  # half of the microbatches meet each
-    layers = layers_by_rank(model, layout)
-    return max(layers) / models, layers[0 if layout.schedule in FOLDED else -1] / models
 
 
 # ---- A step ----------------------------------------------------------------------------------------------------------
@@ -208,14 +217,20 @@ def step(model: ModelConfig, layout: Layout, machine: Machine, software: Softwar
     return Step(parts)
 
 
-def head_not_hidden(model: ModelConfig, layout: Layout, machine: Machine, software: Software, layers: float) -> float:
-    """Seconds of the head in one microbatch, less those in which its rank would wait for the one with most layers.
+def head_not_hidden(model: ModelConfig, layout: Layout, machine: Machine, software: Software, slowest: float) -> float:
+    """Seconds of the head in one microbatch, less those in which its rank would wait for the slowest.
 
     Args:
-        layers: seconds of the layers of the rank with most of them.
+        slowest: seconds of the layers of the rank whose layers take longest.
     """
+    with_head = next(rank for rank in range(layout.pp) if ends_of(layout, rank)[1])
+    layers = seconds_of(layers_times(model, layout, machine, software)[with_head])
+    return max(0.0, layers + head_seconds(model, layout, machine, software) - slowest)
+
+
+def head_seconds(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> float:
+    """Of one microbatch, forward and backward; with dualpipe two ranks have the head, and half of them each."""
     tokens, columns = layout.tokens(model.sequence), vocabulary_shard(model, layout.tp)
     products = 4 if layout.chunk_of_loss(model) else 3
     head = products * product(tokens, model.hidden, columns, machine) / (machine.peak * software.gemm)
-    most, last = most_layers(model, layout)
-    return max(0.0, head - (most - last) / most * layers)
+    return head / (2 if layout.schedule == "dualpipe" else 1)

@@ -155,7 +155,7 @@ def layout_of(args: argparse.Namespace, world: int) -> Layout:
     decided, model = given(args), model_of(config, moe)
     if args.auto:
         return planned(args, world, model, decided)
-    free = not {"tp", "cp", "pp", "dp", "ep"} & set(decided)
+    free = not {"tp", "cp", "pp", "dp", "ep", "split"} & set(decided)
     if free and world % 4 == 0 and config.layers % 2 == 0 and config.heads % 2 == 0:
         args = argparse.Namespace(**vars(args) | {"tp": 2, "pp": 2})  # nothing given: a little of each
     layout = layout_from(args, world, args.batch, experts=moe is not None)

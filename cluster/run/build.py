@@ -105,7 +105,7 @@ def build_model(spec: TrainSpec, mesh: Mesh, attention: SequenceAttention) -> GP
     """This rank's shards of the model, with their numbers."""
     layout = spec.layout
     model = GPT(spec.config)
-    model = partition(model, stages_by_rank(layout)[mesh["pp"].index], layout.stages)
+    model = partition(model, stages_by_rank(layout)[mesh["pp"].index], layout.stages, layout.split)
     model = with_tensor_parallelism(model, layout, mesh["tp"])
     model = with_context_parallelism(model, layout, attention)
     model = with_experts(model, spec.moe, layout, mesh, attention)
@@ -191,7 +191,7 @@ def muon_options(
 
 def stages_here(model: GPT, layout: Layout, pp: Axis) -> dict[int, GPT]:
     """The stages of this rank, by number."""
-    return each_stage(model, stages_by_rank(layout)[pp.index], layout.stages)
+    return each_stage(model, stages_by_rank(layout)[pp.index], layout.stages, layout.split)
 
 
 def make_pipeline(

@@ -93,7 +93,7 @@ class Worker:
         self.documents = None if spec.eos is None else use_documents(self.model, Documents(self.masks))
         self.choices: Choices | None = None
         self.loss = loss_function(spec, self.tp)
-        self.copies = Copies(self.model, self.pp, stages_by_rank(layout))
+        self.copies = Copies(self.model, self.pp, stages_by_rank(layout), layout.split)
         self.of_shares = set(parameters_of_shares(self.model))
         self.experts = set(expert_parameters(self.model))
         self.last_biases = {m.down.bias for m in self.model.modules() if isinstance(m, Experts)}

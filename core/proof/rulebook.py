@@ -195,15 +195,6 @@ SP_SEQUENCE = Rule(
     "2205.05198, 4.2.2",
     peer="Megatron-LM, mappings.py: first dimension should be divisible by tensor parallel size",
 )
-PP_LAYERS = Rule(
-    "pp: layers",
-    "--layers {layers}",
-    lambda case: (case.layers >= case.stages and case.layers % case.stages == 0) or case.layers + 2 >= 2 * case.stages,
-    "must be a multiple of the {stages} stages, or 2 x {stages} - 2 or more, so that each has a layer",
-    lambda case: f"--layers {nearest_multiple(case.layers, case.stages)}",
-    "2407.21783, section 3.3.2",
-    peer="torchtitan, pipeline_parallel.py: number of stages cannot be greater than effective layers",
-)
 
 
 def expert_ranks_fit(size: int, ranks: int, among: int) -> bool:

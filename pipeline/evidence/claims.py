@@ -17,6 +17,7 @@ from core.proof.lesson import Run
 from pipeline.engine.actions import Action, Schedule, most_in_flight, placement, size, stages_of_ranks
 from pipeline.engine.validator import Timeline, Verdict, bubble, bubbles_within
 from pipeline.evidence.timeline import plot, to_trace
+from pipeline.split import layers_by_stage
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Measured:
     def peak_in_microbatches(self, runtime: str) -> float:
         """Bytes saved at the peak, where 1 is a micro-batch saved in full from its forward to its backward's end."""
         in_full = most_in_flight(self.actions, self.by_stage)
+        if in_full == self.saved_peak[runtime] == 0:  # of a rotary model's embedding nothing is saved
+            return self.in_flight
         return self.saved_peak[runtime] / in_full * self.in_flight
 
 
@@ -146,9 +149,10 @@ def claim_split(run: Run, schedule: Schedule, measured: list[Measured]) -> None:
     """A W really does what an I has left: every linear layer of the stage, the head too."""
     stages, _ = size(schedule)
     config, cases = configuration(run.args), []
+    of_stages = layers_by_stage(run.args.layers, stages, run.args.split or "")
     each = (1 if config.fused_qkv else 3) + 1 + (3 if config.gated else 2)  # linear layers of a layer
     for rank, (row, m) in enumerate(zip(schedule, measured, strict=True)):
-        of_layers = [each * run.args.layers // stages for action in row if action.kind == "W"]
+        of_layers = [each * of_stages[action.stage] for action in row if action.kind == "W"]
         of_head = [1 for action in row if action.kind == "W" and action.stage == stages - 1]
         cases.append((f"left for W on rank {rank}", sum(of_layers) + sum(of_head), m.deferred_layers))
     run.evidence.each(
@@ -197,8 +201,10 @@ def _claim_in_flight_of_split(run: Run, measured: list[Measured], expected: Sequ
     """An I keeps for its W what arrives at each layer before it gives back what the layer saved."""
     peaks = [m.peak_in_microbatches("engine") for m in measured]
     run.say("saved activations at the peak, in microbatches: " + " ".join(f"{value:.3g}" for value in peaks))
-    layers = run.args.layers / (1 + max(max(m.by_stage) for m in measured))  # of a stage
-    cases = [(f"saved above on rank {r}", 0, max(0.0, peaks[r] - expected[r]) * layers) for r in range(len(peaks))]
+    stages = 1 + max(max(m.by_stage) for m in measured)
+    of_stages = layers_by_stage(run.args.layers, stages, run.args.split or "")
+    layers = [max(1, *(of_stages[stage] for stage in m.by_stage)) for m in measured]  # of a stage
+    cases = [(f"saved above on rank {r}", 0, max(0.0, peaks[r] - expected[r]) * layers[r]) for r in range(len(peaks))]
     run.evidence.each(
         "saved activations at the peak, more than full microbatches in flight, in layers",
         "0, but for the layer at which an I is at work: at most 1",

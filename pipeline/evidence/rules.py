@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from core.proof.rules import Rule, at_least, nearest_multiple
+from pipeline.split import SPLIT, suggested
 
 DUALPIPE_RANKS = "dualpipe pairs rank r with rank p-1-r, and needs an even number"
 DUALPIPE_MICROBATCHES = "dualpipe needs an even number, 2p = {twice} or more"
@@ -17,7 +18,8 @@ def _more_layers(case: Any) -> str:
     layers, per_rank = case.layers, case.stages // case.pp
     usable = [n for n in range(2, min(layers // per_rank, 64) + 1) if layers % (n * per_rank) == 0][-8:]
     ranks = f", or --nproc_per_node one of {', '.join(map(str, usable))}" if usable else ""
-    return f"--layers {nearest_multiple(layers, case.stages)}{ranks}"
+    split = f", or {suggested(case)}" if case.split is not None and layers + 2 >= case.stages else ""
+    return f"--layers {nearest_multiple(layers, case.stages)}{ranks}{split}"
 
 
 CHUNKS = Rule(
@@ -25,7 +27,8 @@ CHUNKS = Rule(
     lambda case: "--chunks 2", "lecture 08",
 )  # fmt: skip
 EQUAL_STAGES = Rule(
-    "equal stages", "--layers {layers}", lambda case: case.layers >= case.stages and case.layers % case.stages == 0,
+    "equal stages", "--layers {layers}",
+    lambda case: bool(case.split) or (case.layers >= case.stages and case.layers % case.stages == 0),
     "must be a multiple of the {stages} stages, so that each holds as many layers", _more_layers, "lecture 07",
 )  # fmt: skip
 EQUAL_MICROBATCHES = Rule(
@@ -33,7 +36,7 @@ EQUAL_MICROBATCHES = Rule(
     "must be a multiple of --microbatches {microbatches}, so that all are equal",
     lambda case: f"--batch {nearest_multiple(case.batch, case.microbatches)}", "lecture 07",
 )  # fmt: skip
-LESSON = (EQUAL_STAGES, at_least("microbatches", 1, 8), EQUAL_MICROBATCHES)  # of every lesson
+LESSON = (*SPLIT, EQUAL_STAGES, at_least("microbatches", 1, 8), EQUAL_MICROBATCHES)  # of every lesson
 
 
 def _enough_microbatches(case: Any) -> str:

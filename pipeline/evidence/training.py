@@ -39,17 +39,21 @@ from pipeline.evidence.claims import Measured
 from pipeline.evidence.rules import LESSON
 from pipeline.evidence.timeline import show_schedule
 from pipeline.runtime import PlainPipeline
+from pipeline.split import sizes_of, stages_of
 from pipeline.stages import Copies, each_stage, partition
 
 Wgrads = list[Callable[[], None]]
 DeferWgrads = Callable[[nn.Module], Wgrads]  # makes a model's linear layers leave their weight gradients on a list
 
 
-def add_flags(lesson: Lesson, microbatches: int = 8, trace: bool = True) -> None:
-    """The flags of a pipeline lesson, that to write a trace where there is one timeline to write."""
+def add_flags(lesson: Lesson, microbatches: int = 8, trace: bool = True, split: bool = True) -> None:
+    """The flags of a pipeline lesson; to write a trace where there is one timeline, to split where stages are known."""
     add_model_flags(lesson, hidden=40, heads=4, sequence=24)
-    lesson.parser.set_defaults(steps=4)
+    lesson.parser.set_defaults(steps=4, split=None)
     flag = lesson.parser.add_argument
+    if split:
+        flag("--stages", dest="split", default="", metavar="E,t*3|t*4|t,L",
+             help="layers of each stage, see split.py (default: as many in each)")  # fmt: skip
     flag("--microbatches", type=int, default=microbatches, help="microbatches in a step (default %(default)s)")
     if trace:
         flag("--trace", metavar="FILE.json", help="write the timeline for Perfetto or chrome://tracing")
@@ -61,7 +65,9 @@ def check(args: argparse.Namespace, ranks: int, per_rank: int = 1, rules: tuple[
     Args:
         rules: more, which come first.
     """
-    case = argparse.Namespace(**vars(args) | {"pp": ranks, "stages": ranks * per_rank, "twice": 2 * ranks})
+    stages_here = partial(stages_of, getattr(args, "schedule", "interleaved"), ranks, per_rank)
+    split = sizes_of(getattr(args, "split", None), map(stages_here, range(ranks)))
+    case = argparse.Namespace(**vars(args) | split | {"pp": ranks, "stages": ranks * per_rank, "twice": 2 * ranks})
     check_rules(case, rules)
     check_model(args)
     check_rules(case, LESSON)
@@ -78,15 +84,17 @@ class Stages(Replica):
         args, job = run.args, run.job
         of_ranks, (stages, microbatches) = stages_of_ranks(schedule), size(schedule)
         mine = of_ranks[axis.index]
-        model = materialize(partition(GPT(configuration(args)), mine, stages), args.seed, job.device, run.precision)
+        split = args.split or ""
+        model = partition(GPT(configuration(args)), mine, stages, split)
+        model = materialize(model, args.seed, job.device, run.precision)
         adamw = partial(torch.optim.AdamW, lr=args.lr)
         optimizer = MasterOptimizer(model.parameters(), adamw, run.precision.master)
         super().__init__(model, optimizer, self._forward_backward, self._clip)
         self.axis, self.microbatches, self.last_step = axis, microbatches, args.steps - 1
         self.masks = use_masks(model, SampleMasks(args.seed))
-        self.copies = Copies(model, axis, of_ranks)
+        self.copies = Copies(model, axis, of_ranks, split)
         self.saved: SavedActivations | None = None  # counts in the last step
-        self.by_number = each_stage(model, mine, stages)
+        self.by_number = each_stage(model, mine, stages, split)
         self.loss = partial(token_loss, tokens=args.batch * args.sequence)
         self.shape = (args.batch // microbatches, args.sequence, args.hidden)
         self.dtype, self.device = run.dtype, job.device

@@ -46,26 +46,25 @@ def frozen(name: str, prefixes: tuple[str, ...]) -> bool:
 
 
 Result = tuple[list, list, list, list]  # losses, norms, the last step's gradients, the parameters, by full name
-Case = tuple[GPTConfig, Schedule]
+Case = tuple[GPTConfig, Schedule] | tuple[GPTConfig, Schedule, str]  # and a split of the layers over the stages
 
 
 def train_all(cases: list[Case], freeze: tuple[str, ...], steps: int, runtimes: tuple[str, ...]) -> list[list[Result]]:
     """On one rank: each case in each runtime."""
     axis = Mesh("cpu", Ledger(), 30.0, pp=dist.get_world_size())["pp"]
-    return [[train(axis, *case, freeze, steps, runtime) for runtime in runtimes] for case in cases]
+    return [[train(axis, case, freeze, steps, runtime) for runtime in runtimes] for case in cases]
 
 
-def train(
-    axis: Axis, config: GPTConfig, schedule: Schedule, freeze: tuple[str, ...], steps: int, runtime: str
-) -> Result:
+def train(axis: Axis, case: Case, freeze: tuple[str, ...], steps: int, runtime: str) -> Result:
+    config, schedule, split = (*case, "")[:3]
     (stages, m), mine = size(schedule), stages_of_ranks(schedule)[axis.index]
-    model = materialize(partition(GPT(config), mine, stages), 7, CPU, torch.float64)
+    model = materialize(partition(GPT(config), mine, stages, split), 7, CPU, torch.float64)
     for name, p in model.named_parameters():
         p.requires_grad_(not frozen(model.full_name(name), freeze))
     masks = use_masks(model, SampleMasks(7))
-    copies = Copies(model, axis, stages_of_ranks(schedule))
+    copies = Copies(model, axis, stages_of_ranks(schedule), split)
     loss, shape = partial(token_loss, tokens=m * SEQUENCE), (1, SEQUENCE, config.hidden)
-    arguments = (each_stage(model, mine, stages), loss, schedule, axis, shape, torch.float64, CPU, masks)
+    arguments = (each_stage(model, mine, stages, split), loss, schedule, axis, shape, torch.float64, CPU, masks)
     pipeline = Pipeline(*arguments) if runtime == "engine" else PlainPipeline(*arguments, defer_wgrads(model))
     optimizer = optimizer_of(model.parameters())
     losses, norms, gradients = [], [], []
@@ -101,7 +100,7 @@ def check_against_one_process(
 ) -> None:
     runtimes = ("plain", "engine") if plain else ("engine",)
     everyone = pool.run(ranks, train_all, cases, freeze, steps, runtimes)
-    for i, (config, schedule) in enumerate(cases):
+    for i, (config, schedule, *_) in enumerate(cases):
         losses, norms, oracle = one_process(config, size(schedule)[1], freeze, steps)
         for j in range(len(runtimes)):
             results = [of_rank[i][j] for of_rank in everyone]
