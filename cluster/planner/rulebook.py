@@ -186,13 +186,6 @@ EXPERTS = (
         "without --sp every rank of tp would dispatch the same tokens",
         source="Megatron-LM, validate_args",
     ),
-    Rule(
-        "experts: dualpipe",
-        "--experts {experts} --schedule {schedule}",
-        lambda x: not x.experts or x.schedule != "dualpipe",
-        "the load of a layer would be counted on both ranks that hold it",
-        source="2412.19437, section 3.2.1",
-    ),
 )
 
 MEANINGFUL = (

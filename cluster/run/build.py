@@ -130,7 +130,13 @@ def with_experts(model: GPT, moe: MoEConfig | None, layout: Layout, mesh: Mesh) 
         return model
     tp = mesh["tp"] if layout.sp else None
     seen_by = (mesh["dp"], mesh["cp"], *((tp,) if tp else ()))  # ranks that see different tokens
-    return shard_experts(to_moe(model, moe), mesh["ep"], mesh["etp"], Spread(seen_by, tp, layout.microbatches))
+    spread = Spread(seen_by, tp, layout.microbatches, twin(layout, mesh["pp"]))
+    return shard_experts(to_moe(model, moe), mesh["ep"], mesh["etp"], spread)
+
+
+def twin(layout: Layout, pp: Axis) -> tuple[Axis, int] | None:
+    """The rank of a pipeline that has the same stages as this one, and computes other micro-batches of them."""
+    return (pp, pp.size - 1 - pp.index) if layout.schedule == "dualpipe" and pp.size > 1 else None
 
 
 def loss_function(spec: TrainSpec, tp: Axis) -> Loss:

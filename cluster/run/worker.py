@@ -224,9 +224,11 @@ class Worker:
 
     def _counted(self, p: nn.Parameter) -> bool:
         """Whether this rank adds a parameter's gradient to the norm: of the ranks that hold it alike, the first."""
+        if not self.copies.counted_here(p):
+            return False
         if p in self.experts:
             return self.mesh["etp"].index == 0 or p not in self.last_biases
-        return is_first(p, self.tp) and self.copies.counted_here(p)
+        return is_first(p, self.tp)
 
     def step(self) -> None:
         for engine in self.engines:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from core import comm
+from core import comm, p2p
 from core.mesh import Axis
 from core.model.linear import linear
 from core.model.precision import wide
@@ -40,6 +40,7 @@ class Spread:
     axes: tuple[Axis, ...] = ()  # each rank of these has tokens of its own
     sequence: Axis | None = None  # the one of them over which the samples themselves are sharded, in order
     forwards: int = 1  # of a step: its micro-batches
+    twin: tuple[Axis, int] | None = None  # axis and rank that has the same layers, for other of the micro-batches
 
     @property
     def parts(self) -> int:
@@ -136,6 +137,9 @@ def _again() -> bool:
 def _over_ranks(counts: Tensor, spread: Spread) -> Tensor:
     for axis in spread.axes:
         counts = comm.all_reduce(counts.clone(), axis.labelled("load"))
+    if spread.twin:
+        axis, rank = spread.twin
+        counts = counts + p2p.exchange(counts, axis.labelled("load"), rank)
     return counts
 
 
