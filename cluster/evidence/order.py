@@ -1,5 +1,7 @@
 """What travels over the data ranks while a pipeline computes, seen as each action begins. Lectures 01 and 07."""
 
+from collections.abc import Sequence
+
 import torch
 
 from cluster.run.worker import Worker
@@ -23,7 +25,7 @@ class Order:
         self._first = True
         worker.pipeline.observers = [self, *worker.pipeline.observers]
 
-    def begins(self, action: Action, then: Action | None, final: bool) -> None:
+    def begins(self, action: Action, then: Sequence[Action], final: bool) -> None:
         if not torch.is_grad_enabled():
             return
         self.reducing += bool(self.sharding.gradients.in_flight)

@@ -30,7 +30,7 @@ from core.model.loss import InHead
 from core.model.loss import token_loss as loss_in_chunks
 from core.model.precision import Precision
 from core.model.seeded import SampleMasks
-from expert_parallel.engine.layers import expert_parameters
+from expert_parallel.engine.layers import ExpertParallelMoE, expert_parameters
 from expert_parallel.engine.layers import parallelize as shard_experts
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import Spread, routers
@@ -38,6 +38,7 @@ from expert_parallel.engine.routing import MoEConfig
 from megatron_tp.engine.layers import parallelize as shard_layers
 from pipeline.engine.actions import stages_of_ranks
 from pipeline.engine.runtime import Pipeline
+from pipeline.engine.turns import Turns
 from pipeline.schedules import build
 from pipeline.stages import Copies, each_stage, partition
 from sequence_parallel.context import SequenceAttention
@@ -51,6 +52,7 @@ from zero.engine.optimizer import MakeOptimizer
 from zero.engine.parts import Parts
 from zero.newton_schulz import MuonSettings
 
+TWO_DIRECTIONS = ("dualpipe", "dualpipev")  # whose F&B are computed by turns
 ENGINES = (data_parallel, zero1, zero2, zero3)  # by --zero
 Loss = Callable[[Tensor, Tensor], Tensor] | InHead  # of logits and targets, this rank's share
 
@@ -202,4 +204,18 @@ def make_pipeline(
     here = spec.config.sequence // layout.sequence_shards  # tokens of a sample between the layers
     activations = (layout.microbatch, here, spec.config.hidden)
     mine = stages_here(model, layout, pp)
-    return Pipeline(mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks, engines)
+    turns = turns_of(model, spec.device) if layout.schedule in TWO_DIRECTIONS else None
+    return Pipeline(
+        mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks, engines, turns
+    )
+
+
+def turns_of(model: GPT, device: torch.device) -> Turns | None:
+    """What the experts' layers give the turn to while their rows are in flight; None where none are."""
+    layers = [m for m in model.modules() if isinstance(m, ExpertParallelMoE) and m.ep.size > 1]
+    if not layers or layers[0].dispatch != "all-to-all":
+        return None
+    turns = Turns(device)
+    for layer in layers:
+        layer.flight.meanwhile = turns.give
+    return turns

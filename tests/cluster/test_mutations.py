@@ -101,9 +101,9 @@ def and_stay(right: Callable, self: Bucket) -> torch.Tensor:
     return flat
 
 
-def of_the_other_stage(right: Callable, self: GatheredWeights, part: int, then: Any) -> None:
+def of_the_other_stage(right: Callable, self: GatheredWeights, way: Any, part: int, then: Any) -> None:
     other = {stage: 3 - stage for stage in self.walks}
-    right(self, part, then and then._replace(stage=other[then.stage]))
+    right(self, way, part, [action._replace(stage=other[action.stage]) for action in then])
 
 
 Bug = tuple[str, Callable[[], AbstractContextManager], str]
@@ -154,11 +154,11 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
         "zero 3", lambda: instead(GatheredWeights, "_enter", of_the_other_stage), SENT,
     ),
     "nothing is gathered ahead": (
-        "zero 3", lambda: instead(GatheredWeights, "_enter", lambda right, self, part, then: right(self, part, None)),
+        "zero 3", lambda: instead(GatheredWeights, "_enter", lambda right, self, way, part, then: right(self, way, part, ())),
         "actions whose weights are there",
     ),
     "nothing is kept for the next action": (
-        "zero 3", lambda: instead(GatheredWeights, "_leave", lambda _, self, units: self._free(units)), SENT,
+        "zero 3", lambda: instead(GatheredWeights, "_leave", lambda _, self, __, units: self._free(units)), SENT,
     ),
     "added up, and reduced in every micro-batch": (
         "kept", lambda: instead(ShardedGradients, "due", lambda *_: True), SENT,
