@@ -25,10 +25,11 @@ from typing import Any
 import torch
 
 from cluster import dry_run
+from cluster.evidence.flights import Flights
 from cluster.evidence.order import Order
 from cluster.run import evidence
 from cluster.run.arguments import add_all_flags, check, configured, folder_of, full_model, layout_of, model_of, moe_of
-from cluster.run.build import TrainSpec, make_mesh
+from cluster.run.build import TrainSpec, by_turns, make_mesh
 from cluster.run.data import HELD_OUT, data_of
 from cluster.run.export import export, load_export, load_published
 from cluster.run.hf import bytes_of
@@ -66,6 +67,7 @@ def lesson(run: Run) -> None:
     )  # fmt: skip
     worker = Worker(spec, mesh)
     order = Order(worker) if worker.pipeline else None
+    flights = Flights(worker) if by_turns(layout, moe) and args.verify else None
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()
     oracle = evidence.one_process(run, spec)
@@ -117,6 +119,8 @@ def lesson(run: Run) -> None:
     evidence.claim_run(run, layout, model, worker, sent, steps)
     if order:
         order.claim(run, steps)
+    if flights:
+        flights.claim(run, training.batch(args.seed, 0, args.batch), steps)
     if oracle and steps:
         compared.claim(run)
     evidence.claim_losses(run, first, before, after)

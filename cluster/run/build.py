@@ -204,18 +204,21 @@ def make_pipeline(
     here = spec.config.sequence // layout.sequence_shards  # tokens of a sample between the layers
     activations = (layout.microbatch, here, spec.config.hidden)
     mine = stages_here(model, layout, pp)
-    turns = turns_of(model, spec.device) if layout.schedule in TWO_DIRECTIONS else None
+    turns = turns_of(model, spec.device) if by_turns(layout, spec.moe) else None
     return Pipeline(
         mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks, engines, turns
     )
 
 
-def turns_of(model: GPT, device: torch.device) -> Turns | None:
-    """What the experts' layers give the turn to while their rows are in flight; None where none are."""
-    layers = [m for m in model.modules() if isinstance(m, ExpertParallelMoE) and m.ep.size > 1]
-    if not layers or layers[0].dispatch != "all-to-all":
-        return None
+def by_turns(layout: Layout, moe: MoEConfig | None) -> bool:
+    """Whether a forward and a backward compute by turns, while rows of experts of the other are in flight."""
+    return layout.schedule in TWO_DIRECTIONS and moe is not None and layout.pp > 1 and layout.ep > 1
+
+
+def turns_of(model: GPT, device: torch.device) -> Turns:
+    """What the experts' layers hand over while their rows are in flight."""
     turns = Turns(device)
-    for layer in layers:
-        layer.flight.meanwhile = turns.give
+    for module in model.modules():
+        if isinstance(module, ExpertParallelMoE):
+            module.flight.meanwhile = turns.give
     return turns

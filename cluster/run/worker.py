@@ -38,6 +38,7 @@ from expert_parallel.engine.choices import Choices, follow
 from expert_parallel.engine.experts import Experts
 from expert_parallel.engine.layers import expert_parameters
 from expert_parallel.engine.router import count_ahead, end_step, forget
+from pipeline.engine.runtime import Trace
 from pipeline.stages import Copies
 from sequence_parallel import context
 from sequence_parallel.engine.ulysses import context_parallel
@@ -124,12 +125,18 @@ class Worker:
         return inputs, targets
 
     def forward_backward(
-        self, step: int, inputs: Tensor, targets: Tensor, saved: SavedActivations | None = None
+        self,
+        step: int,
+        inputs: Tensor,
+        targets: Tensor,
+        saved: SavedActivations | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """Of the global batch, (samples, S) each; this rank's share of the loss. Then the gradients are summed.
 
         Args:
             saved: counts what is kept for backward.
+            trace: measures what a pipeline does.
         """
         self.masks.seek(step, self.mesh["dp"].index * self.layout.microbatches * self.layout.microbatch)
         batch = self.split((inputs, targets))
@@ -138,7 +145,7 @@ class Worker:
         if self._counts_ahead():
             self._forward(*batch)
             count_ahead(self.model)
-        share = self._by_schedule(*batch, saved) if self.pipeline else self._one_by_one(*batch, saved)
+        share = self._by_schedule(*batch, saved, trace) if self.pipeline else self._one_by_one(*batch, saved)
         self._sum_over_tp()
         return self._once_over_tp(share)
 
@@ -147,9 +154,11 @@ class Worker:
         moe = self.spec.moe
         return moe is not None and moe.routing.aux > 0 and self.layout.microbatches > 1
 
-    def _by_schedule(self, inputs: Tensor, targets: Tensor, saved: SavedActivations | None) -> Tensor:
+    def _by_schedule(
+        self, inputs: Tensor, targets: Tensor, saved: SavedActivations | None, trace: Trace | None
+    ) -> Tensor:
         """The pipeline's step, in which the engines sum over the data ranks; then what several ranks of pp have too."""
-        share = self.pipeline.step(inputs, targets, saved=saved)
+        share = self.pipeline.step(inputs, targets, trace, saved)
         self._sum_over_copies()
         return share
 

@@ -40,14 +40,11 @@ ALL_GATHER = Rule(
 class Flight:
     """What is told of rows in flight, and may compute something else `meanwhile`. This one does nothing."""
 
-    def begun(self) -> None:
+    def begun(self, pending: comm.Pending) -> None:
         """An all-to-all has been posted."""
 
     def meanwhile(self) -> None:
         """It is waited for next."""
-
-    def arrived(self) -> None:
-        """Its rows are here."""
 
 
 class Exchange:
@@ -80,16 +77,14 @@ class Exchange:
 
     def _post(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         self._pending = comm.all_to_all_async(rows.detach(), self.axis, send, receive)
-        self.flight.begun()
+        self.flight.begun(self._pending)
         return rows.new_empty(0)
 
     def _wait(self, _: Tensor) -> Tensor:
         """Keeps nothing: the graph has this object until the backward, which does not read the buffers."""
         pending, self._pending = self._pending, None
         self.flight.meanwhile()
-        rows = pending.wait()
-        self.flight.arrived()
-        return rows
+        return pending.wait()
 
 
 def gather_rows(rows: Tensor, axis: Axis, counts: list[int]) -> Tensor:

@@ -69,6 +69,7 @@ class Trace:
     clock: VirtualClock
     saved: SavedActivations
     by_stage: dict[int, int] = field(default_factory=dict)  # bytes that autograd saved for one micro-batch
+    costs: Mapping[str, float] = field(default_factory=lambda: UNIT_COSTS)  # of actions on 1/p of the model
     deferred_layers: int = 0  # layers whose weight gradients a W has computed
 
 
@@ -223,7 +224,7 @@ class Pipeline:
 
     def _compute(self, block: list[Action]) -> None:
         """One action; or an F&B, by turns."""
-        if len(block) == 2 and self._now.trace is None:  # whose clock has the time of one thing at a time
+        if len(block) == 2:
             forward, backward = block
             self.turns.together(lambda: self._backward(backward), lambda: self._forward(forward))
             return
@@ -294,7 +295,7 @@ class Pipeline:
 
     def _measured(self, action: Action) -> AbstractContextManager:
         trace = self._now.trace
-        return trace.clock.action(action, self._share * UNIT_COSTS[action.kind]) if trace else nullcontext()
+        return trace.clock.action(action, self._share * trace.costs[action.kind]) if trace else nullcontext()
 
     # ---- Messages. One is known on both sides by the action that receives it.
 
