@@ -13,8 +13,8 @@ attention, dispatch, MLP and combine, and sets a forward of one direction of Dua
 No layer is split by hand for it: each of the two runs as it always does, but on a thread of its own, of which only one
 computes at a time. Who would wait for rows hands the turn over, so the turns follow the table by themselves, whatever
 is in a layer: dense ones have no turn to give, a recomputed forward has its own. (torchtitan runs them on two threads,
-too; DeepSeek's DualPipe leaves `overlapped_forward_backward` to who writes the model.) Turns depend on the layers alone,
-so all ranks of ep have the same, and their collectives meet.
+too; DeepSeek's DualPipe leaves `overlapped_forward_backward` to who writes the model.) Turns depend on nothing but the
+layers, so all ranks of ep have the same, and their collectives meet.
 """
 
 import threading

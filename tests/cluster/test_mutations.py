@@ -47,7 +47,7 @@ LAYOUTS = {
     "zero 2": "--pp 2 --dp 2 --zero 2 --microbatches 2 --schedule zb-h1",
     "zero 3": "--pp 2 --dp 2 --zero 3 --microbatches 4 --schedule zb-v --layers 4",
     "kept": "--pp 2 --dp 2 --zero 3 --microbatches 2 --reduce step --reshard step",
-    "turns": "--pp 2 --dp 2 --zero 1 --microbatches 4 --experts 4 --ep 2 --schedule dualpipe --bias-rate 0.01 --aux 0.1",
+    "turns": "--pp 2 --dp 2 --zero 1 --microbatches 4 --experts 4 --ep 2 --schedule dualpipe --aux 0.1 --bias-rate 0.01",
     "turns, recomputed": "--pp 2 --dp 2 --zero 3 --microbatches 4 --experts 4 --ep 2 --schedule dualpipev --chunks 2 "
     "--layers 4 --recompute full",
     "experts zero 3": "--pp 2 --dp 2 --zero 3 --microbatches 2 --experts 4 --ep 2 --bias-rate 0.01",
@@ -116,10 +116,10 @@ def of_the_other_stage(right: Callable, self: GatheredWeights, way: Any, part: i
 
 
 def moved_twice(right: Callable, model: Any) -> Any:
-    before = [router.bias.clone() for router in routers(model)]
+    before = [each.bias.clone() for each in routers(model)]
     loads = right(model)
-    for router, was in zip(routers(model), before, strict=True):
-        router.bias.data += router.bias - was
+    for each, was in zip(routers(model), before, strict=True):
+        each.bias.data += each.bias - was
     return loads
 
 
@@ -196,7 +196,7 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
         "zero 3", lambda: instead(GatheredWeights, "_enter", of_the_other_stage), SENT,
     ),
     "nothing is gathered ahead": (
-        "zero 3", lambda: instead(GatheredWeights, "_enter", lambda right, self, way, part, then: right(self, way, part, ())),
+        "zero 3", lambda: instead(GatheredWeights, "_enter", lambda right, self, *to: right(self, *to[:2], ())),
         "actions whose weights are there",
     ),
     "nothing is kept for the next action": (
@@ -215,7 +215,7 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
     "nothing decays": ("recipe", lambda: instead(recipe, "decays", lambda *_: False), PARAMETER),
     "the load of one copy of a layer": ("turns", lambda: instead(build, "twin", nothing), GRADIENT),
     "the load of this copy twice": (
-        "turns", lambda: instead(router, "_over_ranks", lambda right, load, spread: right(load, spread) + load), GRADIENT,
+        "turns", lambda: instead(router, "_over_ranks", lambda right, load, over: right(load, over) + load), GRADIENT,
     ),
     "a bias that moves once for each copy": ("turns", lambda: instead(worker, "end_step", moved_twice), PARAMETER),
     "copies of experts are not known": ("turns", lambda: instead(stages, "_of_block", lambda _, name: name), GRADIENT),
