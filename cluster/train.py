@@ -29,7 +29,7 @@ from cluster.evidence.flights import Flights
 from cluster.evidence.order import Order
 from cluster.run import evidence
 from cluster.run.arguments import add_all_flags, check, configured, folder_of, full_model, layout_of, model_of, moe_of
-from cluster.run.build import TrainSpec, by_turns, make_mesh
+from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.data import HELD_OUT, data_of
 from cluster.run.export import export, load_export, load_published
 from cluster.run.hf import bytes_of
@@ -67,7 +67,7 @@ def lesson(run: Run) -> None:
     )  # fmt: skip
     worker = Worker(spec, mesh)
     order = Order(worker) if worker.pipeline else None
-    flights = Flights(worker) if by_turns(layout, moe) and args.verify else None
+    flights = Flights(worker) if layout.by_turns and args.verify else None
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()
     oracle = evidence.one_process(run, spec)

@@ -52,7 +52,6 @@ from zero.engine.optimizer import MakeOptimizer
 from zero.engine.parts import Parts
 from zero.newton_schulz import MuonSettings
 
-TWO_DIRECTIONS = ("dualpipe", "dualpipev")  # whose F&B are computed by turns
 ENGINES = (data_parallel, zero1, zero2, zero3)  # by --zero
 Loss = Callable[[Tensor, Tensor], Tensor] | InHead  # of logits and targets, this rank's share
 
@@ -204,15 +203,10 @@ def make_pipeline(
     here = spec.config.sequence // layout.sequence_shards  # tokens of a sample between the layers
     activations = (layout.microbatch, here, spec.config.hidden)
     mine = stages_here(model, layout, pp)
-    turns = turns_of(model, spec.device) if by_turns(layout, spec.moe) else None
+    turns = turns_of(model, spec.device) if layout.by_turns else None
     return Pipeline(
         mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks, engines, turns
     )
-
-
-def by_turns(layout: Layout, moe: MoEConfig | None) -> bool:
-    """Whether a forward and a backward compute by turns, while rows of experts of the other are in flight."""
-    return layout.schedule in TWO_DIRECTIONS and moe is not None and layout.pp > 1 and layout.ep > 1
 
 
 def turns_of(model: GPT, device: torch.device) -> Turns:

@@ -18,11 +18,13 @@ layers, so all ranks of ep have the same, and their collectives meet.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 
 class _OtherFailed(Exception):
@@ -52,7 +54,8 @@ class Turns:
     def together(self, first: Callable[[], None], second: Callable[[], None]) -> None:
         """Run both, which call `give`. The first has the first turn; when one has ended the other goes on to its end.
 
-        The second runs on another thread, without what torch has by thread: hooks, or no gradients.
+        The second runs on another thread: with gradients, and without this one's hooks. Tensors that are fake here are
+        fake there.
 
         Raises:
             what the one that failed has raised. The other does not go on.
@@ -60,7 +63,7 @@ class Turns:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "turns", initializer=self._use_device)
         self.has, self._ended, self._failure = 0, [False, False], None
-        running = self._thread.submit(self._run, 1, second)
+        running = self._thread.submit(self._run, 1, second, _get_current_dispatch_mode_stack())
         self._run(0, first)
         wait([running])
         self.has = None
@@ -85,12 +88,15 @@ class Turns:
             self._thread.shutdown()
             self._thread = None
 
-    def _run(self, me: int, compute: Callable[[], None]) -> None:
+    def _run(self, me: int, compute: Callable[[], None], modes: Sequence[TorchDispatchMode] = ()) -> None:
         if me:
             self._go[me].acquire()
         try:
-            if not self._failure:
-                compute()
+            with ExitStack() as entered:
+                for mode in modes:
+                    entered.enter_context(mode)
+                if not self._failure:
+                    compute()
         except BaseException as error:  # whatever it is: raised on the main thread
             self._failure = self._failure or error
         self._ended[me] = True

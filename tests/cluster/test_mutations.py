@@ -47,7 +47,7 @@ LAYOUTS = {
     "zero 2": "--pp 2 --dp 2 --zero 2 --microbatches 2 --schedule zb-h1",
     "zero 3": "--pp 2 --dp 2 --zero 3 --microbatches 4 --schedule zb-v --layers 4",
     "kept": "--pp 2 --dp 2 --zero 3 --microbatches 2 --reduce step --reshard step",
-    "turns": "--pp 2 --dp 2 --zero 1 --microbatches 4 --experts 4 --ep 2 --schedule dualpipe --aux 0.1 --bias-rate 0.01",
+    "turns": "--pp 2 --dp 2 --zero 1 --microbatches 4 --experts 4 --ep 2 --schedule dualpipe --aux 0.1 --bias-rate .01",
     "turns, recomputed": "--pp 2 --dp 2 --zero 3 --microbatches 4 --experts 4 --ep 2 --schedule dualpipev --chunks 2 "
     "--layers 4 --recompute full",
     "experts zero 3": "--pp 2 --dp 2 --zero 3 --microbatches 2 --experts 4 --ep 2 --bias-rate 0.01",
