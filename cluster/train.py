@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 cluster/train.py --tp 2 --pp 2 --dp 2
 
-read: train.py:55-124; run/build.py:92-171; then run/worker.py
+read: train.py:55-123; run/build.py:93-173; then run/worker.py
 
 Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, because the topics have the rest:
 
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from cluster import dry_run
-from cluster.evidence.flights import Flights
 from cluster.evidence.order import Order
 from cluster.run import evidence
 from cluster.run.arguments import add_all_flags, check, configured, folder_of, full_model, layout_of, model_of, moe_of
@@ -67,7 +66,6 @@ def lesson(run: Run) -> None:
     )  # fmt: skip
     worker = Worker(spec, mesh)
     order = Order(worker) if worker.pipeline else None
-    flights = Flights(worker) if layout.by_turns and args.verify else None
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()
     oracle = evidence.one_process(run, spec)
@@ -119,8 +117,6 @@ def lesson(run: Run) -> None:
     evidence.claim_run(run, layout, model, worker, sent, steps)
     if order:
         order.claim(run, steps)
-    if flights:
-        flights.claim(run, training.batch(args.seed, 0, args.batch), steps)
     if oracle and steps:
         compared.claim(run)
     evidence.claim_losses(run, first, before, after)

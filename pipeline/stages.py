@@ -67,11 +67,6 @@ def each_stage(model: GPT, mine: Collection[int], stages: int) -> dict[int, GPT]
     return found
 
 
-def _of_block(full_name: str) -> str:
-    """The name of the block, all of which is on one stage: it may have experts, which a plain model has not."""
-    return ".".join(full_name.split(".")[:2]) if full_name.startswith("blocks.") else full_name
-
-
 class Copies:
     """The parameters that this rank has in common with other ranks.
 
@@ -130,3 +125,8 @@ class Copies:
     def counted_once(self) -> Iterator[Tensor]:
         """The gradients on this rank that belong in the global norm."""
         return (p.grad for p in self.model.parameters() if p.grad is not None and self.counted_here(p))
+
+
+def _of_block(full_name: str) -> str:
+    """The name of the block, all of which is on one stage: it may have experts, which a plain model has not."""
+    return ".".join(full_name.split(".")[:2]) if full_name.startswith("blocks.") else full_name

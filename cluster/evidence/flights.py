@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from cluster.run.worker import Worker
 from core import comm
+from core.model.seeded import generator
 from core.proof.clock import VirtualClock
 from core.proof.lesson import Run
 from core.proof.memory import SavedActivations
 from expert_parallel.engine.layers import ExpertParallelMoE
 from pipeline.engine.actions import UNIT_COSTS, Action, Row, Schedule, size, with_communication
-from pipeline.engine.runtime import Trace
+from pipeline.engine.step import Trace
 from pipeline.engine.validator import validate
 from pipeline.schedules import build
 
@@ -102,7 +103,7 @@ class Flights:
 
     # ---- Claims. All ranks call it, after the training.
 
-    def claim(self, run: Run, batch: tuple[Tensor, Tensor], steps: int) -> None:
+    def claim(self, run: Run, steps: int) -> None:
         """The order of events in the training, and virtual time of one more step, of which nothing is kept."""
         layout, pipeline = self.worker.layout, self.worker.pipeline
         schedule = build(layout.schedule, layout.pp, layout.microbatches, layout.v)
@@ -116,13 +117,13 @@ class Flights:
                     f"all-to-alls of F&B in whose flight the other direction computes, rank {rank}",
                     f"all, where both have as many = {could}, by the order of events", could, hidden,
                 )  # fmt: skip
-        if layout.recompute != "none":
+        if layout.recompute != "none" or not run.args.verify:
             return
         exchanges = run.job.gather({stage: _mixtures(model) for stage, model in pipeline.stages.items()})
         layers = run.job.gather({stage: len(model.blocks) for stage, model in pipeline.stages.items()})
-        by_turns = self._makespan(run, batch)
+        by_turns = self._makespan(run)
         pipeline.pairs, pipeline.program = {}, with_communication(schedule)[pipeline.axis.index]
-        one_by_one = self._makespan(run, batch)
+        one_by_one = self._makespan(run)
         if run.job.rank:
             return
         exchanges, layers = ({k: v for each in of_ranks for k, v in each.items()} for of_ranks in (exchanges, layers))
@@ -133,12 +134,15 @@ class Flights:
             what = f"{formula} = {expected:g}" if _equal(layers, exchanges) else f"on virtual devices = {expected:g}"
             run.evidence.claim(f"virtual time of a step, F&B {name}", what, expected, found, 1e-9)
 
-    def _makespan(self, run: Run, batch: tuple[Tensor, Tensor]) -> float:
-        trace = Trace(VirtualClock(self.worker.spec.device), SavedActivations([]), costs=FREE)
+    def _makespan(self, run: Run) -> float:
+        spec = self.worker.spec
+        shape, random = (2, spec.layout.batch, spec.config.sequence), generator(spec.seed, "flights")
+        tokens = torch.randint(spec.config.vocabulary, shape, generator=random).to(spec.device)
+        trace = Trace(VirtualClock(spec.device), SavedActivations([]), costs=FREE)
         self.worker.zero_grad()
         self.clock = trace.clock
         try:
-            self.worker.forward_backward(0, *batch, trace=trace)
+            self.worker.forward_backward(0, *tokens, trace=trace)
         finally:
             self.clock = None
         return max(run.job.gather(float(trace.clock.now[0])) or [0.0])

@@ -135,11 +135,6 @@ def with_experts(model: GPT, moe: MoEConfig | None, layout: Layout, mesh: Mesh) 
     return shard_experts(to_moe(model, moe), mesh["ep"], mesh["etp"], spread)
 
 
-def twin(layout: Layout, pp: Axis) -> tuple[Axis, int] | None:
-    """The rank of a pipeline that has the same stages as this one, and computes other micro-batches of them."""
-    return (pp, pp.size - 1 - pp.index) if layout.schedule == "dualpipe" and pp.size > 1 else None
-
-
 def loss_function(spec: TrainSpec, tp: Axis) -> Loss:
     """The cross entropy; under tp each rank has the logits of its rows of the vocabulary. Of many, chunk by chunk."""
     chunk = spec.layout.chunk_of_loss(spec.config)
@@ -176,6 +171,11 @@ def shard_optimizer(model: GPT, spec: TrainSpec, mesh: Mesh, copies: Copies) -> 
         engine(axis=data, only=lambda p: p not in experts, **muon("tp", "cp", "dp")),
         engine(axis=mesh["edp"], only=lambda p: p in experts, **muon("etp", "edp")),
     )
+
+
+def twin(layout: Layout, pp: Axis) -> tuple[Axis, int] | None:
+    """The rank of a pipeline that has the same stages as this one, and computes other micro-batches of them."""
+    return (pp, pp.size - 1 - pp.index) if layout.schedule == "dualpipe" and pp.size > 1 else None
 
 
 def muon_options(

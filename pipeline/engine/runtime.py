@@ -16,21 +16,18 @@ M micro-batches, B samples in a micro-batch, S sequence, H hidden
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from core.mesh import Axis
 from core.model.linear import Deferred, Later
 from core.model.loss import InHead, loss_of
 from core.model.seeded import SampleMasks
 from core.p2p import PointToPoint
-from core.proof.clock import VirtualClock
 from core.proof.memory import SavedActivations
 from pipeline.engine.actions import (
-    UNIT_COSTS,
     Action,
     Row,
     Schedule,
@@ -46,42 +43,9 @@ from pipeline.engine.actions import (
     with_communication,
 )
 from pipeline.engine.observer import Observer, what_follows
+from pipeline.engine.step import Kept, Step, Trace
 from pipeline.engine.turns import Turns
 from pipeline.engine.validator import validate
-
-
-@dataclass
-class Kept:
-    """What a stage keeps of one micro-batch between its forward and its backward.
-
-    Not the output: once it is sent, only the place in the graph where its gradient enters is needed. (Megatron-LM
-    gets the same by shrinking the output's storage, `deallocate_output_tensor`.)
-    """
-
-    input: Tensor
-    exit: GradientEdge | None  # None where nothing on this stage or before it is trained
-
-
-@dataclass
-class Trace:
-    """The measurements of traced steps."""
-
-    clock: VirtualClock
-    saved: SavedActivations
-    by_stage: dict[int, int] = field(default_factory=dict)  # bytes that autograd saved for one micro-batch
-    costs: Mapping[str, float] = field(default_factory=lambda: UNIT_COSTS)  # of actions on 1/p of the model
-    deferred_layers: int = 0  # layers whose weight gradients a W has computed
-
-
-@dataclass
-class Step:
-    """What is worked on now."""
-
-    inputs: Tensor  # (M, B, S)
-    targets: Tensor  # (M, B, S)
-    loss: Tensor  # of the micro-batches so far, a scalar
-    trace: Trace | None = None
-    saved: SavedActivations | None = None  # counts what is kept for backward
 
 
 class Pipeline:

@@ -9,12 +9,11 @@ import pytest
 from cluster.evidence.flights import Flights, hidden_by
 from cluster.planner.layout import Layout
 from core.model.gpt import GPTConfig
-from core.model.text import Text
 from expert_parallel.engine.routing import MoEConfig
 from tests.cluster import test_worker
 from tests.cluster.resuming import job_here, worker_of
 from tests.cluster.resuming import train as go_on
-from tests.cluster.test_worker import CONFIG, SEED, Result, differences, reference, samples_of, train
+from tests.cluster.test_worker import CONFIG, Result, differences, reference, samples_of, train
 from tests.llama import BOTH, LLAMA
 from tests.pool import Pool
 
@@ -40,7 +39,8 @@ def trained(config: GPTConfig, layout: Layout) -> tuple[Result, Claims]:
     flights = Flights(worker)
     go_on(worker, [0, 1])
     evidence = SimpleNamespace(claim=lambda name, _, expected, found, *__: claims.update({name: (expected, found)}))
-    flights.claim(SimpleNamespace(job=job_here(), evidence=evidence), Text(None, 16).batch(SEED, 0, 16), 2)
+    args = SimpleNamespace(verify=True)
+    flights.claim(SimpleNamespace(args=args, job=job_here(), evidence=evidence), 2)
     worker.close()
     return result, claims
 

@@ -83,9 +83,9 @@ class Way:
     active: bool = False
     next: int = 0  # forward: the first layer whose gathering has not begun; backward: the last that is reached
 
-    @property
-    def layers(self) -> list[Unit]:
-        return self.walk.layers
+    def wait_for_ends(self) -> None:
+        for unit in self.walk.ends:
+            unit.wait()
 
 
 def units_of(
@@ -188,6 +188,10 @@ class GatheredWeights:
         needed = {unit for unit, _ in way.soon} | set(other.walk.ends if other.active else ())
         self._free(unit for unit in units if unit not in needed)
 
+    def _end(self, way: Way) -> None:
+        self._leave(way, [*way.walk.layers, *way.walk.ends])
+        way.active = False
+
     def release(self) -> None:
         """Free all of them: the step is done."""
         self._keeping = False
@@ -204,30 +208,24 @@ class GatheredWeights:
         self._gather(way.walk.ends, forward=True)
         way.next = 0
         self._prefetch(1)
-        self._wait_for_ends(way)
+        way.wait_for_ends()
 
     def forward_reaches(self, i: int) -> None:
-        layers = self._forward.layers
+        layers = self._forward.walk.layers
         self._free(layers[:i])
         self._prefetch(i + 2)
         layers[i].wait()
 
     def end_forward(self) -> None:
-        way = self._forward
-        self._prefetch(len(way.layers))
-        self._leave(way, [*way.layers, *way.walk.ends])
-        way.active = False
+        self._prefetch(len(self._forward.walk.layers))
+        self._end(self._forward)
 
     def _prefetch(self, stop: int) -> None:
         way = self._forward
-        self._gather(way.layers[way.next : stop], forward=True)
-        way.next = max(way.next, min(stop, len(way.layers)))
-        if stop > len(way.layers):
+        self._gather(way.walk.layers[way.next : stop], forward=True)
+        way.next = max(way.next, min(stop, len(way.walk.layers)))
+        if stop > len(way.walk.layers):
             self._gather_soon(way)
-
-    def _wait_for_ends(self, way: Way) -> None:
-        for unit in way.walk.ends:
-            unit.wait()
 
     # Backward: layer i computes while layer i-1 arrives and the gradients of layer i+1 leave.
 
@@ -246,14 +244,14 @@ class GatheredWeights:
         if way.next >= 0:
             return
         self._gather(way.walk.first(forward=False), forward=False)
-        way.next = len(way.layers)
-        self._wait_for_ends(way)
-        if not way.layers:
+        way.next = len(way.walk.layers)
+        way.wait_for_ends()
+        if not way.walk.layers:
             self._gather_soon(way)
 
     def backward_reaches(self, i: int) -> None:
         self._begin_backward()  # unless the end of the model has: it may be this block
-        way, layers = self._backward, self._backward.layers
+        way, layers = self._backward, self._backward.walk.layers
         while way.next > i:
             way.next -= 1
             here = way.next
@@ -270,7 +268,7 @@ class GatheredWeights:
         """After a backward that completes gradients."""
         self.backward_reaches(0)
         way = self._backward
-        for unit in [*way.layers[:1], *way.walk.ends]:
+        for unit in [*way.walk.layers[:1], *way.walk.ends]:
             self._leave(way, [unit])
             self._reduce([unit])
         self._reducing = False
@@ -278,9 +276,7 @@ class GatheredWeights:
     def end_backward(self) -> None:
         """After any."""
         self.backward_reaches(0)
-        way = self._backward
-        self._leave(way, [*way.layers, *way.walk.ends])
-        way.active = False
+        self._end(self._backward)
 
     def reduce(self, part: int) -> None:
         """Launch the gradients of all units of a part, whose backward came in pieces."""
