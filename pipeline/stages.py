@@ -77,13 +77,13 @@ class Copies:
         stages = 1 + max(max(those) for those in stages_of_ranks)
         every = each_stage(GPT(model.config), range(stages), stages, split)  # on the meta device, for the names
         names = [
-            {model.full_name(name) for stage in those for name, _ in every[stage].named_parameters()}
+            {_of_block(model.full_name(name)) for stage in those for name, _ in every[stage].named_parameters()}
             for those in stages_of_ranks
         ]
         self.shared: dict[tuple[int, ...], list[tuple[str, nn.Parameter]]] = defaultdict(list)  # by the ranks
         for name, p in model.named_parameters():
             full_name = model.full_name(name)
-            ranks = tuple(rank for rank in range(axis.size) if full_name in names[rank])
+            ranks = tuple(rank for rank in range(axis.size) if _of_block(full_name) in names[rank])
             if len(ranks) > 1:
                 self.shared[ranks].append((full_name, p))
         for copies in self.shared.values():  # in one order on all ranks: a head's position is not an embedding's
@@ -122,3 +122,8 @@ class Copies:
     def counted_once(self) -> Iterator[Tensor]:
         """The gradients on this rank that belong in the global norm."""
         return (p.grad for p in self.model.parameters() if p.grad is not None and self.counted_here(p))
+
+
+def _of_block(full_name: str) -> str:
+    """The name of the block, all of which is on one stage: it may have experts, which a plain model has not."""
+    return ".".join(full_name.split(".")[:2]) if full_name.startswith("blocks.") else full_name

@@ -1,7 +1,10 @@
 """What travels over the data ranks while a pipeline computes, seen as each action begins. Lectures 01 and 07."""
 
+from collections.abc import Sequence
+
 import torch
 
+from cluster.evidence.flights import Flights
 from cluster.run.worker import Worker
 from core.proof.lesson import Run
 from pipeline.engine.actions import Action
@@ -21,9 +24,10 @@ class Order:
         self.worker, self.sharding = worker, worker.dense_engine.sharding
         self.ahead = self.reducing = 0
         self._first = True
+        self.flights = Flights(worker) if worker.layout.by_turns else None
         worker.pipeline.observers = [self, *worker.pipeline.observers]
 
-    def begins(self, action: Action, then: Action | None, final: bool) -> None:
+    def begins(self, action: Action, then: Sequence[Action], final: bool) -> None:
         if not torch.is_grad_enabled():
             return
         self.reducing += bool(self.sharding.gradients.in_flight)
@@ -40,7 +44,9 @@ class Order:
         self._first = True
 
     def claim(self, run: Run, steps: int) -> None:
-        """By the schedule. All ranks call it."""
+        """By the schedule. All ranks call it, after the training."""
+        if self.flights:
+            self.flights.claim(run, steps)
         layout, row = self.worker.layout, [a for a in self.worker.pipeline.program if "_" not in a.kind]
         finals = [i for i, (_, final) in enumerate(what_follows(row)[a] for a in row) if final]
         after = steps * (len(row) - 1 - finals[0]) if len(finals) > 1 else 0

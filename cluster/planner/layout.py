@@ -17,6 +17,7 @@ from sequence_parallel.engine.recompute import KINDS
 from sequence_parallel.engine.ring import PLACEMENTS
 from sequence_parallel.engine.ulysses import CP_KINDS
 
+TWO_DIRECTIONS = ("dualpipe", "dualpipev")  # an F&B is a forward of one and a backward of the other
 REDUCE, RESHARD = ("microbatch", "step"), ("forward", "step")
 
 
@@ -49,6 +50,11 @@ class Layout:
     @property
     def ranks(self) -> int:
         return self.inside * self.pp
+
+    @property
+    def by_turns(self) -> bool:
+        """Whether the two of an F&B compute by turns, while rows of experts of the other are in flight."""
+        return self.schedule in TWO_DIRECTIONS and self.pp > 1 and self.ep > 1
 
     @property
     def batch(self) -> int:

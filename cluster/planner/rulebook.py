@@ -204,13 +204,6 @@ EXPERTS = (
     EP_EXPERTS,
     ONE_EXPERT,
     TOP_K,
-    Rule(
-        "experts: dualpipe",
-        "--experts {experts} --schedule {schedule}",
-        lambda x: not x.experts or x.schedule != "dualpipe",
-        "the load of a layer would be counted on both ranks that hold it",
-        source="2412.19437, section 3.2.1",
-    ),
 )
 
 MEANINGFUL = (

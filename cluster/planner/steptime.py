@@ -10,6 +10,7 @@ wait for the slowest rank.
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product as product_of
 from math import ceil
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from cluster.planner.layout import Layout
 from cluster.planner.memory import parameters
 from cluster.planner.stages import distinct_ranks, ends_of, met_by_rank
 from core.model.config import ModelConfig
+from pipeline.engine.actions import stage_share
 from pipeline.engine.validator import validate
 from pipeline.schedules import build
 
@@ -192,9 +194,36 @@ def bubble(schedule: str, p: int, m: int, v: int, f: float, i: float, w: float) 
 
 
 @cache
-def _virtual(schedule: str, p: int, m: int, v: int, i: float, w: float) -> float:
-    costs = {"F": 1.0, "I": i, "W": w, "B": i + w}
-    return validate(build(schedule, p, m, v), costs).makespan - m * (1 + i + w)
+def _virtual(schedule: str, p: int, m: int, v: int, i: float, w: float, hidden: float = 0.0) -> float:
+    costs, rows = {"F": 1.0, "I": i, "W": w, "B": i + w}, build(schedule, p, m, v)
+    share = stage_share(rows)
+    in_pair = dict.fromkeys(product_of(range(round(p / share)), repeat=2), share * hidden)
+    return validate(rows, costs, together=hidden > 0, hidden=in_pair).makespan - m * (1 + i + w)
+
+
+def hidden_in_pair(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> float:
+    """Seconds of all-to-alls that an F&B of all layers of a rank hides: as far as the other direction computes."""
+    times = rank_times(model, layout, machine, software)
+    forward, dgrad, wgrad = (seconds["matrix products"] + seconds.get("memory", 0.0) for seconds in times)
+    mixtures = max(moe for _, moe in met_by_rank(model, layout.schedule, layout.pp, layout.v, layout.split))
+    routed = model.top_k * layout.tokens(model.sequence) * model.hidden / layout.sp_ranks
+    travel = mixtures * 2 * all_to_all(routed, layout.ep, layout.etp, machine, software)
+    again = 2 if layout.recompute == "full" else 1
+    return min(travel, dgrad + wgrad) + min(again * travel, forward)
+
+
+def of_turns(layout: Layout, hidden: float, f: float, i: float, w: float) -> tuple[float, float]:
+    """Seconds of all-to-alls that the F&B of a step hide, and those of its bubble, on virtual devices.
+
+    Args:
+        hidden: of an F&B of all layers of a rank.
+    """
+    p, m, share = layout.pp, layout.microbatches, layout.pp / layout.stages  # of a rank's layers, in a stage
+    enough = filling(layout.schedule, p, m)
+    pairs = [share * (n / share - layout.stages - 1) for n in (m, enough)]  # of all layers
+    relative = round(hidden / f, 1)
+    rest = _virtual(layout.schedule, p, enough, layout.v, round(i / f, 1), round(w / f, 1), relative)
+    return pairs[0] * hidden, f * (rest + pairs[1] * relative)
 
 
 def step(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> Step:
@@ -205,6 +234,10 @@ def step(model: ModelConfig, layout: Layout, machine: Machine, software: Softwar
     parts = add(*microbatch, count=m)
     parts["matrix products"] += m * head_not_hidden(model, layout, machine, software, f + i + w)
     parts["bubble"] = bubble(layout.schedule, p, m, layout.v, f, i, w)
+    if layout.by_turns and m >= 2 * p:
+        pair = hidden_in_pair(model, layout, machine, software)
+        hidden, parts["bubble"] = of_turns(layout, pair, f, i, w)
+        parts["ep"] -= hidden
     parts["pp"] = between_stages(model, layout, machine, software, f + i + w)
     experts, others = max((parameters(model, layout, rank) for rank in distinct_ranks(model, layout)), key=sum)
     updated = others / layout.data + experts / layout.edp if layout.zero else others + experts

@@ -11,7 +11,7 @@ from cluster.planner.counting import keys_and_values, parameters_of_shares, read
 from cluster.planner.exchanges import gathered, reduced
 from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.memory import parameters, replicated_parameters
-from cluster.planner.stages import ends_of, layers_by_rank, sum_of_layers
+from cluster.planner.stages import ends_of, layers_by_rank, layers_of, sum_of_layers
 from core.model.config import ModelConfig
 from core.model.sharding import copied_parameters, heads_norm_parameters
 from pipeline.schedules import build

@@ -31,7 +31,7 @@ from core.model.loss import token_loss as loss_in_chunks
 from core.model.precision import Precision
 from core.model.seeded import SampleMasks
 from expert_parallel.engine.capacity import Holders
-from expert_parallel.engine.layers import expert_parameters
+from expert_parallel.engine.layers import ExpertParallelMoE, expert_parameters
 from expert_parallel.engine.layers import parallelize as shard_experts
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.router import Spread, routers
@@ -39,6 +39,7 @@ from expert_parallel.engine.routing import MoEConfig
 from megatron_tp.engine.layers import parallelize as shard_layers
 from pipeline.engine.actions import stages_of_ranks
 from pipeline.engine.runtime import Pipeline
+from pipeline.engine.turns import Turns
 from pipeline.schedules import build
 from pipeline.stages import Copies, each_stage, partition
 from sequence_parallel.context import SequenceAttention
@@ -132,7 +133,7 @@ def with_experts(model: GPT, moe: MoEConfig | None, layout: Layout, mesh: Mesh, 
     tp = mesh["tp"]
     holders = Holders((tp, mesh["cp"]), partial(positions_of_ranks, attention, tp.size))
     alike = None if layout.sp or tp.size == 1 else tp
-    spread = Spread((mesh["dp"], mesh["cp"], tp), holders, layout.microbatches, alike)
+    spread = Spread((mesh["dp"], mesh["cp"], tp), holders, layout.microbatches, alike, twin(layout, mesh["pp"]))
     return shard_experts(to_moe(model, moe), mesh["ep"], mesh["etp"], spread)
 
 
@@ -180,6 +181,11 @@ def shard_optimizer(model: GPT, spec: TrainSpec, mesh: Mesh, copies: Copies) -> 
     )
 
 
+def twin(layout: Layout, pp: Axis) -> tuple[Axis, int] | None:
+    """The rank of a pipeline that has the same stages as this one, and computes other micro-batches of them."""
+    return (pp, pp.size - 1 - pp.index) if layout.schedule == "dualpipe" and pp.size > 1 else None
+
+
 def muon_options(
     model: GPT, spec: TrainSpec, mesh: Mesh, groups: list[dict[str, Any]] | None, inner: str, *outer: str
 ) -> dict[str, Any]:
@@ -205,4 +211,16 @@ def make_pipeline(
     here = spec.config.sequence // layout.sequence_shards  # tokens of a sample between the layers
     activations = (layout.microbatch, here, spec.config.hidden)
     mine = stages_here(model, layout, pp)
-    return Pipeline(mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks, engines)
+    turns = turns_of(model, spec.device) if layout.by_turns else None
+    return Pipeline(
+        mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks, engines, turns
+    )
+
+
+def turns_of(model: GPT, device: torch.device) -> Turns:
+    """What the experts' layers hand over while their rows are in flight."""
+    turns = Turns(device)
+    for module in model.modules():
+        if isinstance(module, ExpertParallelMoE):
+            module.flight.meanwhile = turns.give
+    return turns

@@ -38,6 +38,7 @@ from expert_parallel.engine.choices import Choices, follow
 from expert_parallel.engine.experts import Experts
 from expert_parallel.engine.layers import expert_parameters, parameters_of_shares
 from expert_parallel.engine.router import count_ahead, end_step, forget
+from pipeline.engine.step import Trace
 from pipeline.stages import Copies
 from sequence_parallel import context
 from sequence_parallel.engine.ulysses import context_parallel
@@ -125,12 +126,14 @@ class Worker:
         return inputs, targets
 
     def forward_backward(
-        self, step: int, inputs: Tensor, targets: Tensor, saved: SavedActivations | None = None
-    ) -> Tensor:
+        self, step: int, inputs: Tensor, targets: Tensor, saved: SavedActivations | None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:  # fmt: skip
         """Of the global batch, (samples, S) each; this rank's share of the loss. Then the gradients are summed.
 
         Args:
             saved: counts what is kept for backward.
+            trace: measures what a pipeline does.
         """
         self.masks.seek(step, self.mesh["dp"].index * self.layout.microbatches * self.layout.microbatch)
         batch = self.split((inputs, targets))
@@ -139,7 +142,11 @@ class Worker:
         if self.counts_ahead():
             self._forward(*batch)
             count_ahead(self.model)
-        share = self._by_schedule(*batch, saved) if self.pipeline else self._one_by_one(*batch, saved)
+        if self.pipeline:  # in whose step the engines sum over the data ranks
+            share = self.pipeline.step(*batch, trace, saved)
+            self._sum_over_copies()
+        else:
+            share = self._one_by_one(*batch, saved)
         self._sum_over_tp()
         return self._once_over_tp(share)
 
@@ -147,12 +154,6 @@ class Worker:
         """Whether the balancing loss needs the load of the whole batch before the first backward."""
         moe = self.spec.moe
         return moe is not None and moe.routing.aux > 0 and self.layout.microbatches > 1
-
-    def _by_schedule(self, inputs: Tensor, targets: Tensor, saved: SavedActivations | None) -> Tensor:
-        """The pipeline's step, in which the engines sum over the data ranks; then what several ranks of pp have too."""
-        share = self.pipeline.step(inputs, targets, saved=saved)
-        self._sum_over_copies()
-        return share
 
     def _sum_over_copies(self) -> None:
         """Over the ranks of pp that have the same parameters, each with the same shard of them."""
@@ -226,9 +227,10 @@ class Worker:
 
     def _counted(self, p: nn.Parameter) -> bool:
         """Whether this rank adds a parameter's gradient to the norm: of the ranks that hold it alike, the first."""
+        here = self.copies.counted_here(p)
         if p in self.experts:
-            return self.mesh["etp"].index == 0 or p not in self.last_biases
-        return is_first(p, self.tp) and self.copies.counted_here(p)
+            return here and (self.mesh["etp"].index == 0 or p not in self.last_biases)
+        return here and is_first(p, self.tp)
 
     def step(self) -> None:
         for engine in self.engines:

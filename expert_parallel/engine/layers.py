@@ -38,6 +38,16 @@ ALL_GATHER = Rule(
 # ---- Rows in flight, under autograd ----------------------------------------------------------------------------------
 
 
+class Flight:
+    """What is told of rows in flight, and may compute something else `meanwhile`. This one does nothing."""
+
+    def begun(self, pending: comm.Pending) -> None:
+        """An all-to-all has been posted."""
+
+    def meanwhile(self) -> None:
+        """It is waited for next."""
+
+
 class Exchange:
     """One all-to-all of rows, begun and ended apart: what is computed between runs while the rows are in flight.
 
@@ -51,10 +61,11 @@ class Exchange:
 
     Args:
         send, receive: rows to and from each rank of the axis.
+        flight: told before rows are waited for, forward and backward.
     """
 
-    def __init__(self, axis: Axis, send: list[int], receive: list[int]):
-        self.axis, self.send, self.receive = axis, send, receive
+    def __init__(self, axis: Axis, send: list[int], receive: list[int], flight: "Flight"):
+        self.axis, self.send, self.receive, self.flight = axis, send, receive, flight
         self._pending: comm.Pending | None = None
 
     def begin(self, rows: Tensor) -> Tensor:
@@ -67,11 +78,13 @@ class Exchange:
 
     def _post(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         self._pending = comm.all_to_all_async(rows.detach(), self.axis, send, receive)
+        self.flight.begun(self._pending)
         return rows.new_empty(0)
 
     def _wait(self, _: Tensor) -> Tensor:
         """Keeps nothing: the graph has this object until the backward, which does not read the buffers."""
         pending, self._pending = self._pending, None
+        self.flight.meanwhile()
         return pending.wait()
 
 
@@ -156,6 +169,7 @@ class ExpertParallelMoE(nn.Module):
         self.router, self.shared, self.experts = moe.router, moe.shared, shard_experts(moe.experts, ep, etp)
         self.router.spread = spread
         self.numbers = Numbers()
+        self.flight = Flight()
 
     def forward(self, x: Tensor) -> Tensor:
         alike, given = self.router.spread.alike, x.shape[TOKENS]
@@ -175,12 +189,12 @@ class ExpertParallelMoE(nn.Module):
         send = self.numbers.sent(counts)  # (ep, E/ep): by rank and expert there
         receive = self.numbers.received(pending.wait())  # (ep, E/ep): by source and expert here
 
-        dispatch = Exchange(ep, [*map(sum, send)], [*map(sum, receive)])
+        dispatch = Exchange(ep, [*map(sum, send)], [*map(sum, receive)], self.flight)
         ticket = dispatch.begin(rows)
         shared = 0.0 if self.shared is None else self.shared(tokens)
         rows = self._compute(dispatch.end(ticket), receive)
 
-        combine = Exchange(ep, dispatch.receive, dispatch.send)
+        combine = Exchange(ep, dispatch.receive, dispatch.send, self.flight)
         rows = combine.end(combine.begin(rows))
         return unpermute(rows, order, choice.weights) + shared
 

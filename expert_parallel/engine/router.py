@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from core import comm
+from core import comm, p2p
 from core.mesh import Axis
 from core.model.linear import linear
 from core.model.precision import wide
@@ -43,6 +43,7 @@ class Spread:
     holders: Holders | None = None  # those of them that have different tokens of the same samples
     forwards: int = 1  # of a step: its micro-batches
     alike: Axis | None = None  # the one of them whose ranks are given the same tokens, and route a share each
+    twin: tuple[Axis, int] | None = None  # axis and rank that has the same layers, for other of the micro-batches
 
     @property
     def parts(self) -> int:
@@ -144,6 +145,9 @@ def _again() -> bool:
 def _over_ranks(counts: Tensor, spread: Spread) -> Tensor:
     for axis in spread.axes:
         counts = comm.all_reduce(counts.clone(), axis.labelled("load"))
+    if spread.twin:
+        axis, rank = spread.twin
+        counts = counts + p2p.exchange(counts, axis.labelled("load"), rank)
     return counts
 
 

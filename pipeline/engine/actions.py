@@ -7,6 +7,7 @@ p ranks, S stages, m micro-batches
 """
 
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from typing import NamedTuple
 
 # The slides count a backward B as two forwards: one for I, one for W.
@@ -168,6 +169,28 @@ def messages(schedule: Schedule) -> list[tuple[int, int, Action]]:
 def routes(schedule: Schedule) -> list[tuple[int, int, str]]:
     """(sender, receiver, "F" or "B") of all messages, as `core.p2p.PointToPoint` wants to know them."""
     return sorted({(sender, receiver, receive.kind[-1]) for sender, receiver, receive in messages(schedule)})
+
+
+def side_by_side(program: list[Action], pairs: Mapping[Action, Action]) -> list[Action]:
+    """Put each forward of a row with communication right before the backward that it overlaps with.
+
+    Its result is then sent when both are done, and what is received in between is posted before.
+    """
+    out: list[Action] = []
+    later: list[Action] = []  # sends of a pair that has begun
+    backward = None  # with which the forward last seen is paired
+    for action in program:
+        if backward is not None and action.kind.startswith("RECV"):
+            out.insert(len(out) - 1, action)
+        elif backward is not None and action.kind.startswith("SEND"):
+            later.append(action)
+        else:
+            out.append(action)
+        if action in pairs:
+            backward = pairs[action]
+        elif action == backward:
+            out, later, backward = out + later, [], None
+    return out
 
 
 def with_communication(schedule: Schedule) -> Schedule:

@@ -9,74 +9,43 @@ To `pipeline/runtime.py` it adds:
     forward alone            for an evaluation
     measurement              a virtual clock that messages carry along, and bytes of saved activations
     observers                who shards weights and gradients is told what is computed, and what comes next
+    F&B                      where layers wait for messages of their own, the two compute by turns (`turns.py`)
 
 M micro-batches, B samples in a micro-batch, S sequence, H hidden
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from core.mesh import Axis
 from core.model.linear import Deferred, Later
 from core.model.loss import InHead, loss_of
 from core.model.seeded import SampleMasks
 from core.p2p import PointToPoint
-from core.proof.clock import VirtualClock
 from core.proof.memory import SavedActivations
 from pipeline.engine.actions import (
-    UNIT_COSTS,
     Action,
+    Row,
     Schedule,
     input_of,
     output_of,
     placement,
     routes,
     sender_of,
+    side_by_side,
     size,
     stage_share,
     stages_of_ranks,
     with_communication,
 )
 from pipeline.engine.observer import Observer, what_follows
+from pipeline.engine.step import Kept, Step, Trace
+from pipeline.engine.turns import Turns
 from pipeline.engine.validator import validate
-
-
-@dataclass
-class Kept:
-    """What a stage keeps of one micro-batch between its forward and its backward.
-
-    Not the output: once it is sent, only the place in the graph where its gradient enters is needed. (Megatron-LM
-    gets the same by shrinking the output's storage, `deallocate_output_tensor`.)
-    """
-
-    input: Tensor
-    exit: GradientEdge | None  # None where nothing on this stage or before it is trained
-
-
-@dataclass
-class Trace:
-    """The measurements of traced steps."""
-
-    clock: VirtualClock
-    saved: SavedActivations
-    by_stage: dict[int, int] = field(default_factory=dict)  # bytes that autograd saved for one micro-batch
-    deferred_layers: int = 0  # layers whose weight gradients a W has computed
-
-
-@dataclass
-class Step:
-    """What is worked on now."""
-
-    inputs: Tensor  # (M, B, S)
-    targets: Tensor  # (M, B, S)
-    loss: Tensor  # of the micro-batches so far, a scalar
-    trace: Trace | None = None
-    saved: SavedActivations | None = None  # counts what is kept for backward
 
 
 class Pipeline:
@@ -92,6 +61,7 @@ class Pipeline:
         shape: (B, S, H) of the activation that travels.
         masks: of the stages' dropouts; told which micro-batch is computed.
         observers: told of each action.
+        turns: taken by the forward and the backward of an F&B, to which the layers give them where they would wait.
 
     Raises:
         ScheduleError: the schedule cannot run.
@@ -109,8 +79,9 @@ class Pipeline:
         device: torch.device,
         masks: SampleMasks | None = None,
         observers: Sequence[Observer] = (),
+        turns: Turns | None = None,
     ):
-        validate(schedule)
+        validate(schedule, together=turns is not None)
         if len(schedule) != axis.size:
             raise ValueError(f"the schedule is for {len(schedule)} ranks, the pipeline has {axis.size}")
         here = stages_of_ranks(schedule)[axis.index]
@@ -118,10 +89,12 @@ class Pipeline:
             raise ValueError(f"the schedule puts stages {here} here, not {sorted(stages)}")
         self.stages, self.loss, self.axis = stages, loss, axis
         self.shape, self.dtype, self.device, self.masks = shape, dtype, device, masks
-        self.observers = observers
+        self.observers, self.turns = observers, turns
         count, self.microbatches = size(schedule)
         self.last = count - 1
-        self.program = with_communication(schedule)[axis.index]
+        row = schedule[axis.index]
+        self.pairs = dict(row.pairs) if turns and isinstance(row, Row) else {}  # the F and B of an F&B
+        self.program = side_by_side(with_communication(schedule)[axis.index], self.pairs)
         self.in_flight_peak = 0
         self._share = stage_share(schedule)
         self._rank_of = placement(schedule)
@@ -129,9 +102,11 @@ class Pipeline:
         self._kept: dict[tuple[int, int], Kept] = {}  # by (stage, micro-batch): forward done, backward not yet
         self._pending: dict[tuple[int, int], list[Later]] = {}  # input gradient done, weight gradients not yet
         self._arriving: dict[Action, Callable[[], Tensor]] = {}  # by its receive: wait for a message, and get it
-        self._leaving: Tensor | None = None  # the result of the last action, until it is sent
+        self._leaving: dict[Action, Tensor] = {}  # results, by the receive on the other side, until they are sent
         self._split = {(a.stage, a.microbatch) for a in schedule[axis.index] if a.kind == "I"}
         self._deferred = Deferred(p for stage in stages.values() for p in stage.parameters()) if self._split else None
+        if turns:
+            turns.save, turns.restore = self._place, self._return_to
         self._carry_out = {
             "RECV_F": self._post_receive,
             "RECV_B": self._post_receive,
@@ -178,8 +153,10 @@ class Pipeline:
         return self._run(forwards, inputs, targets, None, None)
 
     def close(self) -> None:
-        """End the thread that sends."""
+        """End the threads."""
         self._messages.close()
+        if self.turns:
+            self.turns.close()
 
     def _run(
         self, program: Sequence[Action], inputs: Tensor, targets: Tensor, trace: Trace | None,
@@ -189,20 +166,45 @@ class Pipeline:
             raise ValueError(f"{len(inputs)} microbatches for a schedule of {self.microbatches}")
         loss = torch.zeros((), dtype=torch.float64, device=self.device)  # not self.dtype: many small shares
         self._now = Step(inputs, targets, loss, trace, saved)
-        follows = what_follows(program) if self.observers else {}
-        for action in program:
+        pairs = self.pairs if torch.is_grad_enabled() else {}
+        follows = what_follows(program, pairs)
+        actions = iter(program)
+        for action in actions:
+            block = [action, next(actions)] if action in pairs else [action]
             watched = self.observers if action in follows else ()
-            for observer in watched:
-                observer.begins(action, *follows[action])
-            self._carry_out[action.kind](action)
-            for observer in watched:
-                observer.ends(action)
+            for each in block:
+                for observer in watched:
+                    observer.begins(each, *follows[each])
+            self._compute(block)
+            for each in block:
+                for observer in watched:
+                    observer.ends(each)
         for observer in self.observers:
             observer.done()
         self._messages.flush()
         return loss
 
     # ---- Compute
+
+    def _compute(self, block: list[Action]) -> None:
+        """One action; or an F&B, by turns."""
+        if len(block) == 2:
+            forward, backward = block
+            self.turns.together(lambda: self._backward(backward), lambda: self._forward(forward))
+            return
+        for action in block:
+            self._carry_out[action.kind](action)
+
+    def _place(self) -> tuple[int, bool]:
+        """What an action sets for its layers."""
+        return self.masks.offset if self.masks else 0, bool(self._deferred and self._deferred.expected)
+
+    def _return_to(self, place: tuple[int, bool]) -> None:
+        offset, expected = place
+        if self.masks:
+            self.masks.at(offset)
+        if self._deferred:
+            self._deferred.expected = expected
 
     def _forward(self, action: Action) -> None:
         stage, _, m = action
@@ -257,7 +259,7 @@ class Pipeline:
 
     def _measured(self, action: Action) -> AbstractContextManager:
         trace = self._now.trace
-        return trace.clock.action(action, self._share * UNIT_COSTS[action.kind]) if trace else nullcontext()
+        return trace.clock.action(action, self._share * trace.costs[action.kind]) if trace else nullcontext()
 
     # ---- Messages. One is known on both sides by the action that receives it.
 
@@ -288,12 +290,12 @@ class Pipeline:
             value = result.detach()
             self._arriving[receive] = lambda: value
         elif receiver is not None:
-            self._leaving = result.detach()
+            self._leaving[receive] = result.detach()
 
     def _send(self, send: Action) -> None:
-        x, self._leaving = self._leaving, None
-        assert x.shape == self.shape, f"{send}: {tuple(x.shape)} is not the {self.shape} that the next stage expects"
         receive = output_of(send._replace(kind=send.kind[-1]))
+        x = self._leaving.pop(receive)
+        assert x.shape == self.shape, f"{send}: {tuple(x.shape)} is not the {self.shape} that the next stage expects"
         receiver = self._rank_of[receive.stage, receive.microbatch]
         self._messages.send(x, receiver, send.kind[-1], self._tag(receive))
         if trace := self._now.trace:

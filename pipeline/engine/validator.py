@@ -75,7 +75,13 @@ class Verdict:
         return max(bubbles_within(self.events))
 
 
-def validate(schedule: Schedule, costs: Costs = UNIT_COSTS, message: float = 0.0, together: bool = False) -> Verdict:
+def validate(
+    schedule: Schedule,
+    costs: Costs = UNIT_COSTS,
+    message: float = 0.0,
+    together: bool = False,
+    hidden: Mapping[tuple[int, int], float] | None = None,
+) -> Verdict:
     """Check that the schedule is complete and can run, and run it on virtual devices.
 
     Args:
@@ -84,6 +90,7 @@ def validate(schedule: Schedule, costs: Costs = UNIT_COSTS, message: float = 0.0
         message: time a message between ranks travels.
         together: take the pairs that are meant to overlap as one block: it starts when both can, and both results are
             there at its end, after the sum of their times.
+        hidden: how much less that block takes, by the stages of its forward and its backward.
 
     Raises:
         ScheduleError: a stage missing, or on three ranks; a micro-batch without exactly one forward and one backward,
@@ -93,7 +100,7 @@ def validate(schedule: Schedule, costs: Costs = UNIT_COSTS, message: float = 0.0
     check_complete(schedule)
     share, (stages, _) = stage_share(schedule), size(schedule)
     each = {kind: c if isinstance(c, list) else [c * share] * stages for kind, c in costs.items()}
-    starts = start_times(schedule, each, placement(schedule), message, together)
+    starts = start_times(schedule, each, placement(schedule), message, together, hidden)
     reasons = []
     for rank, (row, start) in enumerate(zip(schedule, starts, strict=True)):
         if len(start) < len(row):
@@ -115,13 +122,14 @@ def start_times(
     rank_of: dict[tuple[int, int], int],
     message: float,
     together: bool = False,
+    hidden: Mapping[tuple[int, int], float] | None = None,
 ) -> list[list[float]]:
     """When each action of each rank starts; the times of a rank that waits for ever end before it does.
 
     Args:
         costs: of each kind, on each stage.
         rank_of: see `placement`.
-        message, together: see `validate`.
+        message, together, hidden: see `validate`.
     """
     stages = len(costs["F"])
     done: dict[Result, float] = {}  # when each result is there, on its own rank
@@ -157,6 +165,8 @@ def start_times(
                 for action in block:
                     times.append(start)
                     start += costs[action.kind][action.stage]
+                if hidden and len(block) == 2:
+                    start -= hidden[block[0].stage, block[1].stage]
                 for stage, kind, microbatch in block:
                     done[stage, "B" if kind == "I" else kind, microbatch] = start
                 now[rank], moved = start, True

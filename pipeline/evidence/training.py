@@ -32,7 +32,8 @@ from core.proof.rules import check as check_rules
 from core.proof.trainable import Replica
 from core.proof.training import train
 from pipeline.engine.actions import Schedule, ScheduleError, size, stages_of_ranks
-from pipeline.engine.runtime import Pipeline, Trace
+from pipeline.engine.runtime import Pipeline
+from pipeline.engine.step import Trace
 from pipeline.engine.validator import Verdict, validate
 from pipeline.evidence import claims
 from pipeline.evidence.claims import Measured

@@ -93,6 +93,8 @@ MIXED = (
     Layout(tp=3, sp=True, microbatch=4),
     Layout(pp=2, v=2, schedule="interleaved", microbatches=4),
     Layout(cp=2, dp=2, microbatch=2, ep=2),
+    Layout(cp=2, pp=2, ep=2, schedule="dualpipe", microbatches=4),
+    Layout(cp=2, pp=2, ep=2, schedule="dualpipev", v=2, microbatches=4),
     Layout(dp=2, ep=2, zero=1, microbatch=2),
     Layout(cp=3, ulysses=3, ep=3, microbatch=4, zero=2),
     Layout(tp=3, sp=True, pp=2, etp=3, schedule="zb-h1", microbatches=4, recompute="full"),

@@ -4,7 +4,7 @@ Tiny runs on 4 ranks, all in one call: with experts and sequence parallelism, wi
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +23,12 @@ from core.model.precision import POLICIES
 from core.model.seeded import SampleMasks
 from core.proof.launch import Job, Stop
 from core.proof.lesson import Lesson, Run
+from expert_parallel.engine import router
+from expert_parallel.engine.layers import Exchange
+from expert_parallel.engine.router import routers
+from pipeline import stages
+from pipeline.engine.runtime import Pipeline
+from pipeline.engine.turns import Turns
 from pipeline.stages import Copies
 from tests.pool import Pool
 from zero.engine.buckets import Bucket, InOrder
@@ -41,6 +47,9 @@ LAYOUTS = {
     "zero 2": "--pp 2 --dp 2 --zero 2 --microbatches 2 --schedule zb-h1",
     "zero 3": "--pp 2 --dp 2 --zero 3 --microbatches 4 --schedule zb-v --layers 4",
     "kept": "--pp 2 --dp 2 --zero 3 --microbatches 2 --reduce step --reshard step",
+    "turns": "--pp 2 --dp 2 --zero 1 --microbatches 4 --experts 4 --ep 2 --schedule dualpipe --aux 0.1 --bias-rate .01",
+    "turns, recomputed": "--pp 2 --dp 2 --zero 3 --microbatches 4 --experts 4 --ep 2 --schedule dualpipev --chunks 2 "
+    "--layers 4 --recompute full",
     "experts zero 3": "--pp 2 --dp 2 --zero 3 --microbatches 2 --experts 4 --ep 2 --bias-rate 0.01",
 }
 LOSS, NORM, GRADIENT, PARAMETER, SENT = (
@@ -101,9 +110,42 @@ def and_stay(right: Callable, self: Bucket) -> torch.Tensor:
     return flat
 
 
-def of_the_other_stage(right: Callable, self: GatheredWeights, part: int, then: Any) -> None:
+def of_the_other_stage(right: Callable, self: GatheredWeights, way: Any, part: int, then: Any) -> None:
     other = {stage: 3 - stage for stage in self.walks}
-    right(self, part, then and then._replace(stage=other[then.stage]))
+    right(self, way, part, [action._replace(stage=other[action.stage]) for action in then])
+
+
+def moved_twice(right: Callable, model: Any) -> Any:
+    before = [each.bias.clone() for each in routers(model)]
+    loads = right(model)
+    for each, was in zip(routers(model), before, strict=True):
+        each.bias.data += each.bias - was
+    return loads
+
+
+def waited_for_at_once(right: Callable, self: Exchange, *arguments: Any) -> Any:
+    ticket = right(self, *arguments)
+    self._pending.wait()
+    return ticket
+
+
+def the_other_directions_rows() -> AbstractContextManager:
+    """Of what is posted the last is taken, whose it ever is."""
+    latest: list[Any] = []
+
+    def post(right: Callable, self: Exchange, *arguments: Any) -> Any:
+        ticket = right(self, *arguments)
+        latest[:] = [self._pending]
+        return ticket
+
+    def wait(right: Callable, self: Exchange, ticket: torch.Tensor) -> torch.Tensor:
+        rows = right(self, ticket)
+        return latest[0].wait() if latest[0].buffer.shape == rows.shape else rows
+
+    both = ExitStack()
+    both.enter_context(instead(Exchange, "_post", post))
+    both.enter_context(instead(Exchange, "_wait", wait))
+    return both
 
 
 Bug = tuple[str, Callable[[], AbstractContextManager], str]
@@ -154,11 +196,11 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
         "zero 3", lambda: instead(GatheredWeights, "_enter", of_the_other_stage), SENT,
     ),
     "nothing is gathered ahead": (
-        "zero 3", lambda: instead(GatheredWeights, "_enter", lambda right, self, part, then: right(self, part, None)),
+        "zero 3", lambda: instead(GatheredWeights, "_enter", lambda right, self, *to: right(self, *to[:2], ())),
         "actions whose weights are there",
     ),
     "nothing is kept for the next action": (
-        "zero 3", lambda: instead(GatheredWeights, "_leave", lambda _, self, units: self._free(units)), SENT,
+        "zero 3", lambda: instead(GatheredWeights, "_leave", lambda _, self, __, units: self._free(units)), SENT,
     ),
     "added up, and reduced in every micro-batch": (
         "kept", lambda: instead(ShardedGradients, "due", lambda *_: True), SENT,
@@ -171,6 +213,20 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
     ),
     "biases and embeddings decay": ("recipe", lambda: instead(recipe, "decays", lambda *_: True), PARAMETER),
     "nothing decays": ("recipe", lambda: instead(recipe, "decays", lambda *_: False), PARAMETER),
+    "the load of one copy of a layer": ("turns", lambda: instead(build, "twin", nothing), GRADIENT),
+    "the load of this copy twice": (
+        "turns", lambda: instead(router, "_over_ranks", lambda right, load, over: right(load, over) + load), GRADIENT,
+    ),
+    "a bias that moves once for each copy": ("turns", lambda: instead(worker, "end_step", moved_twice), PARAMETER),
+    "copies of experts are not known": ("turns", lambda: instead(stages, "_of_block", lambda _, name: name), GRADIENT),
+    "the norm counts both copies of experts": ("turns", lambda: instead(Copies, "counted_here", lambda *_: True), NORM),
+    "rows are waited for at once": (
+        "turns", lambda: instead(Exchange, "_post", waited_for_at_once), "all-to-alls of F&B",
+    ),
+    "no turn is given": ("turns", lambda: instead(Turns, "give", nothing), "all-to-alls of F&B"),
+    "and takes its time": ("turns", lambda: instead(Turns, "give", nothing), "virtual time of a step, F&B by turns"),
+    "the rows of the other direction": ("turns", the_other_directions_rows, GRADIENT),
+    "masks of the other direction": ("turns, recomputed", lambda: instead(Pipeline, "_return_to", nothing), GRADIENT),
     "documents are not kept apart": (
         "recipe", lambda: instead(worker, "documents_of", lambda _, x, eos: torch.zeros_like(x)), LOSS,
     ),

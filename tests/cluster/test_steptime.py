@@ -11,8 +11,10 @@ from cluster.links.messages import context, data_parallel
 from cluster.planner.hardware import Link, Machine, Software
 from cluster.planner.layout import Layout
 from cluster.planner.memory import parameters
-from cluster.planner.steptime import Step, bubble, layer_times, step
+from cluster.planner.steptime import Step, bubble, head_not_hidden, layer_times, rank_times, step
 from core.model.config import ModelConfig
+from pipeline.engine.validator import validate
+from pipeline.schedules import build
 
 # 4 devices a node; one processor, so that no tile is filled up.
 INSIDE, OUTSIDE = Link(1.0, 0.01), Link(10.0, 0.1)  # seconds of latency, and a byte
@@ -143,6 +145,33 @@ def test_pp_and_its_bubble() -> None:
     assert bubble("1f1b", 4, 8, 1, 1.0, 2.0, 3.0) == 3 * 6.0
     assert bubble("interleaved", 4, 8, 2, 1.0, 2.0, 3.0) == 3 * 6.0 / 2
     assert bubble("zb-h1", 4, 8, 1, 3.0, 3.0, 1.0) == 3 * (3.0 + 2.0)
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+@pytest.mark.parametrize("width", [4, 64])  # of the experts: computing hides all, or some
+def test_what_travels_behind_the_other_direction(schedule: str, width: int) -> None:
+    """Bug: DualPipe waits for all-to-alls as 1F1B does. Against virtual devices; one all-to-all a layer by hand."""
+    model = replace(MODEL, layers=8, experts=4, top_k=2, expert_feed_forward=width)
+    layout = Layout(pp=4, dp=2, ep=2, microbatches=10, schedule=schedule, v=1 + (schedule == "dualpipev"))
+    found, alone = parts(layout, model), parts(replace(layout, pp=1, v=1, schedule="1f1b"), model)
+    f, i, w = (sum(each.values()) / layout.v for each in rank_times(model, layout, MACHINE, SOFTWARE))
+    compute = [sum(each.get(cause, 0.0) for cause in ("matrix products", "memory")) / layout.v
+               for each in rank_times(model, layout, MACHINE, SOFTWARE)]  # fmt: skip
+    travel = 2 / layout.v * 2 * (1.0 + 2 * TOKENS * 4 / 2 * 2 * 0.01)  # half of the 2 x 8 rows of 4 numbers
+    hidden = min(travel, compute[1] + compute[2]) + min(travel, compute[0])
+    stages = layout.stages
+    costs = {"F": [f] * stages, "I": [i] * stages, "W": [w] * stages, "B": [i + w] * stages}
+    every = {(a, b): hidden for a in range(stages) for b in range(stages)}
+    verdict = validate(build(schedule, 4, 10), costs, together=True, hidden=every)
+    layers = sum(found[cause] for cause in ("matrix products", "memory", "ep", "bubble")) - head_of(layout, model)
+    assert verdict.makespan == pytest.approx(layers, rel=0.02)  # the planner rounds I/F and W/F
+    assert found["ep"] < alone["ep"] / 4
+
+
+def head_of(layout: Layout, model: ModelConfig) -> float:
+    """Seconds of the head that its rank does not have left anyway."""
+    layers = sum(sum(each.values()) for each in rank_times(model, layout, MACHINE, SOFTWARE))
+    return layout.microbatches * head_not_hidden(model, layout, MACHINE, SOFTWARE, layers)
 
 
 @pytest.mark.parametrize(

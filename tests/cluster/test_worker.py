@@ -113,6 +113,17 @@ LAYOUTS = [  # on 4 ranks where that is enough
     L(pp=2, dp=2, ep=2, moe=True, microbatches=4, schedule="zb-h1", zero=3, recompute="pointwise"),
     L(tp=2, dp=2, ep=2, etp=2, sp=True, moe=True, zero=1, recompute="operators", recompute_every=2),
     L(tp=2, pp=2, microbatches=4, schedule="zb-v", v=2, recompute="full", recompute_every=2),
+    # Experts where every layer is on two ranks, and where one direction computes while the other's rows travel.
+    L(pp=2, dp=2, ep=2, moe=True, microbatches=4, schedule="dualpipe"),
+    L(pp=2, dp=4, ep=4, moe=True, microbatches=4, schedule="dualpipe", zero=1, recompute="full"),
+    L(pp=2, dp=2, ep=2, moe=True, microbatches=8, schedule="dualpipe", zero=2),
+    L(pp=2, dp=2, ep=2, moe=True, microbatches=4, schedule="dualpipe", zero=3),
+    L(pp=4, dp=2, ep=2, moe=True, microbatches=8, schedule="dualpipe", zero=3, reshard="step", reduce="step"),
+    L(pp=2, tp=2, dp=2, ep=2, etp=2, sp=True, moe=True, microbatches=4, schedule="dualpipe", zero=1),
+    L(pp=2, dp=2, ep=2, moe=True, microbatches=4, schedule="dualpipev", v=2, zero=1, recompute="selective"),
+    L(pp=2, dp=4, ep=4, moe=True, microbatches=4, schedule="dualpipev", v=2, zero=2),
+    L(pp=2, dp=2, ep=2, moe=True, microbatches=8, schedule="dualpipev", v=2, zero=3),
+    L(pp=2, cp=2, tp=2, ep=2, etp=2, sp=True, moe=True, microbatches=4, schedule="dualpipev", v=2, zero=3),
 ]
 
 

@@ -23,7 +23,8 @@ from core.proof.clock import Event, VirtualClock
 from core.proof.memory import SavedActivations
 from core.proof.oracle import Oracle, worst_difference
 from pipeline.engine.actions import Schedule, size, stages_of_ranks
-from pipeline.engine.runtime import Pipeline, Trace
+from pipeline.engine.runtime import Pipeline
+from pipeline.engine.step import Trace
 from pipeline.engine.validator import bubble, validate
 from pipeline.gpipe import COURSE_GRID
 from pipeline.runtime import PlainPipeline

@@ -131,11 +131,11 @@ class Engine:
 
     # ---- The same under a pipeline. What it computes next is known, so its weights are gathered meanwhile.
 
-    def begins(self, action: Action, then: Action | None, final: bool) -> None:
+    def begins(self, action: Action, then: Sequence[Action], final: bool) -> None:
         """Before an action of a pipeline.
 
         Args:
-            then: the next one that reads weights.
+            then: the next one that reads weights, or the next two, which are computed by turns.
             final: whether no gradient of its stage comes after it.
         """
         stage, kind, _ = action

@@ -5,7 +5,8 @@ the one before leave. Nothing is recomputed: what is freed is the storage behind
 and it is filled again before their backward. Under a pipeline the next one may be a layer of another stage.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -73,6 +74,20 @@ class Walk(NamedTuple):
         return [*self.ends, *(self.layers[:1] if forward else self.layers[-1:])]
 
 
+@dataclass
+class Way:
+    """How far a forward, or a backward, is on its walk. A pipeline may do one of each by turns, on other parts."""
+
+    walk: Walk
+    soon: list[tuple[Unit, bool]] = field(default_factory=list)  # what is needed first after it, and if in a forward
+    active: bool = False
+    next: int = 0  # forward: the first layer whose gathering has not begun; backward: the last that is reached
+
+    def wait_for_ends(self) -> None:
+        for unit in self.walk.ends:
+            unit.wait()
+
+
 def units_of(
     parts: Parts, named: Named, make_unit: Callable[[Named], Unit]
 ) -> tuple[dict[Unit, Users], dict[int, Walk]]:
@@ -132,14 +147,11 @@ class GatheredWeights:
         self._trained = [unit for unit in self.units if unit.trained]
         self.own = [unit.own[0] for unit in self._trained]
         self._launch, self._whole, self._keep = launch, whole, keep
-        self._walk = next(iter(walks.values()))  # through the part that is computed now
-        self._soon: list[Unit] = []  # what the next action of the pipeline needs first
-        self._soon_forward = False
+        self._forward, self._backward = (Way(next(iter(walks.values()))) for _ in range(2))
         self._held: set[Unit] = set()  # gathered, or on its way
         self.most = 0  # bytes of those, when they were most
         self._keeping = False
         self._reducing = False  # whether a backward completes gradients
-        self._next = 0  # forward: the first layer whose gathering has not begun; backward: the last that is reached
         for number, model in parts.models.items():
             if parts.whole_model:
                 model.register_forward_pre_hook(lambda *_, number=number: self.begin_forward(number))
@@ -149,16 +161,9 @@ class GatheredWeights:
                 block.register_forward_pre_hook(lambda *_, i=i: self.forward_reaches(i))
                 _before_backward(block, partial(self.backward_reaches, i))
 
-    @property
-    def layers(self) -> list[Unit]:
-        """Of the part that is computed now."""
-        return self._walk.layers
-
-    def _enter(self, part: int, then: Action | None) -> None:
-        self._walk, self._soon = self.walks[part], []
-        if then is not None:
-            self._soon_forward = then.kind == "F"
-            self._soon = self.walks[then.stage].first(self._soon_forward)
+    def _enter(self, way: Way, part: int, then: Sequence[Action]) -> None:
+        way.walk, way.active = self.walks[part], True
+        way.soon = [(unit, a.kind == "F") for a in then for unit in self.walks[a.stage].first(a.kind == "F")]
 
     def _gather(self, units: Iterable[Unit], forward: bool) -> None:
         for unit in units:
@@ -173,91 +178,105 @@ class GatheredWeights:
                 unit.free()
                 self._held.discard(unit)
 
-    def _leave(self, units: Iterable[Unit]) -> None:
-        """Free what the next action does not need first."""
-        self._free(unit for unit in units if unit not in self._soon)
+    def _gather_soon(self, way: Way) -> None:
+        for unit, forward in way.soon:
+            self._gather([unit], forward)
+
+    def _leave(self, way: Way, units: Iterable[Unit]) -> None:
+        """Free what is needed neither first by the next action nor by the one that goes on beside this."""
+        other = self._backward if way is self._forward else self._forward
+        needed = {unit for unit, _ in way.soon} | set(other.walk.ends if other.active else ())
+        self._free(unit for unit in units if unit not in needed)
+
+    def _end(self, way: Way) -> None:
+        self._leave(way, [*way.walk.layers, *way.walk.ends])
+        way.active = False
 
     def release(self) -> None:
         """Free all of them: the step is done."""
-        self._keeping, self._soon = False, []
+        self._keeping = False
+        for way in (self._forward, self._backward):
+            way.soon, way.active = [], False
         self._free(self._held.copy())
 
     # Forward: layer i computes while layer i+1 arrives; the last one while the first of what comes next arrives.
 
-    def begin_forward(self, part: int, then: Action | None = None) -> None:
-        self._enter(part, then)
+    def begin_forward(self, part: int, then: Sequence[Action] = ()) -> None:
+        way = self._forward
+        self._enter(way, part, then)
         self._keeping = self._keep and torch.is_grad_enabled()
-        self._gather(self._walk.ends, forward=True)
-        self._next = 0
+        self._gather(way.walk.ends, forward=True)
+        way.next = 0
         self._prefetch(1)
-        self._wait_for_ends()
+        way.wait_for_ends()
 
     def forward_reaches(self, i: int) -> None:
-        self._free(self.layers[:i])
+        layers = self._forward.walk.layers
+        self._free(layers[:i])
         self._prefetch(i + 2)
-        self.layers[i].wait()
+        layers[i].wait()
 
     def end_forward(self) -> None:
-        self._prefetch(len(self.layers))
-        self._leave([*self.layers, *self._walk.ends])
+        self._prefetch(len(self._forward.walk.layers))
+        self._end(self._forward)
 
     def _prefetch(self, stop: int) -> None:
-        self._gather(self.layers[self._next : stop], forward=True)
-        self._next = max(self._next, min(stop, len(self.layers)))
-        if stop > len(self.layers):
-            self._gather(self._soon, self._soon_forward)
-
-    def _wait_for_ends(self) -> None:
-        for unit in self._walk.ends:
-            unit.wait()
+        way = self._forward
+        self._gather(way.walk.layers[way.next : stop], forward=True)
+        way.next = max(way.next, min(stop, len(way.walk.layers)))
+        if stop > len(way.walk.layers):
+            self._gather_soon(way)
 
     # Backward: layer i computes while layer i-1 arrives and the gradients of layer i+1 leave.
 
     def watch(self, part: int | None = None) -> None:
         """A backward comes, which completes gradients."""
-        self._next, self._reducing = -1, True
+        self._backward.next, self._reducing = -1, True
 
-    def begin_backward(self, part: int, then: Action | None) -> None:
+    def begin_backward(self, part: int, then: Sequence[Action]) -> None:
         """A backward comes, with gradients of weights or without."""
-        self._enter(part, then)
-        self._next = -1
+        self._enter(self._backward, part, then)
+        self._backward.next = -1
         self._begin_backward()
 
     def _begin_backward(self) -> None:
-        if self._next >= 0:
+        way = self._backward
+        if way.next >= 0:
             return
-        self._gather(self._walk.first(forward=False), forward=False)
-        self._next = len(self.layers)
-        self._wait_for_ends()
-        if not self.layers:
-            self._gather(self._soon, self._soon_forward)
+        self._gather(way.walk.first(forward=False), forward=False)
+        way.next = len(way.walk.layers)
+        way.wait_for_ends()
+        if not way.walk.layers:
+            self._gather_soon(way)
 
     def backward_reaches(self, i: int) -> None:
         self._begin_backward()  # unless the end of the model has: it may be this block
-        while self._next > i:
-            self._next -= 1
-            here = self._next
-            self.layers[here].wait()
-            after = self.layers[here + 1 : here + 2]
+        way, layers = self._backward, self._backward.walk.layers
+        while way.next > i:
+            way.next -= 1
+            here = way.next
+            layers[here].wait()
+            after = layers[here + 1 : here + 2]
             self._free(after)
             if here:
-                self._gather(self.layers[here - 1 : here], forward=False)
+                self._gather(layers[here - 1 : here], forward=False)
             else:
-                self._gather(self._soon, self._soon_forward)
+                self._gather_soon(way)
             self._reduce(after)
 
     def finish(self) -> None:
         """After a backward that completes gradients."""
         self.backward_reaches(0)
-        for unit in [*self.layers[:1], *self._walk.ends]:
-            self._leave([unit])
+        way = self._backward
+        for unit in [*way.walk.layers[:1], *way.walk.ends]:
+            self._leave(way, [unit])
             self._reduce([unit])
         self._reducing = False
 
     def end_backward(self) -> None:
         """After any."""
         self.backward_reaches(0)
-        self._leave([*self.layers, *self._walk.ends])
+        self._end(self._backward)
 
     def reduce(self, part: int) -> None:
         """Launch the gradients of all units of a part, whose backward came in pieces."""

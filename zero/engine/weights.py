@@ -1,5 +1,7 @@
 """Full weights on every rank: data parallelism, ZeRO-1 and 2. Lecture 01. Those of ZeRO-3 are in `gathered.py`."""
 
+from collections.abc import Sequence
+
 from core import comm
 from core.mesh import Axis
 from core.shards import LocalTensor, shard_of
@@ -37,11 +39,11 @@ class ReplicatedWeights:
 
     # Under a pipeline there is nothing to do: the weights are here.
 
-    def begin_forward(self, part: int, then: Action | None) -> None: ...
+    def begin_forward(self, part: int, then: Sequence[Action]) -> None: ...
 
     def end_forward(self) -> None: ...
 
-    def begin_backward(self, part: int, then: Action | None) -> None: ...
+    def begin_backward(self, part: int, then: Sequence[Action]) -> None: ...
 
     def end_backward(self) -> None: ...
 

@@ -43,7 +43,7 @@ class Events:
         self._parameters = list(version.model.parameters())
         self._gathered: list[StorageWeakRef | None] = [None] * len(self.layers)
         weights = version.engine.sharding.weights if isinstance(version, Fast) else None
-        self._units = weights.layers if isinstance(weights, GatheredWeights) else None
+        self._units = weights.walks[0].layers if isinstance(weights, GatheredWeights) else None
         # After the hooks of the version itself, so that what these do is seen.
         for i, block in enumerate(version.model.blocks.values()):
             self._watch_layer(i, block)
