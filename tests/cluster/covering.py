@@ -6,7 +6,7 @@ one has is decided and not guessed: what refuses a row says which parameters it 
 where none of them does, nothing else will.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import combinations, product
 from random import Random
@@ -33,8 +33,9 @@ class Covering:
     Args:
         table: the values of each parameter, the plainest first.
         refusal: why a row is refused; None: it is legal.
-        strengths: (parameters, t): every combination of values of any t of them is wanted.
+        strengths: t: parameters, of any t of which every combination of values is wanted; None: all parameters.
         tries: rows are begun so many times, and the one that covers most is kept.
+        given: rows that are there already.
 
     Attributes:
         rows: the array.
@@ -47,37 +48,55 @@ class Covering:
         self,
         table: Mapping[str, Sequence[Any]],
         refusal: Callable[[Row], Refusal | None],
-        strengths: Iterable[tuple[Iterable[str], int]],
+        strengths: Mapping[int, Sequence[str] | None],
         seed: int = 0,
         tries: int = 4,
+        given: Sequence[Row] = (),
     ):
         self.table, self._refusal, self._random = table, refusal, Random(seed)
-        self._place = {name: i for i, name in enumerate(table)}
         self._plain = {name: values[0] for name, values in table.items()}
-        self._missing: dict[Combination, None] = {c: None for c in self._wanted(strengths)}  # in order
+        self._missing: dict[Combination, None] = dict.fromkeys(self._wanted(strengths))  # in order
         self.refused: dict[Combination, frozenset[str]] = {}
         self.rows: list[Row] = []
-        self._of = self._by_parameter()
+        self._sets = dict.fromkeys(tuple(name for name, _ in combination) for combination in self._missing)
+        self._of = {name: [each for each in self._sets if name in each] for name in table}
+        for row in given:
+            self._cover(row)
         while self._missing:
-            best = max((self._begun() for _ in range(tries)), key=lambda row: row and len(self._new(row)) or 0)
-            if best is not None:
-                self.rows.append(best)
-                for combination in self._new(best):
-                    del self._missing[combination]
+            begun = [row for row in (self._begun() for _ in range(tries)) if row is not None]
+            if begun:
+                self.rows.append(max(begun, key=lambda row: len(self._new(row))))
+                self._cover(self.rows[-1])
+        self.rows = self._ordered(self.rows)
 
-    def _wanted(self, strengths: Iterable[tuple[Iterable[str], int]]) -> Iterator[Combination]:
-        for names, t in strengths:
-            for some in combinations(sorted(names, key=self._place.__getitem__), t):
+    def _cover(self, row: Row) -> None:
+        for combination in self._new(row):
+            del self._missing[combination]
+
+    def of(self, row: Row) -> set[Combination]:
+        """What is wanted, and in the row."""
+        return {tuple((name, row[name]) for name in names) for names in self._sets}
+
+    def _ordered(self, rows: Sequence[Row]) -> list[Row]:
+        """Each next row has the most of what those before have not: the first ones alone have nearly all."""
+        left = [(row, self.of(row)) for row in rows]
+        ordered, there = [], set()
+        while left:
+            best = max(range(len(left)), key=lambda i: len(left[i][1] - there))
+            row, has = left.pop(best)
+            if has - there:  # else later rows have made it needless
+                ordered.append(row)
+                there |= has
+        return ordered
+
+    def _wanted(self, strengths: Mapping[int, Sequence[str] | None]) -> Iterator[Combination]:
+        for t, names in strengths.items():
+            for some in combinations(names or self.table, t):
                 yield from (tuple(zip(some, values, strict=True)) for values in product(*map(self.table.get, some)))
-
-    def _by_parameter(self) -> dict[str, list[tuple[str, ...]]]:
-        """The sets of parameters of which combinations are wanted, by each of them."""
-        sets = dict.fromkeys(tuple(name for name, _ in combination) for combination in self._missing)
-        return {name: [each for each in sets if name in each] for name in self.table}
 
     def _new(self, row: Row, of: str | None = None) -> list[Combination]:
         """What is missing and in the row; `of`: with this parameter. Parameters that the row leaves open have none."""
-        sets = self._of[of] if of else {each for sets in self._of.values() for each in sets}
+        sets = self._of[of] if of else self._sets
         found = (tuple((n, row[n]) for n in names) for names in sets if all(n in row for n in names))
         return [combination for combination in found if combination in self._missing]
 
@@ -149,8 +168,3 @@ class Covering:
             return None
 
         return search(fixed)
-
-
-def covered(rows: Iterable[Row], combination: Combination) -> bool:
-    """Whether a row has it."""
-    return any(all(row[name] == value for name, value in combination) for row in rows)

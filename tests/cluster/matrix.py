@@ -1,4 +1,4 @@
-"""Every pair of values of any two flags of `cluster/train.py`, and every triple of axes, in few runs beside one process.
+"""Every pair of values of any two flags of `cluster/train.py`, every triple of axes, in few runs beside one process.
 
     python -m tests.cluster.matrix --world 8                  all rows of the covering array
     python -m tests.cluster.matrix --world 6 --rows 10:20     some
@@ -16,10 +16,9 @@ import io
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -43,7 +42,7 @@ from core.proof.launch import Job, Stop
 from core.proof.lesson import Lesson, Run
 from core.proof.oracle import Oracle, relative_difference
 from core.proof.rulebook import DECODER, DROPOUT, ONE_EXPERT, RANKS, TOP_K
-from core.proof.rules import Rule, broken
+from core.proof.rules import Rule
 from expert_parallel.engine.router import forget
 from pipeline.schedules import SCHEDULES
 from sequence_parallel.engine.recompute import KINDS
@@ -53,6 +52,7 @@ from tests.cluster.covering import Combination, Covering, Refusal, Row
 from tests.pool import Pool, WorkerError
 
 AXES = ("tp", "cp", "dp", "pp", "ep", "etp")
+STRENGTHS = {3: AXES, 2: None}  # every triple of these, every pair of all
 VOCABULARY, EOS, STEPS, LAYERS = 41, 3, 2, 30  # a vocabulary that no axis divides; layers at most
 SIZES = {8: {"hidden": 16, "heads": 8, "feed-forward": 32, "sequence": 16},
          6: {"hidden": 12, "heads": 6, "feed-forward": 24, "sequence": 12}}  # fmt: skip
@@ -63,7 +63,7 @@ def table(world: int) -> dict[str, tuple[Any, ...]]:
     """The values of every flag, the plainest first. A new value, or flag, is a line here."""
     divisors = tuple(n for n in range(1, world + 1) if world % n == 0)
     return {
-        **{axis: divisors for axis in AXES},
+        **dict.fromkeys(AXES, divisors),
         "sp": (False, True),
         "ulysses": divisors,
         "cp_kind": CP_KINDS,
@@ -101,14 +101,11 @@ def table(world: int) -> dict[str, tuple[Any, ...]]:
 # ---- Which rows are legal --------------------------------------------------------------------------------------------
 
 
-def _says_nothing(flag: str, has: str, without: Any) -> Rule:
+def _says_nothing(flag: str, what: str, has: Callable[[Any], bool]) -> Rule:
     """A value that nothing reads would count as covered, and is not."""
     name = flag.replace("-", "_")
-    plain = {"true": True}.get(has, has)
-    del plain
-    return Rule(
-        f"no effect: {flag}", f"--{flag} {{{name}}}", lambda x: x.plain(name) or without(x), f"says nothing without {has}"
-    )
+    holds = lambda x: x.plain(name) or has(x)  # noqa: E731
+    return Rule(f"no effect: {flag}", f"--{flag} {{{name}}}", holds, f"says nothing without {what}")
 
 
 NO_EFFECT = (
@@ -117,6 +114,7 @@ NO_EFFECT = (
     _says_nothing("cp-kind", "cp", lambda x: x.cp > x.ulysses),
     _says_nothing("placement", "cp", lambda x: x.cp > x.ulysses),
     _says_nothing("schedule", "pp", lambda x: x.pp > 1),
+    _says_nothing("layers", "pp", lambda x: x.pp > 1),
     _says_nothing("untied", "gpt: Llama's head is its own anyway", lambda x: x.model == "gpt"),
     _says_nothing("bucket", "several ranks that share gradients", lambda x: x.zero > 0),
     Rule("size", "--layers {layers}", lambda x: x.layers <= LAYERS, f"more than {LAYERS} would take long"),
@@ -167,9 +165,13 @@ def _lesson() -> Lesson:
     return lesson
 
 
+def parsed(line: str) -> argparse.Namespace:
+    return _lesson().parser.parse_args(line.split())
+
+
 @cache
 def _usual() -> argparse.Namespace:
-    return _lesson().parser.parse_args([])
+    return parsed("")
 
 
 class Matrix:
@@ -184,7 +186,7 @@ class Matrix:
     def numbers(self, row: Row) -> dict[str, Any]:
         """What a row says, in the values of its flags, and the sizes that follow."""
         stages, m = row["pp"] * row["v"], {"1": 1, "p": row["pp"], "2p": 2 * row["pp"], "2p + 1": 2 * row["pp"] + 1}
-        layers = {"even": max(2, stages), "uneven": 2 * stages - 1 if stages > 1 else 3}[row["layers"]]
+        layers = max(2, {"even": stages, "uneven": 2 * stages - 1}[row["layers"]])
         found = {name.replace("-", "_"): size for name, size in self.sizes.items()} | row
         found |= {"microbatches": m[row["microbatches"]], "layers": layers}
         return found | {"batch": row["dp"] * found["microbatches"] * row["microbatch"]}
@@ -221,8 +223,19 @@ class Matrix:
         args = argparse.Namespace(**vars(_usual()) | {"vocabulary": VOCABULARY} | sizes)
         return model_of(configured(args), moe_of(args))
 
+    def plain(self) -> Row:
+        """The first value of each, and data parallelism over all ranks."""
+        return {name: values[0] for name, values in self.table.items()} | {"dp": self.world}
+
+    def refused(self, rows: Sequence[Row]) -> dict[Combination, frozenset[str]]:
+        """What no row has, and the rules that refuse every row with it. Raises ValueError: one could have it."""
+        missing = Covering(self.table, self.refusal, STRENGTHS, given=rows)
+        if missing.rows:
+            raise ValueError(f"legal, but in no row: {[self.line(row) for row in missing.rows]}; use --write")
+        return missing.refused
+
     def covering(self, seed: int = 0) -> Covering:
-        return Covering(self.table, self.refusal, [(AXES, 3), (self.table, 2)], seed)
+        return Covering(self.table, self.refusal, STRENGTHS, seed)
 
 
 MODEL = ("layers", "hidden", "heads", "kv_heads", "feed_forward", "sequence", "model", "untied", "attention", "dropout",
@@ -311,7 +324,7 @@ class Shown:
 
 def run_row(line: str, job: Job) -> Found | None:
     """The claims of one run; on rank 0. All ranks call it."""
-    args = _lesson().parser.parse_args(line.split())
+    args = parsed(line)
     began, said, shown = time.perf_counter(), io.StringIO(), Shown()
     check(args, job.world_size)
     run = Run(args, job, POLICIES["float64"])
@@ -351,7 +364,7 @@ def run_rows(folder: str, lines: Sequence[str]) -> list[Found | None]:
     return found
 
 
-def run_all(pool: Pool, world: int, folder: str, lines: Sequence[str], together: int = 8) -> Iterable[Found]:
+def run_all(pool: Pool, world: int, folder: str, lines: Sequence[str], together: int = 8) -> Iterator[Found]:
     """Several rows in each call: a group of ranks takes longer to be made than many a row. One that dies is named."""
     for i in range(0, len(lines), together):
         some = lines[i : i + together]
