@@ -17,7 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from functools import cache
+from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -28,10 +30,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster import train
-from cluster.planner.layout import REDUCE, RESHARD, layout_from
+from cluster.planner.layout import REDUCE, RESHARD, Layout, layout_from
 from cluster.planner.rulebook import POSITIVE, REFUSING, Case
 from cluster.run import arguments, data, evidence
 from cluster.run.arguments import add_all_flags, check, configured, model_of, moe_of
+from cluster.run.data import HELD_OUT, data_of
 from cluster.run.recipe import RECIPE
 from cluster.run.worker import Worker
 from core.model.gpt import token_loss
@@ -50,10 +53,11 @@ from sequence_parallel.engine.ring import PLACEMENTS
 from sequence_parallel.engine.ulysses import CP_KINDS
 from tests.cluster.covering import Combination, Covering, Refusal, Row
 from tests.pool import Pool, WorkerError
+from zero.newton_schulz import SCALES
 
 AXES = ("tp", "cp", "dp", "pp", "ep", "etp")
 STRENGTHS = {3: AXES, 2: None}  # every triple of these, every pair of all
-VOCABULARY, EOS, STEPS, LAYERS = 41, 3, 2, 30  # a vocabulary that no axis divides; layers at most
+TOKENS, EOS, STEPS, LAYERS = 41, 3, 2, 30  # different tokens; layers at most
 SIZES = {8: {"hidden": 16, "heads": 8, "feed-forward": 32, "sequence": 16},
          6: {"hidden": 12, "heads": 6, "feed-forward": 24, "sequence": 12}}  # fmt: skip
 FOLDED_FIRST = ("1f1b", *(name for name in SCHEDULES if name != "1f1b"))
@@ -80,6 +84,7 @@ def table(world: int) -> dict[str, tuple[Any, ...]]:
         "recompute": KINDS,
         "loss_chunk": (0, 7),
         "optimizer": ("adamw", "muon"),
+        "muon_scale": SCALES,
         "clip": (0.05, 1e6),  # clips always, never
         "weight_decay": (0.3, 0.0),
         "model": ("gpt", "llama"),
@@ -87,7 +92,9 @@ def table(world: int) -> dict[str, tuple[Any, ...]]:
         "untied": (False, True),
         "attention": ("sdpa", "softmax"),
         "dropout": (0.0, 0.2),
+        "vocabulary": (41, 48),  # one that no axis divides, and one that all do
         "pack": (False, True),
+        "resume": (False, True),  # of the steps one in another layout, saved
         "experts": (0, world // 2, world),
         "top_k": (2, 1, 3),
         "capacity": (0.0, 1.0),
@@ -114,6 +121,7 @@ NO_EFFECT = (
     _says_nothing("cp-kind", "cp", lambda x: x.cp > x.ulysses),
     _says_nothing("placement", "cp", lambda x: x.cp > x.ulysses),
     _says_nothing("schedule", "pp", lambda x: x.pp > 1),
+    _says_nothing("muon-scale", "muon", lambda x: x.optimizer == "muon"),
     _says_nothing("layers", "pp", lambda x: x.pp > 1),
     _says_nothing("untied", "gpt: Llama's head is its own anyway", lambda x: x.model == "gpt"),
     _says_nothing("bucket", "several ranks that share gradients", lambda x: x.zero > 0),
@@ -179,7 +187,7 @@ class Matrix:
 
     def __init__(self, world: int):
         self.world, self.table, self.sizes = world, table(world), SIZES[world]
-        usual = vars(_usual()) | {"tokens": "ids.npy", "vocabulary": VOCABULARY, "steps": STEPS, "eos": EOS}
+        usual = vars(_usual()) | {"tokens": "ids.npy", "steps": STEPS, "eos": EOS}
         self._usual = usual | {"head_size": None}
         self._models = cache(lambda *values: self._model_of(dict(zip(MODEL, values, strict=True))))
 
@@ -196,7 +204,9 @@ class Matrix:
         said = []
         for name, value in self.numbers(row).items():
             flag = "--chunks" if name == "v" else f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
+            if name == "resume":
+                said += ["--save", "RUN", "--save-every", "1"] * value
+            elif isinstance(value, bool):
                 said += [flag] * value + ["--no-sp"] * (name == "sp" and not value)
             elif name in ALWAYS_SAID or value != self.table.get(name, (None,))[0]:
                 said += [flag, str(value)]
@@ -220,7 +230,7 @@ class Matrix:
         return _first(Seen(given | sizes | of_flags, row, self.table), RULES)
 
     def _model_of(self, sizes: dict[str, Any]) -> Any:
-        args = argparse.Namespace(**vars(_usual()) | {"vocabulary": VOCABULARY} | sizes)
+        args = argparse.Namespace(**vars(_usual()) | sizes)
         return model_of(configured(args), moe_of(args))
 
     def plain(self) -> Row:
@@ -239,9 +249,13 @@ class Matrix:
         return Covering(self.table, self.refusal, STRENGTHS, seed)
 
 
-MODEL = ("layers", "hidden", "heads", "kv_heads", "feed_forward", "sequence", "model", "untied", "attention", "dropout",
-         "experts", "top_k", "capacity", "shared", "bias_rate", "aux", "z")  # fmt: skip
-ALWAYS_SAID = {"hidden", "heads", "feed_forward", "sequence", "layers", "batch", "microbatches", "microbatch", "v"}
+MODEL = (
+    "layers", "hidden", "heads", "kv_heads", "feed_forward", "sequence", "vocabulary", "model", "untied", "attention",
+    "dropout", "experts", "top_k", "capacity", "shared", "bias_rate", "aux", "z"
+)  # fmt: skip
+ALWAYS_SAID = {
+    "vocabulary", "hidden", "heads", "feed_forward", "sequence", "layers", "batch", "microbatches", "microbatch", "v"
+}  # fmt: skip
 
 
 def _first(seen: Seen, rules: Iterable[Rule]) -> Refusal | None:
@@ -276,15 +290,15 @@ COMPARED = {  # the claims of a run that compare it with one process, and of thi
 
 
 def write_tokens(folder: str | Path) -> None:
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, 6000).astype(np.uint16)
+    ids = np.random.default_rng(0).integers(0, TOKENS, 6000).astype(np.uint16)
     np.save(Path(folder, "ids.npy"), ids)
 
 
 def common(folder: str | Path) -> str:
     """What all rows say."""
     return (
-        f"--tokens {folder}/ids.npy --vocabulary {VOCABULARY} --eos {EOS} --steps {STEPS} --sample 0 --lr 0.01 "
-        "--warmup 0 --beta1 0.8 --device cpu"
+        f"--tokens {folder}/ids.npy --eos {EOS} --steps {STEPS} --sample 0 --lr 0.01 "
+        "--warmup 0 --decay constant --beta1 0.8 --device cpu"
     )
 
 
@@ -319,8 +333,30 @@ class Shown:
                 ("the loss that", losses, run.reference_losses),
                 ("the validation loss", of_validation, self.expected),
             ):
+                assert run.job.rank or len(found) == len(expected), (what, found, expected)
                 apart = max(map(relative_difference, found, expected), default=torch.inf)
                 run.evidence.claim(f"{what} rank {rank} shows", "one process's", 0.0, apart, 1e-10)
+
+
+def elsewhere(args: argparse.Namespace, world: int) -> argparse.Namespace:
+    """The first step of a row that goes on, in another layout where its batch allows one: dp, and the rest tp."""
+    dp = gcd(args.batch, world)
+    there = {"dp": dp, "tp": world // dp, "sp": dp < world, "zero": 1}
+    more = {"steps": 1, "verify": False}
+    try:
+        found = argparse.Namespace(**vars(args) | {field.name: None for field in fields(Layout)} | there | more)
+        check(found, world)
+    except ValueError:
+        found = argparse.Namespace(**vars(args) | more)
+    return found
+
+
+def again(run: Run, _: Worker, oracle: Oracle | None) -> None:
+    """In place of `evidence.follow`: what a checkpoint has lost must show, so the one process makes the steps too."""
+    if oracle:
+        training, _ = data_of(run.args).split(HELD_OUT)
+        for step in range(len(run.losses)):
+            run.reference_losses.append(oracle.step(*training.batch(run.args.seed, step, run.args.batch), step))
 
 
 def run_row(line: str, job: Job) -> Found | None:
@@ -329,13 +365,16 @@ def run_row(line: str, job: Job) -> Found | None:
     began, said, shown = time.perf_counter(), io.StringIO(), Shown()
     check(args, job.world_size)
     run = Run(args, job, POLICIES["float64"])
-    with (
-        patch.object(evidence, "one_process", shown.one_process),
-        patch.object(Worker, "evaluate", lambda *arguments: shown.evaluate(*arguments)),
-        contextlib.redirect_stdout(said),
-        contextlib.redirect_stderr(said),
-    ):
-        train.lesson(run)
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        if args.save:
+            args.save = job.share(tempfile.mkdtemp(dir=Path(args.tokens).parent) if job.rank == 0 else None)
+            train.lesson(Run(elsewhere(args, job.world_size), job, POLICIES["float64"]))
+        with (
+            patch.object(evidence, "one_process", shown.one_process),
+            patch.object(evidence, "follow", again),
+            patch.object(Worker, "evaluate", lambda *arguments: shown.evaluate(*arguments)),
+        ):
+            train.lesson(run)
     shown.claim(run)
     if job.rank:
         return None

@@ -18,6 +18,7 @@ from torch import Tensor
 from cluster.run import worker
 from cluster.run.arguments import check
 from cluster.run.worker import Worker
+from core.proof.checkpoint import Checkpoints
 from core.proof.launch import Job
 from tests.cluster.covering import Covering, Refusal, Row
 from tests.cluster.matrix import (
@@ -148,11 +149,12 @@ def test_the_first_rows_have_most(world: int) -> None:
 
 # ---- The bugs
 
-SMALL = "--hidden 16 --heads 4 --feed-forward 32 --sequence 8 --layers 2"
+SMALL = "--vocabulary 41 --hidden 16 --heads 4 --feed-forward 32 --sequence 8 --layers 2"
 ROWS = {
     "tp x cp": "--tp 2 --cp 2 --sp --batch 2 --optimizer muon",
     "experts": "--dp 4 --ep 2 --experts 4 --batch 4 --zero 1",
     "pipeline": "--pp 2 --dp 2 --microbatches 2 --batch 4",
+    "resumed": "--tp 2 --dp 2 --zero 2 --batch 4 --save RUN --save-every 1",
 }
 
 
@@ -204,11 +206,22 @@ BUGS: dict[str, tuple[str, Callable[[], AbstractContextManager], str]] = {  # ro
         "gradient",
     ),
     "moments are of other elements": ("experts", lambda: instead(Engine, "states", of_other_elements), "moment"),
+    "moments are not loaded": (
+        "resumed", lambda: instead(Checkpoints, "load", without_moments), "parameter",
+    ),
     "weight decay is left out": (
         "tp x cp", lambda: instead(worker, "shard_optimizer", lambda right, model, spec, *x: right(
             model, _without_decay(spec), *x)), "parameter",
     ),
 }  # fmt: skip
+
+
+def without_moments(right: Callable, self: Checkpoints, path: Path) -> dict:
+    extra = right(self, path)
+    for optimizer, _ in self.trained.named_optimizers():
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+    return extra
 
 
 def _without_decay(spec: Any) -> Any:
