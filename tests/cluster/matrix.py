@@ -3,7 +3,9 @@
     python -m tests.cluster.matrix --world 8                  all rows of the covering array
     python -m tests.cluster.matrix --world 6 --rows 10:20     some
     python -m tests.cluster.matrix --world 8 --only zero=3 schedule=zb-v
-    python -m tests.cluster.matrix --world 8 --seed 1         another array; --list: the rows, and what no row can have
+    python -m tests.cluster.matrix --world 8 --random 50 --seed 1        rows beyond it
+    python -m tests.cluster.matrix --world 8 --list           the rows, and what no row can have, with the rules why
+    python -m tests.cluster.matrix --world 8 --seed 0 --write            after a change of the table or the rules
 
 A row is a command line. Its claims are those of the run: losses, the norm, every gradient, every parameter and every
 moment of one process in float64, what each rank holds and sends as the planner says; and here besides: the loss that
@@ -21,6 +23,7 @@ from dataclasses import fields
 from functools import cache
 from math import gcd
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -228,6 +231,12 @@ class Matrix:
         sizes = vars(Case(layout, config, None, self.world, given["batch"]).sizes)
         of_flags = {name: given[name] for name in ("model", "kv_heads")} | {"rotary_dim": config.rotary_dim}
         return _first(Seen(given | sizes | of_flags, row, self.table), RULES)
+
+    def random_rows(self, count: int, seed: int) -> list[Row]:
+        """Legal rows of values that are drawn, and mended."""
+        drawn, solver = Random(seed), Covering(self.table, self.refusal, {})
+        bases = [{name: drawn.choice(values) for name, values in self.table.items()} for _ in range(count)]
+        return [row for row in (solver.complete({}, base, set()) for base in bases) if row]
 
     def _model_of(self, sizes: dict[str, Any]) -> Any:
         args = argparse.Namespace(**vars(_usual()) | sizes)
@@ -442,11 +451,15 @@ def main() -> int:
     parser.add_argument("--rows", default=":", help="of the array, as a slice: 10:20")
     parser.add_argument("--only", nargs="*", default=(), metavar="FLAG=VALUE", help="rows with these values")
     parser.add_argument("--seed", type=int, help="another array, made now, in place of the one that is kept")
+    parser.add_argument("--random", type=int, metavar="ROWS", help="legal rows drawn by --seed, in place of an array")
     parser.add_argument("--write", action="store_true", help="keep the array of --seed")
     parser.add_argument("--list", action="store_true", help="the rows, and what no row can have; runs nothing")
     args = parser.parse_args()
     matrix = Matrix(args.world)
-    rows = kept_rows(args.world) if args.seed is None else matrix.covering(args.seed).rows
+    if args.random:
+        rows = matrix.random_rows(args.random, args.seed or 0)
+    else:
+        rows = kept_rows(args.world) if args.seed is None else matrix.covering(args.seed).rows
     if args.write:
         write_rows(args.world, rows)
     wanted = [each.split("=") for each in args.only]
