@@ -2,6 +2,7 @@
 
 import argparse
 from functools import partial
+from statistics import mean
 
 import torch
 from tabulate import tabulate
@@ -93,9 +94,12 @@ def claim_run(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent
         return  # where tokens go is known afterwards
     plan = {index: traffic.sent(model, layout, index) for index in range(layout.pp)}
     for axis in sorted({axis for by_axis in plan.values() for axis in by_axis}):
+        sent_by = {f"rank {rank}": (index, [rank]) for rank, (index, _, _) in enumerate(everyone)}
+        if layout.zero and axis in ("tp", "pp"):  # they sum shards of gradients: which has how much of them is chance
+            sent_by = {f"mean of pp rank {i}": (i, [r for r, e in enumerate(everyone) if e[0] == i]) for i in plan}
         cases = [
-            (f"elements over {axis}, rank {rank}", plan[index].get(axis, 0.0), found.get(axis, 0.0))
-            for rank, (index, _, found) in enumerate(everyone)
+            (f"elements over {axis}, {who}", plan[i].get(axis, 0.0), mean(everyone[r][2].get(axis, 0.0) for r in ranks))
+            for who, (i, ranks) in sent_by.items()
         ]
         most = max(expected for _, expected, _ in cases)
         formula = f"the planner's, {most:,.0f} at most; counted"

@@ -132,7 +132,8 @@ NO_EFFECT = (
 )  # fmt: skip
 # The rules of `cluster.run.arguments.check`, in another order: what closes most is first. The runs check them again.
 BEFORE = (DROPOUT, *TRAINING, *arguments.RULES, *RECIPE, *data.RULES)  # until there is a model
-RULES = (*NO_EFFECT, *POSITIVE, *REFUSING, *DECODER, ONE_EXPERT, TOP_K, arguments.CAPACITY_AND_CP)
+ALONE = [rule for rule in vars(arguments).values() if isinstance(rule, Rule)]  # those that are in no tuple
+RULES = (*NO_EFFECT, *POSITIVE, *REFUSING, *DECODER, ONE_EXPERT, TOP_K, *ALONE)
 OF_RANKS = frozenset({"tp", "cp", "dp", "pp"})
 FOLLOWS = {  # what a rule reads: which parameters it follows from
     "ranks": tuple(OF_RANKS),
