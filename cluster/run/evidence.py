@@ -2,6 +2,7 @@
 
 import argparse
 from functools import partial
+from statistics import mean
 
 import torch
 from tabulate import tabulate
@@ -93,16 +94,17 @@ def claim_run(run: Run, layout: Layout, model: ModelConfig, worker: Worker, sent
         return  # a forward more than the planner knows of
     # Over ep and etp it hangs on what tokens choose.
     plan = {index: traffic.sent(model, layout, index) for index in range(layout.pp)}
-    shards_of_tp = max(traffic.summed_over_tp(model, layout, index) for index in plan) if layout.zero else 0.0
     for axis in sorted({axis for by_axis in plan.values() for axis in by_axis} - {"ep", "etp"}):
+        sent_by = {f"rank {rank}": (index, [rank]) for rank, (index, _, _) in enumerate(everyone)}
+        if layout.zero and axis in ("tp", "pp"):  # they sum shards of gradients: which has how much of them is chance
+            sent_by = {f"mean of pp rank {i}": (i, [r for r, e in enumerate(everyone) if e[0] == i]) for i in plan}
         cases = [
-            (f"elements over {axis}, rank {rank}", plan[index].get(axis, 0.0), found.get(axis, 0.0))
-            for rank, (index, _, found) in enumerate(everyone)
+            (f"elements over {axis}, {who}", plan[i].get(axis, 0.0), mean(everyone[r][2].get(axis, 0.0) for r in ranks))
+            for who, (i, ranks) in sent_by.items()
         ]
         most = max(expected for _, expected, _ in cases)
         formula = f"the planner's, {most:,.0f} at most; counted"
-        near = 0.02 * most + (shards_of_tp if axis == "tp" else 0.0)  # a shard of ZeRO may have any number of those
-        run.evidence.each(f"elements sent a step over {axis}", formula, cases, near)
+        run.evidence.each(f"elements sent a step over {axis}", formula, cases, 0.02 * most)
 
 
 def claim_export(run: Run, model: ModelConfig, written: int) -> None:
