@@ -34,7 +34,7 @@ from core.proof.training import train
 from pipeline.engine.actions import Schedule, ScheduleError, size, stages_of_ranks
 from pipeline.engine.runtime import Pipeline, Trace
 from pipeline.engine.validator import Verdict, validate
-from pipeline.evidence import claims
+from pipeline.evidence import claims, pictures
 from pipeline.evidence.claims import Measured
 from pipeline.evidence.rules import LESSON
 from pipeline.evidence.timeline import show_schedule
@@ -241,4 +241,6 @@ def teach(
         claims.claim_timeline(run, measured, planned)
         if any(action.kind == "W" for row in schedule for action in row):
             claims.claim_split(run, schedule, measured)
+        if run.page:
+            pictures.draw(run, schedule, planned, measured)
     return measured
