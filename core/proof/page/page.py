@@ -2,6 +2,8 @@
 
 import html
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from core.proof.lesson import Lesson, Run
 
 STATIC = files("core.proof.page") / "static"
+CHARTS = ("bars", "lines", "scatter")
 SCRIPTS = ("common.js", "figures.js", "timeline.js")
 
 
@@ -91,7 +94,7 @@ def render(frame: "Lesson", run: "Run", report: Mapping[str, Any], sent: Mapping
     for rows in tables.values():
         rows.sort(key=lambda shown: shown.row.holds)  # a failed one first; else in their order
     sections = {
-        "technique": run.figures,
+        "technique": sorted(run.figures, key=lambda figure: figure["kind"] in CHARTS),  # pictures before them
         "memory": memory(run),
         "bytes": traffic(run, sent),
         "loss": losses(run),
@@ -106,18 +109,18 @@ def render(frame: "Lesson", run: "Run", report: Mapping[str, Any], sent: Mapping
     )  # fmt: skip
 
 
+WRITTEN = ("--page", "--report", "--plot", "--trace", "--json")  # flags that name a file to write
+
+
 def command(frame: "Lesson", run: "Run") -> str:
-    """What starts this run again, but for files that it has written."""
-    given = vars(run.args)
-    flags = [
-        f"{action.option_strings[-1]} {value}"
-        for action in frame.parser._actions
-        if action.dest not in ("help", "page", "report", "plot", "trace", "export", "json")
-        and action.option_strings
-        and (value := given.get(action.dest)) != action.default
-        and isinstance(value, int | float | str)
-    ]
-    return " ".join([f"torchrun --nproc_per_node={run.job.world_size} {frame.script}", *flags])
+    """What starts this run again, but for the files that it has written."""
+    flags, given = [], iter(sys.argv[1:])
+    for word in given:
+        if word in WRITTEN:
+            next(given, None)
+        elif word.split("=")[0] not in WRITTEN:
+            flags.append(word)
+    return shlex.join(["torchrun", f"--nproc_per_node={run.job.world_size}", frame.script, *flags])
 
 
 def idea(script: Path) -> tuple[str, str] | None:
