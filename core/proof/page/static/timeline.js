@@ -11,14 +11,14 @@ function letters(row) {
 
 /**
  * @param rows of each rank: [stage, kind, micro-batch, start, end, waited], waited [rank, action] or null
- * @param options unit, bubble [of wall, of ideal], width, critical: a set of "rank:index", until: actions that start later
- *   are not drawn
+ * @param options unit; width; span: the time that the width is for, if more than this timeline's; critical: a set of
+ *   "rank:index"; until: actions that start later are drawn pale
  */
 function timelineOf(rows, options) {
-  const end = Math.max(...rows.flat().map((e) => e[4])), left = 62, high = 24;
+  const end = Math.max(...rows.flat().map((e) => e[4])), span = Math.max(end, options.span || 0), left = 62, high = 24;
   const shortest = Math.min(...rows.flat().map((e) => e[4] - e[3]));
-  const need = options.unit ? 0 : (Math.min(26, Math.max(12, 15)) / shortest) * end;
-  const wide = Math.min(Math.max(options.width - left - 8, need), 6000), x = (t) => left + (t / end) * wide;
+  const need = options.unit ? 0 : (15 / shortest) * span;  // room for a number in the shortest action
+  const wide = Math.min(Math.max(options.width - left - 8, need), 6000), x = (t) => left + (t / span) * wide;
   const id = `hatch${hatches++}`, height = rows.length * (high + 4) + 26;
   const svg = s("svg", { width: left + wide + 8, height, tabindex: 0, role: "application", class: "timeline",
     "aria-label": T(["timeline; arrow keys go from action to action", "时间线；用方向键逐个查看动作"]) });
@@ -75,7 +75,7 @@ function timelineOf(rows, options) {
     });
     if (options.until === undefined) gap(y, free, end, T(["bubble", "气泡"]));
   });
-  ticks(0, end, Math.max(4, wide / 90)).forEach((t) => svg.append(
+  ticks(0, span, Math.max(4, wide / 90)).forEach((t) => svg.append(
     s("text", { x: x(t), y: height - 6, "text-anchor": "middle", class: "soft" }, num(t))));
   svg.append(focus);
   svg.addEventListener("focus", () => { if (!svg.dataset.at && rows[0].length) tell(0, 0); });
@@ -110,11 +110,12 @@ function bubbleText([wall, ideal]) {
   return `${T(["bubble", "气泡"])} ${num(wall)} ${T(["of wall time", "（占总时间）"])}, ${num(ideal)} ${T(["of ideal time", "（占理想时间）"])}`;
 }
 
-FIGURES.timeline = (f, width) => f.timelines.flatMap((t) => [
-  h("p", { class: "note" }, h("b", {}, T(t.name))),
-  timelineLegend(t.rows, bubbleText(t.bubble)),
-  ...timelineOf(t.rows, { unit: t.unit, width }),
-]);
+FIGURES.timeline = (f, width) => f.timelines.flatMap((t) => {
+  const alike = f.timelines.filter((other) => other.unit === t.unit);  // on one scale
+  const span = Math.max(...alike.flatMap((other) => other.rows.flat().map((e) => e[4])));
+  return [h("p", { class: "note" }, h("b", {}, T(t.name))), timelineLegend(t.rows, bubbleText(t.bubble)),
+    ...timelineOf(t.rows, { unit: t.unit, width, span })];
+});
 
 for (const element of document.querySelectorAll("figure[data-figure]"))
   place(element, DATA.figures[Number(element.dataset.figure)]);
