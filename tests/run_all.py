@@ -13,11 +13,17 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from cluster import explore as memory
 from core.proof.files import write_file
 from core.proof.page.page import entry, index
+from pipeline import explore as schedules
 from tests.pool import Outcome, Pool, Running
 
 STEPS = "2"
+MORE = (
+    ("schedules.html", ("Explorer of pipeline schedules", "流水线调度探索器")),
+    ("memory.html", ("Explorer of memory", "显存探索器")),
+)
 BY_THE_CLOCK = "cluster/topology.py"  # claims what it measures in seconds: runs alone. The others run two at a time
 
 
@@ -73,7 +79,9 @@ def main(ranks: int, lessons: list[str], folder_of_pages: str = "") -> int:
     if folder_of_pages:
         there = Path(folder_of_pages)
         entries = [entry(lesson, there / page) for lesson, page in zip(lessons, pages, strict=True)]
-        write_file(str(there / "index.html"), index(entries))
+        write_file(str(there / "schedules.html"), schedules.page())
+        write_file(str(there / "memory.html"), memory.page())
+        write_file(str(there / "index.html"), index(entries, MORE))
     print("\n" + tabulate(rows, ("lesson", "claims held", "seconds", "")))
     return int(any(row[-1] == "FAILED" for row in rows))
 

@@ -255,10 +255,8 @@ function validate(schedule, costs, message = 0) {
           const there = done.get(key(...result));
           if (!there) break;
           const owner = rankOf.get(key(result[0], "@", m)), at = owner !== rank ? there.at + message : there.at;
-          if (at > start) {
-            [start, from] = [at, there.by];
-            if (owner !== rank) waited = [owner, said(schedule[there.by[0]][there.by[1]])];
-          }
+          if (at > start)  // so it is another rank's: what this one has made is there
+            [start, from, waited] = [at, there.by, [owner, said(schedule[there.by[0]][there.by[1]])]];
         }
         const end = start + each[kind];
         rows[rank].push([stage, kind, m, start, end, waited]);

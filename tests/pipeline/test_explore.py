@@ -154,13 +154,13 @@ def test_sliders_table_steps_and_csv(browser: Browser) -> None:
         [row.dataset.schedule, Object.fromEntries([...row.querySelectorAll('[data-what]')].map(cell =>
             [cell.dataset.what, [+cell.dataset.value, cell.textContent]]))]))""")
     assert [*shown] == ["naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
-    for name, cells in shown.items():
+    for name, row in shown.items():
         expected = by_validator(build(name, 6, 12, 3), 1.25, 0.75, 1.5, 0.2)
-        assert len(cells) == 8
-        for what, (value, text) in cells.items():
+        assert len(row) == 8
+        for what, (value, text) in row.items():
             assert value == pytest.approx(expected[what], rel=1e-12, abs=1e-12), (name, what)
             assert float(text.replace(",", "")) == pytest.approx(value, rel=1e-3, abs=1e-12)
-    fits = {name: cells["makespan"][0] for name, cells in shown.items() if cells["activations"][0] <= 6}
+    fits = {name: row["makespan"][0] for name, row in shown.items() if row["activations"][0] <= 6}
     assert browser.run("document.getElementById('winner').textContent").startswith(f"★ {min(fits, key=fits.get)}:")
 
     browser.run("document.querySelector('[data-step=\"1f1b\"]').click()")

@@ -61,4 +61,11 @@ function legend(entries) {
   return h("div", { class: "legend" }, ...entries.map(([colour, text, kind]) =>
     h("span", {}, h("i", kind ? { class: kind } : { style: `background:${colour}` }), text)));
 }
+/** Names of bars and lines that many figures have, in Chinese. */
+const NAMES = { weights: "权重", gradients: "梯度", optimizer: "优化器", activations: "激活", gathered: "收集的权重",
+  working: "临时", forward: "前向", backward: "反向", "forward, g": "前向 g", "backward, f": "反向 f", plain: "直白版",
+  engine: "引擎版", published: "公开值", predicted: "预测", measured: "实测", planner: "规划器", "this run": "本次运行",
+  "one process": "单进程", "on the ranks": "各 rank", "bytes a parameter": "字节/参数", Adam: "Adam",
+  "forward and backward": "前向与反向", unbalanced: "不均衡", balanced: "均衡" };
+const N = (name) => (language() === "zh" && NAMES[name]) || name;
 const series = (i) => `var(--s${i % 8})`;

@@ -17,7 +17,7 @@ const FIGURES = {
       names.forEach((name, i) => {
         const value = f.series[name][g], at = f.stacked ? y : y + i * (thick + 2);
         const bar = s("rect", { x: f.stacked ? x : left, y: at, width: Math.max(value * scale, 0.5), height: thick,
-          fill: series(i) }, s("title", {}, `${group}, ${name}: ${num(value)} ${T(f.unit)}`));
+          fill: series(i) }, s("title", {}, `${group}, ${N(name)}: ${num(value)} ${T(f.unit)}`));
         svg.append(bar);
         if (f.stacked) x += value * scale;
         else svg.append(s("text", { x: left + value * scale + 5, y: at + 12 }, num(value)));
@@ -32,8 +32,8 @@ const FIGURES = {
       y += high + 8;
     });
     svg.setAttribute("height", y);
-    const entries = names.map((name, i) => [series(i), name]);
-    if (f.expected) entries.push(["", `${T(["by the formula", "按公式"])}: ${T(f.formula)}`, "mark"]);
+    const entries = names.map((name, i) => [series(i), N(name)]);
+    if (f.expected) entries.push(["", T(f.mark || [`by the formula: ${T(f.formula)}`, `按公式：${T(f.formula)}`]), "mark"]);
     return [legend(entries), h("div", { class: "scroll" }, svg), h("p", { class: "note" }, T(f.unit))];
   },
 
@@ -56,9 +56,9 @@ const FIGURES = {
       svg.append(s("polyline", { points: points.map((p) => p.slice(0, 2).join()).join(" "), fill: "none",
         stroke: series(i), "stroke-width": names.length > 1 && i === 0 ? 6 : 2, "stroke-opacity": i === 0 ? 0.55 : 1 }));
       points.forEach(([px, py, v], k) => svg.append(
-        s("circle", { cx: px, cy: py, r: 3, fill: series(i) }, s("title", {}, `${name}, ${k}: ${v}`))));
+        s("circle", { cx: px, cy: py, r: 3, fill: series(i) }, s("title", {}, `${N(name)}, ${k}: ${v}`))));
     });
-    return [legend(names.map((name, i) => [series(i), name])), h("div", { class: "scroll" }, svg),
+    return [legend(names.map((name, i) => [series(i), N(name)])), h("div", { class: "scroll" }, svg),
       h("p", { class: "note" }, T(f.y))];
   },
 
