@@ -3,6 +3,7 @@
 # for every claim.
 #   ./run_all.sh              8 ranks a lesson
 #   NPROC=4 ./run_all.sh      4 ranks
+#   PAGES=pages ./run_all.sh  the course as a site: a page of every run in this folder, and an index
 # Each rank is a process of its own with torchrun's environment, but forked from one that has imported torch already:
 # on two cores most of the time of a short run is eight imports of torch. Two lessons run at a time, because ranks wait.
 # Goes on after a failure; exits 1 if a lesson failed, 2 if it cannot start at all.
@@ -11,6 +12,10 @@ cd "$(dirname "$0")" || exit 2
 NPROC=${NPROC:-8}
 if ! [[ $NPROC =~ ^[1-9][0-9]*$ ]]; then
   echo "run_all.sh: NPROC=$NPROC: must be a positive number of ranks; use NPROC=8" >&2
+  exit 2
+fi
+if [[ -n ${PAGES:-} ]] && ! mkdir -p "$PAGES"; then
+  echo "run_all.sh: PAGES=$PAGES: cannot make this folder; use PAGES=pages" >&2
   exit 2
 fi
 lessons=(

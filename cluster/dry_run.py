@@ -49,6 +49,7 @@ from core.ledger import Ledger
 from core.mesh import ORDER, Mesh, axis_groups, axis_sizes
 from core.model.config import ModelConfig
 from core.model.precision import POLICIES, Precision
+from core.proof.figures import bars
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations
 from core.proof.rules import check as check_rules
@@ -229,8 +230,19 @@ def show(run: Run, model: ModelConfig, layout: Layout, rank: int, muon: MuonSett
         run.evidence.claim(f"bytes {what}: {kind}", formula, expected, measured, near)
     if model.experts:
         run.say(f"{ROUTED}\n")
+    draw(run, rows, rank)
     header = ("", "", "elements", "GB, this run", "GB, planner", "difference")
     run.say(tabulate(rows, header, floatfmt=",.4f"))
+
+
+def draw(run: Run, rows: list[tuple[str, str, str, float, float, str]], rank: int) -> None:
+    """What the rank holds and sends, beside the planner's figures."""
+    zh = {"held": "持有", "sent in a step": "一步发送"}
+    for what in ("held", "sent in a step"):
+        some = [row for row in rows if row[0] == what]
+        columns = {"this run": [row[3] for row in some], "planner": [row[4] for row in some]}
+        title = f"Rank {rank}: {what}, GB", f"rank {rank}：{zh[what]}，GB"
+        run.draw(bars(title, "GB", [row[1] for row in some], columns), chart=what == "held")
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ def lesson(run: Run) -> None:
         evidence.claim_groups(run, sizes, order, groups)
         if run.args.json:
             write_file(run.args.json, json.dumps({"order": order, "sizes": sizes, "groups": groups}))
+        run.draw(evidence.lit(order, groups, KINDS))
         if run.args.plot:
             evidence.draw(run.args.plot, groups)
     if run.job.world_size > 1:

@@ -185,6 +185,7 @@ def measured(run: Run) -> dict[str, Any]:
     found = domains(links.predict(largest))
     evidence.show_links(run, links, found)
     evidence.claim_links(run, links, found, unseen, times[unseen])
+    evidence.draw_links(run, links, found)
     if run.args.plot:
         evidence.draw(run.args.plot, links, largest)
     nodes = [[rank for rank, node in enumerate(node_of) if node == this] for this in dict.fromkeys(node_of)]

@@ -27,7 +27,7 @@ import torch
 
 from cluster import dry_run
 from cluster.evidence.order import Order
-from cluster.run import evidence
+from cluster.run import evidence, pictures
 from cluster.run.arguments import add_all_flags, check, configured, folder_of, full_model, layout_of, model_of, moe_of
 from cluster.run.build import TrainSpec, make_mesh
 from cluster.run.data import HELD_OUT, data_of
@@ -59,6 +59,7 @@ def lesson(run: Run) -> None:
     mesh = make_mesh(layout, job.device.type, Ledger(), job.timeout)
     run.mesh = {name: mesh[name].size for name in ("tp", "cp", "dp", "pp", "ep", "etp", "edp")}
     evidence.show(run, layout, model)
+    pictures.draw(run, layout, model)
 
     # This rank's shards of model and optimizer, from where an earlier run has stopped.
     random = args.init == "random" or not (args.init or folder)
@@ -119,6 +120,7 @@ def lesson(run: Run) -> None:
 
     # What came of it.
     steps = max(0, args.steps - first)
+    run.sent = {"": sent}
     evidence.say_utilization(run, model, steps)
     evidence.claim_run(run, layout, model, worker, sent, steps)
     if order:
@@ -127,6 +129,8 @@ def lesson(run: Run) -> None:
         compared.claim(run)
     evidence.claim_losses(run, first, before, after)
     evidence.write_text(run, worker)
+    if worker.pipeline and run.page:
+        pictures.draw_pipeline(run, worker)
     worker.close()
 
 

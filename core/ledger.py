@@ -26,12 +26,17 @@ class Ledger:
         self._also: Ledger | None = None
 
     def record(self, operation: str, axis: str, elements: float, element_size: int) -> None:
+        TOTAL.enter(operation, axis, elements, element_size)
+        self.enter(operation, axis, elements, element_size)
+
+    def enter(self, operation: str, axis: str, elements: float, element_size: int) -> None:
+        """Enter it in this ledger and those that it records to, and not as sent once more."""
         entry = self.traffic[operation, axis]
         entry.messages += 1
         entry.elements += elements
         entry.bytes += elements * element_size
         if self._also:
-            self._also.record(operation, axis, elements, element_size)
+            self._also.enter(operation, axis, elements, element_size)
 
     @contextmanager
     def recording_to(self, other: "Ledger") -> Iterator[None]:
@@ -41,3 +46,6 @@ class Ledger:
             yield
         finally:
             self._also = before
+
+
+TOTAL = Ledger()  # all that this process has sent, whatever other ledger it is entered in

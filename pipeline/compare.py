@@ -31,13 +31,15 @@ from pathlib import Path
 from tabulate import tabulate
 
 from core.proof.comparison import claim_equal
+from core.proof.figures import scatter
 from core.proof.files import check_readable
 from core.proof.lesson import Lesson, Run
 from core.proof.rules import check as check_rules
 from pipeline.engine.actions import Schedule, ScheduleError, size, stage_share, stages_of_ranks
 from pipeline.engine.validator import Verdict, validate
-from pipeline.evidence.claims import Measured, differing_actions, differing_copies, messages_by_rule
+from pipeline.evidence.claims import Measured, differing_actions, differing_copies, messages_by_rule, timeline_of
 from pipeline.evidence.course import show_course
+from pipeline.evidence.pictures import timelines
 from pipeline.evidence.rules import CHUNKS, COMPARE, EVERY_SCHEDULE, OWN
 from pipeline.evidence.timeline import plot, show_schedule
 from pipeline.evidence.training import Engine, add_flags, measure, pipeline_axis, train_beside_one_process
@@ -168,6 +170,11 @@ def lesson(run: Run) -> None:
     trained = list(zip(rows, measured, strict=True))
     if args.plot:
         plot(args.plot, {name: plan.events for name, plan in plans.items()})
+    shown = {name: (name, timeline_of(each), 0) for name, each in zip(plans, measured, strict=True)}
+    run.draw(timelines(("Every schedule as executed, in virtual time", "各个调度的实际执行，虚拟时间"), shown))
+    points = [(row.name, row.verdict.makespan, row.activations, row.name) for row in rows]
+    axes = ("a step, in virtual time", "一步的虚拟时间"), ("activations at the peak", "激活峰值")
+    run.draw(scatter(("Time against memory", "时间与显存"), *axes, points))
     message = args.batch // m * args.sequence * args.hidden * run.dtype.itemsize
     times = f"F {args.costs[0]:g}, I {args.costs[1]:g}, W {args.costs[2]:g}, a message {args.message:g}"
     run.say(f"\n{p} ranks, {m} microbatches, in virtual time: {times}; activations, parameters: 1/p of the model = 1")

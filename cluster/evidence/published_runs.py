@@ -12,8 +12,8 @@ from cluster.planner.plans import fits
 from cluster.planner.ptdp import TABLE, TABLE_2, Published
 from cluster.planner.published import A100, Measurement
 from cluster.planner.steptime import step
+from core.proof.figures import bars, scatter
 from core.proof.lesson import Run
-from core.proof.plot import bars
 
 FIRST, MEAN, LARGEST = 3, 0.025, 0.06
 NAMES = [f"{row.billions:g}B" for row in TABLE]
@@ -73,9 +73,15 @@ def claim_time(run: Run, runs: Sequence[Measurement], constants: Sequence[Softwa
     run.evidence.claim("mean error, leave one out", f"0, at most {MEAN:.1%}; {guess}", 0, sizes.mean(), MEAN)
     guess = f"guessing the others' mean gives {guesses.max():.1%}"
     run.evidence.claim("largest error, leave one out", f"0, at most {LARGEST:.0%}; {guess}", 0, sizes.max(), LARGEST)
-    if run.args.plot:
-        series = {"published": rates.tolist(), "predicted": [row[2] for row in rows]}
-        bars(run.args.plot, "PTD-P on A100: each run predicted from the nine others", "TFLOP/s per GPU", NAMES, series)
+    series = {"published": rates.tolist(), "predicted": [row[2] for row in rows]}
+    title = (
+        "PTD-P on A100: each run predicted from the nine others", "A100 上的 PTD-P：每一次由另外九次预测",
+    )  # fmt: skip
+    run.draw(bars(title, "TFLOP/s per GPU", NAMES, series), chart=True)
+    points = [(name, each.tflops, row[2], "") for name, each, row in zip(NAMES, runs, rows, strict=True)]
+    title = "Predicted against published", "预测值与公开值"
+    axes = ("published, TFLOP/s", "公开值，TFLOP/s"), ("predicted", "预测值")
+    run.draw(scatter(title, *axes, points, diagonal=True))
 
 
 def say_one_stage(run: Run, errors: Sequence[float]) -> None:

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from core import comm, p2p
 from core.ledger import Ledger
 from core.mesh import ORDER, Mesh, axis_groups, axis_names, is_expert
+from core.proof.figures import Figure, together
 from core.proof.lesson import Run
 from core.proof.plot import picture
 from core.proof.rulebook import axis
@@ -63,6 +64,32 @@ def show(
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         rows.append((kind, mask, len(found), fill(" ".join(map(text, found[:SHOWN])) + more, 56), together[kind]))
     run.say(tabulate(rows, ("kind", "mask", "groups", "ranks of each", "do together"), disable_numparse=True) + "\n")
+
+
+MOST_RANKS = 256  # that a page shows
+ZH = {
+    "tp": "同一层，各有一片", "cp": "同一序列，各有一段", "dp": "不同样本：梯度求和", "pp": "同一模型，各有若干层",
+    "dp-cp": "不同 token：稠密梯度求和的全部 rank", "tp-cp": "同一阶段中的相同样本",
+    "tp-dp": "同一阶段中其他序列的一片",
+    "tp-pp": "模型的一个副本（cp 除外）", "tp-dp-cp": "同一阶段中整批的全部 token",
+    "embedding": "流水线两端：共享的词嵌入", "ep": "同一专家层，各有若干专家", "etp": "同一专家，各有一片",
+    "edp": "同一专家的副本：梯度求和", "etp-ep": "一个完整的专家层", "etp-ep-pp": "全部专家的一个副本",
+}  # fmt: skip
+
+
+def lit(order: str, groups: dict[str, Groups], kinds: Mapping[str, str]) -> Figure:
+    """The groups of every kind, of which those of a chosen rank are lit up; of the first ranks, where there are many.
+
+    Args:
+        kinds: what the ranks of a group do together.
+    """
+    world = min(MOST_RANKS, sum(map(len, groups["tp"])))
+    shown = {
+        kind: ((kinds[kind], ZH[kind]), [g for group in found if (g := [r for r in group if r < world])])
+        for kind, found in groups.items()
+    }
+    title = f"Who works together with a rank, in the order {order}", f"某个 rank 与谁一起工作，顺序 {order}"
+    return together(title, world, shown)
 
 
 def draw(path: str, groups: dict[str, Groups]) -> None:

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from cluster.links.links import APART, Links, same_domain
 from cluster.links.machine import LINKS, Processors, Topology, parse, slowness
+from core.proof.figures import grid
 from core.proof.files import check_readable
 from core.proof.lesson import Run
 from core.proof.plot import picture
@@ -89,6 +90,25 @@ def claim_links(run: Run, links: Links, found: list[list[int]], size: int, secon
     noisy = max(1, len(seconds) // 5) if len(seconds) > 1 else 0  # a domain that is not seen puts more pairs wrong
     formula = f"of {len(seconds)}, {noisy} at most: inside below {border * 1e6:.3g} us, between above"
     run.evidence.claim("pairs that the domains do not explain", formula, 0, wrong, noisy)
+
+
+def draw_links(run: Run, links: Links, found: list[list[int]]) -> None:
+    """Latency and bandwidth of every pair, and the domains, for the page."""
+    n = len(links.alpha)
+    latency, bandwidth = links.alpha * 1e6, 1e-9 / np.where(links.beta > 0, links.beta, np.inf)
+    domain = {rank: str(i % 8) for i, ranks in enumerate(found) for rank in ranks}
+    for title, matrix in (
+        (("Bandwidth between ranks, GB/s, as measured", "各 rank 之间实测的带宽，GB/s"), bandwidth),
+        (("Latency between ranks, us, as measured", "各 rank 之间实测的时延，微秒"), latency),
+    ):
+        most = float(matrix.max()) or 1.0
+        rows = [
+            (f"{a}", [("", None) if a == b else (f"{matrix[a, b]:.3g}", float(matrix[a, b]) / most) for b in range(n)])
+            for a in range(n)
+        ]
+        run.draw(grid(title, "rank", [str(b) for b in range(n)], rows))
+    title = "Fast domains: ranks of one colour", "高速域：同色的 rank"
+    run.draw(grid(title, "rank", [str(b) for b in range(n)], [(("domain", "域"), [("", domain[r]) for r in range(n)])]))
 
 
 def draw(path: str, links: Links, size: int) -> None:

@@ -21,7 +21,10 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from core.ledger import TOTAL, Ledger, Traffic
 from core.model.precision import POLICIES, Precision
+from core.proof.evidence import Claim, Evidence
+from core.proof.figures import Figure
 from core.proof.files import check_writable, write_file
 from core.proof.launch import (
     SHORTEST_TIMEOUT,
@@ -32,95 +35,9 @@ from core.proof.launch import (
     process_info,
     speaks_for_machine,
 )
+from core.proof.plot import plot
 
 DTYPES = ("float64", "float32", "bfloat16")  # each with its usual policy
-
-
-SHOWN = 10  # claims that failed
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What the slide says and what this run measured."""
-
-    claim: str
-    formula: str
-    expected: float
-    measured: float
-    tolerance: float
-    where: str = ""  # of what is compared, the worst
-
-    @property
-    def holds(self) -> bool:
-        return abs(self.measured - self.expected) <= self.tolerance  # never true of NaN or infinity
-
-
-@dataclass
-class Evidence:
-    """The claims of a run, in two tables: what the slide says, and that it is right. Rank 0 fills and prints."""
-
-    claims: list[Claim] = field(default_factory=list)
-    slide: list[tuple[str, str, str, str]] = field(default_factory=list)
-    correctness: list[tuple[str, str, str, str]] = field(default_factory=list)
-
-    def claim(
-        self, claim: str, formula: str, expected: float, measured: float, tolerance: float = 0.0, *,
-        correctness: bool = False,
-    ) -> None:  # fmt: skip
-        """One claim. `formula` is what the paper or slide says, with this run's numbers."""
-        self.each(claim, formula, [(claim, expected, measured)], tolerance, correctness=correctness)
-
-    def each(
-        self, claim: str, formula: str, cases: Iterable[tuple], tolerance: float = 0.0, *, correctness: bool = False
-    ) -> None:
-        """The same claim of several ranks or sizes, in one row.
-
-        Args:
-            cases: (name of the case, expected, measured), and what is the worst of all that was compared, if it is
-                known: it is said where the claim does not hold.
-            correctness: whether it says that the result is right, and not what the slide says.
-        """
-        made = [
-            Claim(name, formula, float(expected), float(measured), tolerance, *where)
-            for name, expected, measured, *where in cases
-        ]
-        self.claims += made
-        measured = " ".join(_number(c.measured) for c in made)
-        rows = self.correctness if correctness else self.slide
-        rows.append((claim, formula, measured, "yes" if all(c.holds for c in made) else "NO"))
-
-    def on_ranks(
-        self, claim: str, formula: str, expected: float, measured: Iterable[float], tolerance: float = 0.0, *,
-        correctness: bool = False,
-    ) -> None:  # fmt: skip
-        """The same claim of every rank; `measured` in rank order."""
-        cases = [(f"{claim}, rank {rank}", expected, value) for rank, value in enumerate(measured)]
-        self.each(claim, formula, cases, tolerance, correctness=correctness)
-
-    def failed(self) -> str:
-        """The claims that do not hold, a line each; empty where all do."""
-        if not self.claims:
-            return "nothing was claimed"
-        lines = [
-            f"FAILED: {c.claim}: {_number(c.measured)}, not {_number(c.expected)} within {c.tolerance:g}"
-            + (f"; the worst is {c.where}" if c.where else "")
-            for c in self.claims
-            if not c.holds
-        ]
-        return "\n".join(lines[:SHOWN] + [f"and {len(lines) - SHOWN} more"] * (len(lines) > SHOWN))
-
-    def tables(self) -> str:
-        made = []
-        for title, rows in (("the slide", self.slide), ("correctness", self.correctness)):
-            header = (title, "slide or paper", "measured", "holds")
-            # Not tabulate's own maxcolwidths: it takes a cell such as "16,384" for a number and fails to read it.
-            cells = [[fill(cell, width) for cell, width in zip(row, (44, 46, 40, 5), strict=True)] for row in rows]
-            made += [tabulate(cells, header, disable_numparse=True)] * bool(rows)
-        return "\n\n".join(made)
-
-
-def _number(value: float) -> str:
-    return f"{int(value):,}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
 @dataclass
@@ -136,6 +53,10 @@ class Run:
     reference_losses: list[float] = field(default_factory=list)
     training_seconds: float = 0.0
     tokens: int = 0
+    figures: list[Figure] = field(default_factory=list)  # of the page, on rank 0
+    held: dict[str, list[dict[str, int]]] = field(default_factory=dict)  # by version: bytes of each rank, on rank 0
+    formula: tuple[str, list[float]] | None = None  # of those bytes, of all kinds together, on each rank
+    sent: dict[str, Ledger] = field(default_factory=dict)  # by version: this rank's in all steps; else all it has sent
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,6 +67,17 @@ class Run:
         """Print on rank 0."""
         if self.job.rank == 0:
             print(text, flush=True)
+
+    @property
+    def page(self) -> bool:
+        """Whether a page is to be written."""
+        return getattr(self.args, "page", None) is not None
+
+    def draw(self, figure: Figure, chart: bool = False) -> None:
+        """Put a figure on the page; call it on rank 0. A `chart` is what `--plot` writes, too."""
+        self.figures.append(figure)
+        if chart and self.args.plot:
+            plot(self.args.plot, figure)
 
     def say_course(self, rows: Iterable[tuple[str, str, str, str]]) -> None:
         """What the course's practice prints, what is right, and why they differ: (of what, printed, right, why)."""
@@ -176,7 +108,7 @@ class Lesson:
         self, path: str, lecture: str, title: str, title_zh: str, summary: str, smallest: int = 1, example: int = 8,
         fewest_steps: int = 1,
     ):  # fmt: skip
-        self.script = "/".join(Path(path).parts[-2:])
+        self.script, self.path = "/".join(Path(path).parts[-2:]), Path(path)
         self.lecture, self.title, self.title_zh = lecture, title, title_zh
         self.smallest, self.example, self.fewest_steps = smallest, example, fewest_steps
         self.heading = lecture if lecture.startswith("CODE") else f"Lecture {lecture}"
@@ -189,6 +121,7 @@ class Lesson:
         flag("--data", metavar="FILE", help="text to train on (default: CPython's help text)")
         flag("--report", metavar="FILE.json", help="write the evidence as JSON")
         flag("--plot", metavar="FILE.svg", help="draw the lesson's diagram; needs the extra 'plot'")
+        flag("--page", metavar="FILE.html", help="write what one sees of the run as a page, English and Chinese")
         flag("--timeout", type=float, default=60.0, help="seconds any wait may take (default %(default)s)")
 
     def main(self, check: Callable[[argparse.Namespace, int], None], teach: Callable[[Run], None]) -> int:
@@ -218,8 +151,9 @@ class Lesson:
             ranks = f"{here.world_size} rank" + "s" * (here.world_size > 1)
             run.say(f"{self.script} on {ranks}, {job.backend} on {device.type} ({why}), {args.dtype}\n")
             teach(run)
+            sent = gather_sent(run) if run.page else {}
             if job.rank == 0:
-                self._conclude(run, time.perf_counter() - began)
+                self._conclude(run, time.perf_counter() - began, sent)
             failed = run.evidence.failed() if job.rank == 0 else None
             if failed:
                 say_last(failed)
@@ -242,7 +176,7 @@ class Lesson:
             raise ValueError(f"--plot {args.plot}: needs matplotlib; pip install -e '.[plot]', or leave --plot out")
         if here.node == 0:  # where rank 0 is, which writes
             taken: dict[str, str] = {}
-            for name in ("report", "plot", "trace", "export"):
+            for name in ("report", "plot", "page", "trace", "export"):
                 if (path := getattr(args, name, None)) is not None and (name != "export" or Path(path).suffix):
                     check_writable(f"--{name}", path)
                     if (first := taken.setdefault(os.path.realpath(path), name)) != name:
@@ -255,28 +189,45 @@ class Lesson:
             print(f"{self.script}: {message}", file=sys.stderr, flush=True)
         return 2
 
-    def _conclude(self, run: Run, seconds: float) -> None:
+    def _conclude(self, run: Run, seconds: float, sent: "Sent") -> None:
         claims = run.evidence.claims
         held = sum(claim.holds for claim in claims)
         run.say(f"\n{run.evidence.tables()}\n")
         run.say(f"{held} of {len(claims)} claims held · {seconds:.1f} s")
+        if not run.args.report and not run.page:
+            return
+        report = {
+            "script": self.script,
+            "lecture": self.lecture,
+            "world_size": run.job.world_size,
+            "backend": run.job.backend,
+            "device": run.job.device.type,
+            "dtype": run.args.dtype,
+            "mesh": run.mesh,
+            "config": vars(run.args),
+            "losses": run.losses,
+            "reference_losses": run.reference_losses,
+            "claims": [_in_report(claim) for claim in claims],
+            "seconds": seconds,
+            "tokens_per_second": run.tokens / run.training_seconds if run.training_seconds else 0.0,
+        }
+        report = _finite(report)
         if run.args.report:
-            report = {
-                "script": self.script,
-                "lecture": self.lecture,
-                "world_size": run.job.world_size,
-                "backend": run.job.backend,
-                "device": run.job.device.type,
-                "dtype": run.args.dtype,
-                "mesh": run.mesh,
-                "config": vars(run.args),
-                "losses": run.losses,
-                "reference_losses": run.reference_losses,
-                "claims": [_in_report(claim) for claim in claims],
-                "seconds": seconds,
-                "tokens_per_second": run.tokens / run.training_seconds if run.training_seconds else 0.0,
-            }
-            write_file(run.args.report, json.dumps(_finite(report), indent=1, allow_nan=False))
+            write_file(run.args.report, json.dumps(report, indent=1, allow_nan=False))
+        if run.page:
+            from core.proof.page.page import render  # jinja2 takes a tenth of a second, on every rank
+
+            write_file(run.args.page, render(self, run, report, sent))
+
+
+Sent = dict[str, list[dict[tuple[str, str], Traffic]]]  # by version, of each rank: by operation and axis
+
+
+def gather_sent(run: Run) -> Sent:
+    """What every rank has sent, by version, on rank 0."""
+    mine = {name: dict(ledger.traffic) for name, ledger in run.sent.items()} or {"": dict(TOTAL.traffic)}
+    everyone = run.job.gather(mine)
+    return {name: [of_rank[name] for of_rank in everyone] for name in mine}
 
 
 def say_last(what: str) -> None:

@@ -16,6 +16,7 @@ from core.model.tokens import Tokens
 from core.proof.comparison import Comparison
 from core.proof.launch import Stop
 from core.proof.lesson import Run
+from core.proof.memory import live_bytes
 from core.proof.oracle import Oracle
 from core.proof.trainable import Trainable
 from core.shards import LocalTensor
@@ -83,7 +84,19 @@ def train(
         bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{batch[1].numel() / seconds:,.0f}", refresh=False)
         bar.update()
     bar.close()
+    if run.page:
+        run.held |= {name: run.job.gather(held_bytes(each)) for name, each in trainables.items()}
     return compared
+
+
+def held_bytes(trainable: Trainable) -> dict[str, int]:
+    """Bytes that this rank holds between two steps, its shards of weights, gradients and the optimizer's numbers."""
+    if measured := getattr(trainable, "memory_bytes", None):
+        return measured()
+    weights, master = ([each.value for each in of()] for of in (trainable.weights, trainable.master_weights))
+    held = {"weights": live_bytes(weights), "gradients": live_bytes(each.value for each in trainable.gradients())}
+    states = [each.value for each in trainable.states() if each.value.dim()]
+    return held | {"optimizer": live_bytes([*weights, *master, *states]) - held["weights"]}
 
 
 def stop_unless_finite(run: Run, step: int, total: float, gradients: list[LocalTensor]) -> None:

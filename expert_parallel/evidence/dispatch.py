@@ -12,10 +12,10 @@ from core.mesh import axis_groups
 from core.model.gpt import GPT, materialize
 from core.model.text import Text
 from core.proof.arguments import configuration
+from core.proof.figures import bars, grid, path
 from core.proof.lesson import Run
 from core.proof.memory import live_bytes
 from core.proof.oracle import TOLERANCE
-from core.proof.plot import bars
 from expert_parallel.engine.layers import DISPATCHERS, parallelize
 from expert_parallel.engine.moe import MoE, to_moe
 from expert_parallel.engine.router import Choice, Spread
@@ -54,6 +54,53 @@ def show_dispatch(run: Run, trained: Trained) -> None:
     table.append(("all", *(sum(column) for column in zip(*first, strict=True))))
     run.say(f"\nrows dispatched in the first layer of the first step, ep ranks {list(ep.ranks)}")
     run.say(tabulate(table, ("from", *header)) + "\n")
+    most = max(max(rows) for rows in first)
+    cells = [(f"rank {r}", [(str(n), n / most) for n in rows]) for r, rows in zip(ep.ranks, first, strict=True)]
+    title = (
+        "Rows dispatched in the first layer of the first step, from rank to rank",
+        "第一步第一层由各 rank 发往各 rank 的行数",
+    )
+    run.draw(grid(title, ("from, to", "从，到"), [name.replace("\n", " ") for name in header], cells))
+    draw_token(run, version, experts)
+
+
+def draw_token(run: Run, version: Version, experts: int) -> None:
+    """The way of rank 0's first token through the first layer, with the shapes on rank 0."""
+    ep, choice = version.mesh["ep"], version.record.choices[0][0]
+    rows, here = rows_to(version, choice, experts), experts // ep.size
+    tokens = len(choice.experts)
+    chosen, weights = choice.experts[0].tolist(), choice.weights[0].tolist()
+    h, owners = run.args.hidden, [ep.ranks[e // here] for e in chosen]
+    pairs = ", ".join(f"e{e} × {w:.3f}" for e, w in zip(chosen, weights, strict=True))
+    stops = [
+        ("rank 0", ("its tokens, the first of which is followed", "它的 token，跟踪其中第一个"), f"({tokens}, {h})"),
+        ("rank 0", ("the router chooses its experts, with weights", "路由器选出专家及权重"), pairs),
+        (
+            "rank 0",
+            ("permute: a row for each choice", "重排：每个选择一行，按专家排序"),
+            f"({sum(rows)}, {h})",
+        ),
+        (
+            f"rank 0 → {', '.join(map(str, dict.fromkeys(owners)))}",
+            ("all-to-all: rows to each rank of ep", "all-to-all：发往各 rank 的行数"),
+            " ".join(map(str, rows)),
+        ),
+        *(
+            (f"rank {owner}", (f"expert {e}, of {here} there", f"专家 {e}（该 rank 有 {here} 个）"), f"(1, {h})")
+            for e, owner in zip(chosen, owners, strict=True)
+        ),
+        (
+            f"rank {', '.join(map(str, dict.fromkeys(owners)))} → 0",
+            ("all-to-all back, in the order in which they were sent", "all-to-all 发回，顺序与发出时相同"),
+            f"({sum(rows)}, {h})",
+        ),
+        ("rank 0", ("unpermute: the weighted sum of its rows", "还原：各行的加权和"), f"({tokens}, {h})"),
+    ]
+    title = (
+        "The way of one token, rank 0's first, through the first layer",
+        "rank 0 的第一个 token 穿过第一层的路径",
+    )
+    run.draw(path(title, stops))
 
 
 def sent_by(version: Version, experts: int) -> Sent:
@@ -159,6 +206,6 @@ def crossover(run: Run, k: int, h: int, ep: int, measured: Sequence[float]) -> N
         "what a layer sends forward, in Th, where tokens choose evenly: 2k(ep-1)/ep or 2(ep-1); they cross at ep = k"
     )
     run.say(tabulate(rows, ("", "ep", "k", *DISPATCHERS, "fewer"), floatfmt=".3f") + "\n")
-    if run.args.plot:
-        columns = {name: [row[3 + i] for row in rows[1:]] for i, name in enumerate(DISPATCHERS)}
-        bars(run.args.plot, f"Sent by a layer forward, k = {k}", "Th", [f"ep {row[1]}" for row in rows[1:]], columns)
+    columns = {name: [row[3 + i] for row in rows[1:]] for i, name in enumerate(DISPATCHERS)}
+    title = f"Sent by a layer forward, k = {k}", f"一层前向的发送量，k = {k}"
+    run.draw(bars(title, "Th", [f"ep {row[1]}" for row in rows[1:]], columns), chart=True)

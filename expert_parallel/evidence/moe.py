@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.model.gpt import GPT, MLP, GPTConfig, materialize
 from core.model.text import Text
+from core.proof.figures import grid
 from core.proof.lesson import Run
 from expert_parallel.engine.moe import MoE, order_of, to_moe
 from expert_parallel.engine.router import Choice
@@ -38,6 +39,16 @@ def show_routed_tokens(run: Run, config: GPTConfig, moe: MoEConfig) -> None:
     by_expert = [(e, len(block), " ".join(map(str, block.tolist()))) for e, block in enumerate(blocks)]
     run.say("the first layer at the start: some tokens and their experts")
     run.say(tabulate(by_token, ("token", "byte", "experts", "weights"), disable_numparse=True))
+    if run.job.rank == 0:
+        colours = [(str(t), str(t % 8)) for t in range(len(by_token))]
+        most = max(map(len, blocks))
+        cells = [
+            (f"expert {e}", [colours[t] for t in block.tolist()] + [("", None)] * (most - len(block)))
+            for e, block in enumerate(blocks)
+        ]
+        legend = {str(t): f"{t}: {byte} → {experts} ({weights})" for t, byte, experts, weights in by_token}
+        title = "Tokens permuted by expert: the rows of each", "按专家重排后的 token：每个专家的行"
+        run.draw(grid(title, ("expert", "专家"), [str(i) for i in range(most)], cells, legend))
     run.say("\npermuted by expert: one block of rows for each")
     run.say(tabulate(by_expert, ("expert", "rows", "tokens"), disable_numparse=True) + "\n")
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from core.mesh import Mesh
 from core.model.gpt import GPT
 from core.proof.arguments import configuration
+from core.proof.figures import grid, lines
 from core.proof.lesson import Run
-from core.proof.plot import picture
 from expert_parallel.engine.moe import to_moe
 from expert_parallel.engine.routing import MoEConfig, Routing
 from expert_parallel.evidence.training import (
@@ -67,12 +67,22 @@ def compare_ways(run: Run, route_plainly: Callable[[GPT, MoEConfig, Mesh], GPT])
     if run.job.rank:
         return
     claim_balance(run, loads)
-    if run.args.plot:
-        with picture(run.args.plot, 8, 4) as axes:
-            for name, load in loads.items():
-                axes.plot([balance(step)[1] for step in load], label=name)
-            axes.set(title="Unevenness of the experts' load", xlabel="step", ylabel="MaxVio, mean over the layers")
-            axes.legend()
+    uneven = {name: [balance(step)[1] for step in load] for name, load in loads.items()}
+    title = "Unevenness of the experts' load", "专家负载的不均衡"
+    run.draw(lines(title, ("step", "步"), ("MaxVio, mean over the layers", "MaxVio，各层平均"), uneven), chart=True)
+    for name, load in loads.items():
+        draw_load(run, name, load[-1].sum(0))
+
+
+def draw_load(run: Run, name: str, load: Tensor) -> None:
+    """Choices of each expert, (E), in the last step."""
+    most = load.max().item()
+    cells = [(("choices", "次数"), [(f"{n:,.0f}", n / most) for n in load.tolist()])]
+    title = (
+        f"{name}: choices of each expert in the last step, all layers",
+        f"{name}：最后一步各专家被选中的次数",
+    )
+    run.draw(grid(title, ("expert", "专家"), [str(e) for e in range(len(load))], cells))
 
 
 def described(routing: Routing) -> str:

@@ -7,9 +7,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 from core.model.gpt import GPT
+from core.proof.figures import bars, lines
 from core.proof.lesson import Run
 from core.proof.memory import live_bytes
-from core.proof.plot import bars
 from expert_parallel.engine.experts import Experts
 from expert_parallel.engine.routing import Routing
 from expert_parallel.evidence.training import ENOUGH, Trained, Version, balance
@@ -75,6 +75,9 @@ def show_balance(run: Run, trained: dict[str, Trained]) -> None:
     header = ["step", *(f"{name}\n{what}" for name in trained for what in ("loss", "entropy", "MaxVio"))]
     run.say(f"\nloss, and the load of the {run.args.experts} experts, mean over the layers")
     run.say(tabulate(rows, header, floatfmt=".3f"))
+    uneven = {name: [balance(load)[1] for load in each.loads["engine"]] for name, each in trained.items()}
+    title = "Unevenness of the experts' load", "专家负载的不均衡"
+    run.draw(lines(title, ("step", "步"), ("MaxVio, mean over the layers", "MaxVio，各层平均"), uneven))
 
 
 def show_work(run: Run, work: dict[str, list[Work]]) -> None:
@@ -93,10 +96,10 @@ def show_work(run: Run, work: dict[str, list[Work]]) -> None:
     one = list(work.values())[-1][0]
     sizes = f"{one.experts / 1e6:.2f} MB of experts and their Adam moments, {one.rest / 1e6:.2f} MB of the rest"
     run.say(f"a rank holds {sizes}\n")
-    if run.args.plot:
-        columns = {name: [w.total for w in ranks] for name, ranks in work.items()}
-        names = [f"rank {rank}" for rank in range(run.job.world_size)]
-        bars(run.args.plot, "Rows that the experts of a rank computed", "rows", names, columns)
+    columns = {name: [w.total for w in ranks] for name, ranks in work.items()}
+    names = [f"rank {rank}" for rank in range(run.job.world_size)]
+    title = "Rows that the experts of a rank computed", "各 rank 的专家计算的行数"
+    run.draw(bars(title, ("rows", "行"), names, columns), chart=True)
 
 
 def slowest(ranks: list[Work]) -> float:

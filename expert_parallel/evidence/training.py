@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -198,6 +198,7 @@ def train_versions(
     for version in versions.values():
         version.oracle = oracle
     trained = Trained(dict(versions), train(run, versions, oracle), list(run.losses), {})
+    run.formula = held_by_formula(run, moe, list(versions.values())[-1].mesh)
     for i, (name, version) in enumerate(versions.items()):
         experts = moe.routing.experts
         everyone = job.gather((version.record.load(experts), torch.tensor(version.record.losses, dtype=torch.float64)))
@@ -213,6 +214,16 @@ def train_versions(
             differences = map(relative_difference, losses.flatten().tolist(), expected)
             trained.of_routers = max(trained.of_routers or 0.0, *differences)
     return trained
+
+
+def held_by_formula(run: Run, moe: MoEConfig, mesh: Mesh) -> tuple[str, list[float]]:
+    """Bytes of weights, gradients and Adam: of the experts' matrices 1/(ep etp) on a rank, all of the rest."""
+    model, each = to_moe(GPT(configuration(run.args)), moe), run.precision.bytes
+    shards = parallelize(model, replace(mesh["ep"], index=0), mesh["etp"], Spread((mesh["dp"],)), "all-to-all")
+    experts = sum(p.numel() for name, p in shards.named_parameters() if ".experts." in name)
+    rest = sum(p.numel() for p in shards.parameters()) - experts
+    formula = f"{each} bytes x (rest {rest:,} + experts / (ep x etp) {experts:,})"
+    return formula, [each * (rest + experts)] * run.job.world_size
 
 
 def _one_process(moe: MoEConfig, config: Any) -> GPT:

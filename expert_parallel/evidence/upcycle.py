@@ -18,6 +18,7 @@ from core.model.precision import MasterOptimizer
 from core.model.text import Text
 from core.proof.arguments import configuration
 from core.proof.chunks import Chunks, convert, load_full, read_index, save, write
+from core.proof.figures import grid
 from core.proof.lesson import Run
 from core.proof.oracle import TOLERANCE, relative_difference
 from core.shards import LocalTensor, shard_of
@@ -145,6 +146,11 @@ def claim_layouts(run: Run, config: GPTConfig, moe: MoEConfig, folder: Path, ep:
         rows.append((ranks, to, etp, ranks // (to * etp), f"{size / 1e6:.2f}", differing))
     run.say("\nthe trained checkpoint in other layouts, and back")
     run.say(tabulate(rows, ("ranks", "ep", "etp", "edp", "largest file, MB", "elements that differ afterwards")) + "\n")
+    cells = [(f"{ranks} ranks: ep {to}, etp {etp}, edp {edp}", [(size, None), (str(bad), 0.0 if bad == 0 else "3")])
+             for ranks, to, etp, edp, size, bad in rows]  # fmt: skip
+    columns = [("largest file, MB", "最大文件，MB"), ("elements that differ afterwards", "转回后不同的元素")]
+    title = "The trained checkpoint in other layouts, and back", "训练好的检查点转换到其他布局再转回"
+    run.draw(grid(title, ("layout", "布局"), columns, cells))
     what = f"elements changed by {len(rows)} layouts and the way back"
     run.evidence.claim(what, "0, bit by bit", 0, sum(row[-1] for row in rows))
 

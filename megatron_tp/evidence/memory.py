@@ -17,10 +17,10 @@ from core.model.precision import POLICIES, MasterOptimizer
 from core.model.seeded import SampleMasks
 from core.model.sharding import key_value_rows, parameters_on_a_rank
 from core.model.text import Text
+from core.proof.figures import bars
 from core.proof.lesson import Run
 from core.proof.memory import SavedActivations, live_bytes
 from core.proof.oracle import TOLERANCE, relative_difference
-from core.proof.plot import bars
 from core.proof.trainable import Replica
 from megatron_tp.engine import layers, loss
 from megatron_tp.evidence.training import build
@@ -103,9 +103,10 @@ def show_memory(run: Run, held: Sizes) -> None:
     header = ("tp", "weights", "gradients", "Adam", "activations", "total", "ideal", "x ideal")
     run.say("one step: what a rank holds, in MB; ideal is the total of one process / tp")
     run.say(tabulate(rows, header, floatfmt=".2f", intfmt=",") + "\n")
-    if run.args.plot:
-        columns = {name: [row[i] for row in rows] for i, name in enumerate(header) if 1 <= i <= 6}
-        bars(run.args.plot, "What a rank holds", "MB", [f"tp {t}" for t in held], columns)
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(header) if 1 <= i <= 4}
+    ideal, formula = [row[6] for row in rows], ("ideal: one process / tp", "理想值：单进程 / tp")
+    title, groups = ("What a rank holds", "一个 rank 持有什么"), [f"tp {t}" for t in held]
+    run.draw(bars(title, "MB", groups, columns, stacked=True, expected=ideal, formula=formula), chart=True)
 
 
 def parameters(config: GPTConfig, axis: Axis) -> int:

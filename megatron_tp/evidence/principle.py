@@ -16,9 +16,9 @@ from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.precision import MasterOptimizer, wide
 from core.proof.comparison import claim_equal
+from core.proof.figures import bars, shards
 from core.proof.lesson import Run
 from core.proof.oracle import TOLERANCE, worst_difference
-from core.proof.plot import bars
 from core.proof.trainable import Replica
 from core.proof.training import train
 from core.shards import counted_once
@@ -74,9 +74,24 @@ def show_table(run: Run, experiments: Sequence[Experiment], axis: Axis) -> None:
     ranks = f"each of {axis.size} ranks"
     header = ("experiment", "tensor", "full", "sharded by", ranks, "all-reduces\nforward", "\nbackward")
     run.say(tabulate(rows, header, "simple_grid", disable_numparse=True) + "\n")
-    if run.args.plot and run.job.rank == 0:
+    if run.job.rank == 0:
+        for experiment in experiments:
+            draw_shards(run, experiment, axis.size)
         counts = {way: [float(row[i]) for row in rows] for way, i in (("forward, g", -2), ("backward, f", -1))}
-        bars(run.args.plot, f"All-reduces on {axis.size} ranks", "all-reduces", [e.name for e in experiments], counts)
+        title = f"All-reduces on {axis.size} ranks", f"{axis.size} 个 rank 上的 all-reduce 次数"
+        run.draw(bars(title, "all-reduces", [e.name for e in experiments], counts), chart=True)
+
+
+def draw_shards(run: Run, experiment: Experiment, t: int) -> None:
+    """Which shard of X, of the weights and of the result is on which rank."""
+    dims = experiment.shards | dict([experiment.result])
+    zh = {COLUMNS: "按列", ROWS: "按行", REPLICATED: "每个 rank 一份"}
+    tensors = [
+        (name, full_tensor(run, name).shape[-2:], None if dim is None else dim % 2, (WAYS[dim], zh[dim]))
+        for name, dim in dims.items()
+        if full_tensor(run, name).dim() > 1
+    ]
+    run.draw(shards((f"{experiment.name}: {experiment.formula}",) * 2, tensors, t))
 
 
 def _row(run: Run, experiment: Experiment, axis: Axis) -> tuple[str, ...]:

@@ -13,15 +13,16 @@ from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig
 from core.model.sharding import copied_parameters, parameters_on_a_rank
 from core.model.text import Text
+from core.proof.figures import bars, shards
 from core.proof.lesson import Run
 from core.proof.memory import live_bytes
 from core.proof.oracle import TOLERANCE
-from core.proof.plot import bars
 from core.shards import Shard, shard_of
 from megatron_tp.engine.loss import vocab_parallel_cross_entropy
 from megatron_tp.evidence.training import Version
 
 SMOOTHING = 0.1
+REPLICATED = "on every rank", "每个 rank 一份"
 Sent = dict[tuple[str, str], Traffic]
 Versions = Mapping[str, Version]
 
@@ -35,9 +36,23 @@ def show_shards(run: Run, full: GPT, sharded: GPT) -> None:
         if not name.startswith("blocks.") or name.startswith("blocks.0.")
     ]
     run.say(tabulate(rows, ("parameter", "full", f"on each of {run.job.world_size} ranks", "sharded")))
+    if run.job.rank == 0:
+        draw_shards(run, full, sharded)
     run.say("\nThe slide's Y = XA has A as (in, out); torch stores its transpose, a weight of (out, in).")
     run.say("g, as in 1909.08053: all-reduce forward, identity backward; f: the reverse.")
     run.say("(In lecture 06, as in 2205.05198, g is an all-gather forward, and this g is called f̄.)\n")
+
+
+def draw_shards(run: Run, full: GPT, sharded: GPT) -> None:
+    """Of the embedding, the first layer and the head, each matrix as torch stores it."""
+    shapes = {name: tuple(p.shape) for name, p in full.named_parameters()}
+    tensors = [
+        (name, shapes[name], mark.dim if (mark := shard_of(p)) else None, _how(name, p) if mark else REPLICATED)
+        for name, p in sharded.named_parameters()
+        if p.dim() == 2 and (not name.startswith("blocks.") or name.startswith("blocks.0."))
+    ]
+    title = "Which rank has which rows or columns, as torch stores them", "每个 rank 有哪些行或列（按 torch 的存法）"
+    run.draw(shards(title, tensors, run.job.world_size))
 
 
 def _shape(p: Tensor) -> str:
@@ -119,11 +134,11 @@ def claim_traffic(run: Run, config: GPTConfig, versions: Versions) -> None:
         0,
         lambda _, both: sum(traffic.messages for (operation, _), traffic in both.items() if operation != "all-reduce"),
     )
-    if run.args.plot:
-        labels, (forward, both) = ("embedding", "layers", "head", "loss"), everyone[0]["plain"]
-        ahead, total = ([of(sent, label).bytes / run.args.steps / 1e6 for label in labels] for sent in (forward, both))
-        series = {"forward": ahead, "backward": [b - a for a, b in zip(ahead, total, strict=True)]}
-        bars(run.args.plot, f"All-reduced by each of {t} ranks in a step", "MB sent", labels, series)
+    labels, (forward, both) = ("embedding", "layers", "head", "loss"), everyone[0]["plain"]
+    ahead, total = ([of(sent, label).bytes / run.args.steps / 1e6 for label in labels] for sent in (forward, both))
+    series = {"forward": ahead, "backward": [b - a for a, b in zip(ahead, total, strict=True)]}
+    title = f"All-reduced by each of {t} ranks in a step", f"{t} 个 rank 中每个一步 all-reduce 的发送量"
+    run.draw(bars(title, ("MB sent", "发送 MB"), labels, series), chart=True)
 
 
 def claim_memory(run: Run, config: GPTConfig, versions: Versions) -> None:

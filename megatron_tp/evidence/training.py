@@ -13,6 +13,7 @@ from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig, materialize, use_masks
 from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
+from core.model.sharding import parameters_on_a_rank
 from core.proof.comparison import claim_equal, claim_replicated_parameters
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
@@ -68,6 +69,12 @@ def version(
     return Version(Replica(model, optimizer, forward_backward, clip), axis, forward)
 
 
+def held_by_formula(run: Run, config: GPTConfig, t: int) -> tuple[str, list[float]]:
+    """Bytes of weights, gradients and Adam on each of t ranks: what is sharded, and what is replicated."""
+    expected = parameters_on_a_rank(config, t) * run.precision.bytes
+    return f"{run.precision.bytes} bytes x (sharded / t + replicated) = {expected:,}", [expected] * t
+
+
 def train_beside_one_process(run: Run, config: GPTConfig, replicas: Mapping[str, Replica]) -> None:
     """Train every version, and claim that it equals one process, and that what is replicated stays equal."""
     args, job = run.args, run.job
@@ -75,6 +82,7 @@ def train_beside_one_process(run: Run, config: GPTConfig, replicas: Mapping[str,
     optimizer_of = partial(torch.optim.AdamW, lr=args.lr)
     oracle = Oracle(config, args.seed, job.device, optimizer_of, args.clip) if job.rank == 0 else None
     compared = train(run, replicas, oracle)
+    run.formula = held_by_formula(run, config, job.world_size)
     if oracle:
         claim_equal(run, compared)
     claim_replicated_parameters(run, {name: replica.model for name, replica in replicas.items()})

@@ -104,9 +104,9 @@ def validate(
     reasons = []
     for rank, (row, start) in enumerate(zip(schedule, starts, strict=True)):
         if len(start) < len(row):
-            needed = next(filter(None, (_needed(action, stages) for action in row[len(start) :])))
+            result = next(filter(None, (needed(action, stages) for action in row[len(start) :])))
             where = _position(rank, len(start), row[len(start)])
-            reasons.append(f"{where} waits for {Action(*needed)}")
+            reasons.append(f"{where} waits for {Action(*result)}")
     if reasons:
         raise ScheduleError("deadlock: " + "; ".join(reasons))
     events = [
@@ -143,11 +143,11 @@ def start_times(
             stage, kind, microbatch = action
             if kind != "F" and (stage, "B" if kind == "W" else "F", microbatch) not in done:
                 return inf
-            if needed := _needed(action, stages):
-                if needed not in done:
+            if result := needed(action, stages):
+                if result not in done:
                     return inf
-                away = rank_of[needed[0], microbatch] != rank
-                start = max(start, done[needed] + message if away else done[needed])
+                away = rank_of[result[0], microbatch] != rank
+                start = max(start, done[result] + message if away else done[result])
         return start
 
     waiting, moved = list(range(len(schedule))), True
@@ -174,7 +174,7 @@ def start_times(
     return starts
 
 
-def _needed(action: Action, stages: int) -> Result | None:
+def needed(action: Action, stages: int) -> Result | None:
     """What comes from a neighbouring stage."""
     stage, kind, microbatch = action
     if kind == "F":

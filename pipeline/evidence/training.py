@@ -35,7 +35,7 @@ from pipeline.engine.actions import Schedule, ScheduleError, size, stages_of_ran
 from pipeline.engine.runtime import Pipeline
 from pipeline.engine.step import Trace
 from pipeline.engine.validator import Verdict, validate
-from pipeline.evidence import claims
+from pipeline.evidence import claims, pictures
 from pipeline.evidence.claims import Measured
 from pipeline.evidence.rules import LESSON
 from pipeline.evidence.timeline import show_schedule
@@ -250,4 +250,6 @@ def teach(
         claims.claim_timeline(run, measured, planned)
         if any(action.kind == "W" for row in schedule for action in row):
             claims.claim_split(run, schedule, measured)
+        if run.page:
+            pictures.draw(run, schedule, planned, measured)
     return measured

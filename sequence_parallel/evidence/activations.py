@@ -16,9 +16,9 @@ from core.model.gpt import GPT, Block, GPTConfig, materialize, use_masks
 from core.model.seeded import SampleMasks, generator
 from core.model.sharding import key_value_rows
 from core.model.streams import RandomTracker
+from core.proof.figures import bars
 from core.proof.lesson import Run
 from core.proof.memory import SavedActivations
-from core.proof.plot import bars
 from sequence_parallel.engine.layers import parallelize_block
 from sequence_parallel.engine.recompute import KINDS, recompute_block
 
@@ -124,9 +124,9 @@ def claim_bytes(
     run.say("\nbytes that one layer keeps for backward, in units of sbh")
     whose = "paper" if config.norm == "layer" else "counted"
     run.say(tabulate(rows, ("", whose, "", "measured", "surplus %"), floatfmt=".4f"))
-    if run.args.plot:
-        pairs = {whose: [row[2] for row in rows], "measured": [row[3] for row in rows]}
-        bars(run.args.plot, f"What a layer keeps for backward, t = {t}", "bytes / sbh", [row[0] for row in rows], pairs)
+    pairs = {whose: [row[2] for row in rows], "measured": [row[3] for row in rows]}
+    title = f"What a layer keeps for backward, t = {t}", f"一层为反向保存的量，t = {t}"
+    run.draw(bars(title, ("bytes / sbh", "字节 / sbh"), [row[0] for row in rows], pairs), chart=True)
     run.say(f"The surplus: both norms keep the {' and the '.join(numbers)} of each token, which the paper leaves out.")
 
 

@@ -10,8 +10,8 @@ from tabulate import tabulate
 
 from core.mesh import Axis
 from core.model.gpt import GPTConfig
+from core.proof.figures import bars, grid
 from core.proof.lesson import Run
-from core.proof.plot import bars
 from sequence_parallel.context import SequenceAttention
 from sequence_parallel.engine.all_gather import EARLIER, GATHER, OWN, SCATTER
 from sequence_parallel.evidence.attention import (
@@ -110,6 +110,14 @@ def show_work(run: Run, name: str, tokens: list[str], everyone: list[Measured]) 
     run.say(f"{name}: what is computed in forward, in blocks of (s/c, s/c) scores")
     head = ("rank", "tokens", "while gathering", "then", "all")
     run.say(tabulate(rows, head, floatfmt="g", colalign=("right", "left")) + "\n")
+    if everyone:
+        cells = [
+            (f"rank {r}: {has}", [(f"{own:g}", own), (f"{then:g}", then), (f"{both:g}", None)])
+            for r, has, own, then, both in rows
+        ]
+        title = f"{name}: blocks of scores computed in forward", f"{name}：前向中计算的分数块"
+        heads = [("while gathering", "收集途中"), ("then", "之后"), ("all", "合计")]
+        run.draw(grid(title, ("rank: its tokens", "rank：它的 token"), heads, cells))
 
 
 def claim_work(run: Run, found: dict[str, list[Measured]], c: int) -> None:
@@ -135,6 +143,6 @@ def claim_work(run: Run, found: dict[str, list[Measured]], c: int) -> None:
         evidence.on_ranks(f"blocks computed with the gather in flight, {what}", "both runs' own, 2", 2, flights)
     last = [int([e.label for e in m.back][-1] == SCATTER) for m in found["zigzag"]]
     evidence.on_ranks("the gradients' reduce-scatter is the end of backward", "1, and is not overlapped", 1, last)
-    if run.args.plot:
-        columns = {name: [sum(both) for both in ranks] for name, ranks in units.items()}
-        bars(run.args.plot, "Forward work", "blocks of (s/c, s/c)", [f"rank {r}" for r in range(c)], columns)
+    columns = {name: [sum(both) for both in ranks] for name, ranks in units.items()}
+    unit = "blocks of (s/c, s/c)", "(s/c, s/c) 的块"
+    run.draw(bars(("Forward work", "前向的计算量"), unit, [f"rank {r}" for r in range(c)], columns), chart=True)

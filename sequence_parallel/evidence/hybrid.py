@@ -12,8 +12,8 @@ from torch import Tensor
 
 from core.mesh import Axis
 from core.model.gpt import GPTConfig
+from core.proof.figures import bars, grid
 from core.proof.lesson import Run
-from core.proof.plot import bars
 from sequence_parallel.context import SequenceAttention
 from sequence_parallel.evidence.attention import claim_difference, claim_saved, measure, shape_of, spans
 from sequence_parallel.evidence.ring import SEND, SEND_GRADIENTS, SEND_KV, claim_summed_gradients
@@ -29,6 +29,14 @@ def show_ranks(run: Run, inner: Axis, outer: Axis, positions: Tensor) -> None:
         for rank, (heads, ring, tokens) in enumerate(everyone)
     ]
     run.say(tabulate(rows, ("rank", "heads exchanged with", "in a ring with", "tokens"), disable_numparse=True) + "\n")
+    if everyone:
+        inside, across = ([*dict.fromkeys(each[i] for each in everyone)] for i in (0, 1))
+        cells = [
+            (f"rank {rank}", [(heads, str(inside.index(h) % 8)), (ring, str(across.index(r) % 8)), (tokens, None)])
+            for (rank, heads, ring, tokens), (h, r, _) in zip(rows, everyone, strict=True)
+        ]
+        heads = [("heads exchanged with", "与谁交换头"), ("in a ring with", "与谁成环"), ("tokens", "token")]
+        run.draw(grid(("Who is with whom", "谁与谁一组"), "rank", heads, cells))
 
 
 def claim_traffic(run: Run, config: GPTConfig, c1: int, c2: int, versions: Mapping[str, Version]) -> None:
@@ -47,9 +55,11 @@ def claim_traffic(run: Run, config: GPTConfig, c1: int, c2: int, versions: Mappi
     sent.append(traffic.claim("elements sent across, forward", formula, across, kv))
     twice, everything = f"twice as many = {2 * across:,.0f}", (*kv, SEND_GRADIENTS)
     sent.append(traffic.claim("elements sent across, backward", twice, 2 * across, everything, "backward"))
-    if run.args.plot and run.job.rank == 0:
+    if run.job.rank == 0:
         columns = {name: [each[0] for each in sent[i::2]] for i, name in enumerate(("forward", "backward"))}
-        bars(run.args.plot, f"Sent by each of {c1} x {c2} ranks for a layer", "elements", ("inside", "across"), columns)
+        title = f"Sent by each of {c1} x {c2} ranks for a layer", f"{c1} x {c2} 个 rank 中每个为一层发送的量"
+        places = [("inside", "组内"), ("across", "组间")]
+        run.draw(bars(title, ("elements", "元素"), places, columns), chart=True)
 
 
 def claim_attention(

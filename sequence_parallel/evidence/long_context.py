@@ -15,9 +15,9 @@ from tabulate import tabulate
 from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig, materialize
+from core.proof.figures import bars, scatter
 from core.proof.lesson import Run
 from core.proof.memory import SavedActivations
-from core.proof.plot import bars
 from sequence_parallel.context import parallelize
 from sequence_parallel.engine.layers import parallelize_block
 from sequence_parallel.engine.ulysses import context_parallel
@@ -135,13 +135,14 @@ def show(run: Run, found: Found, dense: Mapping[int, Measured], ways: Mapping[st
         if missing := sorted(set(divisors(run.job.world_size)) - {z.c for z, _ in cases}):
             c = " and ".join(map(str, missing))
             run.say(f"no {name} of {c} ranks: {ways[name].limit}, and there are {run.args.heads} heads")
-    if run.args.plot:
-        s, c = max(dense), run.job.world_size
-        largest = {
-            name: ranks[0].sent / 1e3 for name, cases in found.items() for z, ranks in cases if (z.s, z.c) == (s, c)
-        }
-        columns = {"forward and backward": list(largest.values())}
-        bars(run.args.plot, f"Sent by each of {c} ranks for a layer, {s} tokens", "kB", list(largest), columns)
+    s, c = max(dense), run.job.world_size
+    largest = {name: ranks[0] for name, cases in found.items() for z, ranks in cases if (z.s, z.c) == (s, c)}
+    columns = {"forward and backward": [m.sent / 1e3 for m in largest.values()]}
+    title = f"Sent by each of {c} ranks for a layer, {s} tokens", f"{c} 个 rank 中每个为一层发送的量，{s} 个 token"
+    run.draw(bars(title, "kB", list(largest), columns), chart=True)
+    points = [(f"{name}, {m.messages} messages", m.sent / 1e3, m.kept / 1e3, name) for name, m in largest.items()]
+    title = f"Sent, against kept for backward, {s} tokens on {c} ranks", f"发送量与保存量，{c} 个 rank，{s} 个 token"
+    run.draw(scatter(title, ("kB sent", "发送 kB"), ("kB kept", "保存 kB"), points))
 
 
 def claim_formulas(

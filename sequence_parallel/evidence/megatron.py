@@ -12,8 +12,8 @@ from core.model.gpt import GPT, GPTConfig, materialize, use_masks
 from core.model.seeded import SampleMasks
 from core.model.sharding import copied_parameters, replicated_parameters
 from core.model.text import Text
+from core.proof.figures import bars, grid
 from core.proof.lesson import Run
-from core.proof.plot import bars
 from sequence_parallel.evidence.training import LayerTraffic, Version, count
 
 
@@ -39,8 +39,26 @@ def show_shapes(run: Run, model: GPT) -> None:
     s = run.args.sequence
     run.say(f"one sample of {s} tokens on rank 0: {s // run.job.world_size} of them where the sequence is sharded")
     run.say(tabulate(rows, ("module", "in", "out")) + "\n")
+    if run.job.rank == 0:
+        draw_shapes(run, rows)
     run.say("g, as in 2205.05198: all-gather forward, reduce-scatter backward; ḡ: the reverse.")
     run.say("(In lectures 04 and 05, as in 1909.08053, g is an all-reduce forward. That one is f̄ here: the loss's.)\n")
+
+
+def draw_shapes(run: Run, rows: list[tuple[str, str, str]]) -> None:
+    """The same table, in colours: sharded along the sequence, or all of it."""
+    part = str(run.args.sequence // run.job.world_size)
+
+    def cell(shape: str) -> tuple[str, str]:
+        return shape, "0" if shape.split(" x ")[1] == part else "1"
+
+    legend = {
+        "0": ("this rank's part of the sequence", "本 rank 的那段序列"),
+        "1": ("the whole sequence", "整个序列"),
+    }
+    title = "One sample through the first layer on rank 0", "一个样本在 rank 0 上穿过第一层"
+    cells = [(name, [cell(x), cell(y)]) for name, x, y in rows]
+    run.draw(grid(title, ("module", "模块"), [("in", "输入"), ("out", "输出")], cells, legend))
 
 
 def claim_traffic(run: Run, config: GPTConfig, t: int, versions: Mapping[str, Version]) -> None:
@@ -89,12 +107,13 @@ def claim_traffic(run: Run, config: GPTConfig, t: int, versions: Mapping[str, Ve
         heads = 2 * (copies - 1) / copies * layers * copied_parameters(config, t)
         claim, formula = "elements of keys' and values' weights' gradients", f"reduced over {copies} ranks"
         traffic.claim(claim, f"{formula} = {heads:,.0f}", heads, ("all-reduce",), "both", label="gradients of heads")
-    if run.args.plot and traffic.everyone:
+    if traffic.everyone:
         forward, both = traffic.everyone[0]["engine"]
         times, axis, names = layers * run.args.steps * 1e6, "tp layers", (*gather, *scatter, *again)
         ahead, total = ([sent[name, axis].bytes / times for name in names] for sent in (forward, both))
         sent = {"forward": ahead, "backward": [b - a for a, b in zip(ahead, total, strict=True)]}
-        bars(run.args.plot, f"Sent by each of {t} ranks for a layer, in a step", "MB", names, sent)
+        title = f"Sent by each of {t} ranks for a layer, in a step", f"{t} 个 rank 中每个一步为一层发送的量"
+        run.draw(bars(title, "MB", names, sent), chart=True)
 
 
 def claim_loss(run: Run, t: int, versions: Mapping[str, Version]) -> None:

@@ -11,8 +11,8 @@ from tabulate import tabulate
 from core.mesh import Axis
 from core.model.gpt import GPTConfig
 from core.proof.clock import Event
+from core.proof.figures import bars, grid
 from core.proof.lesson import Run
-from core.proof.plot import bars
 from sequence_parallel.context import SequenceAttention
 from sequence_parallel.engine.ring import BACKWARD, GRADIENTS, KV, OverlappedRing
 from sequence_parallel.evidence.attention import (
@@ -117,6 +117,16 @@ def show_work(run: Run, name: str, tokens: list[str], everyone: list[Measured]) 
     head = ("rank", "tokens", *(f"step {step}" for step in range(c)), "all")
     run.say(f"{name}: what is computed in forward, in blocks of (s/c, s/c) scores; the mask halves the first")
     run.say(tabulate(rows, head, floatfmt="g", colalign=("right", "left")) + "\n")
+    if everyone:
+        cells = [
+            (f"rank {r}: {tokens[r]}", [(f"K, V of {(r - step) % c}: {n:g}", n) for step, n in enumerate(steps)])
+            for r, steps in enumerate(ranks)
+        ]
+        title = (
+            f"{name}: whose keys and values a rank has in each step, and how many blocks of scores it computes",
+            f"{name}：每一步中各 rank 手上是谁的 K、V，以及它计算多少块分数",
+        )
+        run.draw(grid(title, ("rank: its tokens", "rank：它的 token"), head[2:-1], cells))
 
 
 def claim_work(run: Run, found: dict[str, list[Measured]], c: int) -> None:
@@ -136,9 +146,9 @@ def claim_work(run: Run, found: dict[str, list[Measured]], c: int) -> None:
         claim(f"{name}: virtual time, messages free", formula, expected, ends[name], 1e-9)
     formula, ratio = f"2 - 1/c = {2 - 1 / c:g}, in virtual time", ends["contiguous"] / ends["zigzag"]
     claim("contiguous / zigzag", formula, 2 - 1 / c, ratio, 1e-9)
-    if run.args.plot:
-        columns = {name: [sum(steps) for steps in ranks] for name, ranks in units.items()}
-        bars(run.args.plot, "Forward work", "blocks of (s/c, s/c)", [f"rank {r}" for r in range(c)], columns)
+    columns = {name: [sum(steps) for steps in ranks] for name, ranks in units.items()}
+    unit = "blocks of (s/c, s/c)", "(s/c, s/c) 的块"
+    run.draw(bars(("Forward work", "前向的计算量"), unit, [f"rank {r}" for r in range(c)], columns), chart=True)
 
 
 def overlapped(events: list[Event]) -> int:

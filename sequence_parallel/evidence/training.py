@@ -13,6 +13,7 @@ from core.mesh import Axis
 from core.model.gpt import GPT, GPTConfig, materialize, use_masks
 from core.model.precision import MasterOptimizer
 from core.model.seeded import SampleMasks
+from core.model.sharding import parameters_on_a_rank
 from core.proof.comparison import claim_equal, claim_replicated_parameters
 from core.proof.lesson import Run
 from core.proof.oracle import Oracle
@@ -128,9 +129,20 @@ def compare(run: Run, config: GPTConfig, axis: Axis, versions: Mapping[str, Vers
     first = run.job.rank == 0
     oracle = Oracle(config, run.args.seed, run.job.device, optimizer, run.args.clip) if first else None
     compared = train(run, {name: each.replica for name, each in versions.items()}, oracle)
+    run.formula = held_by_formula(run, config, axis)
     if oracle:
         claim_equal(run, compared)
     claim_replicated_parameters(run, {name: each.model for name, each in versions.items()})
+
+
+def held_by_formula(run: Run, config: GPTConfig, axis: Axis) -> tuple[str, list[float]]:
+    """Bytes of weights, gradients and Adam: sharded by tensor parallelism, by context parallelism on every rank."""
+    each = run.precision.bytes
+    if axis.name == "tp":
+        expected, what = parameters_on_a_rank(config, axis.size) * each, "(sharded / t + replicated)"
+    else:
+        expected, what = sum(p.numel() for p in GPT(config).parameters()) * each, "Ψ, on every rank"
+    return f"{each} bytes x {what} = {expected:,}", [expected] * axis.size
 
 
 class LayerTraffic:

@@ -13,8 +13,8 @@ from torch import Tensor
 from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.gpt import GPTConfig
+from core.proof.figures import bars, grid
 from core.proof.lesson import Run
-from core.proof.plot import bars
 from sequence_parallel.context import SequenceAttention
 from sequence_parallel.engine.ulysses import FullSequence
 from sequence_parallel.evidence.attention import claim_difference, claim_saved, measure, shape_of
@@ -40,6 +40,26 @@ def show_shapes(
     names = ("Q, K, V of the layer", "while attention is computed", "output to the layer")
     rows = [(name, *each.shape) for name, each in zip(names, (x, y, z), strict=True)]
     run.say(tabulate(rows, ("on each rank", "samples", "heads", "tokens", "head size")) + "\n")
+    if run.job.rank == 0:
+        draw_switch(run, axis.size, x, y)
+
+
+def draw_switch(run: Run, c: int, x: Tensor, y: Tensor) -> None:
+    """Which heads of which tokens a rank has, on both sides of the all-to-all. x, y (b, heads, tokens, d)."""
+    (_, all_heads, n, _), (_, heads, all_tokens, _) = x.shape, y.shape
+    cells = []
+    for rank in range(c):
+        before = f"0-{all_heads - 1} × {rank * n}-{(rank + 1) * n - 1}"
+        during = f"{rank * heads}-{(rank + 1) * heads - 1} × 0-{all_tokens - 1}"
+        colour = str(rank % 8)
+        cells.append((f"rank {rank}", [(before, colour), (during, colour), (before, colour)]))
+    columns = [("Q, K, V of the layer", "该层的 Q、K、V"), ("while attention is computed", "计算注意力时"),
+               ("output to the layer", "给该层的输出")]  # fmt: skip
+    title = (
+        "Heads × tokens of a rank, before and after each all-to-all",
+        "每次 all-to-all 前后一个 rank 的头 × token",
+    )
+    run.draw(grid(title, "", columns, cells))
 
 
 def claim_traffic(run: Run, config: GPTConfig, c: int, versions: Mapping[str, Version]) -> None:
@@ -80,7 +100,8 @@ def claim_attention(
             rows.append((kv, travel, travel // c, sent[0]))
     run.say("\nfewer heads of keys and values: where there are fewer than ranks, some ranks need the same")
     run.say(tabulate(rows, ("heads of K and V", "that travel", "on a rank", "elements sent, forward"), intfmt=","))
-    if run.args.plot and rows:
-        names, columns = [f"{row[0]} heads\nof K and V" for row in rows], {"measured": [row[-1] for row in rows]}
-        bars(run.args.plot, f"Sent by each of {c} ranks for a layer, forward", "elements", names, columns)
+    if rows:
+        names, columns = [f"{row[0]} heads of K and V" for row in rows], {"measured": [row[-1] for row in rows]}
+        title = f"Sent by each of {c} ranks for a layer, forward", f"{c} 个 rank 中每个为一层前向发送的量"
+        run.draw(bars(title, ("elements", "元素"), names, columns), chart=True)
     claim_difference(run, "bfloat16", engine, axis, shape, torch.bfloat16)

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from core.proof.lesson import Run
 from core.proof.memory import live_bytes
 from zero.engine.gathered import GatheredWeights
+from zero.evidence.pictures import draw_events
 from zero.evidence.training import Fast, Plain
 
 # Of one layer and micro-batch. The plain version computes a layer's forward again in its backward.
@@ -37,6 +38,7 @@ class Events:
     def __init__(self, version: Plain | Fast):
         self.layers = [list(block.parameters()) for block in version.model.blocks.values()]
         self.by_layer: list[list[str]] = [[] for _ in self.layers]
+        self.order: list[tuple[int, str]] = []  # (layer, event), until the end of the first micro-batch
         self.prefetched = {"forward": 0, "backward": 0}
         self.left = 0
         self._patience = 1.0  # seconds, of all looks together
@@ -57,7 +59,7 @@ class Events:
         def begins(*_: object) -> None:
             nonlocal in_flight_before
             self._look()
-            self.by_layer[i].append("forward")
+            self._note(i, "forward")
             in_flight_before = self._in_flight(i + 1)
 
         def ends(_: nn.Module, __: tuple, output: Tensor) -> None:
@@ -68,7 +70,7 @@ class Events:
 
         def backward_begins(_: Tensor) -> None:
             self._look()
-            self.by_layer[i].append("backward")
+            self._note(i, "backward")
             self.prefetched["backward"] += self._in_flight(i - 1)
 
         block.register_forward_pre_hook(begins)
@@ -80,10 +82,15 @@ class Events:
                 yield microbatch
                 self._look()  # all of it is done: the next is asked for
                 self.left = max(self.left, live_bytes(p.grad for p in self._parameters if p.grad is not None))
-                for events in self.by_layer:
-                    events.append("end")
+                for i in range(len(self.by_layer)):
+                    self._note(i, "end")
 
         return watched
+
+    def _note(self, layer: int, event: str) -> None:
+        if not any("end" in events for events in self.by_layer):
+            self.order.append((layer, event))
+        self.by_layer[layer].append(event)
 
     def _look(self) -> None:
         for i, parameters in enumerate(self.layers):
@@ -92,10 +99,10 @@ class Events:
             full = storage.nbytes() >= sum(p.numel() * p.element_size() for p in parameters)
             before = self._gathered[i]
             if before is not None and not (full if before == here else not self._gone(before)):
-                self.by_layer[i].append("freed")
+                self._note(i, "freed")
                 self._gathered[i] = before = None
             if before is None and full:
-                self.by_layer[i].append("gathered")
+                self._note(i, "gathered")
                 self._gathered[i] = here
 
     def _gone(self, storage: StorageWeakRef) -> bool:
@@ -132,6 +139,7 @@ class Order:
             found = run.job.gather((events.in_order(), *events.prefetched.values()))
             if not found:
                 continue
+            draw_events(run, name, events.order[:-1], layers)
             in_order, forward, backward = zip(*found, strict=True)
             if name == "engine" or len(found) > 1:  # the plain one has nothing to free where a shard is all of a layer
                 run.evidence.on_ranks(

@@ -7,8 +7,8 @@ from tabulate import tabulate
 from core.model.gpt import GPT
 from core.model.precision import Precision
 from core.proof.arguments import configuration
+from core.proof.figures import bars
 from core.proof.lesson import Run
-from core.proof.plot import bars
 
 Formula = Callable[..., float]  # bytes of model states for each parameter, of a kind of ZeRO, on N ranks, by a policy
 
@@ -104,9 +104,15 @@ def claim_memory(
     run.say(f"\nbytes for each of {size:,} parameters, measured on {n} ranks, with {whose} policy ({precision.name})")
     header = ("", "weights", "gradients", "optimizer", "states", "formula", "saved activations", "states at the peak")
     run.say(tabulate(rows, header, floatfmt=".3f"))
-    if run.args.plot and whose == "the paper's":
-        columns = {name: [row[i] for row in rows] for i, name in enumerate(header) if 1 <= i <= 5}
-        bars(run.args.plot, f"Model states on each of {n} ranks", "bytes a parameter", [*measured], columns)
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(header) if 1 <= i <= 3}
+    title = (
+        f"Model states on each of {n} ranks, {whose} policy ({precision.name})",
+        f"{n} 个 rank 上每个的模型状态（{precision.name}）",
+    )
+    unit, formulas = ("bytes a parameter", "字节/参数"), " · ".join(f"{k} {written(k, precision)}" for k in measured)
+    expected = [formula(kind, n, precision) for kind in measured]
+    figure = bars(title, unit, [*measured], columns, stacked=True, expected=expected, formula=formulas)
+    run.draw(figure, chart=whose == "the paper's")
 
 
 # What the course's practice prints of 4 GPUs: peaks in GB, what they save in %, and what it calls the theory.

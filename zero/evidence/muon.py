@@ -20,9 +20,9 @@ from core.ledger import Ledger
 from core.mesh import Axis
 from core.model.gpt import GPT
 from core.proof.comparison import claim_equal
+from core.proof.figures import bars
 from core.proof.lesson import Lesson, Run
 from core.proof.oracle import Oracle
-from core.proof.plot import bars
 from core.proof.rules import Rule, at_least, at_most
 from core.proof.rules import check as check_rules
 from core.proof.training import train
@@ -31,6 +31,7 @@ from zero.engine.buckets import Bucket
 from zero.engine.engine import Engine, data_parallel, zero1, zero2, zero3
 from zero.engine.muon import Muon, options_of
 from zero.evidence import training
+from zero.evidence.pictures import draw_owned
 from zero.evidence.training import Fast, Plain, Technique, claim_elements, claim_gradient_types, sent_in_a_step
 from zero.newton_schulz import EPS, SCALES, MuonSettings, deal, flops, is_matrix
 
@@ -211,6 +212,9 @@ def teach(run: Run, technique: Callable[..., Technique]) -> None:
     sent = {name: run.job.gather(sent_in_a_step(run, each.axis)) for name, each in trained.items()}
     by_rank = {name: run.job.gather(measured(run, each, flops_of[name])) for name, each in trained.items()}
     types = {name: run.job.gather(each.gradient_types) for name, each in trained.items()}
+    run.sent = {name: each.axis.ledger for name, each in trained.items()}
+    if run.page:
+        draw_owned(run, trained)
     if run.job.rank:
         return
     stages, m = {"plain": 1, "engine": args.zero}, args.microbatches
@@ -221,10 +225,10 @@ def teach(run: Run, technique: Callable[..., Technique]) -> None:
         )
     for name, each in trained.items():
         claim_muon(run, name, each, stages[name], settings, by_rank[name])
-    if args.plot:
-        series = {name: [*ranks[0].values(), by_rank[name][0][0]] for name, ranks in sent.items()}
-        labels = [*sent["plain"][0], "all-to-all of Muon"]
-        bars(args.plot, f"Sent by each of {axis.size} ranks in a step", "elements", labels, series)
+    series = {name: [*ranks[0].values(), by_rank[name][0][0]] for name, ranks in sent.items()}
+    labels = [*sent["plain"][0], "all-to-all of Muon"]
+    title = f"Sent by each of {axis.size} ranks in a step", f"{axis.size} 个 rank 中每个一步的发送量"
+    run.draw(bars(title, ("elements", "元素"), labels, series), chart=True)
     claim_equal(run, compared)
     claim_gradient_types(run, types)
 

@@ -19,15 +19,16 @@ from core.model.gpt import GPT, materialize, token_loss, use_masks
 from core.model.seeded import SampleMasks
 from core.proof.arguments import add_model_flags, check_model, configuration
 from core.proof.comparison import claim_equal
+from core.proof.figures import bars
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import live_bytes
 from core.proof.oracle import Oracle
-from core.proof.plot import bars
 from core.proof.rules import check as check_rules
 from core.proof.training import train
 from core.shards import LocalTensor, shard_of
 from zero.engine.buckets import Bucket
 from zero.engine.engine import Engine, MakeOptimizer
+from zero.evidence.pictures import draw_owned
 from zero.evidence.rules import RULES
 
 
@@ -251,13 +252,31 @@ def teach(
         expected = elements(run.args.microbatches, axis.size)
         for name, each in trained.items():
             claim_elements(run, f", {name}", each.buckets, expected, [sum(rank.values()) for rank in sent[name]])
-        if run.args.plot:
-            series = {name: [*ranks[0].values()] for name, ranks in sent.items()}
-            title = f"Sent by each of {axis.size} ranks in a step"
-            bars(run.args.plot, title, "elements", [*sent["plain"][0]], series)
+        series = {name: [*ranks[0].values()] for name, ranks in sent.items()}
+        title = f"Sent by each of {axis.size} ranks in a step", f"{axis.size} 个 rank 中每个一步的发送量"
+        run.draw(bars(title, ("elements", "元素"), [*sent["plain"][0]], series), chart=True)
         claim_equal(run, compared)
         claim_gradient_types(run, types)
+    run.sent = {name: each.axis.ledger for name, each in trained.items()}
+    if run.page:
+        draw_owned(run, trained)
+        size = sum(bucket.size for bucket in trained["engine"].buckets)
+        run.formula = held_by_formula(run, size, technique.__name__)
     return trained
+
+
+def held_by_formula(run: Run, size: int, technique: str) -> tuple[str, list[float]] | None:
+    """What the paper's formula says of weights, gradients and optimizer on each rank, in bytes."""
+    sharded = {"DataParallel": (), "Zero1": "o", "Zero2": "go", "Zero3": "wgo"}.get(technique)
+    if sharded is None:
+        return None
+    n, precision = run.job.world_size, run.precision
+    sizes = {
+        "w": precision.parameters.itemsize, "g": precision.gradients.itemsize, "o": precision.optimizer_bytes
+    }  # fmt: skip
+    terms = [f"{each}Ψ" + "/N" * (kind in sharded) for kind, each in sizes.items()]
+    expected = size * sum(each / (n if kind in sharded else 1) for kind, each in sizes.items())
+    return f"{' + '.join(terms)} = {expected:,.0f}", [expected] * n
 
 
 def claim_gradient_types(run: Run, types: dict[str, list[set[torch.dtype]]]) -> None:

@@ -17,12 +17,13 @@ from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.text import Text
 from core.proof.comparison import claim_equal
+from core.proof.figures import bars
 from core.proof.lesson import Run
-from core.proof.plot import bars
 from core.proof.rules import check as check_rules
 from core.proof.training import train
 from zero.engine.engine import Engine
 from zero.evidence import training
+from zero.evidence.pictures import draw_owned
 from zero.evidence.rules import NODES
 from zero.evidence.training import Fast, Plain, Technique, data_axis, make_oracle
 
@@ -73,7 +74,11 @@ def trainables(run: Run, nodes: Nodes, technique: Callable[..., Technique], make
 
 def train_exact(run: Run, nodes: Nodes, technique: Callable[..., Technique], make_engine: MakeEngine) -> None:
     """Claim that nothing is lost where nothing is quantised."""
-    claim_equal(run, train(run, trainables(run, nodes, technique, make_engine), make_oracle(run)))
+    trained = trainables(run, nodes, technique, make_engine)
+    claim_equal(run, train(run, trained, make_oracle(run)))
+    run.sent = {name: each.axis.ledger for name, each in trained.items()}
+    if run.page:
+        draw_owned(run, trained)
 
 
 def train_quantised(run: Run, nodes: Nodes, technique: Callable[..., Technique], make_engine: MakeEngine) -> Trained:
@@ -144,9 +149,12 @@ def show_bytes(run: Run, rows: list[tuple[str, float]]) -> None:
     rows += [("ZeRO-3 in 16 bits: weights, twice", 2 * third), ("ZeRO-3 in 16 bits: gradients", third)]
     run.say("\nbytes that a rank sends for a parameter and micro-batch, what is not quantised in 16 bits")
     run.say(tabulate(rows, floatfmt=".3f"))
-    if run.args.plot:
-        columns = {"bytes a parameter": [value for _, value in rows]}
-        bars(run.args.plot, "ZeRO++ and ZeRO-3", "bytes", [name.replace(" ", "\n") for name, _ in rows], columns)
+    columns = {"bytes a parameter": [value for _, value in rows]}
+    title = (
+        "ZeRO++ and ZeRO-3: sent for a parameter and micro-batch",
+        "ZeRO++ 与 ZeRO-3：每参数每微批次的发送量",
+    )
+    run.draw(bars(title, ("bytes", "字节"), [name for name, _ in rows], columns), chart=True)
 
 
 def claim_weight_error(
