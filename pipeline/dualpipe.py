@@ -5,7 +5,7 @@
 Half of the micro-batches enter at the first rank and go down, half enter at the last and go up. So each rank has two
 stages, r and p-1-r, every stage is on two ranks, and the gradients of its two copies are summed. Where the streams
 meet, a rank has a forward of one and a backward of the other to do at the same time: F&B, of which on GPUs the one
-computes while the other communicates. Here a rank computes one thing at a time, F&B = F+B.
+computes while the other communicates. Here there is nothing to hide, F&B = F+B; with experts, `engine/turns.py`.
 
 DualPipeV folds the picture in the middle: half of the ranks, the same two stages on each, one copy. For the same model
 each has twice as much.
@@ -14,7 +14,7 @@ each has twice as much.
     1F1B    (P-1)(F+B)              1                    P
     both    (P/2-1)(F&B+B-3W)       2                    P+1
 
-read: dualpipe.py:39-112; engine/actions.py:34-81; then runtime.py, zero_bubble.py
+read: dualpipe.py:39-112; engine/actions.py:35-82; then runtime.py, zero_bubble.py
 
 P stages as the paper counts: p ranks of DualPipe, 2p stages on p ranks of DualPipeV; B a full backward, as in the paper
 (I and W in `zero_bubble.py`), W the part of the weights, F a forward, each of one stage

@@ -117,7 +117,7 @@ class Flights:
                     f"all-to-alls of F&B in whose flight the other direction computes, rank {rank}",
                     f"all, where both have as many = {could}, by the order of events", could, hidden,
                 )  # fmt: skip
-        if layout.recompute != "none" or not run.args.verify:
+        if layout.recompute != "none" or not (steps and run.args.verify):
             return
         exchanges = run.job.gather({stage: _mixtures(model) for stage, model in pipeline.stages.items()})
         layers = run.job.gather({stage: len(model.blocks) for stage, model in pipeline.stages.items()})
