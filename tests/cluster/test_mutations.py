@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from cluster import train
+from cluster.planner import stages as planned_stages
 from cluster.planner import traffic
 from cluster.run import build, recipe, worker
 from cluster.run.arguments import add_all_flags
@@ -50,6 +51,7 @@ LAYOUTS = {
     "turns": "--pp 2 --dp 2 --zero 1 --microbatches 4 --experts 4 --ep 2 --schedule dualpipe --aux 0.1 --bias-rate .01",
     "turns, recomputed": "--pp 2 --dp 2 --zero 3 --microbatches 4 --experts 4 --ep 2 --schedule dualpipev --chunks 2 "
     "--layers 4 --recompute full",
+    "stages": "--pp 4 --microbatches 2 --zero 1 --layers 5 --stages E|t|t*4|L",
     "experts zero 3": "--pp 2 --dp 2 --zero 3 --microbatches 2 --experts 4 --ep 2 --bias-rate 0.01",
 }
 LOSS, NORM, GRADIENT, PARAMETER, SENT = (
@@ -237,6 +239,21 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
     "the last chunk of the loss is lost": ("recipe", lambda: instead(_Head, "statistics", last_chunk_lost), LOSS),
     "a chunk's gradient is written over the others'": (
         "recipe", lambda: instead(torch.Tensor, "addmm_", lambda right, *args: right(*args, beta=0)), GRADIENT,
+    ),
+    "layers are numbered one too far": (
+        "stages", lambda: instead(stages, "layers_in", lambda right, *x: range(right(*x).start + 1, right(*x).stop + 1)),
+        LOSS,
+    ),
+    "a stage loses its last layer": (
+        "stages", lambda: instead(stages, "layers_in", lambda right, *x: right(*x)[: 3 if len(right(*x)) > 1 else 1]),
+        LOSS,
+    ),
+    "the planner's stages are equal": (
+        "stages", lambda: instead(planned_stages, "layers_in", lambda right, layers, n, s, _: right(8, n, s)),
+        "parameters on a rank",
+    ),
+    "the tied embedding of ends alone is not summed": (
+        "stages", lambda: instead(Copies, "add_up", nothing), GRADIENT,
     ),
     "the norm counts both tied copies": ("pipeline", lambda: instead(Copies, "counted_here", lambda *_: True), NORM),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """The rules as data: the lessons refuse the same configurations for the same reasons, and what is suggested works."""
 
 import argparse
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -214,6 +215,10 @@ BROKEN = {
     "tp: fast links": Layout(tp=16), "sp: tp": Layout(sp=True), "sp: sequence": Layout(tp=8, sp=True, cp=2048),
     "cp: ulysses": Layout(cp=4, ulysses=3), "cp: heads": Layout(cp=64, ulysses=64), "cp: sequence": Layout(cp=3),
     "pp: layers": Layout(pp=18, microbatches=18), "pp: several stages": Layout(v=2, schedule="interleaved"),
+    "pp: stages": Layout(pp=2, microbatches=2, split="E t*16|m L"),
+    "pp: layers of stages": Layout(pp=2, microbatches=2, split="E t*16|t*15 L"),
+    "pp: number of stages": Layout(pp=2, microbatches=2, split="E t*16|t*8|t*8 L"),
+    "pp: idle ranks": Layout(pp=4, microbatches=4, split="E t*16||t*8|t*8 L"),
     "pp: schedule": Layout(pp=2, v=2, microbatches=2), "pp: microbatches": Layout(pp=4, microbatches=2),
     "dualpipe: ranks": Layout(pp=1, schedule="dualpipe", microbatches=2),
     "dualpipe: microbatches": Layout(pp=4, schedule="dualpipe", microbatches=7),
@@ -278,7 +283,7 @@ sizes = st.sampled_from([1, 1, 2, 3, 4])
 layouts = st.builds(
     Layout, tp=sizes, cp=sizes, ep=sizes, etp=sizes, pp=sizes, dp=sizes, v=sizes, sp=st.booleans(), ulysses=sizes,
     schedule=st.sampled_from(list(SCHEDULES)), zero=st.integers(0, 3), microbatch=sizes, microbatches=sizes,
-    cp_kind=st.sampled_from(CP_KINDS),
+    cp_kind=st.sampled_from(CP_KINDS), split=st.sampled_from(["", "", "E t*48|t*48 L", "E (t*8|)*15 t*6 L", "E|L m"]),
 )  # fmt: skip
 
 
@@ -293,7 +298,7 @@ def test_check_refuses_what_breaks_a_rule_and_suggests_what_keeps_all(layout: La
         return
     with pytest.raises(ValueError) as refusal:
         check(layout, PRESETS[name], MACHINES["dgx-h100"])
-    words = str(refusal.value).partition("; use ")[2].split()
+    words = shlex.split(str(refusal.value).partition("; use ")[2])
     if words:
         args = parser("rules", "").parse_args(["--model", name, *words])
         assert not broken(case_of(args)), f"the suggestion {' '.join(words)} breaks a rule"

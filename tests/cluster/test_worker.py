@@ -72,6 +72,13 @@ LAYOUTS = [  # on 4 ranks where that is enough
     L(pp=2, tp=2, sp=True, microbatches=2, schedule="zb-h1", loss_chunk=7),
     L(pp=2, tp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, zero=1, loss_chunk=9),
     L(tp=2, dp=2, ep=4, sp=True, moe=True, zero=2, microbatches=2, loss_chunk=3),
+    # Unequal stages, the ends by themselves, empty ones.
+    L(pp=4, dp=2, microbatches=4, zero=3, split="E|t*3|t|L"),
+    L(pp=2, tp=2, microbatches=2, schedule="interleaved", v=2, zero=2, sp=True, split="E,t||t*2|t,L"),
+    L(pp=2, dp=2, microbatches=4, schedule="zb-v", v=2, zero=1, split="E|t*4||L"),
+    L(pp=2, cp=2, microbatches=4, schedule="dualpipe", zero=3, split="E,t*4|L"),
+    L(pp=2, dp=2, microbatches=4, schedule="dualpipev", v=2, zero=3, split="E,t|t*3||L", reduce="step"),
+    L(pp=4, dp=2, ep=2, microbatches=1, moe=True, schedule="zb-h1", zero=3, split="E|t|t*3|L"),
     L(dp=4, zero=2, microbatches=2, reduce="step"),
     L(dp=4, zero=3, microbatches=2, reduce="step", reshard="step"),
     L(pp=2, dp=2, microbatches=4, schedule="gpipe", zero=2),
