@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster import rules
-from cluster.evidence.dry_run import BUILT, RULES, bucket_padding, held, most_gradients, shown
+from cluster.evidence.dry_run import BUILT, RULES, bucket_padding, draw, held, most_gradients, shown
 from cluster.evidence.even import ROUTED, route_evenly, unevenness
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout, given, layout_from
@@ -49,7 +49,6 @@ from core.ledger import Ledger
 from core.mesh import ORDER, Mesh, axis_groups, axis_sizes
 from core.model.config import ModelConfig
 from core.model.precision import POLICIES, Precision
-from core.proof.figures import bars
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations
 from core.proof.rules import check as check_rules
@@ -233,16 +232,6 @@ def show(run: Run, model: ModelConfig, layout: Layout, rank: int, muon: MuonSett
     draw(run, rows, rank)
     header = ("", "", "elements", "GB, this run", "GB, planner", "difference")
     run.say(tabulate(rows, header, floatfmt=",.4f"))
-
-
-def draw(run: Run, rows: list[tuple[str, str, str, float, float, str]], rank: int) -> None:
-    """What the rank holds and sends, beside the planner's figures."""
-    zh = {"held": "持有", "sent in a step": "一步发送"}
-    for what in ("held", "sent in a step"):
-        some = [row for row in rows if row[0] == what]
-        columns = {"this run": [row[3] for row in some], "planner": [row[4] for row in some]}
-        title = f"Rank {rank}: {what}, GB", f"rank {rank}：{zh[what]}，GB"
-        run.draw(bars(title, "GB", [row[1] for row in some], columns), chart=what == "held")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from cluster.planner.memory import matrix_parameters, parameters, state_sizes
 from cluster.planner.stages import ends_of
 from cluster.run.worker import Worker
 from core.model.config import ModelConfig
+from core.proof.figures import bars
+from core.proof.lesson import Run
 from core.proof.rules import Rule
 from zero.engine.buckets import BUCKET_ELEMENTS
 
@@ -84,3 +86,13 @@ def mixed(model: ModelConfig, layout: Layout, pp_rank: int) -> int:
     first, last = ends_of(layout, pp_rank)
     tables = (first + last - (first and last and model.tied)) * table
     return others - of_matrices - (tables if table >= BUCKET_ELEMENTS else 0)
+
+
+def draw(run: Run, rows: list[tuple[str, str, str, float, float, str]], rank: int) -> None:
+    """What the rank holds and sends, beside the planner's figures."""
+    zh = {"held": "持有", "sent in a step": "一步发送"}
+    for what in ("held", "sent in a step"):
+        some = [row for row in rows if row[0] == what]
+        columns = {"this run": [row[3] for row in some], "planner": [row[4] for row in some]}
+        title = f"Rank {rank}: {what}, GB", f"rank {rank}：{zh[what]}，GB"
+        run.draw(bars(title, "GB", [row[1] for row in some], columns), chart=what == "held")

@@ -35,6 +35,7 @@ from core.proof.launch import (
     process_info,
     speaks_for_machine,
 )
+from core.proof.page.page import render
 from core.proof.plot import plot
 
 DTYPES = ("float64", "float32", "bfloat16")  # each with its usual policy
@@ -215,8 +216,6 @@ class Lesson:
         if run.args.report:
             write_file(run.args.report, json.dumps(report, indent=1, allow_nan=False))
         if run.page:
-            from core.proof.page.page import render  # jinja2 takes a tenth of a second, on every rank
-
             write_file(run.args.page, render(self, run, report, sent))
 
 

@@ -241,7 +241,8 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
         "recipe", lambda: instead(torch.Tensor, "addmm_", lambda right, *args: right(*args, beta=0)), GRADIENT,
     ),
     "layers are numbered one too far": (
-        "stages", lambda: instead(stages, "layers_in", lambda right, *x: range(right(*x).start + 1, right(*x).stop + 1)),
+        "stages",
+        lambda: instead(stages, "layers_in", lambda right, *x: range(right(*x).start + 1, right(*x).stop + 1)),
         LOSS,
     ),
     "a stage loses its last layer": (

@@ -80,7 +80,7 @@ def test_a_rank_does_not_import_what_few_flags_need() -> None:
     """Eight ranks on two cores wait for it: with any of these `import cluster.train` takes half as long again."""
     heavy = ["sympy", "torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "torch.distributed.fsdp",
              "torch.distributed.tensor", "torch.fx.experimental.symbolic_shapes", "triton", "tokenizers",
-             "transformers", "matplotlib"]  # fmt: skip
+             "transformers", "matplotlib", "jinja2"]  # fmt: skip
     program = f"import sys, cluster.train; print(*(name for name in {heavy} if name in sys.modules))"
     outcome = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=100
