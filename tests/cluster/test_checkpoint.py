@@ -44,6 +44,7 @@ EXPERTS = [
     L(dp=4, ep=4, moe=True, zero=1),
     L(pp=2, dp=2, ep=2, microbatches=2, moe=True),
     L(dp=4, ep=2, moe=True, zero=3),
+    L(tp=2, dp=2, ep=4, moe=True, zero=1),
     L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=2),
 ]
 Case = tuple[Layout, bool]
