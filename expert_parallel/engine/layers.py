@@ -165,6 +165,7 @@ class ExpertParallelMoE(nn.Module):
             if size % ranks:
                 raise ValueError(f"{size} {what} cannot be sharded equally over {ranks}; use a multiple of {ranks}")
         check(SimpleNamespace(dispatch=dispatch, etp=etp.size), (one_of("dispatch", DISPATCHERS), ALL_GATHER))
+        assert dispatch == "all-to-all" or not spread.alike, "shares may be uneven, which an all-gather does not know"
         self.ep, self.etp, self.dispatch = ep, etp, dispatch
         self.router, self.shared, self.experts = moe.router, moe.shared, shard_experts(moe.experts, ep, etp)
         self.router.spread = spread

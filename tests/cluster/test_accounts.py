@@ -227,8 +227,6 @@ def test_what_a_rank_with_experts_holds_and_sends(pool: Pool) -> None:
         experts, others = parameters(here, layout)
         formula = sent(here, layout) | {"experts": experts, "others": others}
         formula["activations"] = rank_memory(here, layout, itemsize=8).activations
-        # The sum of the second biases over etp, once a step.
-        formula["etp"] = formula.get("etp", 0) + here.layers * EXPERTS / layout.ep * here.hidden * (layout.etp > 1)
         for what, value in formula.items():
             mean = sum(rank[i][what] for rank in everyone) / 4
             near = {"activations": 0.05, "ep": 0.1, "etp": 0.01}.get(what, 1e-9)

@@ -45,6 +45,7 @@ EXPERTS = [
     L(dp=4, ep=4, moe=True, zero=1),
     L(pp=2, dp=2, ep=2, microbatches=2, moe=True, split="E|t*4,L"),
     L(dp=4, ep=2, moe=True, zero=3),
+    L(tp=2, dp=2, ep=4, moe=True, zero=1),
     L(tp=2, dp=2, cp=2, ep=2, etp=2, sp=True, moe=True, zero=2),
     L(pp=2, dp=2, ep=2, microbatches=4, moe=True, schedule="dualpipe", zero=1),
     L(pp=2, dp=2, ep=2, microbatches=4, moe=True, schedule="dualpipev", v=2, zero=3),

@@ -340,7 +340,7 @@ def bias_in_the_weights(block: Block) -> None:
 def other_groups_get_0(block: Block) -> None:
     """Not minus infinity: they are chosen where what is in the best groups is negative."""
 
-    def decide(self: Router, scores: Tensor) -> tuple[Tensor, None]:
+    def decide(self: Router, scores: Tensor, _: int | None) -> tuple[Tensor, None]:
         biased, r = scores + self.bias, self.routing
         open_to = choose(biased, replace(r, top_k=r.experts // r.groups * r.top_groups))  # all of the best groups
         return torch.zeros_like(biased).scatter(-1, open_to, biased.gather(-1, open_to)).topk(r.top_k).indices, None
