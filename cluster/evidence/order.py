@@ -45,8 +45,6 @@ class Order:
 
     def claim(self, run: Run, steps: int) -> None:
         """By the schedule. All ranks call it, after the training."""
-        if self.flights:
-            self.flights.claim(run, steps)
         layout, row = self.worker.layout, [a for a in self.worker.pipeline.program if "_" not in a.kind]
         finals = [i for i, (_, final) in enumerate(what_follows(row)[a] for a in row) if final]
         after = steps * (len(row) - 1 - finals[0]) if len(finals) > 1 else 0
@@ -63,3 +61,5 @@ class Order:
                     f"actions that begin while another stage's gradients are reduced, rank {rank}",
                     f"all after the last of that stage = {after}, by the order of events", after, reducing,
                 )  # fmt: skip
+        if self.flights:  # whose further steps are not counted here
+            self.flights.claim(run, steps)

@@ -309,7 +309,7 @@ def with_every_bug() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def failed(pool: Pool) -> dict[str, list[str]]:
-    return pool.run(4, with_every_bug, timeout=100)[0]
+    return pool.run(4, with_every_bug, timeout=150)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
