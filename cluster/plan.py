@@ -7,7 +7,7 @@ step (`planner/steptime.py`); the fastest are shown, what bounds the best, and w
 Then the command that starts it. A flag of the layout fixes that choice. The constants of time are those that ten
 published runs give, see `accuracy.py`; ours are not Megatron's programs, so trust the order more than the seconds.
 
-read: planner/plans.py:21-104; planner/search.py:20-56; then planner/memory.py, planner/steptime.py
+read: planner/plans.py:23-120; planner/search.py:24-62; then planner/memory.py, planner/steptime.py
 """
 
 import argparse

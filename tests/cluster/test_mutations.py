@@ -194,7 +194,7 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
     ),
     "the planner's stages are equal": (
         "stages", lambda: instead(planned_stages, "layers_in", lambda right, layers, n, s, _: right(8, n, s)),
-        "parameters on a rank",
+        "parameters, rank",
     ),
     "the tied embedding of ends alone is not summed": (
         "stages", lambda: instead(Copies, "add_up", nothing), GRADIENT,
