@@ -161,6 +161,8 @@ def better_split(
 ) -> Layout | None:
     """The layout with the split that makes it fastest; None where its own does, or no faster one fits.
 
+    Where memory is short a rank gets fewer layers; which of its stages then has them is not searched.
+
     Args:
         memory: bytes that a rank may hold.
     """

