@@ -22,7 +22,7 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
 
     Args:
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
-            usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard, recompute and recompute_every.
+            usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard, recompute, recompute_every.
     """
     usual = Layout()
 
