@@ -39,12 +39,17 @@ def choices(model: ModelConfig, machine: Machine, world: int, batch: int, fixed:
         "sp": [False, True],
         "zero": [0, 1, 2, 3],
         "schedule": ["1f1b", "interleaved", "zb-h1", "zb-v"],
-        "recompute": ["none", "selective", "pointwise", "operators", "full"],
+        "recompute": ["none", "selective", "pointwise", *(["operators"] if more_than_pointwise(model) else []), "full"],
         "recompute_every": [1, 2],
         "microbatch": [b for b in (1, 2, 4, 8, 16) if b <= batch],
         "v": [2, 3, 4, 5, 6, 8],
     }
     return usual | fixed
+
+
+def more_than_pointwise(model: ModelConfig) -> bool:
+    """Whether recomputation by operators forgets more: masks, normalised queries and keys, or scores."""
+    return bool(model.dropout or model.qk_norm or model.attention == "softmax")
 
 
 def with_equal_nodes(machine: Machine, world: int) -> Machine:

@@ -26,8 +26,8 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
 
     Args:
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
-            usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard, recompute and split; but a
-            split is written out where stages would otherwise have no layer.
+            usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard, recompute, recompute_every and
+            split; but a split is written out where stages would otherwise have no layer.
     """
     usual = Layout()
 
@@ -52,7 +52,9 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
         pipelines = [(s, v) for s in of("schedule") for v in _stages(s, pp, model, choices.get("v"))]
         exchanges = [(zero, reduce, reshard) for zero in of("zero") for reduce in of("reduce")
                      for reshard in of("reshard")]  # fmt: skip
-        again = [(kind, k) for kind in of("recompute") for k in of("recompute_every") if kind != "none" or k == 1]
+        again = [(kind, k) for kind in of("recompute") for k in of("recompute_every") if k == 1 or kind != "none"]
+        if len(of("recompute")) > 1:  # fewer layers are for what costs most
+            again = [(kind, k) for kind, k in again if k == 1 or kind == "full"]
         for fold, (schedule, v), (zero, reduce, reshard), (b, m), (recompute, every) in product(
             folds, pipelines, exchanges, sizes, again
         ):

@@ -67,7 +67,7 @@ MUTATIONS: dict[str, tuple[object, str, Callable | object, set[tuple[str, str]]]
     ),
     "gradients are not reduced": (FullGradients, "launch", NOTHING, {("sent in a step", "dp")}),
     "weights are not gathered": (Engine, "step", NOTHING, {("sent in a step", "dp"), ("held", "optimizer")}),
-    "nothing is computed again": (build, "recompute", lambda model, _: model, {("held", "activations")}),
+    "nothing is computed again": (build, "recompute", lambda model, *_: model, {("held", "activations")}),
     "what a W reads is not counted": (SavedActivations, "keep", lambda *_: [], {("held", "activations")}),
     "weights' gradients are not left for later": (Deferred, "__enter__", NOTHING, {("held", "activations")}),
     "gathered in 4 bytes": (comm, "all_gather", lambda x, axis, dim=0: comm.all_gather_async(x.float(), axis, dim)
