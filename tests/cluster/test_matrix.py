@@ -36,7 +36,7 @@ from tests.cluster.test_mutations import instead
 from tests.pool import Pool
 from zero.engine.engine import Engine
 
-FIRST = {8: 24, 6: 20}  # rows that run here
+FIRST = {8: 20, 6: 16}  # rows that run here
 TOGETHER = 8  # in one test
 
 WORLDS = pytest.mark.parametrize("world", SIZES)
@@ -144,7 +144,7 @@ def test_a_row_equals_one_process(pool: Pool, folder: Path, world: int, first: i
 def test_the_first_rows_have_most(world: int) -> None:
     rows, names = kept_rows(world), [*combinations(Matrix(world).table, 2)]
     every, first = ({(a, row[a], b, row[b]) for row in some for a, b in names} for some in (rows, rows[: FIRST[world]]))
-    assert len(first) > 0.8 * len(every)
+    assert len(first) > 0.75 * len(every)
 
 
 # ---- The bugs
