@@ -38,7 +38,7 @@ from tests.cluster.test_mutations import instead
 from tests.pool import Pool
 from zero.engine.engine import Engine
 
-FIRST = {8: 20, 6: 16}  # rows that run here
+FIRST = {8: 14, 6: 14}  # rows that run here
 TOGETHER = 4  # in one test
 
 WORLDS = pytest.mark.parametrize("world", SIZES)
@@ -154,7 +154,7 @@ def test_a_row_equals_one_process(pool: Pool, folder: Path, world: int, first: i
 def test_the_first_rows_have_most(world: int) -> None:
     rows, names = kept_rows(world), [*combinations(Matrix(world).table, 2)]
     every, first = ({(a, row[a], b, row[b]) for row in some for a, b in names} for some in (rows, rows[: FIRST[world]]))
-    assert len(first) > 0.75 * len(every)
+    assert len(first) > 0.7 * len(every)
 
 
 # ---- The bugs
@@ -164,6 +164,7 @@ ROWS = {
     "tp x cp": "--tp 2 --cp 2 --sp --batch 2 --optimizer muon",
     "experts": "--dp 4 --ep 2 --experts 4 --batch 4 --zero 1",
     "pipeline": "--pp 2 --dp 2 --microbatches 2 --batch 4",
+    "shards of other sizes": "--tp 2 --cp 2 --sp --zero 3 --optimizer muon --model llama --kv-heads 1 --batch 2",
     "resumed": "--tp 2 --dp 2 --zero 2 --batch 4 --save RUN --save-every 1",
 }
 
