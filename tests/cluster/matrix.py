@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from math import gcd
 from pathlib import Path
 from random import Random
@@ -108,6 +108,24 @@ def table(world: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
+SAME_IN_ALL = {  # flags without a line in the table: why
+    "what a rank computes with them is another number, and no other way": (
+        "beta1", "beta2", "eps", "lr", "decay", "warmup", "cooldown", "min_lr", "momentum", "ns_steps",
+        "ns_coefficients", "seed", "steps",
+    ),
+    "said by other lines: pack, resume": ("eos", "save", "save_every", "keep"),
+    "where data comes from: tests/cluster/test_train.py": ("data", "tokens", "token_type", "tokenizer"),
+    "other weights to start with, or to write: tests/cluster/test_published.py": (
+        "hf", "init", "export", "shard_size",
+    ),
+    "chooses or counts a layout, and trains none": ("auto", "machine", "dry_run", "world", "rank"),
+    "how it is shown, or when": (
+        "help", "report", "plot", "sample", "evaluate", "verify", "timeout", "device",
+    ),
+    "other tolerances: the tests of mixed precision": ("dtype",),
+}  # fmt: skip
+
+
 # ---- Which rows are legal --------------------------------------------------------------------------------------------
 
 
@@ -171,14 +189,14 @@ class Seen:
 
 
 @cache
-def _lesson() -> Lesson:
+def lesson_of_the_run() -> Lesson:
     lesson = Lesson("cluster/train.py", "02", "", "", "")
     add_all_flags(lesson)
     return lesson
 
 
 def parsed(line: str) -> argparse.Namespace:
-    return _lesson().parser.parse_args(line.split())
+    return lesson_of_the_run().parser.parse_args(line.split())
 
 
 @cache
@@ -216,14 +234,14 @@ class Matrix:
                 said += [flag, str(value)]
         return " ".join(said)
 
-    def refusal(self, row: Row) -> Refusal | None:
-        """By the rules of the run: what they read is noted."""
+    def refusal(self, row: Row, without: str = "") -> Refusal | None:
+        """By the rules of the run, or all but one of them: what they read is noted."""
         ranks = row["tp"] * row["cp"] * row["dp"] * row["pp"]
         if ranks != self.world:  # RANKS, before all else: most rows that are looked at break it
             return Refusal(RANKS.name, OF_RANKS)
         given = self._usual | self.numbers(row)
         seen = Seen(given, row, self.table)
-        if (found := _first(seen, BEFORE)) is not None:
+        if (found := _first(seen, BEFORE, without)) is not None:
             return found
         if given["experts"] and given["top_k"] > given["experts"]:
             return Refusal(TOP_K.name, frozenset({"experts", "top_k"}))
@@ -231,7 +249,7 @@ class Matrix:
         layout = layout_from(argparse.Namespace(**given), self.world, given["batch"], experts=given["experts"] > 0)
         sizes = vars(Case(layout, config, None, self.world, given["batch"]).sizes)
         of_flags = {name: given[name] for name in ("model", "kv_heads")} | {"rotary_dim": config.rotary_dim}
-        return _first(Seen(given | sizes | of_flags, row, self.table), RULES)
+        return _first(Seen(given | sizes | of_flags, row, self.table), RULES, without)
 
     def random_rows(self, count: int, seed: int) -> list[Row]:
         """Legal rows of values that are drawn, and mended."""
@@ -255,6 +273,18 @@ class Matrix:
         # That axes must multiply to the ranks closes branches of every proof: a reason where it is the only one.
         return {each: rules - {RANKS.name} or rules for each, rules in missing.refused.items()}
 
+    def needed(self, combination: Combination, rules: frozenset[str]) -> list[str]:
+        """Of the rules of a proof those without which there would be a row; all, where each alone would do."""
+
+        def lifted(rule: str) -> bool:
+            try:
+                solver = Covering(self.table, partial(self.refusal, without=rule), {})
+                return solver.complete(dict(combination), self.plain(), set()) is not None
+            except ValueError:  # it is the model's own
+                return True
+
+        return sorted(filter(lifted, rules)) or sorted(rules)
+
     def covering(self, seed: int = 0) -> Covering:
         return Covering(self.table, self.refusal, STRENGTHS, seed)
 
@@ -268,10 +298,10 @@ ALWAYS_SAID = {
 }  # fmt: skip
 
 
-def _first(seen: Seen, rules: Iterable[Rule]) -> Refusal | None:
+def _first(seen: Seen, rules: Iterable[Rule], without: str) -> Refusal | None:
     for rule in rules:
         seen.reads.clear()
-        if not rule.holds(seen):
+        if rule.name != without and not rule.holds(seen):
             return Refusal(rule.name, frozenset(seen.reads))
     return None
 
@@ -470,7 +500,8 @@ def main() -> int:
     if args.list:
         print("\n".join(map(matrix.line, rows)))
         for combination, rules in matrix.refused(kept_rows(args.world)).items():
-            print(" ".join(f"{name}={value}" for name, value in combination), "|", ", ".join(sorted(rules)))
+            shown = " ".join(f"{name}={value}" for name, value in combination)
+            print(shown, "|", ", ".join(matrix.needed(combination, rules)))
         return 0
     pool, began, largest, failing = Pool(), time.perf_counter(), dict.fromkeys(COMPARED.values(), 0.0), 0
     with tempfile.TemporaryDirectory() as folder:

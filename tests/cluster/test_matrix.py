@@ -22,11 +22,13 @@ from core.proof.checkpoint import Checkpoints
 from core.proof.launch import Job
 from tests.cluster.covering import Covering, Refusal, Row
 from tests.cluster.matrix import (
+    SAME_IN_ALL,
     SIZES,
     Found,
     Matrix,
     common,
     kept_rows,
+    lesson_of_the_run,
     parsed,
     run_all,
     run_row,
@@ -36,8 +38,8 @@ from tests.cluster.test_mutations import instead
 from tests.pool import Pool
 from zero.engine.engine import Engine
 
-FIRST = {8: 24, 6: 20}  # rows that run here
-TOGETHER = 8  # in one test
+FIRST = {8: 14, 6: 14}  # rows that run here
+TOGETHER = 4  # in one test
 
 WORLDS = pytest.mark.parametrize("world", SIZES)
 
@@ -55,6 +57,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def refused() -> dict[int, dict]:
     return {world: Matrix(world).refused(kept_rows(world)) for world in SIZES}
+
+
+def test_every_flag_is_in_the_table() -> None:
+    """Or it is said why not: a new flag of the run cannot be forgotten."""
+    matrix = Matrix(8)
+    flags = {action.dest for action in lesson_of_the_run().parser._actions}
+    outside = {flag for some in SAME_IN_ALL.values() for flag in some}
+    assert flags - set(matrix.numbers(matrix.plain())) == outside
 
 
 @WORLDS
@@ -100,7 +110,7 @@ def test_the_rules_read_what_is_said() -> None:
         again = matrix.refusal(other)
         assert again is not None, (why, row, other)
         seen.add(why.rule)
-    assert len(seen) > 20
+    assert len(seen) > 15
 
 
 def test_a_covering_array_covers() -> None:
@@ -144,7 +154,7 @@ def test_a_row_equals_one_process(pool: Pool, folder: Path, world: int, first: i
 def test_the_first_rows_have_most(world: int) -> None:
     rows, names = kept_rows(world), [*combinations(Matrix(world).table, 2)]
     every, first = ({(a, row[a], b, row[b]) for row in some for a, b in names} for some in (rows, rows[: FIRST[world]]))
-    assert len(first) > 0.8 * len(every)
+    assert len(first) > 0.7 * len(every)
 
 
 # ---- The bugs
@@ -154,6 +164,7 @@ ROWS = {
     "tp x cp": "--tp 2 --cp 2 --sp --batch 2 --optimizer muon",
     "experts": "--dp 4 --ep 2 --experts 4 --batch 4 --zero 1",
     "pipeline": "--pp 2 --dp 2 --microbatches 2 --batch 4",
+    "shards of other sizes": "--tp 2 --cp 2 --sp --zero 3 --optimizer muon --model llama --kv-heads 1 --batch 2",
     "resumed": "--tp 2 --dp 2 --zero 2 --batch 4 --save RUN --save-every 1",
 }
 
