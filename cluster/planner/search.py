@@ -26,8 +26,8 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
 
     Args:
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
-            usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard, recompute, recompute_every and
-            split; but a split is written out where stages would otherwise have no layer.
+            usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard, recompute, recompute_every
+            and split; but a split is written out where stages would otherwise have no layer.
     """
     usual = Layout()
 
