@@ -196,4 +196,7 @@ def make_pipeline(
     here = spec.config.sequence // layout.sequence_shards  # tokens of a sample between the layers
     activations = (layout.microbatch, here, spec.config.hidden)
     mine = stages_here(model, layout, pp)
-    return Pipeline(mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks, engines)
+    made = Pipeline(mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks, engines)
+    if made.deferred:
+        made.deferred.weights_leave = layout.zero == 3 and layout.reshard == "forward"
+    return made
