@@ -95,7 +95,11 @@ class Placed(SequenceAttention):
         """Which tokens of the sequence that rank has."""
         check_length(sequence, self.multiple)
         chunks = torch.arange(sequence).chunk(self.multiple)
-        return torch.cat([chunks[rank], chunks[-1 - rank]]) if self.zigzag else chunks[rank]
+        return torch.cat([chunks[i] for i in self.chunks_of(rank)])
+
+    def chunks_of(self, rank: int) -> tuple[int, ...]:
+        """Which of the `multiple` chunks of a sequence that rank has."""
+        return (rank, self.multiple - 1 - rank) if self.zigzag else (rank,)
 
 
 def local(x: Tensor, attention: SequenceAttention) -> Tensor:

@@ -212,9 +212,12 @@ def make_pipeline(
     activations = (layout.microbatch, here, spec.config.hidden)
     mine = stages_here(model, layout, pp)
     turns = turns_of(model, spec.device) if layout.by_turns else None
-    return Pipeline(
+    made = Pipeline(
         mine, loss, schedule, pp, activations, spec.precision.parameters, spec.device, masks, engines, turns
     )
+    if made.deferred:
+        made.deferred.weights_leave = layout.zero == 3 and layout.reshard == "forward"
+    return made
 
 
 def turns_of(model: GPT, device: torch.device) -> Turns:

@@ -42,6 +42,7 @@ class Deferred:
     def __init__(self, parameters: Iterable[nn.Parameter]):
         self.on = False
         self.expected = True  # whether the backward of what is computed now will be within `with deferred:`
+        self.weights_leave = False  # whether ZeRO-3 frees the weights after the backward of a stage's input
         self.account: SavedActivations | None = None
         self._later: list[Later] = []
         for p in parameters:

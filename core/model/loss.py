@@ -143,7 +143,10 @@ class _Statistics(torch.autograd.Function):
             return compute(False, *trained)[1:]
 
         deferred = deferring(weight)
-        if deferred:
+        if deferred and deferred.weights_leave:  # before W, which computes with them here
+            of_x, *found_now = compute(ctx.needs_input_grad[0], *trained)
+            of_parameters = deferred.put((weight, bias), lambda: found_now, [g for g in found_now if g is not None])
+        elif deferred:
             of_x = compute(True, False, False)[0] if ctx.needs_input_grad[0] else None
             of_parameters = deferred.put((weight, bias), later, (gradient, x, found))
         else:

@@ -104,7 +104,7 @@ class Pipeline:
         self._arriving: dict[Action, Callable[[], Tensor]] = {}  # by its receive: wait for a message, and get it
         self._leaving: dict[Action, Tensor] = {}  # results, by the receive on the other side, until they are sent
         self._split = {(a.stage, a.microbatch) for a in schedule[axis.index] if a.kind == "I"}
-        self._deferred = Deferred(p for stage in stages.values() for p in stage.parameters()) if self._split else None
+        self.deferred = Deferred(p for stage in stages.values() for p in stage.parameters()) if self._split else None
         if turns:
             turns.save, turns.restore = self._place, self._return_to
         self._carry_out = {
@@ -140,8 +140,8 @@ class Pipeline:
             ValueError: the batch does not have the schedule's number of micro-batches.
         """
         saved = trace.saved if trace else saved
-        if self._deferred:
-            self._deferred.account = saved
+        if self.deferred:
+            self.deferred.account = saved
         total = self._run(self.program, inputs, targets, trace, saved)
         assert {**self._kept, **self._pending} == {}, "a valid schedule leaves nothing behind"
         return total
@@ -212,8 +212,8 @@ class Pipeline:
         x = now.inputs[m] if stage == 0 else self._wait_for_input(action).requires_grad_()
         if self.masks:
             self.masks.at(m * now.inputs.shape[1])
-        if self._deferred:
-            self._deferred.expected = (stage, m) in self._split
+        if self.deferred:
+            self.deferred.expected = (stage, m) in self._split
         before = trace.saved.live if trace else 0
         with self._measured(action), now.saved or nullcontext():
             if stage == self.last:
@@ -230,15 +230,15 @@ class Pipeline:
         self._pass_on(action, y)
 
     def _backward(self, action: Action) -> None:
-        if self._deferred:  # for what is computed again in a backward
-            self._deferred.expected = False
+        if self.deferred:  # for what is computed again in a backward
+            self.deferred.expected = False
         self._pass_on(action, self._gradient_of_input(action, nullcontext()))
 
     def _backward_input(self, action: Action) -> None:
         """All but what leads to the gradients of the linear layers' weights."""
-        self._deferred.expected = True
-        gradient = self._gradient_of_input(action, self._deferred)
-        self._pending[action.stage, action.microbatch] = self._deferred.take()
+        self.deferred.expected = True
+        gradient = self._gradient_of_input(action, self.deferred)
+        self._pending[action.stage, action.microbatch] = self.deferred.take()
         self._pass_on(action, gradient)
 
     def _gradient_of_input(self, action: Action, deferring: AbstractContextManager) -> Tensor | None:

@@ -36,9 +36,9 @@ class OverlappedAllGather(Placed):
 
     def runs(self, tokens: int) -> list[tuple[slice, int]]:
         """The runs of neighbours among this rank's `tokens`: which of them, and where in the sample the first is."""
-        runs = 2 if self.zigzag else 1
-        starts = self.positions(tokens * self.ranks)[:: tokens // runs].tolist()
-        return [(slice(i * tokens // runs, (i + 1) * tokens // runs), start) for i, start in enumerate(starts)]
+        chunks = self.chunks_of(self.axis.index)
+        size = tokens // len(chunks)
+        return [(slice(i * size, (i + 1) * size), chunk * size) for i, chunk in enumerate(chunks)]
 
     def gather(self, k: Tensor, v: Tensor) -> comm.Pending:
         """Keys and values of all tokens, (B, K, S, 2 D), in the order of the ranks, as one message."""

@@ -312,6 +312,7 @@ PRETENDED = (
     "dualpipe",
     "zb-v",
     "ring",
+    "all-gather",
     "hybrid sp, full",
     "experts tp pp",
     "latent experts sp",

@@ -165,6 +165,8 @@ ROWS = {
     "experts": "--dp 4 --ep 2 --experts 4 --batch 4 --zero 1",
     "pipeline": "--pp 2 --dp 2 --microbatches 2 --batch 4",
     "shards of other sizes": "--tp 2 --cp 2 --sp --zero 3 --optimizer muon --model llama --kv-heads 1 --batch 2",
+    "chunks of a head whose weights are freed": "--pp 2 --dp 2 --microbatches 2 --batch 4 --zero 3 --loss-chunk 7 "
+    "--schedule zb-h1",
     "resumed": "--tp 2 --dp 2 --zero 2 --batch 4 --save RUN --save-every 1",
 }
 

@@ -368,7 +368,7 @@ def left_after_a_step() -> list[bool]:
     pipeline.step(torch.ones(4, 3, 4, dtype=torch.float64), torch.zeros(4, 1))
     pipeline.close()
     gc.collect()
-    return [*(ref() is not None for ref in inputs), bool(pipeline._pending), bool(pipeline._deferred.take())]
+    return [*(ref() is not None for ref in inputs), bool(pipeline._pending), bool(pipeline.deferred.take())]
 
 
 def test_nothing_is_left_after_a_step(pool: Pool) -> None:
