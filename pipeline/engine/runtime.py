@@ -197,14 +197,14 @@ class Pipeline:
 
     def _place(self) -> tuple[int, bool]:
         """What an action sets for its layers."""
-        return self.masks.offset if self.masks else 0, bool(self._deferred and self._deferred.expected)
+        return self.masks.offset if self.masks else 0, bool(self.deferred and self.deferred.expected)
 
     def _return_to(self, place: tuple[int, bool]) -> None:
         offset, expected = place
         if self.masks:
             self.masks.at(offset)
-        if self._deferred:
-            self._deferred.expected = expected
+        if self.deferred:
+            self.deferred.expected = expected
 
     def _forward(self, action: Action) -> None:
         stage, _, m = action

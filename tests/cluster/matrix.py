@@ -51,6 +51,7 @@ from core.proof.rulebook import DECODER, DROPOUT, ONE_EXPERT, RANKS, TOP_K
 from core.proof.rules import Rule
 from expert_parallel.engine.router import forget
 from pipeline.schedules import SCHEDULES
+from pipeline.split import nearly_equal, notation
 from sequence_parallel.engine.recompute import KINDS
 from sequence_parallel.engine.ring import PLACEMENTS
 from sequence_parallel.engine.ulysses import CP_KINDS
@@ -80,11 +81,13 @@ def table(world: int) -> dict[str, tuple[Any, ...]]:
         "microbatches": ("1", "p", "2p", "2p + 1"),  # of p ranks of the pipeline
         "microbatch": (1, 2),
         "layers": ("even", "uneven"),
+        "split": ("", "ends alone", "most first"),  # --stages
         "zero": (0, 1, 2, 3),
         "reduce": REDUCE,
         "reshard": RESHARD,
         "bucket": (300, 2**18),
         "recompute": KINDS,
+        "recompute_every": (1, 2),
         "loss_chunk": (0, 7),
         "optimizer": ("adamw", "muon"),
         "muon_scale": SCALES,
@@ -144,6 +147,7 @@ NO_EFFECT = (
     _says_nothing("schedule", "pp", lambda x: x.pp > 1),
     _says_nothing("muon-scale", "muon", lambda x: x.optimizer == "muon"),
     _says_nothing("layers", "pp", lambda x: x.pp > 1),
+    _says_nothing("split", "pp", lambda x: x.pp > 1),
     _says_nothing("untied", "gpt: Llama's head is its own anyway", lambda x: x.model == "gpt"),
     _says_nothing("bucket", "several ranks that share gradients", lambda x: x.zero > 0),
     Rule("size", "--layers {layers}", lambda x: x.layers <= LAYERS, f"more than {LAYERS} would take long"),
@@ -160,6 +164,8 @@ FOLLOWS = {  # what a rule reads: which parameters it follows from
     "chunks": ("v",),
     "twice": ("pp",),
     "layers": ("layers", "pp", "v"),
+    **dict.fromkeys(("split_error", "split_layers", "split_stages"), ("split", "layers", "pp", "v")),
+    "split_idle": ("split", "layers", "pp", "v", "schedule"),
     "microbatches": ("microbatches", "pp"),
     "batch": ("dp", "microbatches", "microbatch", "pp"),
     "samples": ("dp", "microbatches", "microbatch", "pp"),
@@ -204,6 +210,15 @@ def _usual() -> argparse.Namespace:
     return parsed("")
 
 
+def split_of(kind: str, layers: int, stages: int) -> str:
+    """A distribution over the stages, as --stages takes it."""
+    if not kind:
+        return ""
+    if kind == "most first":
+        return notation((layers - (stages - 2), *[1] * (stages - 2), 0))
+    return notation((0, *(nearly_equal(layers, stages - 2) if stages > 2 else (layers,)), *[0] * (stages > 2)))
+
+
 class Matrix:
     """The legal rows of so many ranks."""
 
@@ -219,13 +234,14 @@ class Matrix:
         layers = max(2, {"even": stages, "uneven": 2 * stages - 1}[row["layers"]])
         found = {name.replace("-", "_"): size for name, size in self.sizes.items()} | row
         found |= {"microbatches": m[row["microbatches"]], "layers": layers}
+        found["split"] = split_of(row["split"], layers, stages) if row["pp"] > 1 else row["split"]
         return found | {"batch": row["dp"] * found["microbatches"] * row["microbatch"]}
 
     def line(self, row: Row) -> str:
         """The command line of a row, without what is the same in all (`common`)."""
         said = []
         for name, value in self.numbers(row).items():
-            flag = "--chunks" if name == "v" else f"--{name.replace('_', '-')}"
+            flag = {"v": "--chunks", "split": "--stages"}.get(name, f"--{name.replace('_', '-')}")
             if name == "resume":
                 said += ["--save", "RUN", "--save-every", "1"] * value
             elif isinstance(value, bool):
