@@ -45,6 +45,7 @@ class Flights:
         self._now: VirtualClock | None = None  # the same, but where the load is counted ahead
         self._open: list[Action] = []
         self._computed, self._begun = {"F": 0, "B": 0}, {"F": 0, "B": 0}  # by direction; of the open actions
+        self._before = 0  # forwards of layers when those began
         for block in worker.model.blocks.values():
             block.attention.register_forward_hook(self._computes)
             mixture = isinstance(block.mlp, ExpertParallelMoE)
@@ -87,7 +88,7 @@ class Flights:
     def begins(self, action: Action, then: Sequence[Action], final: bool) -> None:
         self._now = self.clock if torch.is_grad_enabled() else None
         if not self._open:
-            self._begun = {"F": 0, "B": 0}
+            self._begun, self._before = {"F": 0, "B": 0}, self._computed["F"]
         self._open.append(action)
         if self._now and action.kind == "W":
             self._now.now[0] += UNIT_COSTS["W"] * 2 * len(self.worker.pipeline.stages[action.stage].blocks)
@@ -95,7 +96,7 @@ class Flights:
     def ends(self, action: Action) -> None:
         if len(self._open) == 2:
             self.pairs += 1
-            self.could += hidden_by(self._begun["F"], self._begun["B"])
+            self.could += hidden_by(self._begun["F"], self._begun["B"], self._computed["F"] > self._before)
         self._open.remove(action)
 
     def done(self) -> None:
@@ -167,7 +168,9 @@ def planned(schedule: Schedule, layers: dict[int, int], mixtures: dict[int, int]
         for kind, cost in UNIT_COSTS.items()
     }
     hidden = {
-        (f, b): EXCHANGE * hidden_by(2 * mixtures[f], 2 * mixtures[b]) for f in range(stages) for b in range(stages)
+        (f, b): EXCHANGE * hidden_by(2 * mixtures[f], 2 * mixtures[b], layers[f] > 0)
+        for f in range(stages)
+        for b in range(stages)
     }
     if _equal(layers, mixtures):
         f, b, w = (costs[kind][0] for kind in "FBW")
@@ -178,12 +181,15 @@ def planned(schedule: Schedule, layers: dict[int, int], mixtures: dict[int, int]
     return by_turns.makespan, validate(schedule, costs).makespan
 
 
-def hidden_by(forward: int, backward: int) -> int:
+def hidden_by(forward: int, backward: int, computes: bool = True) -> int:
     """Of so many all-to-alls of the forward and of the backward of an F&B, those that travel while the other computes.
 
     By turns: as many of each as the other has. Of the backward one more, behind a forward that has none.
+
+    Args:
+        computes: whether the forward has a layer: a stage may be the embedding or the head alone.
     """
-    return 2 * min(forward, backward) + (forward == 0 < backward)
+    return 2 * min(forward, backward) + (forward == 0 < backward and computes)
 
 
 def _equal(layers: dict[int, int], mixtures: dict[int, int]) -> bool:
