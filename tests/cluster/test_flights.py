@@ -66,3 +66,4 @@ def test_dense_layers_and_mixtures(pool: Pool, case: str) -> None:
 
 def test_what_a_pair_can_hide() -> None:
     assert [hidden_by(*pair) for pair in ((4, 4), (2, 4), (4, 2), (0, 4), (4, 0), (0, 0))] == [8, 4, 4, 1, 0, 0]
+    assert hidden_by(0, 4, computes=False) == 0, "a stage that is the head alone"
