@@ -29,6 +29,7 @@ from cluster.planner.stages import layers_by_rank
 from cluster.planner.traffic import sent
 from core.model.config import ModelConfig
 from core.proof.rules import at_least, check
+from core.proof.terminal import fit
 
 BATCH = 512  # without the flag
 WHY = {
@@ -145,8 +146,8 @@ def main() -> int:
     size = f"{size / 1e9:.2f} x 10^9" if size > 1e8 else f"{size:,}"
     print(f"{model.name}, {size} parameters, on {layout.ranks} of {machine.name}, batch {layout.batch}")
     print(f"{considered:,} layouts keep the rules, {len(found):,} of those tried fit; {seconds:.1f} s\n")
-    print(table(model, machine, best) + "\n")
-    print("\n".join(why(model, machine, found)))
+    print(fit(table(model, machine, best)) + "\n")
+    print(fit("\n".join(why(model, machine, found))))
     if lacks := lacking(model, folder):
         whole = "" if lacking(model, "FOLDER") else "; with --write-config FOLDER it trains this model"
         print(f"The plan is for the model; the command trains one without {lacks}{whole}.")

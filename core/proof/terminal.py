@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+from itertools import pairwise
 from textwrap import wrap
 from unicodedata import east_asian_width
 
@@ -38,12 +39,13 @@ def fit(text: str, width: int | None = None) -> str:
         first, end = _block(lines, at)
         block = lines[first:end]
         rule = next((i for i, line in enumerate(block) if RULE.fullmatch(line.rstrip())), None)
-        if rule is None and "  " not in lines[at].strip() and "│" not in lines[at]:  # prose
+        if rule is None and "  " not in lines[at].strip() and not {*lines[at]} & {*"│─"}:  # prose
             made += _wrapped(lines[at], width)
             at += 1
             continue
         del made[len(made) - (at - first) :]
-        made += _cut(block, width) if rule is None else _parts(block, rule, width)
+        framed = block[0].startswith("┌") and len(set(map(len, block))) == 1
+        made += _frames(block, width) if framed else _cut(block, width) if rule is None else _parts(block, rule, width)
         at = end
     return "\n".join(made)
 
@@ -89,21 +91,49 @@ def _head(line: str, width: int) -> str:
     return made
 
 
+def _frames(block: list[str], width: int) -> list[str]:
+    """The same as `_parts` of a table in a frame."""
+    borders = [i for i, c in enumerate(block[0]) if c in "┌┬┐"]
+    first, *others = pairwise(borders)
+    if max(end - start for start, end in others) + first[1] >= width:
+        return _cut(block, width)
+    made, some = [], []
+    for span in [*others, None]:
+        if some and (span is None or first[1] + sum(b - a for a, b in [*some, span]) >= width):
+            for line in block:
+                made.append(line[: first[1]] + "".join(line[a:b] for a, b in some) + line[-1])
+            some = []
+        some += [span] * (span is not None)
+    return made
+
+
 def _parts(block: list[str], rule: int, width: int) -> list[str]:
-    """A table, a few of its columns at a time under one another, each time with the first one; then nothing is lost."""
+    """A table, a few of its columns at a time under one another, each time with the first one; then nothing is lost.
+
+    Lines above and below that are no rows of it, because they have letters between its columns, are wrapped.
+    """
     spans = [match.span() for match in re.finditer("-+", block[rule])]
-    header = next(i for i in range(rule, -1, -1) if i == 0 or measure(block[i - 1]) > spans[-1][1])
-    if any(measure(line) != len(line) for line in block):
-        return _cut(block, width)
+
+    def is_row(line: str) -> bool:
+        return not any(line[end:start].strip() for (_, end), (start, _) in pairwise(spans))
+
+    header = next(i for i in range(rule, -1, -1) if i == 0 or not is_row(block[i - 1]))
+    footer = next((i for i in range(rule + 1, len(block)) if not is_row(block[i])), len(block))
+    table = block[header:footer]
+    above, below = (
+        [part for line in some for part in _wrapped(line, width)] for some in (block[:header], block[footer:])
+    )
     (_, first), *others = spans
-    if max(end - start for start, end in others) + 2 + first > width:
-        return _cut(block, width)
-    made, some = block[:header], []
+    if max(map(measure, table)) <= width:
+        return above + table + below
+    if any(measure(line) != len(line) for line in table) or max(b - a for a, b in others) + 2 + first > width:
+        return above + _cut(table, width) + below
+    made, some = [], []
     for span in [*others, None]:
         if some and (span is None or first + sum(2 + b - a for a, b in [*some, span]) > width):
             made += [""] * bool(made)
             made += ["  ".join([line[:first].ljust(first), *(line[a:b].ljust(b - a) for a, b in some)]).rstrip()
-                     for line in block[header:]]  # fmt: skip
+                     for line in table]  # fmt: skip
             some = []
         some += [span] * (span is not None)
-    return made
+    return above + made + below
