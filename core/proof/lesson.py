@@ -35,6 +35,7 @@ from core.proof.launch import (
     process_info,
     speaks_for_machine,
 )
+from core.proof.page.page import render
 from core.proof.plot import plot
 from core.proof.terminal import columns, fit
 
@@ -217,8 +218,6 @@ class Lesson:
         if run.args.report:
             write_file(run.args.report, json.dumps(report, indent=1, allow_nan=False))
         if run.page:
-            from core.proof.page.page import render  # jinja2 takes a tenth of a second, on every rank
-
             write_file(run.args.page, render(self, run, report, sent))
 
 
