@@ -24,11 +24,14 @@ from cluster.planner.counting import model_parameters, step_flops
 from cluster.planner.hardware import Machine, Software
 from cluster.planner.layout import Layout, given
 from cluster.planner.options import machine_of, model_of, parser
+from cluster.planner.page import page
 from cluster.planner.plans import Plan, plans, something_that_fits
 from cluster.planner.stages import layers_by_rank
 from cluster.planner.traffic import sent
 from core.model.config import ModelConfig
+from core.proof.files import check_writable, write_file
 from core.proof.rules import at_least, check
+from core.proof.terminal import fit
 from pipeline.split import layers_by_stage, notation
 
 BATCH = 512  # without the flag
@@ -132,10 +135,13 @@ def main() -> int:
     made = parser("plan", "The fastest layout of a model on a machine, and why.")
     made.add_argument("--top", type=int, default=10, help="layouts to show (default %(default)s)")
     made.add_argument("--write-config", metavar="FOLDER", help="write config.json there, for a command that trains it")
+    made.add_argument("--page", metavar="FILE.html", help="the plans as a page: time against memory, and why")
     made.add_argument("--json", action="store_true", help="the same for a program")
     began = time.perf_counter()
     try:
         args = made.parse_args()
+        if args.page:
+            check_writable("--page", args.page)
         model, machine, found, considered = search(args)
         folder = write_config(args.write_config, model) if args.write_config else folder_of(args)
     except ValueError as error:
@@ -144,6 +150,8 @@ def main() -> int:
     seconds = time.perf_counter() - began
     layout, best = found[0].layout, found[: args.top]
     line, sbatch = commands(layout, machine, model, folder)
+    if args.page:
+        write_file(args.page, page(model, machine, found, args.top, why(model, machine, found), line))
     if args.json:
         written = report(model, machine, best) | {"considered": considered, "torchrun": line, "sbatch": sbatch}
         print(json.dumps(written, indent=1))
@@ -152,8 +160,8 @@ def main() -> int:
     size = f"{size / 1e9:.2f} x 10^9" if size > 1e8 else f"{size:,}"
     print(f"{model.name}, {size} parameters, on {layout.ranks} of {machine.name}, batch {layout.batch}")
     print(f"{considered:,} layouts keep the rules, {len(found):,} of those tried fit; {seconds:.1f} s\n")
-    print(table(model, machine, best) + "\n")
-    print("\n".join(why(model, machine, found)))
+    print(fit(table(model, machine, best)) + "\n")
+    print(fit("\n".join(why(model, machine, found))))
     if lacks := lacking(model, folder):
         whole = "" if lacking(model, "FOLDER") else "; with --write-config FOLDER it trains this model"
         print(f"The plan is for the model; the command trains one without {lacks}{whole}.")

@@ -19,6 +19,7 @@ from cluster.planner.rulebook import POSITIVE, RULES, Case, broken
 from cluster.planner.search import nearest
 from core.model.config import ModelConfig
 from core.proof.rules import Rule
+from core.proof.terminal import fit
 
 
 def check(
@@ -68,7 +69,7 @@ def explain(case: Case) -> str:
 def main() -> int:
     try:
         case = case_of(parser("rules", "Which rules a layout keeps, which it breaks, and what would do.").parse_args())
-        print(explain(case))
+        print(fit(explain(case)))
     except ValueError as error:
         print(f"cluster/rules.py: {error}", file=sys.stderr)
         return 2

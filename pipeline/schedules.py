@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import TextIO
 
+from core.proof.terminal import fit
 from pipeline import dualpipe, gpipe, interleaved, naive, zero_bubble
 from pipeline.engine.actions import Action, Schedule, ScheduleError
 from pipeline.engine.validator import validate
@@ -112,10 +113,8 @@ def main() -> int:
         to_csv(schedule, sys.stdout)
         return 0
     print(show_schedule(schedule, verdict.events))
-    print(
-        f"bubble: {verdict.bubble_of_wall:.4f} of wall time, {verdict.bubble_of_ideal:.4f} of ideal time; "
-        f"in flight per rank: {' '.join(map(str, verdict.in_flight))}"
-    )
+    bubbles = f"bubble: {verdict.bubble_of_wall:.4f} of wall time, {verdict.bubble_of_ideal:.4f} of ideal time; "
+    print(fit(f"{bubbles}in flight per rank: {' '.join(map(str, verdict.in_flight))}"))
     return 0
 
 

@@ -1,5 +1,6 @@
 import faulthandler
 import gc
+import os
 import signal
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ import torch
 
 from tests.pool import Pool
 
+os.environ["COLUMNS"] = "200"  # what tests look for in what is printed stays in one line
 LONGEST_TEST = 120  # seconds
 
 torch.set_num_threads(1)

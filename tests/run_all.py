@@ -16,6 +16,7 @@ from tabulate import tabulate
 from cluster import explore as memory
 from core.proof.files import write_file
 from core.proof.page.page import entry, index
+from core.proof.terminal import columns, measure
 from pipeline import explore as schedules
 from tests.pool import Outcome, Pool, Running
 
@@ -27,14 +28,21 @@ MORE = (
 BY_THE_CLOCK = "cluster/topology.py"  # claims what it measures in seconds: runs alone. The others run two at a time
 
 
+os.environ["COLUMNS"] = str(columns())  # the ranks write to files
+
+
 def show(lesson: str, ranks: int, outcome: Outcome, report: Path) -> tuple[str, str, str, str]:
     """Print what it said; its row of the summary."""
     print(outcome.out, flush=True)
     claims = json.loads(report.read_text())["claims"] if report.exists() else []
     held = sum(claim["holds"] for claim in claims)
-    good = outcome.codes == [0] * ranks and held == len(claims) > 0
+    widest = max(map(measure, outcome.out.splitlines()), default=0)
+    fits = widest <= columns()
+    good = outcome.codes == [0] * ranks and held == len(claims) > 0 and fits
     if not good:
         print(f"exit codes {outcome.codes}\n{outcome.err}", flush=True)
+    if not fits:
+        print(f"a line of {widest} columns, where the terminal has {columns()}", flush=True)
     shown = f"{held} of {len(claims)}" if claims else "no report"
     return lesson, shown, f"{outcome.seconds:.0f}", "ok" if good else "FAILED"
 

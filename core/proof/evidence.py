@@ -6,6 +6,8 @@ from textwrap import fill
 
 from tabulate import tabulate
 
+from core.proof.terminal import coloured
+
 SHOWN = 10  # claims that failed
 
 
@@ -96,19 +98,25 @@ class Evidence:
         ]
         return "\n".join(lines[:SHOWN] + [f"and {len(lines) - SHOWN} more"] * (len(lines) > SHOWN))
 
-    def tables(self) -> str:
-        made = []
+    def tables(self, width: int = 141) -> str:
+        """What the slide says, then that it is right; no wider than `width`, if that can be."""
+        made, room = [], max(30, min(width, 141) - 11)  # of three columns
+        widths = (room * 44 // 130, room * 46 // 130, room * 40 // 130)
         for title, correctness in (("the slide", False), ("correctness", True)):
             header = (title, "slide or paper", "measured", "holds")
-            rows = [
-                (row.claim, row.formula, row.measured, "yes" if row.holds else "NO")
-                for row in self.rows
-                if row.correctness is correctness
-            ]
+            rows = [row for row in self.rows if row.correctness is correctness]
             # Not tabulate's own maxcolwidths: it takes a cell such as "16,384" for a number and fails to read it.
-            cells = [[fill(cell, width) for cell, width in zip(row, (44, 46, 40, 5), strict=True)] for row in rows]
+            cells = [
+                [*map(fill, (row.claim, row.formula, row.measured), widths), verdict(row.holds)] for row in rows
+            ]  # fmt: skip
             made += [tabulate(cells, header, disable_numparse=True)] * bool(rows)
         return "\n\n".join(made)
+
+
+def verdict(holds: bool) -> str:
+    """In a word, coloured where it is a terminal."""
+    word = "yes" if holds else "NO"
+    return f"\033[{32 if holds else 31}m{word}\033[0m" if coloured() else word
 
 
 def number(value: float) -> str:

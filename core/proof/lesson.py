@@ -37,6 +37,7 @@ from core.proof.launch import (
 )
 from core.proof.page.page import render
 from core.proof.plot import plot
+from core.proof.terminal import columns, fit
 
 DTYPES = ("float64", "float32", "bfloat16")  # each with its usual policy
 
@@ -65,9 +66,9 @@ class Run:
         return self.precision.parameters
 
     def say(self, text: str = "") -> None:
-        """Print on rank 0."""
+        """Print on rank 0, no wider than the terminal."""
         if self.job.rank == 0:
-            print(text, flush=True)
+            print(fit(text), flush=True)
 
     @property
     def page(self) -> bool:
@@ -82,8 +83,9 @@ class Run:
 
     def say_course(self, rows: Iterable[tuple[str, str, str, str]]) -> None:
         """What the course's practice prints, what is right, and why they differ: (of what, printed, right, why)."""
-        header = ("", "the course prints", "right", "why")
-        cells = [[fill(cell, width) for cell, width in zip(row, (16, 24, 20, 44), strict=True)] for row in rows]
+        header, room = ("", "the course prints", "right", "why"), min(columns(), 110) - 6
+        widths = (room * 16 // 104, room * 24 // 104, room * 20 // 104, room * 44 // 104)
+        cells = [[*map(fill, row, widths)] for row in rows]
         self.say("\n" + tabulate(cells, header, disable_numparse=True))
 
     def steps(self, what: str = "training") -> tqdm:
@@ -193,7 +195,7 @@ class Lesson:
     def _conclude(self, run: Run, seconds: float, sent: "Sent") -> None:
         claims = run.evidence.claims
         held = sum(claim.holds for claim in claims)
-        run.say(f"\n{run.evidence.tables()}\n")
+        run.say(f"\n{run.evidence.tables(columns())}\n")
         run.say(f"{held} of {len(claims)} claims held · {seconds:.1f} s")
         if not run.args.report and not run.page:
             return

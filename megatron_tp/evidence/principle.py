@@ -55,7 +55,7 @@ class Experiment:
 
 def show_mlp(h: int, t: int) -> str:
     """What each rank has: of A its own band of columns, of B its own band of rows."""
-    titles = "rank", f"A {h} x {4 * h}: {4 * h // t} columns a rank", f"B {4 * h} x {h}: {4 * h // t} rows a rank"
+    titles = "rank", f"A {h} x {4 * h}:\n{4 * h // t} columns a rank", f"B {4 * h} x {h}:\n{4 * h // t} rows a rank"
     rows = [(i, _bands(i, t), f"| B_{i} |") for i in range(t)]
     return tabulate(rows, titles, "plain", disable_numparse=True)
 

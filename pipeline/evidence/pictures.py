@@ -80,11 +80,14 @@ def draw_stages(run: Run, schedule: Schedule) -> None:
     """Which layers each rank has."""
     stages, _ = size(schedule)
 
-    def cell(stage: int) -> tuple[str, str]:
+    def cell(stage: int) -> tuple[tuple[str, str], str]:
         layers = layers_in(run.args.layers, stages, stage)
-        ends = [word for word, there in (("embedding", stage == 0), ("head", stage == stages - 1)) if there]
-        text = f"stage {stage}: layers {layers[0]}-{layers[-1]}" if layers else f"stage {stage}:"
-        return " + ".join([text, *ends]), str(stage % 8)
+        some = f"{layers[0]}" + f"-{layers[-1]}" * (len(layers) > 1) if layers else "–"
+        ends = [words for words, there in (((" + embedding", " + 词嵌入"), stage == 0),
+                                           ((" + head", " + 输出头"), stage == stages - 1)) if there]  # fmt: skip
+        english, chinese = (f"{text}{''.join(words[i] for words in ends)}" for i, text in enumerate(
+            (f"stage {stage}: layers {some}", f"阶段 {stage}：第 {some} 层")))  # fmt: skip
+        return (english, chinese), str(stage % 8)
 
     parts = stages_of_ranks(schedule)
     most = max(map(len, parts))

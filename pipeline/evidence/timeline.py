@@ -1,20 +1,18 @@
 """Draw a timeline: in the terminal, as SVG, and as a trace for Perfetto or chrome://tracing."""
 
 import json
-import os
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 
+from core.proof import terminal
 from core.proof.clock import Event, VirtualClock
+from core.proof.figures import ACTIONS
 from core.proof.plot import picture
 from pipeline.engine.actions import Action, Schedule, size, stage_share, stages_of_ranks
-from pipeline.engine.validator import Timeline
+from pipeline.engine.validator import Timeline, bubble
 
 KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradients"}
 _TERMINAL = {"F": "\033[44;97m", "B": "\033[42;30m", "I": "\033[46;30m", "W": "\033[43;30m"}
-_PLOT = {"F": "#9ec5f4", "B": "#a8d8a0", "I": "#9fd9d2", "W": "#f2d48f"}
 NUMBER = "rank {:<3}"  # at the start of a line
 
 
@@ -24,8 +22,7 @@ def show_schedule(schedule: Schedule, timeline: Timeline) -> str:
     Where the numbers of the micro-batches do not fit, the kinds of the actions are drawn alone, and where that does not
     fit either, the start of it.
     """
-    width = shutil.get_terminal_size((120, 24)).columns
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    width, colour = terminal.columns(), terminal.coloured()
     rows = [_cells(row) for row in timeline]
     digits = 1 + max(len(_numbered(*cell, 0)) for row in rows for cell in row if cell[0].kind != "B")
     share, end = stage_share(schedule), max(row[-1].end[0] for row in timeline)
@@ -93,26 +90,49 @@ def _draw(rows: list[list[Cell]], timeline: Timeline, columns: int, digits: int,
     return "\n".join(lines)
 
 
+INCHES = 0.085  # of a character of a label
+WIDEST = 100.0  # inches of a picture
+
+
 def plot(path: str, timelines: Mapping[str, Timeline]) -> None:
-    """Write timelines in unit costs as an SVG picture, under one another, each with its title."""
-    end = max(event.end[0] for timeline in timelines.values() for row in timeline for event in row)
+    """Write timelines in unit costs as an SVG picture, under one another, each with its title and its bubble.
+
+    As wide as the numbers in the shortest actions need, but for WIDEST: then those that do not fit are left out.
+    """
+    events = [event for timeline in timelines.values() for row in timeline for event in row]
+    end, shortest = max(e.end[0] for e in events), min(e.end[0] - e.start[0] for e in events)
     rows = sum(map(len, timelines.values()))
-    with picture(path, min(40, 2 + end / 3), len(timelines) + 0.4 * rows) as axes:
-        ticks, at = {}, 0
+    labels = {id(row): _cells(row) for timeline in timelines.values() for row in timeline}
+    longest = max(len(f"{action.microbatch}{letter}") for cells in labels.values() for action, letter in cells)
+    unit = max(1 / 3, INCHES * (longest + 0.5) / shortest)  # inches of a unit of time
+    width = min(WIDEST, max(7.0, end * unit))
+    with picture(path, 2 + width, 1 + 0.6 * len(timelines) + 0.4 * rows) as axes:
+        ticks, at = {}, 0.0
         for title, timeline in timelines.items():
+            of_wall, of_ideal = bubble(timeline)
+            title = f"{title}: bubble {of_wall:.4g} of wall time, {of_ideal:.4g} of ideal time"
             axes.text(0, at - 0.7, title, ha="left", va="bottom", fontsize=9)
             for rank, row in enumerate(timeline):
                 ticks[at] = rank
-                for event, (action, letter) in zip(row, _cells(row), strict=True):
-                    start, length = event.start[0], event.end[0] - event.start[0]
-                    axes.barh(at, length, left=start, height=0.9, color=_PLOT[action.kind], edgecolor="white")
+                axes.barh(at, max(r[-1].end[0] for r in timeline), height=0.9, color="#eef0f3")  # what is not covered
+                spans = [(event.start[0], event.end[0] - event.start[0]) for event in row]
+                colours = [ACTIONS[event.label.kind] for event in row]
+                axes.broken_barh(spans, (at - 0.45, 0.9), facecolors=colours, edgecolor="white")
+                for (start, length), (action, letter) in zip(spans, labels[id(row)], strict=True):
                     text = f"{action.microbatch}{letter}"
-                    axes.text(start + length / 2, at, text, ha="center", va="center", fontsize=7)
+                    if len(text) * INCHES <= length * width / end:
+                        axes.text(start + length / 2, at, text, ha="center", va="center", fontsize=7)
                 at += 1
             at += 1.5
+        kinds = [kind for kind in KINDS if any(event.label.kind == kind for event in events)]
+        handles = [axes.barh(0, 0, color=ACTIONS[kind], label=f"{kind} {KINDS[kind]}") for kind in kinds]
+        handles.append(axes.barh(0, 0, color="#eef0f3", label="bubble"))
+        if any(letter for cells in labels.values() for _, letter in cells):
+            handles.append(axes.barh(0, 0, alpha=0, label="a, b, …: which of the rank's stages"))
         axes.set(xlabel="virtual time (a forward of 1/p of the model = 1)", ylabel="rank", xlim=(0, end))
+        axes.set_ylim(at - 1.5, -1.6)
         axes.set_yticks([*ticks], [*ticks.values()])
-        axes.invert_yaxis()
+        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
 
 
 def to_trace(timeline: Timeline) -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster import explore
+from cluster import explore, plan
 from cluster.planner.memory import rank_memory
 from cluster.planner.models import PUBLISHED
 from cluster.planner.rulebook import Case, broken
 from cluster.planner.stages import distinct_ranks
+from core.proof.page.page import numbers_of
 from tests.browser import Browser
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "gathered", "working")
@@ -86,6 +87,33 @@ def test_what_is_chosen_is_shown(browser: Browser) -> None:
     browser.run("FIELDS.model.value = 'llama3-8b'; FIELDS.model.onchange()")
     assert "has no experts" in browser.run("document.getElementById('why').textContent")
     browser.run("FIELDS.ep.value = 1; draw()")
+
+
+def test_plans_as_a_page(browser: Browser, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "plans.html"
+    flags = (
+        "--model",
+        "llama3-8b",
+        "--machine",
+        "dgx-h100",
+        "--world",
+        "16",
+        "--batch",
+        "32",
+        "--pp",
+        "1",
+        "--cp",
+        "1",
+    )
+    monkeypatch.setattr("sys.argv", ["plan", *flags, "--page", str(out), "--top", "3"])
+    assert plan.main() == 0
+    scatter = numbers_of(out.read_text("utf-8"))["figures"][0]
+    assert [point[0] for point in scatter["points"][:4]] == ["1", "2", "3", ""]
+    assert all(point[2] <= explore.USABLE * 80 for point in scatter["points"])
+    browser.open(out)
+    assert browser.run("document.querySelectorAll('circle').length") == len(scatter["points"])
+    assert browser.run("document.querySelectorAll('table.grid tbody tr').length") == 3
+    browser.open(written)
 
 
 def test_it_fits_a_phone_and_speaks_both_languages(browser: Browser, written: Path) -> None:

@@ -8,16 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
 from core.ledger import Traffic
 from core.proof.evidence import Row, number
 from core.proof.figures import ACTIONS, SERIES, Figure, Words, bars, grid, lines
-
-if TYPE_CHECKING:
-    from core.proof.lesson import Lesson, Run
 
 STATIC = files("core.proof.page") / "static"
 CHARTS = ("bars", "lines", "scatter")
@@ -40,9 +37,9 @@ def assemble(template: str, data: Any, scripts: Sequence[str], package: str = "c
         scripts: more of them than SCRIPTS, as text.
         values: of the template.
     """
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined  # 0.1 s, which each rank would take
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined  # a tenth of a second, on every rank
 
-    loader = ChoiceLoader([PackageLoader(package), PackageLoader("core.proof.page")])
+    loader = ChoiceLoader([PackageLoader(each) for each in dict.fromkeys((package, "core.proof.page"))])
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -68,10 +65,11 @@ class Shown:
     first: int
 
 
-def render(frame: "Lesson", run: "Run", report: Mapping[str, Any], sent: Mapping[str, Sequence[Any]]) -> str:
+def render(frame: Any, run: Any, report: Mapping[str, Any], sent: Mapping[str, Sequence[Any]]) -> str:
     """The page of a run.
 
     Args:
+        frame, run: the `Lesson` and its `Run`, from `core.proof.lesson`, which imports this file.
         report: as `--report` writes it; the page has it, and its tables show its numbers.
         sent: what every rank has sent, by version.
     """
@@ -101,7 +99,7 @@ def render(frame: "Lesson", run: "Run", report: Mapping[str, Any], sent: Mapping
 WRITTEN = ("--page", "--report", "--plot", "--trace", "--json")  # flags that name a file to write
 
 
-def command(frame: "Lesson", run: "Run") -> str:
+def command(frame: Any, run: Any) -> str:
     """What starts this run again, but for the files that it has written."""
     flags, given = [], iter(sys.argv[1:])
     for word in given:
@@ -121,7 +119,7 @@ def idea(script: Path) -> tuple[str, str] | None:
     return english, chinese
 
 
-def memory(run: "Run") -> list[Figure]:
+def memory(run: Any) -> list[Figure]:
     """Bytes that each rank holds, of the last version trained: the fast one, for which the formula is, if there is one.
 
     Of the plain one too, where there is no formula.
@@ -142,7 +140,7 @@ def memory(run: "Run") -> list[Figure]:
     return found
 
 
-def traffic(run: "Run", sent: Mapping[str, Sequence[Mapping[tuple[str, str], Traffic]]]) -> list[Figure]:
+def traffic(run: Any, sent: Mapping[str, Sequence[Mapping[tuple[str, str], Traffic]]]) -> list[Figure]:
     """Bytes that each rank has sent, by axis and operation."""
     found = []
     for name, ranks in sent.items():
@@ -162,7 +160,7 @@ def traffic(run: "Run", sent: Mapping[str, Sequence[Mapping[tuple[str, str], Tra
     return found
 
 
-def losses(run: "Run") -> list[Figure]:
+def losses(run: Any) -> list[Figure]:
     if not run.losses:
         return []
     series = {"on the ranks": run.losses}

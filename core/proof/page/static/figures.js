@@ -64,7 +64,7 @@ const FIGURES = {
 
   scatter(f, width) {
     const kinds = [...new Set(f.points.map((p) => p[3]))], left = 64, high = 300, wide = width - left - 110;
-    let [x0, x1] = range([...f.points.map((p) => p[1]), 0]), [y0, y1] = range([...f.points.map((p) => p[2]), 0]);
+    let [x0, x1] = range(f.points.map((p) => p[1])), [y0, y1] = range(f.points.map((p) => p[2]));
     if (f.diagonal) [x0, x1, y0, y1] = [Math.min(x0, y0), Math.max(x1, y1), Math.min(x0, y0), Math.max(x1, y1)];
     const x = (v) => left + ((v - x0) / (x1 - x0)) * wide, y = (v) => 10 + (1 - (v - y0) / (y1 - y0)) * (high - 20);
     const svg = s("svg", { width, height: high + 36, role: "img", "aria-label": T(f.title) });
@@ -79,12 +79,14 @@ const FIGURES = {
     f.points.forEach(([label, px, py, kind]) => {
       svg.append(s("circle", { cx: x(px), cy: y(py), r: 5, fill: series(kinds.indexOf(kind)) },
         s("title", {}, `${label}: ${num(px)}, ${num(py)}`)));
+      if (!label) return;
       let at = y(py) + 4;
-      while (taken.some(([a, b]) => Math.abs(a - x(px)) < 110 && Math.abs(b - at) < 13)) at += 13;
+      while (taken.some(([a, b]) => Math.abs(a - x(px)) < textWidth(label) + 12 && Math.abs(b - at) < 13)) at += 13;
       taken.push([x(px), at]);
       svg.append(s("text", { x: x(px) + 9, y: at }, label));
     });
-    return [h("div", { class: "scroll" }, svg), h("p", { class: "note" }, T(f.y))];
+    const named = kinds.length > 1 && kinds.length < 9 ? [legend(kinds.map((kind, i) => [series(i), N(kind)]))] : [];
+    return [...named, h("div", { class: "scroll" }, svg), h("p", { class: "note" }, T(f.y))];
   },
 
   grid(f) {
