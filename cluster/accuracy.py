@@ -70,7 +70,8 @@ def standings(run: Measurement, software: Software) -> tuple[tuple[int, int], tu
     First with the microbatch and the stages a rank of the run, or 1 stage where they cannot be; then with both free.
     """
     x = run.layout
-    fixed = {"cp": [1], "sp": [False], "zero": [0], "recompute": ["full"], "schedule": ["1f1b", "interleaved"]}
+    fixed = {"cp": [1], "sp": [False], "zero": [0], "recompute": ["full"], "recompute_every": [1], "split": [""],
+             "schedule": ["1f1b", "interleaved"]}  # fmt: skip
     found, _ = plans(run.model, A100, x.ranks, x.batch, software, fixed | {"v": [2, 3, 4, 5, 6, 8]})
     free = [plan.layout for plan in found]  # the fastest first
     alike = [layout for layout in free if layout.microbatch == x.microbatch and layout.v in (1, x.v)]

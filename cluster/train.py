@@ -21,6 +21,7 @@ Unless told `--no-verify`, one process trains beside it, and every step is compa
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,7 +168,12 @@ def drawn_by(args: argparse.Namespace) -> dict[str, Any]:
 def alone(job: Job, folder: str) -> FolderLock | None:
     """That no other run saves there, held by rank 0. Raises ValueError on all ranks where one does."""
     held: list[FolderLock] = []
-    agreed(lambda: held.append(FolderLock("--save", folder)) if job.rank == 0 else None)
+
+    def take() -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        held.append(FolderLock("--save", folder))
+
+    agreed(lambda: take() if job.rank == 0 else None)
     return held[0] if held else None
 
 

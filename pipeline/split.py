@@ -178,6 +178,7 @@ SPLIT = (
         "must be E, a t for each layer, and L, with | between stages; t*3 and (t|)*3 repeat{split_error}",
         suggested,
         SOURCE,
+        peer="Megatron-LM, pipeline_parallel_layer_layout.py: parse_str_to_list, validate_layer_layout",
     ),
     Rule(
         "pp: layers of stages",
@@ -186,6 +187,7 @@ SPLIT = (
         "must have a t for each of the {layers} layers: it has {split_layers}",
         suggested,
         SOURCE,
+        peer="Megatron-LM, pipeline_parallel_layer_layout.py: parse_str_to_list, validate_layer_layout",
     ),
     Rule(
         "pp: number of stages",
@@ -194,6 +196,7 @@ SPLIT = (
         "must have as many stages as all ranks of the pipeline hold, {stages}: it has {split_stages}",
         suggested,
         SOURCE,
+        peer="Megatron-LM, pipeline_parallel_layer_layout.py: parse_str_to_list, validate_layer_layout",
     ),
     Rule(
         "pp: idle ranks",
@@ -202,6 +205,7 @@ SPLIT = (
         "must leave something to every rank: rank {split_idle} of the pipeline would have nothing to compute",
         suggested,
         SOURCE,
+        peer="cannot be: a rank of a pipeline without a stage has nothing to do",
     ),
 )
 

@@ -5,7 +5,7 @@ Nothing is installed for it from Python: `apt-get install chromium` is enough, a
 
 import json
 import os
-import select
+import selectors
 import shutil
 import subprocess
 import tempfile
@@ -44,6 +44,8 @@ class Browser:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         commands, self._write = os.pipe()
         self._read, answers = os.pipe()
+        self._answers = selectors.DefaultSelector()  # and not select(), whose descriptors are below 1024
+        self._answers.register(self._read, selectors.EVENT_READ)
         flags = " ".join([*QUIET, f"--user-data-dir={self._folder.name}", f"--lang={language}"])
         self._process = subprocess.Popen(
             ["bash", "-c", f"exec {need_browser()} {flags} about:blank 3<&{commands} 4>&{answers}"],
@@ -71,6 +73,7 @@ class Browser:
         self._process.kill()
         self._process.wait()
         os.close(self._write)
+        self._answers.close()
         os.close(self._read)
         self._folder.cleanup()
 
@@ -137,7 +140,7 @@ class Browser:
     def _receive(self) -> dict[str, Any]:
         deadline = time.monotonic() + LONGEST
         while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._read], [], [], max(0.0, deadline - time.monotonic()))
+            ready = self._answers.select(max(0.0, deadline - time.monotonic()))
             assert ready, "the browser does not answer"
             part = os.read(self._read, 2**16)
             assert part, "the browser has ended"

@@ -103,6 +103,12 @@ def state_sizes(itemsize: int) -> tuple[int, int, int]:
     return (2, 4, 12) if itemsize == 2 else (itemsize, itemsize, 2 * itemsize)
 
 
+def selection_biases(model: ModelConfig, layout: Layout, rank: int) -> int:
+    """Bytes of what routers add to scores to balance: not trained, in float32 and not sharded (2412.19437, 2.1.2)."""
+    mixtures = sum(layers_of(model, layout, stage)[1] for stage in layout.stages_of(rank))
+    return 4 * model.experts * mixtures if model.score == "sigmoid" else 0
+
+
 def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2, muon: bool = False) -> RankMemory:
     """What a rank of the pipeline holds.
 
@@ -126,7 +132,7 @@ def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int
         here = sum(most_gathered(model, layout, rank, of_experts, few) for of_experts in (False, True))
     added_up = full if layout.zero >= 2 and layout.reduce == "step" and layout.microbatches > 1 else 0
     return RankMemory(
-        weights=weight * (shard if layout.zero == 3 else full),
+        weights=weight * (shard if layout.zero == 3 else full) + selection_biases(model, layout, rank),
         gradients=gradient * (shard + added_up if layout.zero >= 2 else full),
         optimizer=optimizer * (shard if layout.zero >= 1 else full) - moment * spared,
         activations=saved_at_peak(model, layout, rank, itemsize),

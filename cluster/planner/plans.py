@@ -84,9 +84,9 @@ def plans(
 
 
 def with_better_splits(model: ModelConfig, found: list[Plan], machine: Machine, software: Software) -> list[Plan]:
-    """The same plans, sorted again, with the splits of the layers that make them faster, where they can be among the
+    """The same plans, sorted again, those that can be among the first ones with the splits that make them faster.
 
-    first ones: equal stages are not always as fast, for the head is on one of them.
+    Equal stages are not always as fast, for the head is on one of them.
     """
     kept, first = [], [inf] * SHOWN
     for plan in found:

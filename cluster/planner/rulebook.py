@@ -187,6 +187,7 @@ RECOMPUTE = (
         "no layer is recomputed",
         lambda x: "--recompute full, or no --recompute-every",
         source="torchtitan, activation_checkpoint.py",
+        peer="cannot be: of no recomputation there is no every second one",
     ),
     Rule(
         "recompute: layers",
@@ -195,6 +196,7 @@ RECOMPUTE = (
         "of fewer layers none is recomputed",
         lambda x: f"--recompute-every {x.layers}, or less",
         source="torchtitan, activation_checkpoint.py",
+        peer="cannot be: the layer to recompute is not there",
     ),
 )
 

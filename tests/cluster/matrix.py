@@ -114,7 +114,7 @@ def table(world: int) -> dict[str, tuple[Any, ...]]:
 SAME_IN_ALL = {  # flags without a line in the table: why
     "what a rank computes with them is another number, and no other way": (
         "beta1", "beta2", "eps", "lr", "decay", "warmup", "cooldown", "min_lr", "momentum", "ns_steps",
-        "ns_coefficients", "seed", "steps",
+        "schedule_steps", "ns_coefficients", "seed", "steps",
     ),
     "said by other lines: pack, resume": ("eos", "save", "save_every", "keep"),
     "where data comes from: tests/cluster/test_train.py": ("data", "tokens", "token_type", "tokenizer"),
@@ -123,7 +123,7 @@ SAME_IN_ALL = {  # flags without a line in the table: why
     ),
     "chooses or counts a layout, and trains none": ("auto", "machine", "dry_run", "world", "rank"),
     "how it is shown, or when": (
-        "help", "report", "plot", "sample", "evaluate", "verify", "timeout", "device",
+        "help", "report", "plot", "page", "sample", "evaluate", "verify", "timeout", "device",
     ),
     "other tolerances: the tests of mixed precision": ("dtype",),
 }  # fmt: skip

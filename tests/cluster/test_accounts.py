@@ -364,7 +364,9 @@ def as_gpipe(original: Callable, schedule: str, *sizes: int) -> list:
 
 
 def from_the_first(original: Callable, model: GPTConfig, layout: Layout, stage: int) -> tuple[int, int]:
-    here = layers_in(model.layers, layout.stages, stage)
+    if layout.recompute_every == 1:
+        return original(model, layout, stage)
+    here = layers_in(model.layers, layout.stages, stage, layout.split)
     return sum(i % layout.recompute_every == 0 for i in here), 0
 
 

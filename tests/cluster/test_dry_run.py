@@ -125,8 +125,8 @@ LAYOUT_OF_EXPERTS = Layout(tp=2, dp=4, pp=2, ep=4, microbatches=4)
 EP, TP, ACTIVATIONS = ("sent in a step", "ep"), ("sent in a step", "tp"), ("held", "activations")
 
 
-def nobody_shares(axes: tuple, holders: object, forwards: int, alike: object) -> Spread:
-    return Spread(axes[:2], holders, forwards)
+def nobody_shares(axes: tuple, holders: object, forwards: int, alike: object, twin: object) -> Spread:
+    return Spread(axes[:2], holders, forwards, None, twin)
 
 
 MUTATIONS_OF_EXPERTS: dict[str, tuple[object, str, Callable | object, set[tuple[str, str]]]] = {

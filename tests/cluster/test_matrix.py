@@ -215,7 +215,8 @@ BUGS: dict[str, tuple[str, Callable[[], AbstractContextManager], str]] = {  # ro
         "experts", lambda: instead(worker, "hypot", lambda _, dense, experts: dense), "norm",
     ),
     "a pipeline's gradients are means over microbatches": (
-        "pipeline", lambda: instead(Worker, "_by_schedule", after(lambda self: [times(0.5, e) for e in self.engines])),
+        "pipeline",
+        lambda: instead(Worker, "_sum_over_copies", after(lambda self: [times(0.5, e) for e in self.engines])),
         "gradient",
     ),
     "moments are of other elements": ("experts", lambda: instead(Engine, "states", of_other_elements), "moment"),

@@ -134,7 +134,8 @@ def test_an_expert_and_the_shared_one_save_four_tensors_too() -> None:
     tokens = B * S
     shared = saved_by(SwiGLU(28))
     routed = 2 * saved_by(SwiGLU(12)) + 2 * 2 * tokens * H * ITEM  # and k rows of the input, and of the output
-    router = 2 * 4 * tokens * ITEM  # logits and probabilities
+    # All scores and the softmax of the chosen; of these the weight, and int64: which expert, which row, and back.
+    router = tokens * ((4 + 2) * ITEM + 2 * (ITEM + 3 * 8))
     assert tokens * mlp_saved(model, ONE, True, ITEM) == shared + routed + router
     without = replace(model, shared_feed_forward=0)
     assert tokens * (mlp_saved(model, ONE, True, ITEM) - mlp_saved(without, ONE, True, ITEM)) == shared
@@ -191,7 +192,8 @@ def test_a_wgrad_needs_inputs_and_gradients_of_every_matrix() -> None:
     assert layer_kept_for_wgrad(grouped, ONE, False, ITEM) == dense
     moe = replace(grouped, experts=4, top_k=3, expert_feed_forward=12, shared_feed_forward=28)
     routed = 3 * inputs_and_gradients(Fused(12))  # tokens choose evenly: B S k rows, whoever computes them
-    assert layer_kept_for_wgrad(moe, ONE, True, ITEM) == attention + inputs_and_gradients(Fused(28)) + routed
+    scores = 4 * B * S * ITEM  # their gradients; the input the shared expert has, too
+    assert layer_kept_for_wgrad(moe, ONE, True, ITEM) == attention + inputs_and_gradients(Fused(28)) + routed + scores
     latent = inputs_and_gradients(LatentAttention()) + inputs_and_gradients(Fused(36))
     assert layer_kept_for_wgrad(replace(LATENT, gated=True), ONE, False, ITEM) == latent
 

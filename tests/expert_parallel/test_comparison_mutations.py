@@ -234,8 +234,10 @@ def routers_of_shares_not_summed_over_tp() -> AbstractContextManager:
 def tokens_of_all_ranks_of_tp_sent() -> AbstractContextManager:
     right = build.Spread
 
-    def wrong(axes: tuple, holders: Holders, forwards: int, alike: Axis | None) -> Spread:
-        return right(axes[:2], holders, forwards)
+    def wrong(
+        axes: tuple, holders: Holders, forwards: int, alike: Axis | None, twin: tuple[Axis, int] | None
+    ) -> Spread:
+        return right(axes[:2], holders, forwards, None, twin)
 
     return patch.object(build, "Spread", wrong)
 

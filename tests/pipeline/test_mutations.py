@@ -157,8 +157,8 @@ def one_rank_skips_its_optimizer() -> AbstractContextManager:
 def a_parameter_is_lost() -> AbstractContextManager:
     right = training.partition
 
-    def wrong(model: gpt.GPT, mine: list[int], of: int) -> gpt.GPT:
-        model = right(model, mine, of)
+    def wrong(model: gpt.GPT, mine: list[int], *stages: object) -> gpt.GPT:
+        model = right(model, mine, *stages)
         for block in model.blocks.values():
             block.mlp.up.register_parameter("bias", None)
         return model

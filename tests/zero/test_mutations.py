@@ -166,7 +166,7 @@ def full_gradients_stay() -> AbstractContextManager:
 def no_layer_is_freed_in_forward() -> AbstractContextManager:
     def wrong(self: GatheredWeights, i: int) -> None:
         self._prefetch(i + 2)
-        self.layers[i].wait()
+        self._forward.walk.layers[i].wait()
 
     return patch.object(GatheredWeights, "forward_reaches", wrong)
 
