@@ -10,7 +10,7 @@ that a planner is for: is the (tp, pp) that the authors chose among the first th
 
 Calculated by the first rank; the others, if there are any, wait.
 
-read: accuracy.py:36-80; planner/published.py:18-29; then planner/steptime.py, evidence/published_runs.py
+read: accuracy.py:36-81; planner/published.py:18-29; then planner/steptime.py, evidence/published_runs.py
 """
 
 import argparse

@@ -5,7 +5,7 @@
 `planner/rulebook.py` has the rules. `check` is what a training calls before any process group exists; `explain` says
 which rules hold, and what would do instead of a layout that breaks one.
 
-read: planner/rulebook.py:76-207; then planner/search.py
+read: planner/rulebook.py:76-209; then planner/search.py
 """
 
 import sys
