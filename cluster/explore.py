@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster.planner.hardware import PRESETS
 from cluster.planner.layout import Layout
-from cluster.planner.memory import parameters, rank_memory, state_sizes
+from cluster.planner.memory import parameters, rank_memory, selection_biases, state_sizes
 from cluster.planner.models import PUBLISHED
 from cluster.planner.plans import USABLE
 from cluster.planner.rulebook import Case, broken
@@ -49,7 +49,8 @@ def layout_of(tp: int, cp: int, pp: int, recompute: str, microbatch: int, **more
 def shards(model: ModelConfig, tp: int, pp: int) -> list[list[float]]:
     """Of each rank of the pipeline of which one holds most, with dp = cp = ep = 1.
 
-    The rank; elements of experts and of all others; bytes of gathered weights (ZeRO-3), and those of experts in them.
+    The rank; elements of experts and of all others; bytes of gathered weights (ZeRO-3), and those of experts in them;
+    bytes of the biases of selection, which are not sharded.
     """
     layout, sharded, twice = (layout_of(tp, 1, pp, "none", 1, **more) for more in ({}, {"zero": 3}, TWICE))
     found = []
@@ -57,7 +58,8 @@ def shards(model: ModelConfig, tp: int, pp: int) -> list[list[float]]:
         gathered, experts = rank_memory(model, sharded, rank, ITEMSIZE).gathered, 0.0
         if model.experts:  # of which over twice as many ranks there are half
             experts = 2 * (gathered - rank_memory(model, twice, rank, ITEMSIZE).gathered)
-        found.append([rank, *parameters(model, layout, rank), gathered, experts])
+        biases = selection_biases(model, layout, rank)
+        found.append([rank, *parameters(model, layout, rank), gathered, experts, biases])
     return found
 
 

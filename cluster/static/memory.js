@@ -10,11 +10,11 @@ function memoryOf(x) {
   const saved = DATA.saved[[x.model, x.tp, x.cp, x.pp, x.recompute, x.microbatch].join("/")];
   if (typeof saved === "number") return DATA.reasons[saved];
   const [weight, gradient, optimizer] = DATA.sizes, data = x.dp * x.cp, edp = inside / x.ep;
-  return DATA.shards[[x.model, x.tp, x.pp].join("/")].map(([rank, ofExperts, others, gathered, gatheredExperts], i) => {
+  return DATA.shards[[x.model, x.tp, x.pp].join("/")].map(([rank, ofExperts, others, gathered, gatheredExperts, biases], i) => {
     const [activations, comes] = saved[i];
     const here = ofExperts / x.ep, full = here + others, shard = others / data + here / edp;
     return [rank, {
-      weights: weight * (x.zero === 3 ? shard : full),
+      weights: weight * (x.zero === 3 ? shard : full) + biases,
       gradients: gradient * (x.zero >= 2 ? shard : full),
       optimizer: optimizer * (x.zero >= 1 ? shard : full),
       activations,
