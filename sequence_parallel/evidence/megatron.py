@@ -4,6 +4,7 @@ b samples, s tokens in a sample, h hidden, L layers, t ranks
 """
 
 from collections.abc import Callable, Mapping
+from textwrap import fill
 
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -145,7 +146,7 @@ def claim_loss(run: Run, t: int, versions: Mapping[str, Version]) -> None:
     ways = {"plain": "Megatron-LM's, plain", "engine": "Megatron-LM's, engine", "our loss": "ours"}
     how = "all-reduces of maximum, sum, target"
     hows = {"plain": how, "engine": how, "our loss": "all-to-all of lse and target; all-gather of lse and gradient"}
-    rows = [(ways[name], hows[name], f"{size:,.0f}") for name, size in sent.items()]
+    rows = [(ways[name], fill(hows[name], 30), f"{size:,.0f}") for name, size in sent.items()]
     run.say("\n" + tabulate(rows, ("the loss", "collectives", "bytes a rank sends a step"), disable_numparse=True,
                             colalign=("left", "left", "right")))  # fmt: skip
     ratio = sent["our loss"] / sent["engine"]

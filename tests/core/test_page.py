@@ -70,7 +70,7 @@ def made(tmp_path: Path) -> tuple[str, dict]:
     run.draw({"kind": "timeline", "title": two, "note": "", "timelines": [
         {"name": two, "rows": [[cell, later]], "unit": "", "bubble": [0.5, 1.0]}]})  # fmt: skip
     frame = Lesson(str(tmp_path / "topic" / "script.py"), "00", "A title", "标题", "A summary.")
-    claims = [{"claim": c.claim, "expected": c.expected, "measured": c.measured, "holds": c.holds}
+    claims = [{"claim": c.claim, "formula": c.formula, "expected": c.expected, "measured": c.measured, "holds": c.holds}
               for c in run.evidence.claims]  # fmt: skip
     report = {"claims": claims, "lecture": "00", "world_size": 2, "backend": "gloo", "device": "cpu", "seconds": 1.0,
               "dtype": "float64", "mesh": {"dp": 2}, "losses": run.losses}  # fmt: skip
@@ -186,6 +186,7 @@ def test_keyboard_and_theme(browser: Browser, tmp_path: Path) -> None:
     browser.press("ArrowRight")
     assert "0B0, backward" in browser.run(told)
     assert "4 – 6 · waited 3 for 0F0 (rank 0)" in browser.run(told)
+    assert browser.run("[...document.querySelectorAll('.bubble')].map(b => b.textContent).join()") == "bubble 3"
     paper = "getComputedStyle(document.body).backgroundColor"
     browser.prefer("dark")
     dark = browser.run(paper)
