@@ -27,10 +27,10 @@ from cluster.evidence.published_runs import (
     claim_time,
     say_one_stage,
 )
-from cluster.planner.hardware import Software
 from cluster.planner.plans import plans
 from cluster.planner.ptdp import TABLE, TABLE_2
 from cluster.planner.published import A100, Measurement, of_row, of_second_table
+from cluster.planner.software import Software
 from core.proof.lesson import Lesson, Run
 
 CONSTANTS = ("gemm", "passes", "links")

@@ -21,10 +21,11 @@ from tabulate import tabulate
 
 from cluster.planner.command import commands, folder_of, lacking, write_config
 from cluster.planner.counting import model_parameters, step_flops
-from cluster.planner.hardware import Machine, Software
+from cluster.planner.hardware import Machine
 from cluster.planner.layout import given
 from cluster.planner.options import machine_of, model_of, parser
 from cluster.planner.plans import Plan, plans, something_that_fits
+from cluster.planner.software import Software
 from cluster.planner.stages import layers_by_rank
 from cluster.planner.traffic import sent
 from core.model.config import ModelConfig

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from cluster.planner.counting import model_parameters
-from cluster.planner.hardware import Machine, Software
+from cluster.planner.hardware import Machine
 from cluster.planner.layout import Layout
 from cluster.planner.memory import RankMemory, rank_memory
 from cluster.planner.search import Choices, divisors, legal
+from cluster.planner.software import Software
 from cluster.planner.stages import distinct_ranks
 from cluster.planner.steptime import Step, step
 from core.model.config import ModelConfig

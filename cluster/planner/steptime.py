@@ -10,21 +10,28 @@ wait for the rank with most layers.
 
 from dataclasses import dataclass
 from functools import cache
-from math import ceil
 from typing import NamedTuple
 
-from cluster.links.messages import ITEM, all_to_all, between_stages, context, data_parallel, ring
+from cluster.links.messages import ITEM, all_to_all, between_stages, context, ring
 from cluster.planner.activations import filling, layer_saved
-from cluster.planner.counting import attention_flops, expert_matrices, layer_matrices, vocabulary_shard
-from cluster.planner.hardware import Machine, Software
+from cluster.planner.efficiency import (
+    CHECKPOINT,
+    attention_time,
+    head_time,
+    layer_flop,
+    operators,
+    speed,
+)
+from cluster.planner.hardware import Machine
 from cluster.planner.layout import FOLDED, Layout
 from cluster.planner.memory import parameters
+from cluster.planner.overlap import data_parallel
+from cluster.planner.software import Software
 from cluster.planner.stages import distinct_ranks, layers_by_rank
 from core.model.config import ModelConfig
 from pipeline.engine.validator import validate
 from pipeline.schedules import build
 
-TILE = (256, 128)  # rows and columns of the result that one processor computes at a time, of a GPU's largest kernels
 UPDATE = 2 + 12 + 12 + 2  # bytes a parameter that Adam moves: gradient and states read, states and weight written
 
 
@@ -42,45 +49,6 @@ class Step:
     def bound_by(self) -> str:
         """What takes longest."""
         return max(self.parts, key=self.parts.__getitem__)
-
-
-# ---- One layer -------------------------------------------------------------------------------------------------------
-
-
-def product(rows: float, inputs: float, outputs: float, machine: Machine, count: int = 1) -> float:
-    """FLOP that `count` products (rows x inputs) x (inputs x outputs) keep the device busy for."""
-    if machine.processors == 1:
-        return 2 * rows * inputs * outputs * count
-    tall, wide = TILE
-    tiles = min(ceil(rows / a) * ceil(outputs / b) for a, b in ((tall, wide), (wide, tall)))
-    waves = ceil(count * tiles / machine.processors)
-    return 2 * waves * machine.processors * tall * wide * inputs
-
-
-class LayerFlop(NamedTuple):
-    """FLOP of one layer on a rank and one microbatch, as `product` counts them."""
-
-    forward: float
-    dgrad: float
-    wgrad: float
-    attention: float  # of the forward
-
-
-@cache
-def layer_flop(model: ModelConfig, layout: Layout, moe: bool, machine: Machine) -> LayerFlop:
-    tokens = layout.tokens(model.sequence)
-    attention = tokens * attention_flops(model) / layout.tp
-    products = [(matrix.shape(layout.tp), tokens, 1) for matrix in layer_matrices(model, moe)]
-    if moe:
-        experts = model.experts // layout.ep  # on this rank, and the rows of each
-        rows = tokens / layout.sp_ranks * layout.etp * model.top_k / experts
-        products += [(matrix.shape(layout.etp), rows, experts) for matrix in expert_matrices(model)]
-    forward, dgrad, wgrad = attention, 2 * attention, 0.0
-    for (inputs, outputs), rows, count in products:
-        forward += product(rows, inputs, outputs, machine, count)
-        dgrad += product(rows, outputs, inputs, machine, count)
-        wgrad += product(inputs, rows, outputs, machine, count)
-    return LayerFlop(forward, dgrad, wgrad, attention)
 
 
 # ---- One microbatch --------------------------------------------------------------------------------------------------
@@ -103,27 +71,47 @@ class Microbatch(NamedTuple):
 
 def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine, software: Software) -> Microbatch:
     """Of one layer."""
-    speed = machine.peak * software.gemm
-    flop = layer_flop(model, layout, moe, machine)
+    fast = speed(machine, software, software.bits)
+    grouped = fast * software.grouped
+    flop = layer_flop(model, layout, moe, machine, software.imbalance)
+    attention, attention_backward = attention_time(model, flop.attention, machine, software)
+    products = [dense / fast + routed / grouped for dense, routed in zip(flop[:3], flop.grouped, strict=True)]
     saved = layer_saved(model, layout, moe, ITEM, "none")
     memory = software.passes * saved / machine.bandwidth
     elements = layout.tokens(model.sequence) * model.hidden
-    tp = 4 * ring(elements, layout.tp, 1, machine, software)  # an all-reduce for attention and one for the MLP
-    cp, cp_backward = context(model, layout, flop.attention / speed, machine, software)
-    ep = 0.0
+    tp = 4 * software.tp_seen * ring(elements, layout.tp, 1, machine, software)  # an all-reduce for attention, and MLP
     if moe:
-        routed = model.top_k * elements / layout.sp_ranks
-        ep = 2 * all_to_all(routed, layout.ep, layout.etp, machine, software)
-        ep += 2 * ring(layout.etp * routed, layout.etp, 1, machine, software)
-    forward = {"matrix products": flop.forward / speed, "memory": memory, "tp": tp, "cp": cp, "ep": ep}
-    dgrad = {"matrix products": flop.dgrad / speed, "memory": 2 * memory, "tp": tp, "cp": cp_backward, "ep": ep}
-    wgrad = {"matrix products": flop.wgrad / speed}
+        tp /= 2  # experts are not sharded over it
+    cp, cp_backward = context(model, layout, attention, machine, software)
+    ep = software.ep_seen * routing(model, layout, machine, software) if moe else 0.0
+    forward = {"matrix products": products[0] + attention, "memory": memory, "tp": tp, "cp": cp, "ep": ep}
+    dgrad = {"matrix products": products[1] + attention_backward, "memory": 2 * memory, "tp": tp, "cp": cp_backward,
+             "ep": ep}  # fmt: skip
+    wgrad = {"matrix products": products[2]}
+    again, host = software.again, software.launch * operators(model, layout, moe, software.at_once)
+    host_again = software.launch * CHECKPOINT * again.checkpoints
     if layout.recompute == "full":
-        dgrad = add(dgrad, forward)
+        dgrad, host_again = add(dgrad, forward), host_again + host
     elif layout.recompute == "selective":
         lacks = 1 - layer_saved(model, layout, moe, ITEM, "selective") / saved
-        dgrad = add(dgrad, {"matrix products": flop.attention / speed, "memory": lacks * memory, "cp": cp})
-    return Microbatch(forward, dgrad, wgrad)
+        dgrad = add(dgrad, {"matrix products": attention, "memory": lacks * memory, "cp": cp})
+        host_again += software.launch * CHECKPOINT
+    if any(again):
+        dgrad = add(dgrad, {"matrix products": again.products * products[0], "memory": again.moved * memory})
+    return Microbatch(waiting(forward, host), waiting(dgrad, host + host_again), waiting(wgrad, host))
+
+
+def waiting(work: Seconds, host: float) -> Seconds:
+    """With the time for which the device waits for the host, which takes so many seconds to start it all."""
+    return work | {"launch": max(0.0, host - sum(work.values()))} if host else work
+
+
+def routing(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> float:
+    """Seconds in which one layer's routed tokens travel to their experts and back, in one direction of a step."""
+    routed = software.imbalance * model.top_k * layout.tokens(model.sequence) * model.hidden / layout.sp_ranks
+    ep = 2 * all_to_all(routed, layout.ep, layout.etp, machine, software, model.top_k,
+                        model.top_groups if model.groups > 1 else 0)  # fmt: skip
+    return ep + 2 * ring(layout.etp * routed, layout.etp, 1, machine, software)
 
 
 # What the times of a layer depend on, so that layouts that differ in something else share them.
@@ -195,11 +183,7 @@ def step(model: ModelConfig, layout: Layout, machine: Machine, software: Softwar
     experts, others = max((parameters(model, layout, rank) for rank in distinct_ranks(model, layout)), key=sum)
     updated = others / layout.data + experts / layout.edp if layout.zero else others + experts
     parts["optimizer"] = updated * UPDATE / machine.bandwidth
-    gather = 0.0  # one after the other: they leave by the same cards, and hide behind the same computation
-    for size, ranks, stride in ((others, layout.data, layout.tp), (experts, layout.edp, layout.ep * layout.etp)):
-        messages = model.layers / p if layout.zero == 3 else ceil(size / software.bucket)
-        gather += ring(size, ranks, stride, machine, software, messages)
-    parts["dp"] = data_parallel(layout, gather, f, i + w)
+    parts["dp"] = data_parallel(model, layout, (experts, others), f, i + w, machine, software)
     return Step(parts)
 
 
@@ -209,8 +193,8 @@ def head_not_hidden(model: ModelConfig, layout: Layout, machine: Machine, softwa
     Args:
         layers: seconds of the layers of the rank with most of them.
     """
-    tokens, columns = layout.tokens(model.sequence), vocabulary_shard(model, layout.tp)
-    products = 4 if layout.chunk_of_loss(model) else 3
-    head = products * product(tokens, model.hidden, columns, machine) / (machine.peak * software.gemm)
+    head = head_time(model, layout, machine, software)
+    if software.balances:
+        return head / layout.pp
     most, last = most_layers(model, layout)
     return max(0.0, head - (most - last) / most * layers)
