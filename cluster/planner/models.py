@@ -54,7 +54,8 @@ def llama(layers: int, hidden: int, heads: int, feed_forward: int, **more: objec
 
 def qwen3_moe(layers: int, hidden: int, heads: int, feed_forward: int) -> ModelConfig:
     return llama(layers, hidden, heads, 3 * hidden, kv_heads=4, head_size=128, vocabulary=151_936, experts=128,
-                 top_k=8, expert_feed_forward=feed_forward, qk_norm=True, sequence=4096, norm_eps=1e-6, rope_theta=1e6)  # fmt: skip
+                 top_k=8, expert_feed_forward=feed_forward, qk_norm=True, sequence=4096, norm_eps=1e-6,
+                 rope_theta=1e6)  # fmt: skip
 
 
 def nemotron(layers: int, hidden: int, heads: int) -> ModelConfig:

@@ -6,7 +6,6 @@ which a model, a cluster or a step is not known means none, and `Row.why` says w
 
 import csv
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,10 @@ from cluster.planner.overlap import ways
 from cluster.planner.software import NAMED, NOTHING_AGAIN, Again, Software, with_features
 from core.model.config import ModelConfig
 
+COLUMNS = frozenset(
+    ("source", "model", "gpu", "gpus", "precision", "tp", "cp", "ep", "pp", "vpp", "zero", "mbs", "gbs", "seq",
+     "recompute", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "memory_gb", "notes")
+)  # fmt: skip
 FILE = Path(__file__).parent / "published_runs.csv"
 ALL_LOGITS = 2**40  # tokens of a chunk of the loss: all at once, as all of these programs make them
 GIB = 2**30
@@ -293,14 +296,18 @@ def row_of(cells: dict[str, str]) -> Row:
                    seconds=seconds, open=unsaid, again=again_of(cells["recompute"], model))  # fmt: skip
 
 
-def rows(path: Path = FILE) -> Iterator[Row]:
-    """Raises ValueError: the file has not the table's columns."""
-    with path.open(newline="") as lines:
-        table = list(csv.DictReader(lines))
-    lacks = {"source", "model", "gpu", "gpus", "tp", "notes"} - set(table[0] if table else {})
+def rows(path: Path = FILE) -> list[Row]:
+    """Raises ValueError: the file cannot be read, or has not the table's columns."""
+    use = f"use a file with the columns of planner/{FILE.name}"
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
+            table = list(csv.DictReader(lines))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--runs {path}: cannot be read, {error}; {use}") from None
+    lacks = COLUMNS - set(table[0] if table else ())
     if lacks:
-        raise ValueError(f"--runs {path}: has no column {min(lacks)}; use the columns of planner/{FILE.name}")
-    return (row_of(cells) for cells in table)
+        raise ValueError(f"--runs {path}: has no column {min(lacks)}; {use}")
+    return [row_of({name: value or "" for name, value in cells.items()}) for cells in table]
 
 
 @cache

@@ -26,7 +26,7 @@ def test_every_claim_holds(pool: Pool, tmp_path: Path) -> None:
     written = json.loads(report.read_text())
     assert written["lecture"] == "03"
     assert all(claim["holds"] for claim in written["claims"])
-    assert len(written["claims"]) == 44
+    assert len(written["claims"]) == 51
     assert "<svg" in plot.read_text()
 
 
