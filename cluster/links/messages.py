@@ -13,6 +13,7 @@ from cluster.planner.software import Software
 from cluster.planner.traffic import message
 from core.model.config import ModelConfig
 
+CHANNELS = 8  # over which NCCL sends to so many ranks at a time
 ITEM = 2  # bytes of a weight, of a gradient and of an activation
 
 
@@ -82,7 +83,8 @@ def all_to_all(
         reached = nodes * (1 - (1 - 1 / nodes) ** copies)  # nodes that a token's copies go to, of all, in the mean
         outside *= min(reached, most or nodes) / copies
     alpha = (machine.outside if outside else machine.inside).alpha
-    return alpha + max(inside, outside) * elements * ITEM / software.links
+    rounds = max(1, ranks // CHANNELS)  # of small messages to all others
+    return rounds * alpha + max(inside, outside) * elements * ITEM / software.links
 
 
 # ---- What is not hidden ----------------------------------------------------------------------------------------------

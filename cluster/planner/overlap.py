@@ -67,22 +67,20 @@ def not_hidden(
 ) -> tuple[float, float]:
     """Seconds that no computation hides, and those that messages take in all."""
     m, zero = layout.microbatches, layout.zero
+    behind = software.overlapped or software.pieces > 0  # weights are gathered beside the first forward
+    # Of a pipeline's rank all stages but the one at the end compute beside them, at its first and last microbatch.
+    hidden = (layout.v - 1) / layout.v if layout.pp > 1 else 1.0
+    gathers = max(0.0, gather - f * hidden) if behind else gather
+    reduces = max(0.0, reduce - b * hidden)
     if layout.pp > 1 and zero < 2:
-        if not software.overlapped:
-            return gather + reduce, gather + reduce  # of most ranks after the pipeline
-        # Behind the first forward and the last backward of a rank's stages, but for the stage at the end.
-        hidden = (layout.v - 1) / layout.v
-        return max(0.0, gather - f * hidden) + max(0.0, reduce - b * hidden), gather + reduce
+        return (gathers + reduces if behind else gather + reduce), gather + reduce
     if zero == 0:
         return max(0.0, gather + reduce - b), gather + reduce
     if zero == 1:
-        return max(0.0, reduce - b) + (max(0.0, gather - f) if software.overlapped else gather), gather + reduce
-    reduces, again = layout.reduce == "microbatch", layout.reshard == "forward"  # in every microbatch
-    once = 0.0 if reduces else max(0.0, reduce - b)
+        return reduces + gathers, gather + reduce
+    each, again = layout.reduce == "microbatch", layout.reshard == "forward"  # whether in every microbatch
     if zero == 2:
-        seen = m * reduces * max(0.0, reduce - b) + once
-        sent = (m if reduces else 1) * reduce + gather
-        return seen + (max(0.0, gather - f) if software.slowdown else gather), sent
-    once += 0.0 if again else gather
-    seen = m * (max(0.0, again * gather - f) + max(0.0, again * gather + reduces * reduce - b)) + once
-    return seen, m * (2 * gather if again else 0) + (m if reduces else 1) * reduce + (0 if again else gather)
+        return each * (m - 1) * max(0.0, reduce - b) + reduces + gathers, (m if each else 1) * reduce + gather
+    seen = m * (max(0.0, again * gather - f) + max(0.0, again * gather + each * reduce - b))
+    seen += (0.0 if each else reduces) + (0.0 if again else gather)
+    return seen, m * (2 * gather if again else 0) + (m if each else 1) * reduce + (0 if again else gather)

@@ -1,19 +1,27 @@
 """The search behind `cluster.plan`: every layout that keeps the rules and fits the memory, and the time of its step."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import ceil
 
 from cluster.planner.counting import model_parameters
 from cluster.planner.hardware import Machine
 from cluster.planner.layout import Layout
-from cluster.planner.memory import RankMemory, rank_memory
+from cluster.planner.memory import RankMemory, parameters, rank_memory, state_sizes
+from cluster.planner.residency import largest, needed
+from cluster.planner.rulebook import Case, keeps_all
 from cluster.planner.search import Choices, divisors, legal
 from cluster.planner.software import Software
 from cluster.planner.stages import distinct_ranks
 from cluster.planner.steptime import Step, step
 from core.model.config import ModelConfig
 
+KINDS = ("none", "selective", "full")  # of recomputation, from what takes least time to what takes least memory
+BUT_MICROBATCHES = [f.name for f in fields(Layout) if f.name not in ("microbatch", "microbatches", "recompute")]
+BUT_ZERO = [f.name for f in fields(Layout) if f.name not in ("zero", "reduce", "reshard", "recompute")]
+OWN_MEMORY = ("here", "megatron-2021")  # programs that are held to hold what this project does
+ITEM = 2  # bytes of a weight
 USABLE = 0.92  # of a device's memory: the rest is the runtime's, and lost between allocations
 MOST_RANKS = 10**6  # of a machine that may be suggested
 SHORTEST = 2048  # tokens of a sequence that a rank of cp has at least: with fewer its messages are not hidden
@@ -51,29 +59,67 @@ def with_equal_nodes(machine: Machine, world: int) -> Machine:
 
 
 def fitting(
-    model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices
+    model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices, software: Software | None = None
 ) -> Iterator[tuple[Layout, RankMemory | None]]:
-    """Every layout that keeps the rules, and what it holds; None where it does not fit, or is never better."""
+    """Layouts that keep the rules and could be best, and what each holds; None where it does not fit.
+
+    Of layouts that differ in recomputation only the one that computes least again of those that fit: what is computed
+    again takes time and nothing else. And none with larger microbatches than one that does not fit.
+    """
     machine = with_equal_nodes(machine, world)
-    for layout in legal(model, machine, world, batch, choices(model, machine, world, batch, fixed)):
-        yield layout, None if never_better(layout, fixed) else fits(model, layout, machine)
+    tried = choices(model, machine, world, batch, fixed)
+    kinds = [kind for kind in KINDS if kind in tried["recompute"]]
+    states: dict[tuple, bool] = {}  # whether weights, gradients and optimizer fit without anything else
+
+    def has_states(layout: Layout) -> bool:
+        key = (layout.tp, layout.cp, layout.ep, layout.etp, layout.pp, layout.v, layout.schedule, layout.zero)
+        if key not in states:
+            states[key] = states_fit(model, layout, machine, software)
+        return states[key]
+
+    too_much: set[tuple] = set()
+    settled: set[tuple] = set()  # fit with ZeRO-1 and nothing computed again: to shard more takes time and nothing else
+    shards_for_room = software is not None and software.overlapped
+    for layout in legal(model, machine, world, batch, tried | {"recompute": kinds[:1]}, partial(could_be_best, fixed)):
+        key = tuple(getattr(layout, name) for name in BUT_MICROBATCHES)
+        but_zero = tuple(getattr(layout, name) for name in BUT_ZERO)
+        if key in too_much or (layout.zero > 1 and but_zero in settled):
+            continue
+        if not has_states(layout):
+            yield layout, None
+            too_much.add(key)
+            continue
+        need = None
+        for kind in kinds:
+            again = replace(layout, recompute=kind)
+            if kind == kinds[0] or keeps_all(Case(again, model, machine, world, batch), advice=True):
+                need = fits(model, again, machine, software)
+                yield again, need
+                if need is not None:
+                    if layout.zero == 1 and kind == "none" and shards_for_room:
+                        settled.add(but_zero)
+                    break
+        if need is None:
+            too_much.add(key)
 
 
 def plans(
     model: ModelConfig, machine: Machine, world: int, batch: int, software: Software, fixed: Choices
 ) -> tuple[list[Plan], int]:
-    """All layouts that fit, the fastest first, and how many keep the rules.
+    """The layouts that fit and could be best, the fastest first, and how many were tried.
 
     Args:
         fixed: the values that may be tried, by field of `Layout`, where not all.
     """
     machine = with_equal_nodes(machine, world)
-    found = list(fitting(model, machine, world, batch, fixed))
+    found = list(fitting(model, machine, world, batch, fixed, software))
     fit = [Plan(x, need, step(model, x, machine, software)) for x, need in found if need is not None]
     return sorted(fit, key=lambda plan: plan.step.seconds), len(found)
 
 
-def something_that_fits(model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices) -> str | None:
+def something_that_fits(
+    model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices, software: Software | None = None
+) -> str | None:
     """Flags with which there is a plan: another batch, or more ranks, or nothing decided of the layout."""
     node = machine.node
     least = node * ceil(16 * model_parameters(model) / (USABLE * machine.memory * node))  # for weights and their states
@@ -83,23 +129,30 @@ def something_that_fits(model: ModelConfig, machine: Machine, world: int, batch:
     for decided in (fixed, {}):
         for ranks in dict.fromkeys(worlds):
             for samples in dict.fromkeys((batch, ceil(batch / ranks) * ranks, max(1, batch // ranks) * ranks)):
-                if any(need for _, need in fitting(model, machine, ranks, samples, decided)):
+                if any(need for _, need in fitting(model, machine, ranks, samples, decided, software)):
                     free = " and no flag of the layout" if fixed and not decided else ""
                     return f"--world {ranks} --batch {samples}{free}"
     return None
 
 
-def never_better(layout: Layout, fixed: Choices) -> bool:
-    """Whether another layout does the same for less, unless a flag says this one."""
-    return (
+def could_be_best(fixed: Choices, layout: Layout) -> bool:
+    """Whether no other layout does the same for less, or a flag says this one."""
+    return not (
         (layout.tp > 1 and not layout.sp and "sp" not in fixed)
         or (layout.pp == 1 and layout.schedule != "1f1b" and "schedule" not in fixed)
         or (layout.cp > 1 and layout.microbatch > 1 and not {"cp", "microbatch"} & fixed.keys())  # fewer full samples
     )
 
 
-def fits(model: ModelConfig, layout: Layout, machine: Machine) -> RankMemory | None:
-    """What the rank holds that holds most; None where that is more than there is."""
+def fits(model: ModelConfig, layout: Layout, machine: Machine, software: Software | None = None) -> RankMemory | None:
+    """What the rank holds that holds most; None where that is more than there is.
+
+    Args:
+        software: the program whose memory is meant; None, or one without figures of its own: this project.
+    """
+    if software is not None and software.name not in OWN_MEMORY:
+        most = largest(model, layout, software, machine.memory)
+        return most if needed(most, layout, software) <= machine.memory else None
     most = None
     for rank in distinct_ranks(model, layout):
         need = rank_memory(model, layout, rank)
@@ -107,3 +160,14 @@ def fits(model: ModelConfig, layout: Layout, machine: Machine) -> RankMemory | N
             return None
         most = need if most is None or need.total > most.total else most
     return most
+
+
+def states_fit(model: ModelConfig, layout: Layout, machine: Machine, software: Software | None) -> bool:
+    """Whether there is room for a rank's weights and their states alone: then there may be for the rest."""
+    weight, gradient, optimizer = state_sizes(ITEM)
+    if software is not None and software.name not in OWN_MEMORY:
+        gradient, optimizer = software.gradient_held, software.state_held
+    experts, others = parameters(model, layout, 0)
+    full, shard = experts + others, others / layout.data + experts / layout.edp
+    held = weight * (shard if layout.zero == 3 else full) + gradient * (shard if layout.zero >= 2 else full)
+    return held + optimizer * (shard if layout.zero else full) <= machine.memory

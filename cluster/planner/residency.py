@@ -7,6 +7,7 @@ keeps for its channels, and the runtime.
 """
 
 from dataclasses import replace
+from math import inf
 
 from cluster.planner.activations import layer_saved, transient
 from cluster.planner.counting import expert_matrices, layer_matrices, vocabulary_shard
@@ -100,13 +101,18 @@ def needed(memory: RankMemory, layout: Layout, software: Software) -> float:
     return reserved(memory, software) + RUNTIME + axes * NCCL
 
 
-def largest(model: ModelConfig, layout: Layout, software: Software) -> RankMemory:
-    """What the rank of the pipeline holds that holds most."""
+def largest(model: ModelConfig, layout: Layout, software: Software, limit: float = inf) -> RankMemory:
+    """What the rank of the pipeline holds that holds most; or the first that is found to hold more than a limit."""
     if software.balances and layout.pp > 1:  # the first rank has layers for the last one's head
         more = round((model.layers + head_in_layers(model)) / layout.stages) * layout.stages
         return held(replace(model, layers=more), layout, software, 0)
-    ranks = distinct_ranks(model, layout)
-    return max((held(model, layout, software, rank) for rank in ranks), key=lambda memory: memory.total)
+    most = None
+    for rank in distinct_ranks(model, layout):
+        memory = held(model, layout, software, rank)
+        most = memory if most is None or memory.total > most.total else most
+        if most.total > limit:
+            break
+    return most
 
 
 def has_room(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> bool:

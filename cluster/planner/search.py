@@ -1,6 +1,6 @@
 """All layouts that can be run, and the one next to a layout that cannot. Lecture 03."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from math import isqrt, log2
 
@@ -17,12 +17,16 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, choices: Choices) -> Iterator[Layout]:
+def legal(
+    model: ModelConfig, machine: Machine | None, world: int, batch: int, choices: Choices,
+    worth: Callable[[Layout], bool] = lambda layout: True,
+) -> Iterator[Layout]:  # fmt: skip
     """Every layout of `world` ranks and `batch` samples a step that breaks no rule; with a machine, not even advice.
 
     Args:
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
             usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard and recompute.
+        worth: whether a layout is wanted at all; asked before the rules, which take longer.
     """
     usual = Layout()
 
@@ -51,7 +55,7 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
         ):
             layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute,
                             reduce=reduce, reshard=reshard, loss_chunk=loss_chunk, cp_kind=cp_kind)  # fmt: skip
-            if keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
+            if worth(layout) and keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
                 yield layout
 
 
