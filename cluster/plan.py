@@ -14,17 +14,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, replace
-
-from tabulate import tabulate
 
 from cluster.planner.answers import (
     DOMAIN,
-    Known,
-    Offloaded,
     error_of,
-    few,
     gains,
     known,
     offloaded,
@@ -32,11 +26,12 @@ from cluster.planner.answers import (
     ties,
 )
 from cluster.planner.command import commands, folder_of, lacking, trainjob, write_config
-from cluster.planner.counting import model_parameters, step_flops
+from cluster.planner.counting import model_parameters
 from cluster.planner.hardware import Machine
 from cluster.planner.layout import given
 from cluster.planner.options import machine_of, model_of, parser
 from cluster.planner.plans import OWN_MEMORY, Plan, fits, plans, something_that_fits
+from cluster.planner.shown import few_lines, on_host, rate, table
 from cluster.planner.software import NAMED, Software
 from cluster.planner.stages import layers_by_rank
 from cluster.planner.traffic import sent
@@ -58,43 +53,6 @@ WHY = {  # what takes longest, and what makes it shorter
     "launch": "the host, which starts kernels more slowly than the device runs them: shorter with CUDA graphs or "
     "larger microbatches",
 }
-
-
-def rate(model: ModelConfig, plan: Plan) -> float:
-    """FLOP/s of a rank that the model needs; recomputation does not count."""
-    return step_flops(model, plan.layout.batch) / plan.step.seconds / plan.layout.ranks
-
-
-COLUMNS = ("tp", "cp", "ulysses", "ep", "pp", "v", "dp", "zero", "mb", "m", "schedule", "recompute", "GB",
-           "s a step", "MFU", "bubble", "bound by", "")  # fmt: skip
-FORMATS = ("",) * 12 + (".3g", ".4g", ".3f", ".3f")
-
-
-def row(model: ModelConfig, machine: Machine, plan: Plan, note: str = "") -> tuple:
-    x, seconds = plan.layout, plan.step.seconds
-    schedule = x.schedule if x.pp > 1 else ""
-    layout = (x.tp, x.cp, x.ulysses, x.ep, x.pp, x.v, x.dp, x.zero, x.microbatch, x.microbatches, schedule)
-    mfu, bubble = rate(model, plan) / machine.peak, plan.step.parts["bubble"] / seconds
-    return (*layout, x.recompute, plan.memory.total / 1e9, seconds, mfu, bubble, plan.step.bound_by, note)
-
-
-def table(model: ModelConfig, machine: Machine, chosen: Plan, best: Iterable[Plan], common: Iterable[Known]) -> str:
-    """The chosen one, the fastest, and the common layouts, wherever they rank."""
-    limit, fastest = error_of(model), min((p.step.seconds for p in best), default=chosen.step.seconds)
-    rows, missing, shown = [], [], []
-    for plan in (chosen, *(plan for plan in best if plan is not chosen)):
-        tied = "chosen" if plan is chosen else "a tie" if plan.step.seconds <= (1 + limit) * fastest else ""
-        rows.append(row(model, machine, plan, tied))
-        shown.append(plan)
-    for each in common:
-        if each.plan is None:
-            missing.append(f"{each.name}: no form of it keeps the rules and fits.")
-        elif at := [i for i, plan in enumerate(shown) if plan.layout == each.plan.layout]:
-            at = at[0]
-            rows[at] = (*rows[at][:-1], ", ".join(filter(None, (rows[at][-1], each.name))))
-        else:
-            rows.append(row(model, machine, each.plan, each.name))
-    return "\n".join([tabulate(rows, COLUMNS, floatfmt=FORMATS), *missing])
 
 
 CHOICES = ("tp", "cp", "ulysses", "ep", "pp", "schedule", "v", "zero", "recompute", "microbatch")
@@ -223,25 +181,6 @@ def main() -> int:
     if args.kubernetes:
         print(f"\n{job}", end="")
     return 0
-
-
-def on_host(plan: Offloaded) -> str:
-    where = f"{plan.device / 1e9:.3g} GB of a device, {plan.host / 1e9:.3g} of the host for each"
-    return f"gradients and optimizer on the host (not built here) {plan.seconds:.3g} s a step, {where}"
-
-
-def few_lines(model: ModelConfig, machine: Machine, batch: int, software: Software) -> list[str]:
-    """For 1, 2, 4 and 8 devices, one line each."""
-    lines = ["On few devices:"]
-    for world, plan in few(model, machine, batch, software):
-        if plan is None:
-            lines.append(f"  {world}: does not fit, nor with the optimizer on the host")
-        elif isinstance(plan, Offloaded):
-            lines.append(f"  {world}: {on_host(plan)}")
-        else:
-            held = f"{plan.memory.total / 1e9:.3g} GB"
-            lines.append(f"  {world}: {plan.step.seconds:.3g} s a step, {held} ({plan.layout})")
-    return lines
 
 
 def report(model: ModelConfig, machine: Machine, best: list[Plan]) -> dict[str, object]:

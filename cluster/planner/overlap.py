@@ -31,15 +31,20 @@ def ways(model: ModelConfig, layout: Layout, sizes: tuple[int, int], machine: Ma
     experts, others = sizes
     gather = reduce = 0.0
     for size, ranks, stride in ((others, layout.data, layout.tp), (experts, layout.edp, layout.ep * layout.etp)):
-        messages = ceil(size / max(software.bucket, software.bucket_a_rank * ranks))
-        if layout.zero == 3 or software.pieces:
-            messages = model.layers / layout.pp * max(1, software.pieces)
+        messages = messages_of(model, layout, size, ranks, software)
         if layout.zero == 0:
             reduce += all_reduce(size, ranks, stride, machine, software, messages, software.gradient)
             continue
         gather += ring(size, ranks, stride, machine, software, messages)
         reduce += ring(size, ranks, stride, machine, software, messages, software.gradient)
     return Ways(gather, reduce)
+
+
+def messages_of(model: ModelConfig, layout: Layout, size: int, ranks: int, software: Software) -> float:
+    """In which so many parameters travel: by layers, or by buckets."""
+    if layout.zero == 3 or software.pieces:
+        return model.layers / layout.pp * max(1, software.pieces)
+    return ceil(size / max(software.bucket, software.bucket_a_rank * ranks))
 
 
 def data_parallel(

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import ceil
+from operator import attrgetter
 
 from cluster.planner.counting import model_parameters
 from cluster.planner.hardware import Machine
 from cluster.planner.layout import Layout
 from cluster.planner.memory import RankMemory, parameters, rank_memory, state_sizes
+from cluster.planner.overlap import messages_of
 from cluster.planner.residency import largest, needed
 from cluster.planner.rulebook import Case, keeps_all
 from cluster.planner.search import Choices, divisors, legal
@@ -18,8 +20,10 @@ from cluster.planner.steptime import Step, step
 from core.model.config import ModelConfig
 
 KINDS = ("none", "selective", "full")  # of recomputation, from what takes least time to what takes least memory
-BUT_MICROBATCHES = [f.name for f in fields(Layout) if f.name not in ("microbatch", "microbatches", "recompute")]
-BUT_ZERO = [f.name for f in fields(Layout) if f.name not in ("zero", "reduce", "reshard", "recompute")]
+BUT_MICROBATCHES = attrgetter(
+    *(f.name for f in fields(Layout) if f.name not in ("microbatch", "microbatches", "recompute"))
+)
+BUT_ZERO = attrgetter(*(f.name for f in fields(Layout) if f.name not in ("zero", "reduce", "reshard", "recompute")))
 OWN_MEMORY = ("here", "megatron-2021")  # programs that are held to hold what this project does
 ITEM = 2  # bytes of a weight
 USABLE = 0.92  # of a device's memory: the rest is the runtime's, and lost between allocations
@@ -79,26 +83,39 @@ def fitting(
 
     too_much: set[tuple] = set()
     settled: set[tuple] = set()  # fit with ZeRO-1 and nothing computed again: to shard more takes time and nothing else
-    shards_for_room = software is not None and software.overlapped
+    overlaps = software is not None and software.overlapped
     for layout in legal(model, machine, world, batch, tried | {"recompute": kinds[:1]}, partial(could_be_best, fixed)):
-        key = tuple(getattr(layout, name) for name in BUT_MICROBATCHES)
-        but_zero = tuple(getattr(layout, name) for name in BUT_ZERO)
+        key, but_zero = BUT_MICROBATCHES(layout), BUT_ZERO(layout)
         if key in too_much or (layout.zero > 1 and but_zero in settled):
             continue
         if not has_states(layout):
             yield layout, None
             too_much.add(key)
             continue
-        need = None
-        for kind in kinds:
+        need, order = None, kinds
+        if len(kinds) == len(KINDS) and layout.microbatch * layout.pp > 1:
+            order = ("none", "full", "selective")  # where the last resort does not fit nothing does
+        rest: tuple[Layout, RankMemory] | None = None
+        for kind in order:
             again = replace(layout, recompute=kind)
-            if kind == kinds[0] or keeps_all(Case(again, model, machine, world, batch), advice=True):
-                need = fits(model, again, machine, software)
-                yield again, need
-                if need is not None:
-                    if layout.zero == 1 and kind == "none" and shards_for_room:
-                        settled.add(but_zero)
+            if kind != kinds[0] and not keeps_all(Case(again, model, machine, world, batch), advice=True):
+                continue
+            need = fits(model, again, machine, software)
+            if kind == "full" and order is not kinds:
+                if need is None:
+                    yield again, None
                     break
+                rest = again, need
+                continue
+            yield again, need
+            if need is not None:
+                if overlaps and layout.zero == 1 and kind == "none" and fewer_messages(model, layout, software):
+                    settled.add(but_zero)
+                break
+        else:
+            if rest:
+                yield rest
+                need = rest[1]
         if need is None:
             too_much.add(key)
 
@@ -160,6 +177,16 @@ def fits(model: ModelConfig, layout: Layout, machine: Machine, software: Softwar
             return None
         most = need if most is None or need.total > most.total else most
     return most
+
+
+def fewer_messages(model: ModelConfig, layout: Layout, software: Software) -> bool:
+    """Whether gradients travel in as few messages with ZeRO-1 as they would with ZeRO-3, or fewer."""
+    sizes = [x for x in zip(parameters(model, layout), (layout.edp, layout.data), strict=True) if x[1] > 1]
+    more = replace(layout, zero=3)
+    return all(
+        messages_of(model, layout, size, ranks, software) <= messages_of(model, more, size, ranks, software)
+        for size, ranks in sizes
+    )
 
 
 def states_fit(model: ModelConfig, layout: Layout, machine: Machine, software: Software | None) -> bool:

@@ -18,6 +18,7 @@ from cluster.planner.machines import network
 from cluster.planner.memory import parameters
 from cluster.planner.models import DEEPSEEK_V3, FAMILIES, PUBLISHED
 from cluster.planner.overlap import ways
+from cluster.planner.printed import again_of, features_of, recomputation
 from cluster.planner.software import NAMED, NOTHING_AGAIN, Again, Software, with_features
 from core.model.config import ModelConfig
 
@@ -110,10 +111,6 @@ def model_of(name: str, sequence: int) -> ModelConfig | None:
 
 # ---- The layouts -----------------------------------------------------------------------------------------------------
 
-RECOMPUTED = {  # the table's words; what is not here is a policy of several parts, see `recomputation`
-    "none": "none", "full": "full", "full + CPU offload": "full",
-}  # fmt: skip
-
 
 def layouts_of(cells: dict[str, str], model: ModelConfig, gpus: int) -> tuple[tuple[Layout, ...], tuple[str, ...]]:
     """Every layout that the row can mean, and the fields that it leaves open."""
@@ -162,30 +159,6 @@ def layouts_of(cells: dict[str, str], model: ModelConfig, gpus: int) -> tuple[tu
 def divides(layers: int, stages: int) -> bool:
     """Whether so many stages have a layer each; else the row's have the embedding or the head alone."""
     return layers % stages == 0 or layers >= 2 * stages - 2
-
-
-def recomputation(words: str) -> str:
-    """The kind of recomputation that the table's words say, as `Layout` has it."""
-    return RECOMPUTED.get(words, "selective" if "attn" in words else "none")
-
-
-# Policies of several parts: Megatron-Core's `--recompute-modules`, and torchtitan's, which saves every second product.
-PARTS = {
-    "per-op": Again(0.5, 1.0, 0.5),
-    "norm": Again(0.0, 0.25, 0.15, 2),
-    "act": Again(0.0, 0.3, 0.2, 1),
-    "mla_up_proj": Again(0.1, 0.1, 0.1, 1),
-    "moe": Again(0.7, 0.6, 0.6, 1),
-}
-
-
-def again_of(words: str, model: ModelConfig) -> Again:
-    """What the table's words say that is computed again beside the layout's kind."""
-    said = set(re.split(r"[+()]", words.replace("layernorm", "norm").replace("moe_act", "act")))
-    parts = [PARTS[word] for word in PARTS if word in said]
-    if "mlp" in said:
-        parts.append(Again(0.0, 0.0, 0.0, 1) if model.experts else Again(0.7, 0.5, 0.5, 1))
-    return Again(*map(sum, zip(*parts, strict=True))) if parts else NOTHING_AGAIN
 
 
 def with_network(machine: Machine, notes: str) -> Machine:
@@ -244,11 +217,6 @@ def memory_of(cells: dict[str, str]) -> float:
 
 # ---- A row -----------------------------------------------------------------------------------------------------------
 
-FEATURES = {  # what a program was told to do, as notes say it
-    "async-tp": r"async ?tp", "ep-overlap": r"(EP|A2A) overlap(?!.*without)|with EP overlap", "graphs": r"CUDA graphs",
-    "deepep": r"DeepEP|HybridEP", "eager": r"bf16 eager|eager;", "balanced": r"balance",
-    "regathers": r"TP sweep at the largest",
-}  # fmt: skip
 UNLIKE = {"LoRA": "adapters are trained, not the model", "tokendrop": "drops tokens, how many is not printed",
           "offload": "states are moved to the host", "NVFP4": "4-bit products"}  # fmt: skip
 
@@ -257,11 +225,7 @@ def row_of(cells: dict[str, str]) -> Row:
     """What a row of the table says."""
     source, text = cells["source"], f"{cells['source']} {cells['model']} {cells['recompute']} {cells['notes']}"
     software = next(name for part, name in SOFTWARE if part in source)
-    features = tuple(f for f, said in FEATURES.items() if re.search(said, cells["notes"], re.IGNORECASE))
-    if "without EP overlap" in text:
-        features = tuple(f for f in features if f != "ep-overlap")
-    if "matched A/B" in cells["notes"]:  # of the page's program, which has these
-        features = tuple({*features, "graphs", "deepep"})
+    features = features_of(cells["notes"], source, experts=False)
     if "torchtitan" in source and "eager" in features:
         software = "fsdp2-eager"
     if software == "megatron-core" and re.match("Moonlight|DeepSeek|Kimi", cells["model"]):
@@ -279,8 +243,9 @@ def row_of(cells: dict[str, str]) -> Row:
         return replace(row, why="a model that is not understood")
     if not sequence:
         return replace(row, model=model, why="no sequence length")
-    if model.experts and "Megatron-Bridge docs/performance-summary" in source:
-        row = replace(row, features=(*features, "deepep"))  # or HybridEP, as the performance recipes have it
+    if model.experts:
+        found = {*features, *features_of(cells["notes"], source, experts=True)}
+        row = replace(row, features=tuple(sorted(found)))
     layouts, unsaid = layouts_of(cells, model, gpus)
     if not layouts:
         return replace(row, model=model, machine=machine, why="no layout or batch")

@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
 }
+SAME = {"kimi_k2": "deepseek_v3"}  # another name for the same code
 PLANNED = {  # families that the planner counts, and what of them is not built
     "qwen2_moe": "a gate of the shared expert",
     "deepseek_v2": "weights of experts that are a softmax over all, times a scale",
@@ -151,7 +152,8 @@ def from_config(path: str | Path, sequence: int | None = None, flag: str = "") -
 def family_of(content: dict[str, Any]) -> str:
     """`model_type`, or the one that the sizes tell. Raises ValueError for another one, or another kind of head."""
     guessed = {"n_embd": "gpt2", "kv_lora_rank": "deepseek_v3", "num_local_experts": "mixtral"}
-    kind = content.get("model_type") or next((guessed[key] for key in guessed if content.get(key)), "llama")
+    said = content.get("model_type")
+    kind = SAME.get(said, said) or next((guessed[key] for key in guessed if content.get(key)), "llama")
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type {kind!r} is not built, only {', '.join(ARCHITECTURES)}")
     for architecture in content.get("architectures") or ():

@@ -177,7 +177,7 @@ def test_a_ring_leaves_a_node_by_as_many_cards_as_it_has_ranks_there() -> None:
     assert seconds == pytest.approx(15 * A100.outside.alpha + 15 / 16 * 2e9 / 25e9)
     assert ring(1e9, 1, 1, A100, whole) == 0
     off = all_to_all(1e9, 16, 1, A100, whole)  # half of it leaves the node, by the rank's own card
-    assert off == pytest.approx(A100.outside.alpha + 0.5 * 2e9 / 25e9)
+    assert off == pytest.approx(16 / 8 * A100.outside.alpha + 0.5 * 2e9 / 25e9)
 
 
 def faster(machine: Machine) -> dict[str, Machine]:
