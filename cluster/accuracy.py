@@ -15,7 +15,7 @@ holds the planner against other runs, in the same columns.
 
 Calculated by the first rank; the others, if there are any, wait.
 
-read: accuracy.py:36-80; planner/published.py:18-29; then planner/steptime.py, planner/fitting.py, planner/validation.py
+read: accuracy.py:45-108; planner/published.py:18-29; then planner/steptime.py, planner/validation.py
 """
 
 import argparse

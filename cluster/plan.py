@@ -2,12 +2,14 @@
 
     python -m cluster.plan --model gpt3-175b --machine dgx-a100 --world 1024 --batch 1536
 
-Every layout that keeps the rules (`planner/rulebook.py`) and fits the memory (`planner/memory.py`) gets the time of its
-step (`planner/steptime.py`); the fastest are shown, what bounds the best, and what it would cost to choose otherwise.
-Then the command that starts it. A flag of the layout fixes that choice. The constants of time are those that ten
-published runs give, see `accuracy.py`; ours are not Megatron's programs, so trust the order more than the seconds.
+Every layout that keeps the rules (`planner/rulebook.py`), fits the memory (`planner/memory.py`, `planner/residency.py`)
+and could be best gets the time of its step (`planner/steptime.py`), with the constants of a named program, which
+`accuracy.py` fits to published runs (`--software`). The model of time has an error of its own: layouts within it are a
+tie, and the simplest is chosen. Shown are the fastest, and the layouts that everybody knows; what bounds the choice,
+what other choices would cost, what more hardware would win, and the command that starts it. A flag of the layout fixes
+that choice. What the times were held against, and what is not in them, is at the end of --help.
 
-read: planner/plans.py:21-104; planner/search.py:20-56; then planner/memory.py, planner/steptime.py
+read: planner/plans.py:34-134; planner/search.py:20-60; then planner/answers.py, planner/memory.py, planner/steptime.py
 """
 
 import argparse
