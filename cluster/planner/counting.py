@@ -98,7 +98,7 @@ def norm_parameters(model: ModelConfig) -> int:
 
 
 def router_parameters(model: ModelConfig, moe: bool) -> int:
-    return model.experts * model.hidden if moe else 0
+    return (model.experts + model.shared_gate) * model.hidden if moe else 0
 
 
 def position_parameters(model: ModelConfig) -> int:

@@ -239,6 +239,7 @@ def _llama(fields: Fields, kind: str, sequence: int | None) -> ModelConfig:
         norm_eps=float(fields.get("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6)),
         qkv_bias=kind in ("qwen2", "qwen2_moe"),
         qk_norm=kind in ("qwen3", "qwen3_moe"),
+        shared_gate=kind == "qwen2_moe" and shared > 0,
         rope_theta=theta,
         rope_scaling=scaling,
         **(_routing(fields, kind) if experts else {}),

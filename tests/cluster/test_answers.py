@@ -11,6 +11,7 @@ import pytest
 from cluster import plan
 from cluster.planner.answers import HOST_UPDATES, error_of, few, gains, known, offloaded, parts_of, simplest, ties
 from cluster.planner.command import trainjob
+from cluster.planner.counting import model_parameters
 from cluster.planner.hardware import PRESETS as MACHINES
 from cluster.planner.layout import Layout
 from cluster.planner.machines import ALL
@@ -276,3 +277,51 @@ def test_a_head_size_is_free_of_hidden_and_heads() -> None:
                "tie_word_embeddings": False, "model_type": "llama"}  # fmt: skip
     found, _ = plans(from_content(content, 2048), H100, 8, 64, CORE, {})
     assert found
+
+
+MOE = {"model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32,
+       "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2, "vocab_size": 1000,
+       "max_position_embeddings": 512, "num_experts": 8, "num_experts_per_tok": 2}  # fmt: skip
+QWEN2 = {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+         "num_key_value_heads": 4, "num_hidden_layers": 28, "vocab_size": 152064, "tie_word_embeddings": False,
+         "max_position_embeddings": 131072}  # fmt: skip
+QWEN2_MOE = QWEN2 | {
+    "model_type": "qwen2_moe", "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "num_hidden_layers": 24, "vocab_size": 151936, "intermediate_size": 5632, "num_experts": 60,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+}  # fmt: skip
+DEEPSEEK_V2_LITE = {
+    "model_type": "deepseek_v2", "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 27, "vocab_size": 102400,
+    "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+    "q_lora_rank": None, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    "max_position_embeddings": 163840, "scoring_func": "softmax", "topk_method": "greedy", "n_group": 1,
+    "topk_group": 1, "moe_layer_freq": 1,
+}  # fmt: skip
+KIMI_K2 = DEEPSEEK_V2_LITE | {
+    "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "vocab_size": 163840,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_attention_heads": 64, "num_key_value_heads": 64,
+    "num_hidden_layers": 61, "n_routed_experts": 384, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "q_lora_rank": 1536, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
+    "routed_scaling_factor": 2.827, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "parameters_of"),
+    [(QWEN2, 7_615_616_512), (QWEN2_MOE, 14_315_784_192), (DEEPSEEK_V2_LITE, 15_706_484_224),
+     (KIMI_K2, model_parameters(PRESETS["kimi-k2"]))],
+    ids=["qwen2-7b", "qwen1.5-moe-a2.7b", "deepseek-v2-lite", "kimi-k2"],
+)  # fmt: skip
+def test_published_models_are_counted_to_the_unit(content: dict[str, Any], parameters_of: int) -> None:
+    """Bugs: biases of q, k and v left out; the gate of the shared experts; a query matrix where there is no rank."""
+    assert model_parameters(from_content(content, 4096)) == parameters_of
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("decoder_sparse_step", 2), ("mlp_only_layers", [0]), ("attention_bias", True), ("moe_layer_freq", 2)],
+)
+def test_a_field_that_changes_the_model_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} .* is not built"):
+        from_content(MOE | {field: value}, None)
