@@ -271,6 +271,15 @@ def test_heads_are_a_multiple_of_key_and_value_heads(
     assert "must divide --heads 32" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ratio", ["0.5", "nan"])
+def test_an_imbalance_is_a_ratio_to_the_mean(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, ratio: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan", "--model", "mixtral-8x7b", "--imbalance", ratio])
+    assert plan.main() == 2
+    assert "use --imbalance 1.04" in capsys.readouterr().err
+
+
 def test_a_head_size_is_free_of_hidden_and_heads() -> None:
     content = {"hidden_size": 1792, "intermediate_size": 4864, "num_attention_heads": 24, "num_key_value_heads": 8,
                "head_dim": 128, "num_hidden_layers": 32, "vocab_size": 128256, "max_position_embeddings": 8192,
