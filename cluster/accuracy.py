@@ -1,22 +1,28 @@
-"""Lecture 03: can the planner be believed? Held against ten published runs (大模型并行与 GPU 集群配置).
+"""Lecture 03: can the planner be believed? Held against 370 published runs (大模型并行与 GPU 集群配置).
 
     torchrun --nproc_per_node=1 cluster/accuracy.py
 
-Narayanan et al. 2021 (2104.04473), table 1, from 1.7 to 1008 x 10^9 parameters on 32 to 3072 GPUs. The time of a step
-has three constants that no data sheet says: what part of the peak a large matrix product reaches, how often a forward
-moves a byte of activations to or from memory, what part of the links' bandwidth messages get. They are fitted to nine
-runs and predict the tenth, ten times over. Then the six runs of table 2, of which nothing is fitted; and the question
-that a planner is for: is the (tp, pp) that the authors chose among the first three, with all else as they had it?
+First Narayanan et al. 2021 (2104.04473), table 1, from 1.7 to 1008 x 10^9 parameters on 32 to 3072 GPUs. The time of a
+step has three constants that no data sheet says: what part of the peak a large matrix product reaches, how often a
+forward moves a byte of activations to or from memory, what part of the links' bandwidth messages get. They are fitted
+to nine runs and predict the tenth, ten times over. Then the six runs of table 2, of which nothing is fitted; and the
+question that a planner is for: is the (tp, pp) that the authors chose among the first three, with all else as they had?
+
+Then the runs of `planner/published_runs.csv`, of today's machines and programs, each with at most four constants of its
+program, fitted without the runs of its model on as many GPUs: seconds by source, pairs of layouts in their order, what
+a device holds. Where a run does not print what the time needs, it is predicted over all that it can mean. `--runs FILE`
+holds the planner against other runs, in the same columns.
 
 Calculated by the first rank; the others, if there are any, wait.
 
-read: accuracy.py:36-81; planner/published.py:18-29; then planner/steptime.py, evidence/published_runs.py
+read: accuracy.py:45-109; planner/published.py:18-29; then planner/steptime.py, planner/validation.py
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -27,10 +33,13 @@ from cluster.evidence.published_runs import (
     claim_time,
     say_one_stage,
 )
-from cluster.planner.hardware import Software
+from cluster.evidence.todays_runs import by_source, claim_today
 from cluster.planner.plans import plans
 from cluster.planner.ptdp import TABLE, TABLE_2
 from cluster.planner.published import A100, Measurement, of_row, of_second_table
+from cluster.planner.rows import published, rows
+from cluster.planner.software import Software
+from cluster.planner.validation import with_committed
 from core.proof.lesson import Lesson, Run
 
 CONSTANTS = ("gemm", "passes", "links")
@@ -93,10 +102,17 @@ def lesson(run: Run) -> None:
     say_one_stage(run, relative_errors(one_stage, leave_one_out(one_stage)))
     claim_second_table(run, second, every, relative_errors(second, [every] * len(second)))
     claim_choice(run, runs, [standings(each, software) for each, software in zip(runs, constants, strict=True)])
+    if run.args.runs:
+        others = with_committed(rows(Path(run.args.runs)))
+        run.say(f"the runs of {run.args.runs}, by the committed constants\n{by_source(others)}\n")
+    else:
+        claim_today(run, published())
 
 
-def refuse(args: argparse.Namespace, ranks: int) -> None:
-    """Nothing depends on the ranks."""
+def check_file(args: argparse.Namespace, ranks: int) -> None:
+    """Raises ValueError: `--runs` names no such table."""
+    if args.runs:
+        rows(Path(args.runs))
 
 
 if __name__ == "__main__":
@@ -105,7 +121,8 @@ if __name__ == "__main__":
         "03",
         "Parallelism and GPU cluster configuration: is the planner right?",
         "大模型并行与 GPU 集群配置",
-        "Ten published runs: each predicted from the nine others, and the authors' choice found again.",
+        "Published runs: each predicted from others, the order of layouts, their memory, and the authors' choice.",
         example=1,
     )
-    sys.exit(frame.main(refuse, lesson))
+    frame.parser.add_argument("--runs", metavar="FILE.csv", help="other published runs, in the table's columns")
+    sys.exit(frame.main(check_file, lesson))

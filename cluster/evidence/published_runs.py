@@ -6,11 +6,11 @@ import numpy as np
 from tabulate import tabulate
 
 from cluster.planner.counting import model_parameters, step_flops
-from cluster.planner.hardware import Software
 from cluster.planner.models import PRESETS
 from cluster.planner.plans import fits
 from cluster.planner.ptdp import TABLE, TABLE_2, Published
 from cluster.planner.published import A100, Measurement
+from cluster.planner.software import Software
 from cluster.planner.steptime import step
 from core.proof.figures import bars, scatter
 from core.proof.lesson import Run

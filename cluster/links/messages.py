@@ -5,11 +5,15 @@ node longest. What the topics overlap is hidden as far as there is computation t
 keys and values that go round a ring, and, where the software does not stop for them, messages between stages.
 """
 
-from cluster.planner.hardware import Link, Machine, Software
+from math import log2
+
+from cluster.planner.hardware import Link, Machine
 from cluster.planner.layout import Layout
+from cluster.planner.software import Software
 from cluster.planner.traffic import message
 from core.model.config import ModelConfig
 
+CHANNELS = 8  # over which NCCL sends to so many ranks at a time
 ITEM = 2  # bytes of a weight, of a gradient and of an activation
 
 
@@ -21,26 +25,66 @@ def link(machine: Machine, ranks: int, stride: int) -> Link:
     together = max(1, min(ranks, machine.node // stride))
     if together == ranks:
         return machine.inside
-    alpha = ((together - 1) * machine.inside.alpha + machine.outside.alpha) / together
-    return Link(alpha, max(machine.outside.beta / together, machine.inside.beta))
+    outside = machine.beyond if machine.beyond and ranks * stride > machine.pod > 0 else machine.outside
+    alpha = ((together - 1) * machine.inside.alpha + outside.alpha) / together
+    return Link(alpha, max(outside.beta / together, machine.inside.beta))
 
 
-def ring(elements: float, ranks: int, stride: int, machine: Machine, software: Software, messages: float = 1) -> float:
+def ring(
+    elements: float,
+    ranks: int,
+    stride: int,
+    machine: Machine,
+    software: Software,
+    messages: float = 1,
+    item: int = ITEM,
+) -> float:
     """Seconds to all-gather or to reduce-scatter a tensor of so many elements; an all-reduce is both."""
     if ranks == 1:
         return 0.0
     way = link(machine, ranks, stride)
-    return (ranks - 1) * (messages * way.alpha + elements / ranks * ITEM * way.beta / software.links)
+    return (ranks - 1) * (messages * way.alpha + elements / ranks * item * way.beta / software.links)
 
 
-def all_to_all(elements: float, ranks: int, stride: int, machine: Machine, software: Software) -> float:
-    """Seconds for an even all-to-all of so many elements a rank; what leaves the node takes the rank's own card."""
+def all_reduce(
+    elements: float,
+    ranks: int,
+    stride: int,
+    machine: Machine,
+    software: Software,
+    messages: float = 1,
+    item: int = ITEM,
+) -> float:
+    """Seconds to sum a tensor of so many elements on all ranks: by a ring, or by a tree, whose steps are fewer."""
+    if ranks == 1:
+        return 0.0
+    way, together = link(machine, ranks, stride), max(1, min(ranks, machine.node // stride))
+    steps = together - 1 + log2(max(1, ranks / together))
+    tree = 2 * (messages * steps * way.alpha + elements * item * way.beta / software.links)
+    return min(tree, 2 * ring(elements, ranks, stride, machine, software, messages, item))
+
+
+def all_to_all(
+    elements: float, ranks: int, stride: int, machine: Machine, software: Software, copies: int = 1, most: int = 0
+) -> float:
+    """Seconds for an even all-to-all of so many elements a rank; what leaves the node takes the rank's own card.
+
+    Args:
+        copies: of each token among the elements, to ranks by chance. A program may send one to each node only.
+        most: nodes that a token's copies may go to; 0: all.
+    """
     if ranks == 1:
         return 0.0
     together = max(1, min(ranks, machine.node // stride))
     inside, outside = (together - 1) / ranks * machine.inside.beta, (ranks - together) / ranks * machine.outside.beta
+    if software.once_a_node and copies > 1:  # and to each rank once
+        nodes = ranks / together
+        inside *= ranks * (1 - (1 - 1 / ranks) ** copies) / copies
+        reached = nodes * (1 - (1 - 1 / nodes) ** copies)  # nodes that a token's copies go to, of all, in the mean
+        outside *= min(reached, most or nodes) / copies
     alpha = (machine.outside if outside else machine.inside).alpha
-    return alpha + max(inside, outside) * elements * ITEM / software.links
+    rounds = max(1, ranks // CHANNELS)  # of small messages to all others
+    return rounds * alpha + max(inside, outside) * elements * ITEM / software.links
 
 
 # ---- What is not hidden ----------------------------------------------------------------------------------------------
@@ -83,25 +127,3 @@ def between_stages(model: ModelConfig, layout: Layout, machine: Machine, softwar
     if software.blocking:
         return 2 * m * v * hop
     return 2 * (p - 1) * hop + m * v * max(0.0, 2 * hop - busy / v)  # to fill and to empty it, and what is not hidden
-
-
-def data_parallel(layout: Layout, way: float, f: float, b: float) -> float:
-    """Seconds of gradients and weights that travel and that no computation hides.
-
-    Args:
-        way: seconds to gather all weights of a rank, or to reduce and scatter their gradients.
-        f, b: seconds of a micro-batch's forward and backward.
-    """
-    m = layout.microbatches
-    if layout.pp > 1 and layout.zero < 2:  # of most ranks after the pipeline
-        return 2 * way
-    if layout.zero == 0:
-        return max(0.0, 2 * way - b)
-    if layout.zero == 1:
-        return max(0.0, way - b) + way
-    reduces, again = layout.reduce == "microbatch", layout.reshard == "forward"  # in every microbatch
-    once = 0.0 if reduces else max(0.0, way - b)
-    if layout.zero == 2:
-        return m * reduces * max(0.0, way - b) + once + way
-    once += 0.0 if again else way
-    return m * (max(0.0, again * way - f) + max(0.0, (again + reduces) * way - b)) + once

@@ -8,7 +8,7 @@ h hidden, f feed-forward; t = tp; q ranks that shard what lies between the matri
 w bytes of an element. Of a pipeline's backward I is dgrad, W wgrad, B both.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from math import lcm
 
 from cluster.planner.counting import (
@@ -130,6 +130,7 @@ def mixture_input(model: ModelConfig, layout: Layout, w: int) -> float:
     return model.hidden * w * (share - 1 / layout.sp_ranks)
 
 
+@lru_cache(256)  # of a layout, for each of its stages
 def layer_saved(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2, kind: str | None = None) -> float:
     """Bytes that one layer saves of one microbatch. 2205.05198, table 2, where attention is "softmax" with dropout.
 
@@ -178,6 +179,7 @@ def loss_saved(model: ModelConfig, layout: Layout, w: int) -> float:
     return (tokens * vocabulary_shard(model, t) + losses) * w
 
 
+@lru_cache(256)
 def layer_kept_for_wgrad(model: ModelConfig, layout: Layout, moe: bool, itemsize: int = 2) -> float:
     """Bytes that one layer keeps of a microbatch from dgrad to wgrad: of each matrix its input and output's gradient.
 
@@ -256,7 +258,11 @@ def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int =
     if layout.stages == 1:  # without a pipeline a microbatch's backward follows its forward
         return stage_saved(model, layout, 0, itemsize) + angles_saved(model, layout, 0)
     stages = layout.stages_of(rank)
-    sizes = [of(model, layout, stage, itemsize) for of in (stage_saved, stage_kept_for_wgrad) for stage in stages]
+    sizes = [stage_saved(model, layout, stage, itemsize) for stage in stages]
+    microbatches = filling(layout.schedule, layout.pp, layout.microbatches)
+    peaks = in_flight(layout.schedule, layout.pp, microbatches, layout.v)[rank]
+    kept = any(any(counts[len(stages) : 2 * len(stages)]) for counts in peaks)  # of a schedule that splits backward
+    sizes += [stage_kept_for_wgrad(model, layout, stage, itemsize) if kept else 0.0 for stage in stages]
     last_input = layout.microbatch * model.sequence * model.hidden / layout.sequence_shards * itemsize
     if layout.recompute in FORGETTING and layout.recompute_every == 1:
         last_input = 0.0  # its norm is computed again before, and then has it in place of it
@@ -264,8 +270,6 @@ def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int =
     sizes += [last_input, 0 if model.moe_layers else layout.tokens(model.sequence) * model.hidden * itemsize]
     if not layers_by_rank(model, layout)[rank] and not ends_of(layout, rank)[1]:  # no matrix has an input or an output
         sizes[-2:] = 0.0, 0.0
-    microbatches = filling(layout.schedule, layout.pp, layout.microbatches)
-    peaks = in_flight(layout.schedule, layout.pp, microbatches, layout.v)[rank]
     most = max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)
     return most + angles_saved(model, layout, rank)
 

@@ -7,7 +7,7 @@ in every way.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from heapq import heapify, heappop, heapreplace
@@ -15,9 +15,9 @@ from itertools import accumulate, combinations
 from math import inf
 from typing import NamedTuple
 
-from cluster.planner.hardware import Machine, Software
+from cluster.planner.hardware import Machine
 from cluster.planner.layout import Layout
-from cluster.planner.memory import rank_memory
+from cluster.planner.software import Software
 from cluster.planner.stages import distinct_ranks
 from cluster.planner.steptime import head_seconds, layer_seconds
 from core.model.config import ModelConfig
@@ -157,14 +157,14 @@ def could_be(model: ModelConfig, layout: Layout, machine: Machine, software: Sof
 
 
 def better_split(
-    model: ModelConfig, layout: Layout, machine: Machine, software: Software, memory: float
+    model: ModelConfig, layout: Layout, machine: Machine, software: Software, has_room: Callable[[Layout, int], bool]
 ) -> Layout | None:
     """The layout with the split that makes it fastest; None where its own does, or no faster one fits.
 
     Where memory is short a rank gets fewer layers; which of its stages then has them is not searched.
 
     Args:
-        memory: bytes that a rank may hold.
+        has_room: whether this rank of the pipeline of this layout holds no more than it may.
     """
     work, groups = work_of(model, layout, machine, software), groups_of(layout.schedule, layout.pp, layout.v)
     now, _ = slowest(work, groups, layers_by_stage(model.layers, layout.stages, layout.split))
@@ -174,7 +174,7 @@ def better_split(
         if split is None or slowest(work, groups, split)[0] * SAME >= now or _idle(groups, split):
             return None
         found = replace(layout, split=notation(split))
-        over = [r for r in distinct_ranks(model, found) if rank_memory(model, found, r).total > memory]
+        over = [r for r in distinct_ranks(model, found) if not has_room(found, r)]
         if not over:
             return found
         for rank in over:

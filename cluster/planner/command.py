@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -62,20 +63,30 @@ def write_config(folder: str, model: ModelConfig) -> str:
     return folder
 
 
+def nodes_of(layout: Layout, machine: Machine) -> tuple[int, int]:
+    """Nodes, and ranks on each: equally many."""
+    nodes = next(n for n in range(-(-layout.ranks // machine.node), layout.ranks + 1) if layout.ranks % n == 0)
+    return nodes, layout.ranks // nodes
+
+
+def script_of(layout: Layout, model: ModelConfig, folder: str | None) -> list[str]:
+    """The script and its flags, after torchrun's own."""
+    sizes = flags_of(by_flags(model))
+    if folder:
+        drawn = not any(Path(folder, name).is_file() for name in (SINGLE, INDEX))
+        sizes = [f"--hf {shlex.quote(folder)}", *["--init random"] * drawn, f"--sequence {model.sequence}"]
+    how = "--dtype bfloat16 --no-verify --sample 0"
+    return ["cluster/train.py", str(layout), f"--batch {layout.batch}", *sizes, how]
+
+
 def commands(layout: Layout, machine: Machine, model: ModelConfig, folder: str | None = None) -> tuple[str, str]:
     """The torchrun line, the same on every node, and a batch script for Slurm.
 
     Args:
         folder: of a published model, if it is that.
     """
-    nodes = next(n for n in range(-(-layout.ranks // machine.node), layout.ranks + 1) if layout.ranks % n == 0)
-    each = layout.ranks // nodes
-    sizes = flags_of(by_flags(model))
-    if folder:
-        drawn = not any(Path(folder, name).is_file() for name in (SINGLE, INDEX))
-        sizes = [f"--hf {shlex.quote(folder)}", *["--init random"] * drawn, f"--sequence {model.sequence}"]
-    how = "--dtype bfloat16 --no-verify --sample 0"
-    script = " ".join(["cluster/train.py", str(layout), f"--batch {layout.batch}", *sizes, how])
+    nodes, each = nodes_of(layout, machine)
+    script = " ".join(script_of(layout, model, folder))
     meet = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=$FIRST_NODE:29400 " if nodes > 1 else ""
     line = f"torchrun {meet}--nproc_per_node={each} {script}"
     sbatch = f"""#!/bin/bash
@@ -88,6 +99,36 @@ export FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun {line}
 """
     return line, sbatch
+
+
+def trainjob(layout: Layout, machine: Machine, model: ModelConfig, folder: str | None = None) -> str:
+    """A TrainJob of Kubeflow Trainer 2 (trainer.kubeflow.org/v1alpha1), whose runtime tells torchrun where to meet.
+
+    The image is one with this project in its working directory.
+    """
+    nodes, each = nodes_of(layout, machine)
+    words = [word for part in script_of(layout, model, folder) for word in shlex.split(part)]
+    name = re.sub(r"[^a-z0-9-]+", "-", model.name.lower()).strip("-") or "model"
+    arguments = "\n".join(f"      - {json.dumps(word)}" for word in words)
+    return f"""apiVersion: trainer.kubeflow.org/v1alpha1
+kind: TrainJob
+metadata:
+  name: {name}
+spec:
+  runtimeRef:
+    name: torch-distributed
+  trainer:
+    image: parallelism-lessons:latest
+    numNodes: {nodes}
+    numProcPerNode: {each}
+    command:
+      - torchrun
+    args:
+{arguments}
+    resourcesPerNode:
+      limits:
+        nvidia.com/gpu: {each}
+"""
 
 
 def by_flags(model: ModelConfig) -> ModelConfig:

@@ -3,6 +3,7 @@
 t ranks of tensor parallelism: a column-parallel matrix has outputs / t on each rank, a row-parallel one inputs / t.
 """
 
+from functools import cache
 from math import lcm, prod
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Matrix(NamedTuple):
         return prod(self.shape(t)) + (self.shape(t)[1] if self.bias else 0)
 
 
+@cache
 def attention_matrices(model: ModelConfig) -> list[Matrix]:
     h, heads, bias = model.hidden, model.heads, model.biases
     out = Matrix("out", model.value_size, h, "row", bias)
@@ -65,6 +67,7 @@ def mlp_matrices(model: ModelConfig, f: int) -> list[Matrix]:
     return [up, Matrix("down", f, model.hidden, "row", model.biases)]
 
 
+@cache
 def layer_matrices(model: ModelConfig, moe: bool) -> list[Matrix]:
     """Of one layer, but for its routed experts and their router; `moe`: a layer that has them."""
     if not moe:
@@ -73,6 +76,7 @@ def layer_matrices(model: ModelConfig, moe: bool) -> list[Matrix]:
     return attention_matrices(model) + [matrix._replace(sharding="replicate") for matrix in shared]
 
 
+@cache
 def expert_matrices(model: ModelConfig) -> list[Matrix]:
     """Of one routed expert."""
     return mlp_matrices(model, model.expert_size)
@@ -94,7 +98,7 @@ def norm_parameters(model: ModelConfig) -> int:
 
 
 def router_parameters(model: ModelConfig, moe: bool) -> int:
-    return model.experts * model.hidden if moe else 0
+    return (model.experts + model.shared_gate) * model.hidden if moe else 0
 
 
 def position_parameters(model: ModelConfig) -> int:
@@ -112,12 +116,14 @@ def parameters_of_shares(model: ModelConfig) -> int:
     return shared + router_parameters(model, True)
 
 
+@cache
 def layer_parameters(model: ModelConfig, moe: bool, t: int = 1) -> int:
     """Of one layer on a rank, but for its routed experts."""
     matrices = sum(matrix.parameters(t) for matrix in layer_matrices(model, moe))
     return matrices + norm_parameters(model) + router_parameters(model, moe)
 
 
+@cache
 def expert_parameters(model: ModelConfig, etp: int = 1) -> int:
     """Of one routed expert of one layer on a rank."""
     return sum(matrix.parameters(etp) for matrix in expert_matrices(model))

@@ -107,14 +107,17 @@ def most_gathered(model: ModelConfig, layout: Layout, rank: int, experts: bool, 
     sizes, shared = stage_sizes(model, layout, rank, experts)
     if layout.reshard == "step":
         return shared + sum(size.ends + sum(size.layers) for size in sizes.values())
-    ends, most = {0, layout.stages - 1}, 0
+    ends = {0, layout.stages - 1}
+    around = {stage: size.ends + (shared if stage in ends else 0) for stage, size in sizes.items()}
+    two = {
+        stage: max((sum(x.layers[i : i + 2]) for i in range(len(x.layers))), default=0) for stage, x in sizes.items()
+    }
+    most = max(around[stage] + two[stage] for stage in sizes)
     for here, then in visits(layout.schedule, layout.pp, microbatches, layout.v, rank):
         stage, forward = here
-        around = sizes[stage].ends + (shared if stage in ends else 0)
-        layers = sizes[stage].layers if forward else sizes[stage].layers[::-1]
-        most = max([most, *(around + sum(layers[i : i + 2]) for i in range(len(layers)))])
+        last = sizes[stage].layers[-1:] if forward else sizes[stage].layers[:1]
         if then is not None:
-            coming = sizes[then[0]].ends + (shared if then[0] in ends else 0)
+            coming = around[then[0]]
             coming += sum(sizes[then[0]].layers[:1] if then[1] else sizes[then[0]].layers[-1:])
-            most = max(most, around + sum(layers[-1:]) + coming - _stays(here, then, sizes, shared, ends))
+            most = max(most, around[stage] + sum(last) + coming - _stays(here, then, sizes, shared, ends))
     return most

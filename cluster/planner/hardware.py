@@ -11,62 +11,14 @@ the fast domains, and for every pair of ranks what a message costs: alpha + beta
 import json
 import os
 import time
-from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from cluster.planner.machines import GB, PRESETS, Link, Machine
 from core.proof.files import check_readable
-from zero.engine.buckets import BUCKET_ELEMENTS
-
-
-@dataclass(frozen=True)
-class Link:
-    """A message of n bytes takes alpha + beta n seconds, in one direction."""
-
-    alpha: float
-    beta: float
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Devices in nodes. Inside a node every device reaches every other; outside each has a share of the network."""
-
-    name: str
-    node: int  # devices in a fast domain
-    memory: float  # bytes of a device
-    peak: float  # FLOP/s of a device in 16-bit matrix products
-    bandwidth: float  # bytes/s of its memory
-    inside: Link
-    outside: Link
-    processors: int = 1  # that work on a matrix product's tiles, all at once
-
-
-@dataclass(frozen=True)
-class Software:
-    """What a training program gets out of a machine: the constants that are fitted, see `cluster/accuracy.py`."""
-
-    gemm: float = 0.70  # of the peak, where a matrix product fills the device
-    passes: float = 2.47  # how often a forward moves each byte of activations to or from memory
-    links: float = 0.82  # of the links' bandwidth
-    blocking: bool = False  # whether computation stops while a message travels between stages
-    scattered: bool = False  # whether such a message is sharded over tp without sequence parallelism (2104.04473, 4.1)
-    bucket: float = BUCKET_ELEMENTS  # of gradients or weights that travel at once
-
-
-GB = 1e9
-PRESETS = {
-    m.name: m
-    for m in (
-        Machine("dgx-a100", 8, 80 * GB, 312e12, 2039 * GB, Link(3e-6, 1 / (300 * GB)), Link(1e-5, 1 / (25 * GB)), 108),
-        Machine("dgx-h100", 8, 80 * GB, 989e12, 3350 * GB, Link(3e-6, 1 / (450 * GB)), Link(1e-5, 1 / (50 * GB)), 132),
-        # One PC: two cards of 24 GB on PCIe 4, and 10-gigabit Ethernet to the next.
-        Machine("pc", 2, 24 * GB, 165e12, 1008 * GB, Link(2e-5, 1 / (31 * GB)), Link(5e-5, 1 / (1.25 * GB)), 128),
-    )
-}
-
 
 OWN = ("memory", "flops", "memory_bandwidth")  # of a device: bytes, FLOP/s, bytes/s
 LOCAL = Link(7e-5, 1 / (6 * GB))  # processes of one machine over gloo; cluster/topology.py measures this one's
@@ -75,7 +27,8 @@ LOCAL = Link(7e-5, 1 / (6 * GB))  # processes of one machine over gloo; cluster/
 def of_gpu(device: torch.device) -> Machine | None:
     """The machine that is known for the name of this GPU."""
     name = torch.cuda.get_device_name(device)
-    known = {"A100": "dgx-a100", "H100": "dgx-h100", "H200": "dgx-h100"}
+    known = {"A100": "dgx-a100", "H100": "dgx-h100", "H200": "dgx-h200", "B200": "dgx-b200", "L40S": "l40s-pcie",
+             "4090": "4090-pcie"}  # fmt: skip
     return next((PRESETS[preset] for part, preset in known.items() if part in name), None)
 
 

@@ -180,7 +180,8 @@ def layout_from(
     if "sp" not in decided and experts and layout.tp > 1:
         layout = replace(layout, sp=True)
     layout = replace(layout, **follows_from_split(layout, decided))
-    if "v" not in decided and layout.v == 1 and layout.pp > 1 and layout.schedule in (*FOLDED, "interleaved"):
+    usual = (*FOLDED, "interleaved") if not layout.split else FOLDED  # stages that are written out are counted
+    if "v" not in decided and layout.v == 1 and layout.pp > 1 and layout.schedule in usual:
         layout = replace(layout, v=2)
     ranks_but_dp = layout.tp * layout.cp * layout.pp
     if "dp" not in decided and world and ranks_but_dp > 0:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cluster.planner.hardware import Machine
-from cluster.planner.plans import USABLE, Plan
+from cluster.planner.plans import Plan
 from core.model.config import ModelConfig
 from core.proof.figures import bars, grid, scatter
 from core.proof.page.page import assemble
@@ -12,14 +12,21 @@ MOST = 400  # plans in the picture, the fastest
 
 
 def page(
-    model: ModelConfig, machine: Machine, found: Sequence[Plan], top: int, why: Sequence[str], command: str
+    model: ModelConfig,
+    machine: Machine,
+    found: Sequence[Plan],
+    top: int,
+    why: Sequence[str],
+    command: str,
+    usable: float,
 ) -> str:
     """Self-contained.
 
     Args:
-        found: the fastest first.
+        found: the chosen one, then the fastest first.
         top: how many of them are named.
         why: what bounds the best one, and what another choice would cost.
+        usable: bytes of a device that a plan may fill.
     """
     points = [
         (f"{i + 1}" if i < top else "", plan.step.seconds, plan.memory.total / 1e9, plan.layout.schedule)
@@ -40,7 +47,7 @@ def page(
         for name, plan in zip(names, best, strict=True)
     ]  # fmt: skip
     columns = [("layout", "布局"), ("s a step", "秒/步"), "GB", ("bound by", "瓶颈")]
-    limit = f"{USABLE * machine.memory / 1e9:.3g}"
+    limit = f"{usable / 1e9:.3g}"
     figures = [
         scatter(title, *axes, points, note=(f"{limit} GB may be used.", f"可用 {limit} GB。")),
         bars(("Where the time of a step goes", "一步的时间用在哪里"), ("seconds", "秒"), names, parts, stacked=True),

@@ -1,19 +1,38 @@
 """The search behind `cluster.plan`: every layout that keeps the rules and fits the memory, and the time of its step."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import ceil, inf
+from operator import attrgetter
 
 from cluster.planner.balance import better_split, could_be
 from cluster.planner.counting import model_parameters
-from cluster.planner.hardware import Machine, Software
+from cluster.planner.hardware import Machine
 from cluster.planner.layout import Layout
-from cluster.planner.memory import RankMemory, rank_memory
-from cluster.planner.search import Choices, divisors, legal
+from cluster.planner.memory import RankMemory, parameters, rank_memory, state_sizes
+from cluster.planner.overlap import messages_of
+from cluster.planner.residency import held, largest, needed
+from cluster.planner.rulebook import Case, keeps_all
+from cluster.planner.search import Choices, divisors, legal, recomputations
+from cluster.planner.software import Software
 from cluster.planner.stages import distinct_ranks
-from cluster.planner.steptime import Step, step
+from cluster.planner.steptime import OF_A_LAYER, Step, layer_seconds, step
 from core.model.config import ModelConfig
 
+AGAIN = ("recompute", "recompute_every")
+LAST_RESORT = ("full", 1)  # of recomputation: nothing takes less memory, or more time
+
+
+def all_but(*names: str) -> attrgetter:
+    return attrgetter(*(f.name for f in fields(Layout) if f.name not in names))
+
+
+BUT_MICROBATCHES = all_but("microbatch", "microbatches", *AGAIN)
+OF_TIME = attrgetter(*(name for name in OF_A_LAYER if name not in AGAIN))
+BUT_ZERO = all_but("zero", "reduce", "reshard", *AGAIN)
+OWN_MEMORY = ("here", "megatron-2021")  # programs that are held to hold what this project does
+ITEM = 2  # bytes of a weight
 USABLE = 0.92  # of a device's memory: the rest is the runtime's, and lost between allocations
 MOST_RANKS = 10**6  # of a machine that may be suggested
 SHOWN = 10  # plans, the fastest ones, whose layers are split as well as can be
@@ -52,30 +71,98 @@ def more_than_pointwise(model: ModelConfig) -> bool:
     return bool(model.dropout or model.qk_norm or model.attention == "softmax")
 
 
+def with_(layout: Layout, again: tuple[str, int]) -> Layout:
+    """With this recomputation: what, and of how many layers one."""
+    return replace(layout, recompute=again[0], recompute_every=again[1])
+
+
 def with_equal_nodes(machine: Machine, world: int) -> Machine:
     """With equally many ranks on each node, as `cluster.plan.commands` starts them, and as many as can be."""
     return replace(machine, node=max(d for d in divisors(world) if d <= machine.node))
 
 
 def fitting(
-    model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices
+    model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices, software: Software | None = None
 ) -> Iterator[tuple[Layout, RankMemory | None]]:
-    """Every layout that keeps the rules, and what it holds; None where it does not fit, or is never better."""
+    """Layouts that keep the rules and could be best, and what each holds; None where it does not fit.
+
+    Of layouts that differ in recomputation only the one that computes least again of those that fit: what is computed
+    again takes time and nothing else. And none with larger microbatches than one that does not fit.
+    """
     machine = with_equal_nodes(machine, world)
-    for layout in legal(model, machine, world, batch, choices(model, machine, world, batch, fixed)):
-        yield layout, None if never_better(layout, fixed) else fits(model, layout, machine)
+    tried = choices(model, machine, world, batch, fixed)
+    again = recomputations(tried["recompute"], tried["recompute_every"])
+    if not again:
+        return
+    first = {name: [value] for name, value in zip(AGAIN, again[0], strict=True)}
+    orders: dict[tuple, list[tuple[str, int]]] = {}  # from what takes least time to what takes most
+
+    def in_order(layout: Layout) -> list[tuple[str, int]]:
+        key = OF_TIME(layout)
+        if key not in orders:
+            seconds = software and {x: layer_seconds(model, with_(layout, x), moe, machine, software) for x in again}
+            orders[key] = sorted(again, key=seconds.__getitem__) if seconds else again
+        return orders[key]
+
+    moe = model.moe_layers > 0
+    states: dict[tuple, bool] = {}  # whether weights, gradients and optimizer fit without anything else
+
+    def has_states(layout: Layout) -> bool:
+        key = (layout.tp, layout.cp, layout.ep, layout.etp, layout.pp, layout.v, layout.schedule, layout.zero)
+        if key not in states:
+            states[key] = states_fit(model, layout, machine, software)
+        return states[key]
+
+    too_much: set[tuple] = set()
+    settled: set[tuple] = set()  # fit with ZeRO-1 and nothing computed again: to shard more takes time and nothing else
+    overlaps = software is not None and software.overlapped
+    for layout in legal(model, machine, world, batch, tried | first, partial(could_be_best, fixed)):
+        key, but_zero = BUT_MICROBATCHES(layout), BUT_ZERO(layout)
+        if key in too_much or (layout.zero > 1 and but_zero in settled):
+            continue
+        if not has_states(layout):
+            yield layout, None
+            too_much.add(key)
+            continue
+        need, order = None, in_order(layout)
+        asked = LAST_RESORT in order[1:] and layout.microbatch * layout.pp > 1
+        if asked:  # second, for where the last resort does not fit nothing does
+            order = [order[0], LAST_RESORT, *(x for x in order[1:] if x != LAST_RESORT)]
+        rest: tuple[Layout, RankMemory] | None = None
+        for kind in order:
+            this = with_(layout, kind)
+            if kind != again[0] and not keeps_all(Case(this, model, machine, world, batch), advice=True):
+                continue
+            need = fits(model, this, machine, software)
+            if kind == LAST_RESORT and asked:
+                if need is None:
+                    yield this, None
+                    break
+                rest = this, need
+                continue
+            yield this, need
+            if need is not None:
+                if overlaps and layout.zero == 1 and kind[0] == "none" and fewer_messages(model, layout, software):
+                    settled.add(but_zero)
+                break
+        else:
+            if rest:
+                yield rest
+                need = rest[1]
+        if need is None:
+            too_much.add(key)
 
 
 def plans(
     model: ModelConfig, machine: Machine, world: int, batch: int, software: Software, fixed: Choices
 ) -> tuple[list[Plan], int]:
-    """All layouts that fit, the fastest first, and how many keep the rules.
+    """The layouts that fit and could be best, the fastest first, and how many were tried.
 
     Args:
         fixed: the values that may be tried, by field of `Layout`, where not all.
     """
     machine = with_equal_nodes(machine, world)
-    found = list(fitting(model, machine, world, batch, fixed))
+    found = list(fitting(model, machine, world, batch, fixed, software))
     fit = [Plan(x, need, step(model, x, machine, software)) for x, need in found if need is not None]
     fit.sort(key=lambda plan: plan.step.seconds)
     if "split" not in fixed:
@@ -91,16 +178,19 @@ def with_better_splits(model: ModelConfig, found: list[Plan], machine: Machine, 
     kept, first = [], [inf] * SHOWN
     for plan in found:
         x = plan.layout
-        if x.pp > 1 and plan.step.seconds < first[-1] * could_be(model, x, machine, software):
-            better = better_split(model, x, machine, software, USABLE * machine.memory)
+        shifts = x.pp > 1 and not software.balances
+        if shifts and plan.step.seconds < first[-1] * could_be(model, x, machine, software):
+            better = better_split(model, x, machine, software, partial(rank_fits, model, machine, software))
             if better:
-                plan = Plan(better, fits(model, better, machine), step(model, better, machine, software))
+                plan = Plan(better, fits(model, better, machine, software), step(model, better, machine, software))
         kept.append(plan)
         first = sorted([*first, plan.step.seconds])[:SHOWN]
     return sorted(kept, key=lambda plan: plan.step.seconds)
 
 
-def something_that_fits(model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices) -> str | None:
+def something_that_fits(
+    model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices, software: Software | None = None
+) -> str | None:
     """Flags with which there is a plan: another batch, or more ranks, or nothing decided of the layout."""
     node = machine.node
     least = node * ceil(16 * model_parameters(model) / (USABLE * machine.memory * node))  # for weights and their states
@@ -110,27 +200,72 @@ def something_that_fits(model: ModelConfig, machine: Machine, world: int, batch:
     for decided in (fixed, {}):
         for ranks in dict.fromkeys(worlds):
             for samples in dict.fromkeys((batch, ceil(batch / ranks) * ranks, max(1, batch // ranks) * ranks)):
-                if any(need for _, need in fitting(model, machine, ranks, samples, decided)):
+                if any(need for _, need in fitting(model, machine, ranks, samples, decided, software)):
                     free = " and no flag of the layout" if fixed and not decided else ""
                     return f"--world {ranks} --batch {samples}{free}"
     return None
 
 
-def never_better(layout: Layout, fixed: Choices) -> bool:
-    """Whether another layout does the same for less, unless a flag says this one."""
-    return (
+def could_be_best(fixed: Choices, layout: Layout) -> bool:
+    """Whether no other layout does the same for less, or a flag says this one."""
+    return not (
         (layout.tp > 1 and not layout.sp and "sp" not in fixed)
         or (layout.pp == 1 and layout.schedule != "1f1b" and "schedule" not in fixed)
         or (layout.cp > 1 and layout.microbatch > 1 and not {"cp", "microbatch"} & fixed.keys())  # fewer full samples
     )
 
 
-def fits(model: ModelConfig, layout: Layout, machine: Machine) -> RankMemory | None:
-    """What the rank holds that holds most; None where that is more than there is."""
+def fits(model: ModelConfig, layout: Layout, machine: Machine, software: Software | None = None) -> RankMemory | None:
+    """What the rank holds that holds most; None where that is more than there is.
+
+    Args:
+        software: the program whose memory is meant; None, or one without figures of its own: this project.
+    """
+    if has_own_memory(software):
+        most = largest(model, layout, software, machine.memory)
+        return most if needed(most, layout, software) <= machine.memory else None
     most = None
     for rank in distinct_ranks(model, layout):
         need = rank_memory(model, layout, rank)
-        if need.total > USABLE * machine.memory:
+        if need.total > usable(machine, software):
             return None
         most = need if most is None or need.total > most.total else most
     return most
+
+
+def has_own_memory(software: Software | None) -> bool:
+    """Whether the program's memory is another than this project's."""
+    return software is not None and software.name not in OWN_MEMORY
+
+
+def usable(machine: Machine, software: Software | None) -> float:
+    """Bytes of a device that plans may fill; where the program's memory is known with what its allocator loses."""
+    return machine.memory if has_own_memory(software) else USABLE * machine.memory
+
+
+def rank_fits(model: ModelConfig, machine: Machine, software: Software, layout: Layout, rank: int) -> bool:
+    """Whether rank `rank` of the pipeline holds no more than there is."""
+    if has_own_memory(software):
+        return needed(held(model, layout, software, rank), layout, software) <= machine.memory
+    return rank_memory(model, layout, rank).total <= usable(machine, software)
+
+
+def fewer_messages(model: ModelConfig, layout: Layout, software: Software) -> bool:
+    """Whether gradients travel in as few messages with ZeRO-1 as they would with ZeRO-3, or fewer."""
+    sizes = [x for x in zip(parameters(model, layout), (layout.edp, layout.data), strict=True) if x[1] > 1]
+    more = replace(layout, zero=3)
+    return all(
+        messages_of(model, layout, size, ranks, software) <= messages_of(model, more, size, ranks, software)
+        for size, ranks in sizes
+    )
+
+
+def states_fit(model: ModelConfig, layout: Layout, machine: Machine, software: Software | None) -> bool:
+    """Whether there is room for a rank's weights and their states alone: then there may be for the rest."""
+    weight, gradient, optimizer = state_sizes(ITEM)
+    if has_own_memory(software):
+        gradient, optimizer = software.gradient_held, software.state_held
+    experts, others = parameters(model, layout, 0)
+    full, shard = experts + others, others / layout.data + experts / layout.edp
+    held = weight * (shard if layout.zero == 3 else full) + gradient * (shard if layout.zero >= 2 else full)
+    return held + optimizer * (shard if layout.zero else full) <= machine.memory

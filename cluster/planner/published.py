@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 from cluster.planner.counting import step_flops
 from cluster.planner.hardware import PRESETS as MACHINES
-from cluster.planner.hardware import Software
 from cluster.planner.layout import Layout
 from cluster.planner.models import PRESETS
 from cluster.planner.ptdp import Published
+from cluster.planner.software import Software
 from cluster.planner.steptime import step
 from core.model.config import ModelConfig
 

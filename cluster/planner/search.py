@@ -1,6 +1,6 @@
 """All layouts that can be run, and the one next to a layout that cannot. Lecture 03."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -21,13 +21,17 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, choices: Choices) -> Iterator[Layout]:
+def legal(
+    model: ModelConfig, machine: Machine | None, world: int, batch: int, choices: Choices,
+    worth: Callable[[Layout], bool] = lambda layout: True,
+) -> Iterator[Layout]:  # fmt: skip
     """Every layout of `world` ranks and `batch` samples a step that breaks no rule; with a machine, not even advice.
 
     Args:
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
             usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard, recompute, recompute_every
             and split; but a split is written out where stages would otherwise have no layer.
+        worth: whether a layout is wanted at all; asked before the rules, which take longer.
     """
     usual = Layout()
 
@@ -52,17 +56,23 @@ def legal(model: ModelConfig, machine: Machine | None, world: int, batch: int, c
         pipelines = [(s, v) for s in of("schedule") for v in _stages(s, pp, model, choices.get("v"))]
         exchanges = [(zero, reduce, reshard) for zero in of("zero") for reduce in of("reduce")
                      for reshard in of("reshard")]  # fmt: skip
-        again = [(kind, k) for kind in of("recompute") for k in of("recompute_every") if k == 1 or kind != "none"]
-        if len(of("recompute")) > 1:  # fewer layers are for what costs most
-            again = [(kind, k) for kind, k in again if k == 1 or kind == "full"]
+        again = recomputations(of("recompute"), of("recompute_every"))
         for fold, (schedule, v), (zero, reduce, reshard), (b, m), (recompute, every) in product(
             folds, pipelines, exchanges, sizes, again
         ):
             layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute,
                             reduce=reduce, reshard=reshard, loss_chunk=loss_chunk, cp_kind=cp_kind,
                             recompute_every=every, split=split or few_layers(model, pp * v))  # fmt: skip
-            if keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
+            if worth(layout) and keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
                 yield layout
+
+
+def recomputations(kinds: Sequence[str], every: Sequence[int]) -> list[tuple[str, int]]:
+    """What is recomputed, and of how many layers one."""
+    again = [(kind, k) for kind in kinds for k in every if k == 1 or kind != "none"]
+    if len(kinds) > 1:  # fewer layers are for what costs most
+        again = [(kind, k) for kind, k in again if k == 1 or kind == "full"]
+    return again
 
 
 @cache

@@ -11,22 +11,30 @@ wait for the slowest rank.
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product as product_of
-from math import ceil
 from typing import NamedTuple
 
-from cluster.links.messages import ITEM, all_to_all, between_stages, context, data_parallel, ring
+from cluster.links.messages import ITEM, all_to_all, between_stages, context, ring
 from cluster.planner.activations import filling, layer_saved
-from cluster.planner.counting import attention_flops, core_again, expert_matrices, layer_matrices, vocabulary_shard
-from cluster.planner.hardware import Machine, Software
+from cluster.planner.counting import core_again
+from cluster.planner.efficiency import (
+    CHECKPOINT,
+    attention_time,
+    head_time,
+    layer_flop,
+    operators,
+    speed,
+)
+from cluster.planner.hardware import Machine
 from cluster.planner.layout import Layout
 from cluster.planner.memory import parameters
+from cluster.planner.overlap import data_parallel
+from cluster.planner.software import Software
 from cluster.planner.stages import distinct_ranks, ends_of, met_by_rank
 from core.model.config import ModelConfig
 from pipeline.engine.actions import stage_share
 from pipeline.engine.validator import validate
 from pipeline.schedules import build
 
-TILE = (256, 128)  # rows and columns of the result that one processor computes at a time, of a GPU's largest kernels
 UPDATE = 2 + 12 + 12 + 2  # bytes a parameter that Adam moves: gradient and states read, states and weight written
 
 
@@ -44,45 +52,6 @@ class Step:
     def bound_by(self) -> str:
         """What takes longest."""
         return max(self.parts, key=self.parts.__getitem__)
-
-
-# ---- One layer -------------------------------------------------------------------------------------------------------
-
-
-def product(rows: float, inputs: float, outputs: float, machine: Machine, count: int = 1) -> float:
-    """FLOP that `count` products (rows x inputs) x (inputs x outputs) keep the device busy for."""
-    if machine.processors == 1:
-        return 2 * rows * inputs * outputs * count
-    tall, wide = TILE
-    tiles = min(ceil(rows / a) * ceil(outputs / b) for a, b in ((tall, wide), (wide, tall)))
-    waves = ceil(count * tiles / machine.processors)
-    return 2 * waves * machine.processors * tall * wide * inputs
-
-
-class LayerFlop(NamedTuple):
-    """FLOP of one layer on a rank and one microbatch, as `product` counts them."""
-
-    forward: float
-    dgrad: float
-    wgrad: float
-    attention: float  # of the forward
-
-
-@cache
-def layer_flop(model: ModelConfig, layout: Layout, moe: bool, machine: Machine) -> LayerFlop:
-    tokens = layout.tokens(model.sequence)
-    attention = tokens * attention_flops(model) / layout.tp
-    products = [(matrix.shape(layout.tp), tokens, 1) for matrix in layer_matrices(model, moe)]
-    if moe:
-        experts = model.experts // layout.ep  # on this rank, and the rows of each
-        rows = tokens / layout.tp * layout.etp * model.top_k / experts
-        products += [(matrix.shape(layout.etp), rows, experts) for matrix in expert_matrices(model)]
-    forward, dgrad, wgrad = attention, 2 * attention, 0.0
-    for (inputs, outputs), rows, count in products:
-        forward += product(rows, inputs, outputs, machine, count)
-        dgrad += product(rows, outputs, inputs, machine, count)
-        wgrad += product(inputs, rows, outputs, machine, count)
-    return LayerFlop(forward, dgrad, wgrad, attention)
 
 
 # ---- One microbatch --------------------------------------------------------------------------------------------------
@@ -105,29 +74,58 @@ class Microbatch(NamedTuple):
 
 def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine, software: Software) -> Microbatch:
     """Of one layer."""
-    speed = machine.peak * software.gemm
-    flop = layer_flop(model, layout, moe, machine)
+    fast = speed(machine, software, software.bits)
+    grouped = fast * software.grouped
+    flop = layer_flop(model, layout, moe, machine, software.imbalance)
+    attention, attention_backward = attention_time(model, flop.attention, machine, software)
+    products = [dense / fast + routed / grouped for dense, routed in zip(flop[:3], flop.grouped, strict=True)]
     saved = layer_saved(model, layout, moe, ITEM, "none")
     memory = software.passes * saved / machine.bandwidth
     elements = layout.tokens(model.sequence) * model.hidden
-    tp = 4 * ring(elements, layout.tp, 1, machine, software)  # an all-reduce for attention and one for the MLP
-    cp, cp_backward = context(model, layout, flop.attention / speed, machine, software)
-    ep = 0.0
+    tp = 4 * software.tp_seen * ring(elements, layout.tp, 1, machine, software)  # an all-reduce for attention, and MLP
     if moe:
-        routed = model.top_k * elements / layout.tp
-        ep = 2 * all_to_all(routed, layout.ep, layout.etp, machine, software)
-        ep += 2 * ring(layout.etp * routed, layout.etp, 1, machine, software)
-    forward = {"matrix products": flop.forward / speed, "memory": memory, "tp": tp, "cp": cp, "ep": ep}
-    dgrad = {"matrix products": flop.dgrad / speed, "memory": 2 * memory, "tp": tp, "cp": cp_backward, "ep": ep}
-    wgrad = {"matrix products": flop.wgrad / speed}
+        tp *= 2 / 4 if layout.sp else 3 / 4  # experts are not sharded over it; without sp their results are gathered
+    cp, cp_backward = context(model, layout, attention, machine, software)
+    ep = software.ep_seen * routing(model, layout, machine, software) if moe else 0.0
+    forward = {"matrix products": products[0] + attention, "memory": memory, "tp": tp, "cp": cp, "ep": ep}
+    dgrad = {"matrix products": products[1] + attention_backward, "memory": 2 * memory, "tp": tp, "cp": cp_backward,
+             "ep": ep}  # fmt: skip
+    wgrad = {"matrix products": products[2]}
+    again, host = software.again, software.launch * operators(model, layout, moe, software.at_once)
+    host_again = software.launch * CHECKPOINT * again.checkpoints
     if layout.recompute == "full":
-        dgrad = add(dgrad, forward)
+        dgrad, host_again = add(dgrad, forward), host_again + host
     elif layout.recompute != "none":
         lacks = 1 - layer_saved(model, layout, moe, ITEM) / saved  # what is made again
         dgrad = add(dgrad, {"memory": lacks * memory})
+        host_again += software.launch * CHECKPOINT
         if core := core_again(model, layout.recompute):
-            dgrad = add(dgrad, {"matrix products": core * flop.attention / speed, "cp": cp})
-    return Microbatch(forward, dgrad, wgrad)
+            dgrad = add(dgrad, {"matrix products": core * attention, "cp": cp})
+    if any(again):
+        dgrad = add(dgrad, {"matrix products": again.products * products[0], "memory": again.moved * memory})
+    return Microbatch(waiting(forward, host), waiting(dgrad, host + host_again), waiting(wgrad, host))
+
+
+def waiting(work: Seconds, host: float) -> Seconds:
+    """With the time for which the device waits for the host, which takes so many seconds to start it all."""
+    return work | {"launch": max(0.0, host - sum(work.values()))} if host else work
+
+
+def routing(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> float:
+    """Seconds in which one layer's routed tokens travel to their experts and back, in one direction of a step."""
+    to_etp = 2 * ring(layout.etp * routed_elements(model, layout, software), layout.etp, 1, machine, software)
+    return all_to_alls(model, layout, machine, software) + to_etp
+
+
+def all_to_alls(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> float:
+    """Of `routing` what the ranks of ep send each other."""
+    return 2 * all_to_all(routed_elements(model, layout, software), layout.ep, layout.etp, machine, software,
+                          model.top_k, model.top_groups if model.groups > 1 else 0)  # fmt: skip
+
+
+def routed_elements(model: ModelConfig, layout: Layout, software: Software) -> float:
+    """Of the tokens of one of tp's ranks, with or without sp, on the busiest."""
+    return software.imbalance * model.top_k * layout.tokens(model.sequence) * model.hidden / layout.tp
 
 
 # What the times of a layer depend on, so that layouts that differ in something else share them.
@@ -206,8 +204,7 @@ def hidden_in_pair(model: ModelConfig, layout: Layout, machine: Machine, softwar
     times = rank_times(model, layout, machine, software)
     forward, dgrad, wgrad = (seconds["matrix products"] + seconds.get("memory", 0.0) for seconds in times)
     mixtures = max(moe for _, moe in met_by_rank(model, layout.schedule, layout.pp, layout.v, layout.split))
-    routed = model.top_k * layout.tokens(model.sequence) * model.hidden / layout.sp_ranks
-    travel = mixtures * 2 * all_to_all(routed, layout.ep, layout.etp, machine, software)
+    travel = mixtures * software.ep_seen * all_to_alls(model, layout, machine, software)
     again = 2 if layout.recompute == "full" else 1
     return min(travel, dgrad + wgrad) + min(again * travel, forward)
 
@@ -242,11 +239,7 @@ def step(model: ModelConfig, layout: Layout, machine: Machine, software: Softwar
     experts, others = max((parameters(model, layout, rank) for rank in distinct_ranks(model, layout)), key=sum)
     updated = others / layout.data + experts / layout.edp if layout.zero else others + experts
     parts["optimizer"] = updated * UPDATE / machine.bandwidth
-    gather = 0.0  # one after the other: they leave by the same cards, and hide behind the same computation
-    for size, ranks, stride in ((others, layout.data, layout.tp), (experts, layout.edp, layout.ep * layout.etp)):
-        messages = model.layers / p if layout.zero == 3 else ceil(size / software.bucket)
-        gather += ring(size, ranks, stride, machine, software, messages)
-    parts["dp"] = data_parallel(layout, gather, f, i + w)
+    parts["dp"] = data_parallel(model, layout, (experts, others), f, i + w, machine, software)
     return Step(parts)
 
 
@@ -257,13 +250,13 @@ def head_not_hidden(model: ModelConfig, layout: Layout, machine: Machine, softwa
         slowest: seconds of the layers of the rank whose layers take longest.
     """
     with_head = next(rank for rank in range(layout.pp) if ends_of(layout, rank)[1])
+    head = head_seconds(model, layout, machine, software)
+    if software.balances and not layout.split:
+        return head / layout.pp
     layers = seconds_of(layers_times(model, layout, machine, software)[with_head])
-    return max(0.0, layers + head_seconds(model, layout, machine, software) - slowest)
+    return max(0.0, layers + head - slowest)
 
 
 def head_seconds(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> float:
     """Of one microbatch, forward and backward; with dualpipe two ranks have the head, and half of them each."""
-    tokens, columns = layout.tokens(model.sequence), vocabulary_shard(model, layout.tp)
-    products = 4 if layout.chunk_of_loss(model) else 3
-    head = products * product(tokens, model.hidden, columns, machine) / (machine.peak * software.gemm)
-    return head / (2 if layout.schedule == "dualpipe" else 1)
+    return head_time(model, layout, machine, software) / (2 if layout.schedule == "dualpipe" else 1)

@@ -12,6 +12,7 @@ from cluster.planner import hardware
 from cluster.planner.layout import Layout, add_flags, given, layout_from
 from cluster.planner.options import machine_of
 from cluster.planner.plans import plans
+from cluster.planner.software import NAMED
 from cluster.run.data import add_data_flags, check_data
 from cluster.run.export import check_export
 from cluster.run.hf import Folder, bytes_of, is_file
@@ -167,7 +168,7 @@ def planned(args: argparse.Namespace, world: int, model: ModelConfig, decided: d
     """The planner's first choice."""
     machine = machine_of(args) if args.machine else hardware.here(world)
     fixed = {name: [value] for name, value in decided.items()}
-    found, _ = plans(model, machine, world, args.batch, hardware.Software(), fixed)
+    found, _ = plans(model, machine, world, args.batch, NAMED["here"], fixed)
     if not found:
         layout_of(argparse.Namespace(**vars(args) | {"auto": False, "tp": args.tp or 1}), world)  # says which rule
         size = f"{machine.memory / 1e9:.3g} GB each"

@@ -87,6 +87,7 @@ class ModelConfig:
     rope_scaling: Llama3Scaling | YarnScaling | str | None = None  # str: the name of a kind that is not built
     activation: str = "gelu"  # of an MLP without a gate; or "gelu_tanh", GPT-2's approximation of it
     positions: int = 0  # rows of the table of learned positions; 0: as many as a sample has tokens
+    shared_gate: bool = False  # the shared experts' result is weighted by the sigmoid of one product: counted only
 
     def __post_init__(self) -> None:
         for name, kinds in {"latent": (Latent,), "rope_scaling": (Llama3Scaling, YarnScaling)}.items():

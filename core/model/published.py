@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
 }
+SAME = {"kimi_k2": "deepseek_v3"}  # another name for the same code
 PLANNED = {  # families that the planner counts, and what of them is not built
     "qwen2_moe": "a gate of the shared expert",
     "deepseek_v2": "weights of experts that are a softmax over all, times a scale",
@@ -151,7 +152,8 @@ def from_config(path: str | Path, sequence: int | None = None, flag: str = "") -
 def family_of(content: dict[str, Any]) -> str:
     """`model_type`, or the one that the sizes tell. Raises ValueError for another one, or another kind of head."""
     guessed = {"n_embd": "gpt2", "kv_lora_rank": "deepseek_v3", "num_local_experts": "mixtral"}
-    kind = content.get("model_type") or next((guessed[key] for key in guessed if content.get(key)), "llama")
+    said = content.get("model_type")
+    kind = SAME.get(said, said) or next((guessed[key] for key in guessed if content.get(key)), "llama")
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type {kind!r} is not built, only {', '.join(ARCHITECTURES)}")
     for architecture in content.get("architectures") or ():
@@ -237,6 +239,7 @@ def _llama(fields: Fields, kind: str, sequence: int | None) -> ModelConfig:
         norm_eps=float(fields.get("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6)),
         qkv_bias=kind in ("qwen2", "qwen2_moe"),
         qk_norm=kind in ("qwen3", "qwen3_moe"),
+        shared_gate=kind == "qwen2_moe" and shared > 0,
         rope_theta=theta,
         rope_scaling=scaling,
         **(_routing(fields, kind) if experts else {}),

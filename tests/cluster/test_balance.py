@@ -10,12 +10,12 @@ import pytest
 from cluster import plan
 from cluster.planner.balance import Work, balance, better_split, groups_of, slowest
 from cluster.planner.hardware import PRESETS as MACHINES
-from cluster.planner.hardware import Software
 from cluster.planner.layout import Layout, add_flags, given
 from cluster.planner.memory import rank_memory
 from cluster.planner.models import PRESETS
 from cluster.planner.plans import plans
 from cluster.planner.rulebook import Case, keeps_all
+from cluster.planner.software import Software
 from cluster.planner.steptime import step
 from core.model.config import ModelConfig
 from pipeline.split import notation, parse
@@ -69,11 +69,15 @@ def test_no_other_split_of_a_model_has_a_shorter_step(name: str) -> None:
     every = [each for each in every if keeps_all(Case(each, model))]
     needs = {x: max(rank_memory(model, x, rank).total for rank in range(x.pp)) for x in every}
     seconds = {x: step(model, x, H100, SOFTWARE).seconds for x in every}
-    found = better_split(model, layout, H100, SOFTWARE, 1e15)
+    found = better_split(model, layout, H100, SOFTWARE, lambda split, rank: True)
     assert seconds[found] == pytest.approx(min(seconds.values()))
     assert seconds[found] < step(model, layout, H100, SOFTWARE).seconds
     memory = sorted(needs.values())[len(needs) // 3]
-    found = better_split(model, layout, H100, SOFTWARE, memory)
+
+    def has_room(split: Layout, rank: int) -> bool:
+        return rank_memory(model, split, rank).total <= memory
+
+    found = better_split(model, layout, H100, SOFTWARE, has_room)
     fitting = min(seconds[x] for x in every if needs[x] <= memory)
     usual = step(model, layout, H100, SOFTWARE).seconds
     if layout.v > 1:  # which of a rank's stages gets a layer matters then: what is found fits, or nothing is

@@ -109,7 +109,7 @@ def test_plans_as_a_page(browser: Browser, written: Path, tmp_path: Path, monkey
     assert plan.main() == 0
     scatter = numbers_of(out.read_text("utf-8"))["figures"][0]
     assert [point[0] for point in scatter["points"][:4]] == ["1", "2", "3", ""]
-    assert all(point[2] <= explore.USABLE * 80 for point in scatter["points"])
+    assert all(point[2] <= 80 for point in scatter["points"])
     browser.open(out)
     assert browser.run("document.querySelectorAll('circle').length") == len(scatter["points"])
     assert browser.run("document.querySelectorAll('table.grid tbody tr').length") == 3

@@ -16,16 +16,17 @@ from cluster import plan
 from cluster.links.messages import all_to_all, link, ring
 from cluster.planner.command import commands, folder_of, lacking, write_config
 from cluster.planner.counting import model_parameters, step_flops
+from cluster.planner.efficiency import product as matrix_product
 from cluster.planner.hardware import PRESETS as MACHINES
-from cluster.planner.hardware import Link, Machine, Software, measured
+from cluster.planner.hardware import Link, Machine, measured
 from cluster.planner.layout import Layout
 from cluster.planner.memory import parameters, rank_memory
 from cluster.planner.models import PRESETS
 from cluster.planner.options import parser
 from cluster.planner.plans import USABLE, fits, plans
 from cluster.planner.rulebook import Case, broken
+from cluster.planner.software import Software
 from cluster.planner.steptime import bubble, step
-from cluster.planner.steptime import product as matrix_product
 from cluster.run.arguments import add_all_flags, configured, full_model, layout_of, moe_of
 from core.model.config import Llama3Scaling, ModelConfig, YarnScaling
 from core.model.published import from_config, from_content
@@ -176,7 +177,7 @@ def test_a_ring_leaves_a_node_by_as_many_cards_as_it_has_ranks_there() -> None:
     assert seconds == pytest.approx(15 * A100.outside.alpha + 15 / 16 * 2e9 / 25e9)
     assert ring(1e9, 1, 1, A100, whole) == 0
     off = all_to_all(1e9, 16, 1, A100, whole)  # half of it leaves the node, by the rank's own card
-    assert off == pytest.approx(A100.outside.alpha + 0.5 * 2e9 / 25e9)
+    assert off == pytest.approx(16 / 8 * A100.outside.alpha + 0.5 * 2e9 / 25e9)
 
 
 def faster(machine: Machine) -> dict[str, Machine]:

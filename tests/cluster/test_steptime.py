@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.links.messages import context, data_parallel
-from cluster.planner.hardware import Link, Machine, Software
+from cluster.links.messages import context
+from cluster.planner.hardware import Link, Machine
 from cluster.planner.layout import Layout
 from cluster.planner.memory import parameters
+from cluster.planner.overlap import not_hidden
+from cluster.planner.software import Software
 from cluster.planner.steptime import Step, bubble, head_not_hidden, layer_times, rank_times, step
 from core.model.config import ModelConfig
 from pipeline.engine.validator import validate
@@ -185,11 +187,16 @@ def head_of(layout: Layout, model: ModelConfig) -> float:
 )
 def test_what_data_parallelism_does_not_hide(zero: int, seconds: float) -> None:
     """5 s to gather or to reduce, 4 s of forward, 7 s of backward. Bug: ZeRO-1's all-gather hidden as well."""
-    assert data_parallel(Layout(dp=2, zero=zero, microbatches=3), 5.0, 4.0, 7.0) == pytest.approx(seconds)
+
+    def seen(layout: Layout, way: float) -> float:
+        reduce = 2 * way if layout.zero == 0 else way  # then it is an all-reduce
+        return not_hidden(layout, 0.0 if layout.zero == 0 else way, reduce, 4.0, 7.0, SOFTWARE)[0]
+
+    assert seen(Layout(dp=2, zero=zero, microbatches=3), 5.0) == pytest.approx(seconds)
     slow = {0: 2 * 9.0 - 7.0, 1: (9.0 - 7.0) + 9.0, 2: 3 * (9.0 - 7.0) + 9.0, 3: 3 * ((9.0 - 4.0) + (18.0 - 7.0))}
-    assert data_parallel(Layout(dp=2, zero=zero, microbatches=3), 9.0, 4.0, 7.0) == pytest.approx(slow[zero])
+    assert seen(Layout(dp=2, zero=zero, microbatches=3), 9.0) == pytest.approx(slow[zero])
     piped = Layout(dp=2, pp=2, zero=min(zero, 1), microbatches=3)
-    assert data_parallel(piped, 5.0, 4.0, 7.0) == 10.0, "after the pipeline"
+    assert seen(piped, 5.0) == 10.0, "after the pipeline"
 
 
 def test_dp_gathers_and_reduces_what_a_rank_has() -> None:

@@ -20,6 +20,7 @@ from cluster.planner import hardware, models
 from cluster.planner.command import commands
 from cluster.planner.layout import Layout
 from cluster.planner.plans import plans
+from cluster.planner.software import NAMED
 from cluster.run.arguments import add_all_flags, layout_of
 from cluster.run.data import HELD_OUT
 from cluster.run.recipe import learning_rate
@@ -143,7 +144,7 @@ def test_what_is_left_open_is_chosen(world: int, flags: str, layout: Layout) -> 
 def test_the_planners_command_is_taken(name: str, schedule: str) -> None:
     model, machine = models.PRESETS[name], hardware.PRESETS["dgx-h100"]
     fixed = {"tp": [8], "pp": [8], "cp": [1], "microbatch": [1], "recompute": ["full"], "schedule": [schedule]}
-    found, _ = plans(model, machine, 128, 256, hardware.Software(), fixed)
+    found, _ = plans(model, machine, 128, 256, NAMED["here"], fixed)
     line, sbatch = commands(found[0].layout, machine, model)
     assert line in sbatch
     torchruns = get_args_parser().parse_args(shlex.split(line)[1:])
