@@ -9,7 +9,7 @@ tie, and the simplest is chosen. Shown are the fastest, and the layouts that eve
 what other choices would cost, what more hardware would win, and the command that starts it. A flag of the layout fixes
 that choice. What the times were held against, and what is not in them, is at the end of --help.
 
-read: planner/plans.py:42-170; planner/search.py:24-67; then planner/answers.py, planner/memory.py, planner/steptime.py
+read: planner/plans.py:84-170; planner/search.py:24-67; then planner/answers.py, planner/memory.py, planner/steptime.py
 """
 
 import argparse
