@@ -179,7 +179,7 @@ def opened(path: Path, flag: str) -> Iterator[Any]:
 
 def check_numbers(value: Tensor, named: str) -> Tensor:
     """The value. Raises ValueError where it is not finite: the loss of a first step would be NaN, and not say why."""
-    rows = value.split(1024) if value.numel() else ()  # so that a copy, if it takes one, is small
+    rows = value.split(64) if value.numel() else ()  # so that a copy, if it takes one, is small
     if not all(each.isfinite() for some in rows for each in torch.aminmax(some)):
         raise ValueError(f"{named} has NaN or infinity; use a file whose training has not diverged")
     return value
