@@ -10,7 +10,6 @@ Weights and activations in bfloat16, gradients in float32, AdamW; 1F1B with enou
 sequence parallelism wherever tp is more than 1.
 """
 
-import argparse
 import sys
 from importlib.resources import files
 from itertools import product
@@ -24,8 +23,7 @@ from cluster.planner.plans import USABLE
 from cluster.planner.rulebook import Case, broken
 from cluster.planner.stages import distinct_ranks
 from core.model.config import ModelConfig
-from core.proof.files import check_writable, write_file
-from core.proof.page.page import assemble
+from core.proof.page.page import assemble, write_page
 from sequence_parallel.engine.recompute import KINDS
 from zero.engine.buckets import BUCKET_ELEMENTS
 
@@ -105,15 +103,7 @@ def page() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m cluster.explore", description="Write the explorer of memory.")
-    parser.add_argument("--out", metavar="FILE.html", required=True)
-    args = parser.parse_args()
-    try:
-        check_writable("--out", args.out)
-    except ValueError as error:
-        parser.error(str(error))
-    write_file(args.out, page())
-    return 0
+    return write_page("cluster.explore", "Write the explorer of memory.", page)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ by action; and one of your own, pasted in torch's CSV. The page makes and valida
 (`static/schedules.js`): its numbers equal those of `engine/validator.py`, which a test holds in a browser.
 """
 
-import argparse
 import sys
 from importlib.resources import files
 
-from core.proof.files import check_writable, write_file
-from core.proof.page.page import assemble
+from core.proof.page.page import assemble, write_page
 from pipeline.schedules import SCHEDULES
 
 SHOWN = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")  # at first
@@ -38,15 +36,7 @@ def page() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.explore", description="Write the explorer of schedules.")
-    parser.add_argument("--out", metavar="FILE.html", required=True)
-    args = parser.parse_args()
-    try:
-        check_writable("--out", args.out)
-    except ValueError as error:
-        parser.error(str(error))
-    write_file(args.out, page())
-    return 0
+    return write_page("pipeline.explore", "Write the explorer of schedules.", page)
 
 
 if __name__ == "__main__":

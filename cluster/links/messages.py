@@ -17,12 +17,17 @@ CHANNELS = 8  # over which NCCL sends to so many ranks at a time
 ITEM = 2  # bytes of a weight, of a gradient and of an activation
 
 
+def in_a_node(machine: Machine, ranks: int, stride: int) -> int:
+    """How many of an axis's ranks, each `stride` after the one before, a node has."""
+    return max(1, min(ranks, machine.node // stride))
+
+
 def link(machine: Machine, ranks: int, stride: int) -> Link:
     """What a rank sees of a ring over `ranks` ranks, each `stride` after the one before.
 
     Those that are on one node share a ring that leaves it by all their network cards at once.
     """
-    together = max(1, min(ranks, machine.node // stride))
+    together = in_a_node(machine, ranks, stride)
     if together == ranks:
         return machine.inside
     outside = machine.beyond if machine.beyond and ranks * stride > machine.pod > 0 else machine.outside
@@ -58,7 +63,7 @@ def all_reduce(
     """Seconds to sum a tensor of so many elements on all ranks: by a ring, or by a tree, whose steps are fewer."""
     if ranks == 1:
         return 0.0
-    way, together = link(machine, ranks, stride), max(1, min(ranks, machine.node // stride))
+    way, together = link(machine, ranks, stride), in_a_node(machine, ranks, stride)
     steps = together - 1 + log2(max(1, ranks / together))
     tree = 2 * (messages * steps * way.alpha + elements * item * way.beta / software.links)
     return min(tree, 2 * ring(elements, ranks, stride, machine, software, messages, item))
@@ -75,7 +80,7 @@ def all_to_all(
     """
     if ranks == 1:
         return 0.0
-    together = max(1, min(ranks, machine.node // stride))
+    together = in_a_node(machine, ranks, stride)
     inside, outside = (together - 1) / ranks * machine.inside.beta, (ranks - together) / ranks * machine.outside.beta
     if software.once_a_node and copies > 1:  # and to each rank once
         nodes = ranks / together

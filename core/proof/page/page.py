@@ -1,10 +1,11 @@
 """Put together one self-contained page: templates, styles, scripts and the numbers, in one file."""
 
+import argparse
 import html
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,7 @@ from markupsafe import Markup
 from core.ledger import Traffic
 from core.proof.evidence import Row, number
 from core.proof.figures import ACTIONS, SERIES, Figure, Words, bars, grid, lines
+from core.proof.files import check_writable, write_file
 
 STATIC = files("core.proof.page") / "static"
 CHARTS = ("bars", "lines", "scatter")
@@ -52,6 +54,19 @@ def assemble(template: str, data: Any, scripts: Sequence[str], package: str = "c
     return environment.get_template(template).render(
         style=Markup(style), code=Markup(code), data=Markup(inline), **values
     )
+
+
+def write_page(module: str, what: str, page: Callable[[], str]) -> int:
+    """The command line of a tool that writes one page to `--out`; the exit code."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=what)
+    parser.add_argument("--out", metavar="FILE.html", required=True)
+    args = parser.parse_args()
+    try:
+        check_writable("--out", args.out)
+    except ValueError as error:
+        parser.error(str(error))
+    write_file(args.out, page())
+    return 0
 
 
 # ---- The page of a lesson --------------------------------------------------------------------------------------------
