@@ -8,6 +8,8 @@ which only divide, are left to the page (`static/memory.js`). A test holds both 
 
 Weights and activations in bfloat16, gradients in float32, AdamW; 1F1B with enough microbatches to fill the pipeline;
 sequence parallelism wherever tp is more than 1.
+
+read: explore.py:44-87; then planner/memory.py, and the page's own share in static/memory.js
 """
 
 import sys
@@ -32,8 +34,11 @@ TP, CP, PP, MICROBATCH = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4)
 DP, EP = tuple(2**i for i in range(11)), (1, 2, 4, 8, 16, 32, 64)
 TWICE = {"zero": 3, "dp": 2, "ep": 2}
 ITEMSIZE = 2  # bytes of a weight and of an activation
-GPUS = {"A100 40 GB": 40e9, "A100 80 GB": PRESETS["dgx-a100"].memory, "H100 80 GB": PRESETS["dgx-h100"].memory,
-        "H200 141 GB": 141e9, "B200 192 GB": 192e9, "24 GB": PRESETS["pc"].memory}  # fmt: skip
+GPUS = {
+    f"{name} {PRESETS[of].memory / 1e9:.0f} GB": PRESETS[of].memory
+    for name, of in (("A100", "a100-40gb"), ("A100", "dgx-a100"), ("H100", "dgx-h100"), ("H200", "dgx-h200"),
+                     ("B200", "dgx-b200"), ("PC", "pc"))
+}  # fmt: skip
 
 
 def layout_of(tp: int, cp: int, pp: int, recompute: str, microbatch: int, **more: Any) -> Layout:

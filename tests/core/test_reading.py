@@ -11,7 +11,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TOPICS = ("zero", "megatron_tp", "sequence_parallel", "pipeline", "expert_parallel", "cluster")
-TOOLS = ("cluster/plan.py", "cluster/rules.py")  # scripts that run_all.sh does not name
+TOOLS = (
+    "cluster/explore.py",
+    "cluster/plan.py",
+    "cluster/rules.py",
+    "pipeline/explore.py",
+)  # scripts that run_all.sh does not name
 READ_LINES, READ_FILES = 150, 2  # what it takes to follow the plain version of a technique
 SCRIPT_LINES, MODULE_LINES, CORE_LINES = 250, 320, 800
 
