@@ -33,18 +33,25 @@ def held(model: ModelConfig, layout: Layout, software: Software, rank: int = 0) 
         logits = layout.tokens(model.sequence) * vocabulary_shard(model, layout.tp)
         saved -= 4 * logits
         working = transient(model, replace(layout, loss_chunk=1), rank, ITEM)
-        working = max(working, software.logits_held * logits)
+        of_logit = layout.tp > 1 and software.logits_held_tp or software.logits_held
+        working = max(working, of_logit * logits)
     kept = replace(layout, recompute="none") if layout.recompute == "full" and layout.recompute_every > 1 else layout
     if kept.recompute != "full":  # or of one in several layers, which are little beside what the others save
         saved *= share_saved(model, kept, software, moe) * (1 - software.again.dropped)
+    elif software.keeps_gathered:
+        working = max(working, transient(model, replace(layout, loss_chunk=1), rank, ITEM)
+                      + gathered_inputs(model, layout, moe))  # fmt: skip
     gradients, gathered = ours.gradients, ours.gathered
     if layout.zero == 3 and layout.edp == 1:  # experts that nobody else has are not sharded, nor gathered
         experts = parameters(model, layout, rank)[0]
         gathered = max(0.0, gathered - ITEM * most_gathered(model, layout, rank, True, layout.pp))
         gradients -= 4 * experts if layout.reduce == "step" else 0.0
+    gradients *= software.gradient_held / 4
+    if software.grown and layout.pp == layout.microbatches == 1:
+        gradients = max(0.0, gradients - saved)
     return replace(
         ours,
-        gradients=gradients * software.gradient_held / 4,
+        gradients=gradients,
         optimizer=ours.optimizer * software.state_held / 12,
         activations=saved,
         gathered=gathered,

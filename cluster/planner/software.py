@@ -62,6 +62,8 @@ class Software:
     keeps_gathered: bool = False  # what tensor parallelism gathers of a sequence is saved, not gathered again
     saved8: bool = False  # what is multiplied in 8 bits is saved in 8 bits
     logits_held: float = 12.0  # bytes of a logit at the peak: itself, in float32 and its gradient
+    logits_held_tp: float = 0.0  # the same where tensor parallelism shards the vocabulary; 0: as many
+    grown: bool = False  # gradients come one by one in a step's first backward, as activations go
     reserve: float = 0.04  # of all it allocates, lost between allocations: what it reserves, over what it holds
 
 
@@ -83,6 +85,10 @@ FITTED: dict[str, tuple[str, ...]] = {
     "here": ("gemm", "passes"),
 }
 MODERN = replace(MEGATRON_2021, gemm=0.85, passes=2.0, links=0.8, logits=30.0, gradient=4, attention=FLASH3)
+# What PyTorch holds. A logit: in 16 bits, and in 32 its logarithm and two gradients, of the loss and through softmax;
+# sharded over tp also its exponential (torch.distributed.tensor.parallel.loss). What tp has gathered is saved as it is.
+FSDP2 = {"pieces": 1, "state_held": 10.0, "logits_held": 14.0, "logits_held_tp": 18.0, "keeps_gathered": True,
+         "grown": True}  # fmt: skip
 # Where fits begin: what papers and documentation say.
 BEGIN = (
     MEGATRON_2021,
@@ -92,11 +98,11 @@ BEGIN = (
             logits_held=8.0, saved8=True, reserve=0.02),
     # FSDP1 under Composer, flash attention of 2023; its fused cross entropy works in place.
     replace(MODERN, name="fsdp-eager", passes=4.0, attention=0.25, slowdown=SLOWDOWN, pieces=1, gradient=2,
-            state_held=10.0, logits_held=4.0),
-    replace(MODERN, name="fsdp2-eager", passes=3.0, attention=FLASH2, slowdown=SLOWDOWN, pieces=1, state_held=10.0),
+            state_held=10.0, logits_held=4.0, grown=True),
+    replace(MODERN, name="fsdp2-eager", **FSDP2, passes=3.0, attention=FLASH2, slowdown=SLOWDOWN),
     # torchtitan and its like: a gather along the sequence is copied once more, so tp is seen longer than it travels.
-    replace(MODERN, name="fsdp-compiled", passes=1.5, tp_seen=1.5, attention=FLASH2, slowdown=SLOWDOWN, pieces=1,
-            state_held=10.0, fused_gate=True, reserve=0.06),
+    replace(MODERN, name="fsdp-compiled", **FSDP2, passes=1.5, tp_seen=1.5, attention=FLASH2, slowdown=SLOWDOWN,
+            fused_gate=True, reserve=0.06),
     # NeMo Automodel: FSDP2, its recipes train in bfloat16 throughout.
     replace(MODERN, name="automodel", passes=1.5, slowdown=SLOWDOWN, pieces=1, gradient=2, gradient_held=2.0,
             state_held=4.0, fused_gate=True, logits_held=8.0, launch=30e-6, grouped=0.8, at_once=True,
@@ -137,8 +143,10 @@ def with_features(software: Software, features: tuple[str, ...], bits: int = 16)
         changes["ep_seen"] = 0.25
     if "deepep" in features:
         changes["once_a_node"] = True
-    if "small-moments" in features:  # both moments in 2 bytes (2412.19437, section 3.3.2)
-        changes["state_held"] = software.state_held - 4
+    # Both moments in 2 bytes (2412.19437, section 3.3.2); of the master weight Megatron-Core's optimizer then keeps the
+    # 2 bytes that the weight has not.
+    if "small-moments" in features:
+        changes["state_held"] = software.state_held - 6
     if "regathers" in features:
         changes["keeps_gathered"] = False
     if "graphs" in features:
