@@ -60,10 +60,18 @@ def all_reduce(
     messages: float = 1,
     item: int = ITEM,
 ) -> float:
-    """Seconds to sum a tensor of so many elements on all ranks: by a ring, or by a tree, whose steps are fewer."""
+    """Seconds to sum a tensor of so many elements on all ranks: by a ring, or by a tree, whose steps are fewer.
+
+    Or by the node's switch (NVLink SHARP): it sums what each rank sends once, and sends a rank's share of the sums on to
+    all. (By itself a reduce-scatter sends what a ring does, and so a gather receives.)
+    """
     if ranks == 1:
         return 0.0
     way, together = link(machine, ranks, stride), in_a_node(machine, ranks, stride)
+    if machine.sharp and together == ranks:
+        sent = elements * item * (1 + 1 / ranks)
+        switch = 4 * messages * way.alpha + sent * way.beta / software.links
+        return min(switch, 2 * ring(elements, ranks, stride, machine, software, messages, item))
     steps = together - 1 + log2(max(1, ranks / together))
     tree = 2 * (messages * steps * way.alpha + elements * item * way.beta / software.links)
     return min(tree, 2 * ring(elements, ranks, stride, machine, software, messages, item))

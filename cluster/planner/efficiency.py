@@ -21,6 +21,7 @@ BACKWARD = 2.5 / 0.8  # of flash attention over its forward: 5 products for 2, a
 # router's and those that sort rows and back; for each expert here two products, and with biases their sums. Latent
 # attention's: what is compressed, split, normed, rotated and put together.
 OPERATORS, ROUTER, EXPERT, EXPERT_BIASES, LATENT = 20, 50, 2, 4, 80
+KEPT_WIDE = 0.15  # of the layers that a training in 4 bits has in 16: 2509.25149, section 3
 CHECKPOINT = 18  # of torch.utils.checkpoint's own: it saves and restores the generators' states
 
 
@@ -69,9 +70,12 @@ def of_products(products: list[tuple[tuple[int, int], float, int]], machine: Mac
 
 def speed(machine: Machine, software: Software, bits: int = 16) -> float:
     """FLOP/s of large matrix products of elements of so many bits."""
-    if bits == 16 or not machine.peak8:
-        return machine.peak * machine.sustained * software.gemm
-    return machine.peak8 * machine.sustained * software.gemm * software.gemm8
+    wide = machine.peak * machine.sustained * software.gemm
+    peak = {8: machine.peak8, 4: machine.peak4 or machine.peak8}.get(bits, 0.0)
+    if not peak:
+        return wide
+    narrow = peak * machine.sustained * software.gemm * software.gemm8
+    return 1 / ((1 - KEPT_WIDE) / narrow + KEPT_WIDE / wide) if bits == 4 else narrow
 
 
 def attention_time(model: ModelConfig, flop: float, machine: Machine, software: Software) -> tuple[float, float]:

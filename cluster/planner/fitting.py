@@ -73,10 +73,14 @@ class Fit:
 
     def without(self, group: object) -> Software:
         """The constants of the rows of other groups: one more step, from those of all."""
-        others = np.array([row.group != group for row in self.rows])
+        return self.leaving({id(row) for row in self.rows if row.group == group})
+
+    def leaving(self, out: set[int]) -> Software:
+        """The constants of all rows but these, by their identities; where none is left, those where the fit began."""
+        others = np.array([id(row) not in out for row in self.rows])
         if others.all():
             return self.software
-        change = solve(self.slopes[others], self.left[others], self.prior)
+        change = solve(self.slopes[others], self.left[others], self.prior) if others.any() else -self.prior
         x = np.log([getattr(self.software, name) for name in self.names])
         return with_constants(self.software, self.names, x + change)
 

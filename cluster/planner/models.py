@@ -103,6 +103,7 @@ FAMILIES = {
     ),
     r"qwen330ba3b": PUBLISHED["qwen3-30b-a3b"],
     r"qwen3235ba22b": PUBLISHED["qwen3-235b-a22b"],
+    r"smollm17b": llama(24, 2048, 32, 8192, kv_heads=None, vocabulary=49_152, tied=True),
     r"gptoss20b": GPT_OSS,
     r"gptoss120b": replace(GPT_OSS, layers=36, experts=128),
 }  # fmt: skip

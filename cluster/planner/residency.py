@@ -70,7 +70,7 @@ def share_saved(model: ModelConfig, layout: Layout, software: Software, moe: boo
         saved -= ITEM * layout.tokens(model.sequence) / layout.tp * model.top_k * model.hidden
     if software.keeps_gathered and not forgets:
         saved += gathered_inputs(model, layout, moe)
-    if software.saved8 and software.bits == 8 and not forgets:
+    if software.saved8 and software.bits < 16 and not forgets:
         saved -= inputs_of_products(model, layout, moe) / 2
     return saved / of_layer
 

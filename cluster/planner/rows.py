@@ -194,8 +194,13 @@ def seconds_of(cells: dict[str, str], model: ModelConfig, layout: Layout, machin
 def too_fast(model: ModelConfig, layout: Layout, machine: Machine, seconds: float, bits: int) -> bool:
     """Whether a step would need more than the peak, with half of attention's products."""
     attention = 3 * layout.batch * model.sequence * model.layers * attention_flops(model) // 2
-    peak = machine.peak if bits == 16 else machine.peak8
+    peak = {16: machine.peak, 8: machine.peak8, 4: machine.peak4}[bits]
     return step_flops(model, layout.batch) - attention > seconds * layout.ranks * peak
+
+
+def holds_weights(model: ModelConfig, layout: Layout, machine: Machine) -> bool:
+    """Whether there is room for a rank's weights and gradients in 2 bytes each, as ZeRO-1 has them, and little else."""
+    return 4 * sum(parameters(model, layout)) < 0.9 * machine.memory
 
 
 def too_far(model: ModelConfig, layout: Layout, machine: Machine, seconds: float) -> bool:
@@ -218,7 +223,8 @@ def memory_of(cells: dict[str, str]) -> float:
 # ---- A row -----------------------------------------------------------------------------------------------------------
 
 UNLIKE = {"LoRA": "adapters are trained, not the model", "tokendrop": "drops tokens, how many is not printed",
-          "offload": "states are moved to the host", "NVFP4": "4-bit products"}  # fmt: skip
+          "offload": "states are moved to the host"}  # fmt: skip
+OTHER_LAYERS = r"Nemotron[-_ ]?(3|V3|H)|Mamba|Qwen3-Next|DeepSeekV4|Jamba|Falcon-H1"  # not attention and an MLP alone
 
 
 def row_of(cells: dict[str, str]) -> Row:
@@ -240,7 +246,9 @@ def row_of(cells: dict[str, str]) -> Row:
         return replace(row, why="no cluster that is known")
     model = model_of(cells["model"], sequence or 4096)
     if model is None:
-        return replace(row, why="a model that is not understood")
+        hybrid = re.search(OTHER_LAYERS, cells["model"])
+        return replace(row, why="layers of state-space or linear attention, which are not modelled" if hybrid
+                       else "a model that is not understood")  # fmt: skip
     if not sequence:
         return replace(row, model=model, why="no sequence length")
     if model.experts:
@@ -249,6 +257,9 @@ def row_of(cells: dict[str, str]) -> Row:
     layouts, unsaid = layouts_of(cells, model, gpus)
     if not layouts:
         return replace(row, model=model, machine=machine, why="no layout or batch")
+    if "recipe default" in cells["notes"] and not holds_weights(model, layouts[0], machine):
+        layouts = tuple(replace(layout, zero=3) for layout in layouts)  # the recipe's stage was assumed: it shards more
+        unsaid = (*unsaid, "zero")
     seconds = seconds_of(cells, model, layouts[0], machine)
     if seconds and too_fast(model, layouts[0], machine, seconds, bits):
         return replace(row, model=model, why="more FLOP a second than the device's peak: not this model or batch")

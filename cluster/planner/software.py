@@ -120,13 +120,13 @@ CONSTANTS: dict[str, tuple[float, ...]] = {
     "megatron-2021": (0.70, 2.47, 0.82),
     "megatron-core": (0.8270, 0.5701, 0.1495, 3.242e-05),
     "fsdp-eager": (0.8750, 2.564, 0.2081, 0.5527),
-    "fsdp2-eager": (0.6817, 3.166),
-    "fsdp-compiled": (0.7732, 1.875, 1.920, 0.1332),
+    "fsdp2-eager": (0.6591, 3.194),
+    "fsdp-compiled": (0.7639, 2.050, 1.947, 0.1275),
     "automodel": (0.8555, 1.169, 3.0e-05, 0.2778),
     "nanotron": (0.6482, 2.071, 0.6333),
     "maxtext": (0.9247, 0.1843),
     "deepspeed": (0.85, 3.0),
-    "here": (0.6817, 3.166),
+    "here": (0.6591, 3.194),
 }
 BY_NAME = {software.name: software for software in BEGIN}
 NAMED = {

@@ -13,7 +13,7 @@ from functools import cache
 from itertools import product as product_of
 from typing import NamedTuple
 
-from cluster.links.messages import ITEM, all_to_all, between_stages, context, ring
+from cluster.links.messages import ITEM, all_reduce, all_to_all, between_stages, context, ring
 from cluster.planner.activations import filling, layer_saved
 from cluster.planner.counting import core_again
 from cluster.planner.efficiency import (
@@ -82,7 +82,9 @@ def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine,
     saved = layer_saved(model, layout, moe, ITEM, "none")
     memory = software.passes * saved / machine.bandwidth
     elements = layout.tokens(model.sequence) * model.hidden
-    tp = 4 * software.tp_seen * ring(elements, layout.tp, 1, machine, software)  # an all-reduce for attention, and MLP
+    # An all-reduce for attention, and one for the MLP; with sp each is a reduce-scatter and a gather.
+    both = 2 * ring(elements, layout.tp, 1, machine, software)
+    tp = 2 * software.tp_seen * (both if layout.sp else all_reduce(elements, layout.tp, 1, machine, software))
     if moe:
         tp *= 2 / 4 if layout.sp else 3 / 4  # experts are not sharded over it; without sp their results are gathered
     cp, cp_backward = context(model, layout, attention, machine, software)

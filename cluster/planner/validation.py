@@ -55,6 +55,20 @@ def outcomes(rows: Sequence[Row]) -> tuple[list[Outcome], dict[str, Fit]]:
     return found, fits
 
 
+def without_sources(rows: Sequence[Row], fits: dict[str, Fit]) -> list[Outcome]:
+    """The same, each predicted by constants of which all of its source's runs are left out: harder still.
+
+    Of a program that only one source has published those are what its fit begins with: papers and documentation.
+    """
+    found = []
+    for row in rows:
+        if not row.why and row.seconds:
+            made = fits.get(row.software)
+            found.append(Outcome(row, predict(row, made.leaving({id(r) for r in made.rows if r.source == row.source})
+                                              if made else None)))  # fmt: skip
+    return found
+
+
 def with_committed(rows: Iterable[Row]) -> list[Outcome]:
     """The same of runs that nothing was fitted to, by the constants that are committed."""
     return [Outcome(row, predict(row)) for row in rows if not row.why and row.seconds]
