@@ -92,9 +92,8 @@ class Pool:
         # torch.optim imports torch._dynamo when the first optimizer is made, which takes a second.
         files = (path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
         ours = [".".join(path.with_suffix("").parts) for path in files if path.stem.isidentifier()]
-        self._context.set_forkserver_preload(
-            ["torch", "torch._dynamo", "einops", "tabulate", "tests.pool", *ours, *preload]
-        )
+        usual = ["torch", "torch._dynamo", "einops", "tabulate", "tests.pool", *ours]
+        self._context.set_forkserver_preload([*usual, *preload])
         self._folder = tempfile.TemporaryDirectory()
         self._workers: list[tuple[Any, Connection]] = []
         self._jobs: list[Running] = []

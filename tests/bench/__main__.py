@@ -1,12 +1,12 @@
 """The benchmark of record: every row of every topic in `tests/bench`, in one table, and in a file with the machine.
 
-    python -m tests.bench                                   all rows; 4 ranks (8 for the combined run) forked, gloo
-    python -m tests.bench --rows zero,experts --quick       the rows and topics with one of these in their name, few rounds
+    python -m tests.bench                                       all rows; 4 ranks or 8, forked, gloo
+    python -m tests.bench --rows zero,experts --quick           rows and topics with one of these in their name
     torchrun --nproc_per_node=4 -m tests.bench --device cuda    the topics of so many ranks, on GPUs over NCCL
 
-float32, one thread a rank. Ours, the peer and the floor alternate in the same processes; the medians of the ratios taken
-round by round, with their quartiles. The floor is the computation alone, without messages. Not a test: the ratios depend
-on the machine, which should do nothing else.
+float32, one thread a rank. Ours, the peer and the floor alternate in the same processes; the medians of the ratios
+taken round by round, with their quartiles. The floor is the computation alone, without messages. Not a test: the
+ratios depend on the machine, which should do nothing else.
 
 Peers that are not in torch are measured where they are installed, and their rows are blank elsewhere:
 
@@ -66,9 +66,8 @@ def machine() -> dict[str, object]:
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "")
     root = Path(__file__).parents[2]
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -128,9 +127,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--rounds {args.rounds}: at least one is measured; use --rounds {QUICK}")
         device = choose_device(args.device, process_info())[0]
         if args.device == "cuda" and not process_info().by_torchrun:
-            raise ValueError(
-                "--device cuda: a GPU a rank is torchrun's; use torchrun --nproc_per_node=4 -m tests.bench"
-            )
+            raise ValueError("--device cuda: ranks are forked here; use torchrun --nproc_per_node=4 -m tests.bench")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -152,12 +149,10 @@ def main(arguments: list[str]) -> int:
             began = time.monotonic()
             pool = Pool([f"tests.bench.{name}" for name in found])
             try:
-                of_first = pool.run(
-                    found[topic].ranks, work, found[topic].bench, rounds(topic), wanted, timeout=TIMEOUT
-                )[0]
+                arguments = (found[topic].bench, rounds(topic), wanted)
+                made += pool.run(found[topic].ranks, work, *arguments, timeout=TIMEOUT)[0]
             finally:
                 pool.close()
-            made += of_first
             print(f"{topic}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     print("\n".join(f"{key}: {value}" for key, value in where.items()))
     print(f"\n{table(made)}")

@@ -141,11 +141,8 @@ def row(
     if peer:
         ratios = [ratio**-1 if tokens else ratio for ratio in _ratios(times.wall, ours, peer)]
         below, middle, above = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        more |= {
-            "ratio": middle,
-            "quartiles": (below, above),
-            "busy": statistics.median(_ratios(times.busy, ours, peer)),
-        }
+        busy = statistics.median(_ratios(times.busy, ours, peer))
+        more |= {"ratio": middle, "quartiles": (below, above), "busy": busy}
     if floor in times.wall:
         more["of_floor"] = statistics.median(_ratios(times.wall, floor, ours))
     unit = "tokens/s" if tokens else "ms"

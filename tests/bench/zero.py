@@ -116,6 +116,7 @@ class Bench:
             "train_micro_batch_size_per_gpu": whole,
             "train_batch_size": BATCH,
             "zero_optimization": {"stage": stage},
+            "gradient_clipping": 0.0,  # usually 1
             "zero_allow_untested_optimizer": True,
         }
         optimizer = optimizer_of(model.parameters())
