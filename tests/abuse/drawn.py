@@ -88,31 +88,44 @@ def scripts() -> dict[str, Script]:
     return found
 
 
-def value_of(action: argparse.Action, chance: Random, gentle: bool) -> str | None:
-    """A value of a flag; the first ones of a list come more often, `gentle` much more. None: the flag is left out."""
+def value_of(action: argparse.Action, chance: Random, gentle: bool, rich: bool) -> str | None:
+    """A value of a flag; the first of a list come more often, `gentle` much more; `rich`: any but the last.
+
+    None: the flag is left out.
+    """
     of_run = TRAINED.get(action.dest)
     if action.choices is not None:
         value = chance.choice([*action.choices]) if gentle or chance.random() < 0.95 else "none-of-these"
     elif of_run or action.type in (int, float):
         values = of_run or (COUNTS if action.type is int else SHARES)
-        value = values[min(int(chance.expovariate((8.0 if gentle else 2.5) / len(values))), len(values) - 1)]
+        far = (
+            chance.random() * len(values) * 0.6 if rich else chance.expovariate((8.0 if gentle else 2.5) / len(values))
+        )
+        value = values[min(int(far), len(values) - 1)]
     else:
         return None
     return None if value in (None, "") else str(value)
 
 
-def draw(script: Script, chance: Random) -> Drawn:
-    """Five flags, about, or many more; half of them what a run can be, most often, so that some are accepted."""
+def draw(script: Script, chance: Random, rich: bool = False) -> Drawn:
+    """Five flags, about, or many more; half of them what a run can be, most often, so that some are accepted.
+
+    Args:
+        rich: three times as many, of any value that a run can have.
+    """
     actions = [each for each in script.frame.parser._actions if each.dest not in FILES and each.option_strings]
-    wanted = {each.dest for each in chance.sample(actions, min(len(actions), int(chance.expovariate(0.2)) + 1))}
-    flags, gentle = [], chance.random() < 0.6
+    wanted = {
+        each.dest
+        for each in chance.sample(actions, min(len(actions), int(chance.expovariate(0.07 if rich else 0.2)) + 1))
+    }
+    flags, gentle = [], rich or chance.random() < 0.6
     for action in actions:
         if action.dest not in wanted and not (script.name == TRAIN and action.dest in SMALL):
             continue
         names = [name for name in action.option_strings if name.startswith("--")]
         if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
             flags.append(chance.choice(names))
-        elif (value := value_of(action, chance, gentle)) is not None:
+        elif (value := value_of(action, chance, gentle, rich)) is not None:
             flags.append(f"{names[0]}={value}")
     return Drawn(flags, chance.choice((1, 2, 2, 4, 4, 4, 8, 8, 8, 3, 5, 6, 7)))
 
