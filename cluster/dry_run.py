@@ -189,8 +189,8 @@ def check(args: argparse.Namespace, ranks: int) -> None:
     """Raises ValueError when the flags do not fit each other."""
     model, layout = case(args)
     check_built(model)
-    refuse(layout, args.rank)
     rules.check(layout, model, world=args.world, batch=args.batch)
+    refuse(layout, args.rank)  # of a layout that is one
 
 
 def index_on_axes(layout: Layout, rank: int) -> dict[str, int]:

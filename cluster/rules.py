@@ -8,6 +8,7 @@ which rules hold, and what would do instead of a layout that breaks one.
 read: planner/rulebook.py:76-209; then planner/search.py
 """
 
+import shlex
 import sys
 
 from tabulate import tabulate
@@ -40,7 +41,10 @@ def instead(case: Case) -> str:
     found = nearest(case)
     if found is None:
         return f"no layout of {case.model.name} has {case.world or case.layout.ranks} ranks; use another --world"
-    return f"use {found}" + (f" --batch {found.batch}" if case.batch not in (None, found.batch) else "")
+    flags = found.flags(after=case.layout)
+    if case.model.experts and found.tp > 1 and not found.sp and "--no-sp" not in flags:
+        flags.append("--no-sp")  # left out, it would be there
+    return f"use {shlex.join(flags)}" + (f" --batch {found.batch}" if case.batch not in (None, found.batch) else "")
 
 
 def explain(case: Case) -> str:

@@ -109,15 +109,20 @@ class Layout:
         """The stages of rank `rank` of the pipeline."""
         return stages_of(self.schedule, self.pp, self.v, rank)
 
-    def flags(self) -> list[str]:
-        """Those of `cluster/train.py` that say this layout, without the ones at their defaults."""
+    def flags(self, after: "Layout | None" = None) -> list[str]:
+        """Those of `cluster/train.py` that say this layout, without the ones at their defaults.
+
+        Args:
+            after: what the flags before these say, which these then take back.
+        """
         found = []
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, name = getattr(self, field.name), flag_of(field.name)
+            changed = after is not None and value != getattr(after, field.name)
             if field.type is bool:
-                found += [flag_of(field.name)] * value
-            elif value != field.default or field.name in ("tp", "pp", "dp"):
-                found += [flag_of(field.name), str(value)]
+                found += [name] * value + [name.replace("--", "--no-")] * (changed and not value)
+            elif changed or value != field.default or field.name in ("tp", "pp", "dp"):
+                found += [name, str(value)]
         return found
 
     def __str__(self) -> str:

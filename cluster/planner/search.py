@@ -109,9 +109,12 @@ def nearest(case: Case) -> Layout | None:
         "cp_kind": [given.cp_kind],
         "ulysses": [max(1, given.ulysses), 1],
         "recompute": [given.recompute],
-        "recompute_every": [given.recompute_every, 1],
+        "recompute_every": [max(1, given.recompute_every), 1],
+        "loss_chunk": [max(0, given.loss_chunk)],
         "sp": [False, True],
         "zero": [given.zero, min(given.zero, 1)],
+        "reduce": list(dict.fromkeys((given.reduce, "microbatch"))),
+        "reshard": list(dict.fromkeys((given.reshard, "forward"))),
         "schedule": list(dict.fromkeys((given.schedule, "1f1b", "interleaved"))),
         "v": [max(2, given.v), 2],
         "etp": [max(1, given.etp), 1],
@@ -133,5 +136,5 @@ WEIGHTS = {"tp": 1.0, "cp": 1.0, "ep": 1.0, "etp": 1.0, "pp": 1.0, "dp": 0.5, "u
 
 def _distance(a: Layout, b: Layout) -> float:
     apart = sum(weight * abs(log2(max(1, getattr(a, n)) / getattr(b, n))) for n, weight in WEIGHTS.items())
-    chosen = ("sp", "schedule", "zero", "recompute", "recompute_every")
+    chosen = ("sp", "schedule", "zero", "reduce", "reshard", "recompute", "recompute_every")
     return apart + sum(getattr(a, n) != getattr(b, n) for n in chosen)

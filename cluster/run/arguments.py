@@ -23,6 +23,7 @@ from core.model.gpt import GPT
 from core.proof.arguments import Told, add_model_flags, check_model, configuration
 from core.proof.files import FolderLock
 from core.proof.lesson import Lesson
+from core.proof.rulebook import ONE_EXPERT, TOP_K
 from core.proof.rules import Rule, at_least
 from core.proof.rules import check as check_rules
 from expert_parallel.engine.moe import to_moe
@@ -127,6 +128,7 @@ def moe_of(args: argparse.Namespace) -> MoEConfig | None:
         return MoEConfig.of(config, **training) if config.experts else None
     if not args.experts:
         return None
+    check_rules(args, (ONE_EXPERT, TOP_K))  # `Routing` would advise a score, which has no flag here
     score = "topk-softmax" if args.top_k != 1 else "softmax-topk"
     routing = Routing(
         args.experts, args.top_k, score, capacity=args.capacity, aux=args.aux, z=args.z, bias_rate=args.bias_rate
