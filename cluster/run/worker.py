@@ -29,6 +29,7 @@ from core.model.seeded import SampleMasks
 from core.model.sharding import heads_norms
 from core.model.tokens import documents_of
 from core.proof.checkpoint import Checkpoints, NamedOptimizer
+from core.proof.flight import FLIGHT
 from core.proof.launch import Job
 from core.proof.lesson import Run
 from core.proof.memory import SavedActivations
@@ -169,6 +170,7 @@ class Worker:
         total = torch.zeros((), dtype=torch.float64, device=inputs.device)
         for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             last = m == len(inputs) - 1
+            FLIGHT.at("forward", m)
             self.masks.at(m * len(x))
             with saved or nullcontext():
                 loss = loss_of(self.model, x, y, self.loss)
