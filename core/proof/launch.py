@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -137,11 +137,12 @@ def speaks_for_machine(here: ProcessInfo) -> bool:
 
 
 @contextmanager
-def launch(device: torch.device, timeout: float) -> Iterator[Job]:
+def launch(device: torch.device, timeout: float, known: Callable[[str], str] = str) -> Iterator[Job]:
     """Be a rank of the job: process group, watch over the other ranks, and an orderly end.
 
     Args:
         timeout: seconds that any wait may take.
+        known: what `Stop` says, in the reader's language.
 
     A rank that dies, or shows no sign of life for half of `timeout`, ends every other rank within `timeout`, each
     naming it, with exit code 1. `Stop` ends all ranks with its message.
@@ -174,7 +175,7 @@ def launch(device: torch.device, timeout: float) -> Iterator[Job]:
             code = 0
         except Stop as stop:
             if here.rank == 0:
-                print(f"stopped: {stop}", file=sys.stderr, flush=True)
+                print(known(f"stopped: {stop}"), file=sys.stderr, flush=True)
             code = 1
         with peer_errors("the end of the job"):
             dist.barrier()  # nobody leaves, and looks dead, while another still works
