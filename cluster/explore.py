@@ -33,6 +33,7 @@ MODELS = ("llama3-8b", "llama3-70b", "llama3-405b", "gpt3-175b", "mixtral-8x7b",
 TP, CP, PP, MICROBATCH = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4)
 DP, EP = tuple(2**i for i in range(11)), (1, 2, 4, 8, 16, 32, 64)
 TWICE = {"zero": 3, "dp": 2, "ep": 2}
+PARTS = ("weights", "gradients", "optimizer", "activations", "gathered", "working")
 ITEMSIZE = 2  # bytes of a weight and of an activation
 GPUS = {
     f"{name} {PRESETS[of].memory / 1e9:.0f} GB": PRESETS[of].memory
@@ -100,7 +101,7 @@ def page() -> str:
     """The explorer, self-contained."""
     script = (files("cluster") / "static" / "memory.js").read_text("utf-8")
     models = {name: {"experts": PUBLISHED[name].experts} for name in MODELS}
-    data = {"figures": [], "models": models, "gpus": GPUS, "usable": USABLE,
+    data = {"figures": [], "names": PARTS, "models": models, "gpus": GPUS, "usable": USABLE,
             "bucket": BUCKET_ELEMENTS, "sizes": state_sizes(ITEMSIZE)} | tables()  # fmt: skip
     choices = {"model": MODELS, "gpu": list(GPUS), "tp": TP, "cp": CP, "pp": PP, "dp": DP, "ep": EP,
                "recompute": KINDS, "microbatch": MICROBATCH}  # fmt: skip

@@ -40,6 +40,7 @@ from cluster.planner.stages import layers_by_rank
 from cluster.planner.traffic import sent
 from core.model.config import ModelConfig
 from core.proof.files import check_writable, write_file
+from core.proof.language import catalogue, language_of
 from core.proof.rules import at_least, check
 from core.proof.terminal import fit
 from pipeline.split import layers_by_stage, notation
@@ -147,7 +148,7 @@ def main() -> int:
     made.add_argument("--write-config", metavar="FOLDER", help="write config.json there, for a command that trains it")
     made.add_argument("--page", metavar="FILE.html", help="the plans as a page: time against memory, and why")
     made.add_argument("--json", action="store_true", help="the same for a program")
-    began = time.perf_counter()
+    began, words = time.perf_counter(), catalogue(language_of(sys.argv[1:]))
     try:
         args = made.parse_args()
         if args.page:
@@ -155,7 +156,7 @@ def main() -> int:
         model, machine, found, considered = search(args)
         folder = write_config(args.write_config, model) if args.write_config else folder_of(args)
     except ValueError as error:
-        print(f"cluster/plan.py: {error}", file=sys.stderr)
+        print(f"cluster/plan.py: {words.gettext(str(error))}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - began
     software, chosen = software_of(args), simplest(model, found)

@@ -11,16 +11,15 @@ read: planner/rulebook.py:76-209; then planner/search.py
 import shlex
 import sys
 
-from tabulate import tabulate
-
 from cluster.planner.hardware import Machine
 from cluster.planner.layout import Layout
 from cluster.planner.options import case_of, parser
 from cluster.planner.rulebook import POSITIVE, RULES, Case, broken
 from cluster.planner.search import nearest
 from core.model.config import ModelConfig
+from core.proof.language import ENGLISH, Catalogue, catalogue, laid_out, language_of
 from core.proof.rules import Rule
-from core.proof.terminal import fit
+from core.proof.terminal import fit, wrapped
 
 
 def check(
@@ -47,8 +46,8 @@ def instead(case: Case) -> str:
     return f"use {shlex.join(flags)}" + (f" --batch {found.batch}" if case.batch not in (None, found.batch) else "")
 
 
-def explain(case: Case) -> str:
-    """A table of all rules, what is wrong, and what to use instead."""
+def explain(case: Case, known: Catalogue = ENGLISH) -> str:
+    """A table of all rules, what is wrong, and what to use instead; as `known` has it."""
     failing = broken(case, advice=True)
     unchecked = any(rule in POSITIVE for rule in failing)  # then the other rules mean nothing
 
@@ -62,20 +61,23 @@ def explain(case: Case) -> str:
         (rule.name, verdict(rule), rule.flags.format_map(sizes), rule.reason.format_map(sizes), rule.source)
         for rule in RULES
     ]
-    header, widths = ("rule", "holds", "flags", "reason", "source"), (None, None, 30, 50, 26)
-    lines = [str(case.layout), tabulate(rows, header, maxcolwidths=widths, disable_numparse=True)]
-    lines += [f"{'slow' if rule.advice else 'refused'}: {rule.message(case.sizes)}" for rule in failing]
+    header, widths = ("rule", "holds", "flags", "reason", "source"), (40, 10, 30, 50, 26)
+    cells = [["\n".join(wrapped(known.gettext(text), room)) for text, room in zip(row, widths, strict=True)]
+             for row in rows]  # fmt: skip
+    table = laid_out([*map(known.gettext, header)], cells)
+    lines = [f"{'slow' if rule.advice else 'refused'}: {rule.message(case.sizes)}" for rule in failing]
     lines += [f"refused elsewhere too: {rule.peer}" for rule in failing if rule.peer and "cannot be" not in rule.peer]
     lines.append(instead(case) if failing else "every rule holds")
-    return "\n".join(lines)
+    return "\n".join([str(case.layout), *table, *map(known.gettext, lines)])
 
 
 def main() -> int:
+    known = catalogue(language_of(sys.argv[1:]))
     try:
         case = case_of(parser("rules", "Which rules a layout keeps, which it breaks, and what would do.").parse_args())
-        print(fit(explain(case)))
+        print(fit(explain(case, known)))
     except ValueError as error:
-        print(f"cluster/rules.py: {error}", file=sys.stderr)
+        print(f"cluster/rules.py: {known.gettext(str(error))}", file=sys.stderr)
         return 2
     return 2 if broken(case) else 0
 

@@ -131,7 +131,7 @@ def lesson(run: Run) -> None:
     evidence.claim_losses(run, first, before, after)
     evidence.write_text(run, worker)
     if worker.pipeline and run.page:
-        pictures.draw_pipeline(run, worker)
+        pictures.draw_pipeline(run, worker, held_out)
     worker.close()
 
 

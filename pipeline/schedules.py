@@ -112,7 +112,7 @@ def main() -> int:
     if args.csv:
         to_csv(schedule, sys.stdout)
         return 0
-    print(show_schedule(schedule, verdict.events))
+    print(fit(show_schedule(schedule, verdict.events)))
     bubbles = f"bubble: {verdict.bubble_of_wall:.4f} of wall time, {verdict.bubble_of_ideal:.4f} of ideal time; "
     print(fit(f"{bubbles}in flight per rank: {' '.join(map(str, verdict.in_flight))}"))
     return 0

@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from cluster import explore as memory
 from core.proof.files import write_file
+from core.proof.language import catalogue
 from core.proof.page.page import entry, index
 from core.proof.terminal import columns, measure
 from pipeline import explore as schedules
@@ -36,13 +37,17 @@ def show(lesson: str, ranks: int, outcome: Outcome, report: Path) -> tuple[str, 
     print(outcome.out, flush=True)
     claims = json.loads(report.read_text())["claims"] if report.exists() else []
     held = sum(claim["holds"] for claim in claims)
+    chinese = catalogue("zh")
+    lacking = {claim[part] for claim in claims for part in ("claim", "formula") if chinese.missing(claim[part])}
     widest = max(map(measure, outcome.out.splitlines()), default=0)
     fits = widest <= columns()
-    good = outcome.codes == [0] * ranks and held == len(claims) > 0 and fits
+    good = outcome.codes == [0] * ranks and held == len(claims) > 0 and fits and not lacking
     if not good:
         print(f"exit codes {outcome.codes}\n{outcome.err}", flush=True)
     if not fits:
         print(f"a line of {widest} columns, where the terminal has {columns()}", flush=True)
+    for text in sorted(lacking):
+        print(f"no Chinese, in {lesson.split('/')[0]}/texts/zh.po, for: {text}", flush=True)
     shown = f"{held} of {len(claims)}" if claims else "no report"
     return lesson, shown, f"{outcome.seconds:.0f}", "ok" if good else "FAILED"
 

@@ -9,6 +9,7 @@ from cluster.planner.layout import add_flags, layout_from
 from cluster.planner.rulebook import Case
 from core.model.config import ModelConfig
 from core.model.published import from_config
+from core.proof.language import LANGUAGES
 from core.proof.rulebook import KV_HEADS, ONE_EXPERT
 from core.proof.rules import at_least, at_most, check
 
@@ -48,6 +49,7 @@ def parser(name: str, what: str) -> argparse.ArgumentParser:
     made = _Parser(prog=f"python -m cluster.{name}", description=f"Lecture 03 (大模型并行与 GPU 集群配置). {what}")
     add_case_flags(made)
     where = f"one of {', '.join(hardware.PRESETS)}, or what cluster/topology.py measured (default %(default)s)"
+    made.add_argument("--lang", choices=LANGUAGES, help="of what is printed (default: what LANG says)")
     made.add_argument("--machine", default="dgx-a100", metavar="NAME|FILE.json", help=where)
     return made
 

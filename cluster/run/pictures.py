@@ -1,14 +1,19 @@
 """What one sees of the combined run on its page: who works with whom, what the planner says, and the pipeline."""
 
+from torch import Tensor
+
 from cluster.planner.layout import Layout
 from cluster.planner.memory import rank_memory
 from cluster.run.worker import Worker
 from core.mesh import ORDER, axis_groups, axis_sizes
 from core.model.config import ModelConfig
+from core.proof.clock import VirtualClock
 from core.proof.figures import bars, together
 from core.proof.lesson import Run
+from core.proof.memory import SavedActivations
+from pipeline.engine.step import Trace
 from pipeline.engine.validator import validate
-from pipeline.evidence.pictures import timelines
+from pipeline.evidence.pictures import executed_beside_theory
 
 MOST_RANKS = 256  # that are shown
 AXES = {  # of Megatron's order, and what the ranks of a group share
@@ -44,14 +49,22 @@ def draw(run: Run, layout: Layout, model: ModelConfig) -> None:
     run.formula = "the planner's weights, gradients and optimizer", expected
 
 
-def draw_pipeline(run: Run, worker: Worker) -> None:
-    """The schedule that the first pipeline has carried out, on virtual devices. All ranks call it."""
-    program = [action for action in worker.pipeline.program if "_" not in action.kind]
-    everyone = run.job.gather((worker.pp.ranks, program))
+def draw_pipeline(run: Run, worker: Worker, batch: tuple[Tensor, Tensor]) -> None:
+    """What the first pipeline does in one step more, measured, beside the theory. All ranks call it.
+
+    Args:
+        batch: as large as a step's; nothing is updated with it.
+    """
+    trace = Trace(VirtualClock(run.job.device), SavedActivations([]))
+    worker.zero_grad()
+    worker.forward_backward(run.args.steps, *batch, trace=trace)
+    everyone = run.job.gather((worker.pp.ranks, trace.clock.events))
     if not everyone:
         return
     ranks = everyone[0][0]
-    planned = validate([everyone[rank][1] for rank in ranks])
-    name = f"ranks {', '.join(map(str, ranks))}", f"rank {', '.join(map(str, ranks))}"
-    title = "The first pipeline's actions, on virtual devices", "第一条流水线的动作（虚拟设备）"
-    run.draw(timelines(title, {"planned": (name, planned.events, 0)}))
+    executed = [everyone[rank][1] for rank in ranks]
+    planned = validate([[event.label for event in row] for row in executed])
+    title = "The first pipeline, as executed and by theory", "第一条流水线：实际执行与理论"
+    named = ", ".join(map(str, ranks))
+    note = f"Row by row: ranks {named}. One step more, after the last.", f"各行依次为 rank {named}。再执行的一步。"
+    run.draw(executed_beside_theory(title, executed, planned.events, note))

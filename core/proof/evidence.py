@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from textwrap import fill
 
-from tabulate import tabulate
-
-from core.proof.terminal import coloured
+from core.proof.language import ENGLISH, Catalogue, laid_out
+from core.proof.terminal import coloured, wrapped
 
 SHOWN = 10  # claims that failed
 
@@ -86,36 +84,38 @@ class Evidence:
         cases = [(f"{claim}, rank {rank}", expected, value) for rank, value in enumerate(measured)]
         self.each(claim, formula, cases, tolerance, correctness=correctness)
 
-    def failed(self) -> str:
+    def failed(self, known: Catalogue = ENGLISH) -> str:
         """The claims that do not hold, a line each; empty where all do."""
         if not self.claims:
-            return "nothing was claimed"
+            return known.gettext("nothing was claimed")
         lines = [
             f"FAILED: {c.claim}: {number(c.measured)}, not {number(c.expected)} within {c.tolerance:g}"
             + (f"; the worst is {c.where}" if c.where else "")
             for c in self.claims
             if not c.holds
         ]
-        return "\n".join(lines[:SHOWN] + [f"and {len(lines) - SHOWN} more"] * (len(lines) > SHOWN))
+        lines = lines[:SHOWN] + [f"and {len(lines) - SHOWN} more"] * (len(lines) > SHOWN)
+        return "\n".join(map(known.gettext, lines))
 
-    def tables(self, width: int = 141) -> str:
-        """What the slide says, then that it is right; no wider than `width`, if that can be."""
+    def tables(self, width: int = 141, known: Catalogue = ENGLISH) -> str:
+        """What the slide says, then that it is right; no wider than `width`, if that can be; as `known` has it."""
         made, room = [], max(30, min(width, 141) - 11)  # of three columns
         widths = (room * 44 // 130, room * 46 // 130, room * 40 // 130)
         for title, correctness in (("the slide", False), ("correctness", True)):
-            header = (title, "slide or paper", "measured", "holds")
+            header = [*map(known.gettext, (title, "slide or paper", "measured", "holds"))]
             rows = [row for row in self.rows if row.correctness is correctness]
-            # Not tabulate's own maxcolwidths: it takes a cell such as "16,384" for a number and fails to read it.
-            cells = [
-                [*map(fill, (row.claim, row.formula, row.measured), widths), verdict(row.holds)] for row in rows
-            ]  # fmt: skip
-            made += [tabulate(cells, header, disable_numparse=True)] * bool(rows)
+            cells = []
+            for row in rows:
+                texts = known.gettext(row.claim), known.gettext(row.formula), row.measured
+                folded = ["\n".join(wrapped(text, room)) for text, room in zip(texts, widths, strict=True)]
+                cells.append([*folded, verdict(row.holds, known)])
+            made += ["\n".join(laid_out(header, cells))] * bool(rows)
         return "\n\n".join(made)
 
 
-def verdict(holds: bool) -> str:
+def verdict(holds: bool, known: Catalogue) -> str:
     """In a word, coloured where it is a terminal."""
-    word = "yes" if holds else "NO"
+    word = known.gettext("yes" if holds else "NO")
     return f"\033[{32 if holds else 31}m{word}\033[0m" if coloured() else word
 
 

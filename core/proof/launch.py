@@ -7,7 +7,7 @@ nothing else is read.
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -147,12 +147,15 @@ def speaks_for_machine(here: ProcessInfo) -> bool:
 
 
 @contextmanager
-def launch(device: torch.device, timeout: float, check_messages: bool = False) -> Iterator[Job]:
+def launch(
+    device: torch.device, timeout: float, check_messages: bool = False, known: Callable[[str], str] = str
+) -> Iterator[Job]:
     """Be a rank of the job: process group, watch over the other ranks, and an orderly end.
 
     Args:
         timeout: seconds that any wait may take.
         check_messages: compare what ranks are about to exchange before they do, see `core.proof.flight.Checker`.
+        known: what `Stop` says, in the reader's language.
 
     A rank that dies, or shows no sign of life for half of `timeout`, ends every other rank within `timeout`, each
     naming it, with exit code 1. `Stop` ends all ranks with its message.
@@ -189,7 +192,7 @@ def launch(device: torch.device, timeout: float, check_messages: bool = False) -
             code = 0
         except Stop as stop:
             if here.rank == 0:
-                print(f"stopped: {stop}", file=sys.stderr, flush=True)
+                print(known(f"stopped: {stop}"), file=sys.stderr, flush=True)
             code = 1
         FLIGHT.state = "ended"
         with collective("barrier", "the end of the job"):

@@ -14,11 +14,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import fill
 from typing import Any, NoReturn
 
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from core.ledger import TOTAL, Ledger, Traffic
@@ -26,6 +24,7 @@ from core.model.precision import POLICIES, Precision
 from core.proof.evidence import Claim, Evidence
 from core.proof.figures import Figure
 from core.proof.files import check_writable, write_file
+from core.proof.language import ENGLISH, LANGUAGES, Catalogue, catalogue, laid_out, language_of
 from core.proof.launch import (
     SHORTEST_TIMEOUT,
     Job,
@@ -38,7 +37,7 @@ from core.proof.launch import (
 from core.proof.page.page import render
 from core.proof.plot import plot
 from core.proof.stragglers import Phases, slowest_of
-from core.proof.terminal import columns, fit
+from core.proof.terminal import columns, fit, wrapped
 
 DTYPES = ("float64", "float32", "bfloat16")  # each with its usual policy
 
@@ -50,6 +49,7 @@ class Run:
     args: argparse.Namespace
     job: Job
     precision: Precision
+    known: Catalogue = ENGLISH  # of what is printed
     evidence: Evidence = field(default_factory=Evidence)
     mesh: dict[str, int] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
@@ -67,10 +67,10 @@ class Run:
         """Of parameters and activations."""
         return self.precision.parameters
 
-    def say(self, text: str = "") -> None:
-        """Print on rank 0, no wider than the terminal."""
+    def say(self, text: str = "", known: bool = False) -> None:
+        """Print on rank 0, no wider than the terminal, in the reader's language, which `known` text has already."""
         if self.job.rank == 0:
-            print(fit(text), flush=True)
+            print(fit(text if known else self.known.printed(text)), flush=True)
 
     @property
     def page(self) -> bool:
@@ -91,14 +91,16 @@ class Run:
 
     def say_course(self, rows: Iterable[tuple[str, str, str, str]]) -> None:
         """What the course's practice prints, what is right, and why they differ: (of what, printed, right, why)."""
-        header, room = ("", "the course prints", "right", "why"), min(columns(), 110) - 6
+        header, room = ["", "the course prints", "right", "why"], min(columns(), 110) - 6
         widths = (room * 16 // 104, room * 24 // 104, room * 20 // 104, room * 44 // 104)
-        cells = [[*map(fill, row, widths)] for row in rows]
-        self.say("\n" + tabulate(cells, header, disable_numparse=True))
+        said = [map(self.known.gettext, row) for row in rows]
+        cells = [["\n".join(wrapped(text, room)) for text, room in zip(row, widths, strict=True)] for row in said]
+        self.say("\n" + "\n".join(laid_out([*map(self.known.gettext, header)], cells)), known=True)
 
     def steps(self, what: str = "training") -> tqdm:
         """The steps as a progress bar, on rank 0."""
-        return tqdm(range(self.args.steps), desc=what, unit="step", disable=self.job.rank != 0, file=sys.stderr)
+        words = [*map(self.known.gettext, (what, "step"))]
+        return tqdm(range(self.args.steps), desc=words[0], unit=words[1], disable=self.job.rank != 0, file=sys.stderr)
 
 
 class Lesson:
@@ -133,6 +135,7 @@ class Lesson:
         flag("--report", metavar="FILE.json", help="write the evidence as JSON")
         flag("--plot", metavar="FILE.svg", help="draw the lesson's diagram; needs the extra 'plot'")
         flag("--page", metavar="FILE.html", help="write what one sees of the run as a page, English and Chinese")
+        flag("--lang", choices=LANGUAGES, help="of what is printed (default: what LANG says)")
         flag("--timeout", type=float, default=60.0, help="seconds any wait may take (default %(default)s)")
         what = "compare shape and type between ranks before each collective and message"
         flag("--check-messages", action="store_true", help=what)
@@ -145,7 +148,7 @@ class Lesson:
                 process group exists.
             teach: the lesson itself, on every rank.
         """
-        here = process_info()
+        here, known = process_info(), catalogue(language_of(sys.argv[1:]))
         sys.stdout.reconfigure(errors="replace")  # a terminal without Chinese must not end the lesson
         sys.stderr.reconfigure(errors="replace")
         try:
@@ -154,12 +157,12 @@ class Lesson:
             check(args, here.world_size)
             device, why = choose_device(args.device, here)
         except ValueError as error:
-            return self._refuse(str(error), here)
+            return self._refuse(known.gettext(str(error)), here)
         except SystemExit:  # --help, which rank 0 has printed
             return 0
         began = time.perf_counter()
-        with launch(device, args.timeout, args.check_messages) as job:
-            run = Run(args, job, POLICIES[args.dtype])
+        with launch(device, args.timeout, args.check_messages, known.gettext) as job:
+            run = Run(args, job, POLICIES[args.dtype], known)
             run.say(f"{self.heading}: {self.title} · {self.title_zh}")
             ranks = f"{here.world_size} rank" + "s" * (here.world_size > 1)
             run.say(f"{self.script} on {ranks}, {job.backend} on {device.type} ({why}), {args.dtype}\n")
@@ -168,7 +171,7 @@ class Lesson:
             phases = gather_phases(run)
             if job.rank == 0:
                 self._conclude(run, time.perf_counter() - began, sent, phases)
-            failed = run.evidence.failed() if job.rank == 0 else None
+            failed = run.evidence.failed(known) if job.rank == 0 else None
             if failed:
                 say_last(failed)
             failed = job.share(failed)
@@ -206,7 +209,7 @@ class Lesson:
     def _conclude(self, run: Run, seconds: float, sent: "Sent", phases: Phases) -> None:
         claims = run.evidence.claims
         held = sum(claim.holds for claim in claims)
-        run.say(f"\n{run.evidence.tables(columns())}\n")
+        run.say(f"\n{run.evidence.tables(columns(), run.known)}\n", known=True)
         slowest = {name: slowest_of(ranks) for name, ranks in phases.items()}
         for name, found in slowest.items():
             if found and found.notable:

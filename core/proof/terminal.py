@@ -11,6 +11,8 @@ from unicodedata import east_asian_width
 UNKNOWN = 80  # columns where nobody says how many there are
 RULE = re.compile(r"-+(  -+)+")  # under the heads of a table
 COLOUR = re.compile(r"\033\[[\d;]*m")
+FILLER = "\0"
+CLOSING = "，。；：、）"  # begin no line
 
 
 def columns() -> int:
@@ -24,13 +26,18 @@ def coloured() -> bool:
 
 def measure(line: str) -> int:
     """Columns that a line takes; a Chinese character takes two."""
-    return sum(1 + (east_asian_width(c) in "WF") for c in COLOUR.sub("", line))
+    return sum((c != FILLER) + (east_asian_width(c) in "WF") for c in COLOUR.sub("", line))
+
+
+def stretched(text: str) -> str:
+    """With a FILLER behind each Chinese character: then a column of the terminal is a place in the string."""
+    return "".join(c + FILLER if east_asian_width(c) in "WF" else c for c in text)
 
 
 def fit(text: str, width: int | None = None) -> str:
     """`text` with no line wider than `width`, of which the default is the terminal's."""
     width = width or columns()
-    lines, made, at = text.split("\n"), [], 0
+    lines, made, at = stretched(text).split("\n"), [], 0
     while at < len(lines):
         if measure(lines[at]) <= width:
             made.append(lines[at])
@@ -40,14 +47,14 @@ def fit(text: str, width: int | None = None) -> str:
         block = lines[first:end]
         rule = next((i for i, line in enumerate(block) if RULE.fullmatch(line.rstrip())), None)
         if rule is None and "  " not in lines[at].strip() and not {*lines[at]} & {*"│─"}:  # prose
-            made += _wrapped(lines[at], width)
+            made += wrapped(lines[at], width)
             at += 1
             continue
         del made[len(made) - (at - first) :]
         framed = block[0].startswith("┌") and len(set(map(len, block))) == 1
         made += _frames(block, width) if framed else _cut(block, width) if rule is None else _parts(block, rule, width)
         at = end
-    return "\n".join(made)
+    return "\n".join(made).replace(FILLER, "")
 
 
 def _block(lines: list[str], at: int) -> tuple[int, int]:
@@ -60,12 +67,13 @@ def _block(lines: list[str], at: int) -> tuple[int, int]:
     return first, end
 
 
-def _wrapped(line: str, width: int) -> list[str]:
+def wrapped(line: str, width: int) -> list[str]:
     """Words in lines; Chinese between any two characters, because there are no blanks."""
+    line = line.replace(FILLER, "")
     if measure(line) == len(line):
         return wrap(line, width)
     made = [""]
-    for word in re.findall(r"[^\W\u3000-\u9fff]+|.", line):
+    for word in re.findall(rf"(?:[^\W\u3000-\u9fff]+|.)[{CLOSING}]*", line):
         if measure(made[-1] + word) > width:
             made.append("")
         made[-1] = (made[-1] + word).lstrip() if len(made) > 1 else made[-1] + word
@@ -121,7 +129,7 @@ def _parts(block: list[str], rule: int, width: int) -> list[str]:
     footer = next((i for i in range(rule + 1, len(block)) if not is_row(block[i])), len(block))
     table = block[header:footer]
     above, below = (
-        [part for line in some for part in _wrapped(line, width)] for some in (block[:header], block[footer:])
+        [part for line in some for part in wrapped(line, width)] for some in (block[:header], block[footer:])
     )
     (_, first), *others = spans
     if max(map(measure, table)) <= width:

@@ -51,19 +51,24 @@ def timelines(title: Words, shown: Mapping[str, tuple[Words, Timeline, int]], no
     return {"kind": "timeline", "title": title, "timelines": found, "note": note}
 
 
-def draw(run: Run, schedule: Schedule, planned: Verdict, measured: list[Measured]) -> None:
-    """What the page of a pipeline lesson shows; on rank 0."""
-    executed = timeline_of(measured)
+def executed_beside_theory(title: Words, executed: Timeline, planned: Timeline, note: Words = "") -> Figure:
+    """What ranks have done, in units of time and in this machine's seconds, and what they should do."""
     shown = {
         "executed": (
             ("executed, in virtual time: forward 1, backward 2", "实际执行，虚拟时间：前向 1，反向 2"),
             executed,
             0,
         ),
-        "theory": (("by theory: on virtual devices", "理论：在虚拟设备上"), planned.events, 0),
+        "theory": (("by theory: on virtual devices", "理论：在虚拟设备上"), planned, 0),
         "measured": (("executed, with this machine's own costs", "实际执行，按本机实测的代价"), executed, 1),
     }
-    run.draw(timelines(("The timeline, as executed and by theory", "时间线：实际执行与理论"), shown))
+    return timelines(title, shown, note)
+
+
+def draw(run: Run, schedule: Schedule, planned: Verdict, measured: list[Measured]) -> None:
+    """What the page of a pipeline lesson shows; on rank 0."""
+    title = "The timeline, as executed and by theory", "时间线：实际执行与理论"
+    run.draw(executed_beside_theory(title, timeline_of(measured), planned.events))
     draw_stages(run, schedule)
     config, parts = configuration(run.args), stages_of_ranks(schedule)
     expected = []

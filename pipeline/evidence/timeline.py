@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from textwrap import fill
 
 from core.proof import terminal
 from core.proof.clock import Event, VirtualClock
@@ -17,7 +16,7 @@ NUMBER = "rank {:<3}"  # at the start of a line
 
 
 def show_schedule(schedule: Schedule, timeline: Timeline) -> str:
-    """Legend and drawing in unit costs, no wider than the terminal.
+    """Legend, in one line, and drawing in unit costs, which is no wider than the terminal.
 
     Where the numbers of the micro-batches do not fit, the kinds of the actions are drawn alone, and where that does not
     fit either, the start of it.
@@ -29,14 +28,14 @@ def show_schedule(schedule: Schedule, timeline: Timeline) -> str:
     columns = round(digits / share)  # of a unit of time
     needed = len(NUMBER.format(0)) + round(columns * end)
     if needed <= width:
-        return fill(_legend(schedule), width) + "\n" + _draw(rows, timeline, columns, digits, colour, width)
+        return _legend(schedule) + "\n" + _draw(rows, timeline, columns, digits, colour, width)
     columns = round(1 / share)
     note = f"One letter for 1/{columns} of a unit of time" if columns > 1 else "One letter for a unit of time"
     note += f": F forward, B backward, I and W its two parts, . idle. With micro-batches it takes {needed} columns, "
     note += f"here are {width}."
     if len(NUMBER.format(0)) + round(columns * end) > width:
         note += f" Only the start is drawn, of {end:g} units; all with --plot or --csv."
-    return fill(note, width) + "\n" + _draw(rows, timeline, columns, 0, colour, width)
+    return note + "\n" + _draw(rows, timeline, columns, 0, colour, width)
 
 
 def _legend(schedule: Schedule) -> str:
@@ -47,7 +46,7 @@ def _legend(schedule: Schedule) -> str:
     if max(map(len, stages_of_ranks(schedule))) > 1:
         parts.append("a, b, ... : which of the rank's stages, in order")
     same = f"one forward lasts {len(schedule) / size(schedule)[0]:.3g}, one backward twice that"
-    return "   ".join([*parts, "idle: .", same])
+    return "; ".join([*parts, "idle: .", same])
 
 
 Cell = tuple[Action, str]  # an action, and which of the rank's stages it is on: a letter, or nothing if it has one

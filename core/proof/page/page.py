@@ -5,7 +5,7 @@ import html
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +17,7 @@ from core.ledger import Traffic
 from core.proof.evidence import Row, number
 from core.proof.figures import ACTIONS, SERIES, Figure, Words, bars, grid, lines
 from core.proof.files import check_writable, write_file
+from core.proof.language import catalogue
 
 STATIC = files("core.proof.page") / "static"
 CHARTS = ("bars", "lines", "scatter")
@@ -31,11 +32,33 @@ def both(words: Words) -> Markup:
     return Markup(f'<span lang="en">{english}</span><span lang="zh">{chinese}</span>')
 
 
+def known(text: str) -> Markup:
+    """A text of a report or a claim in both languages."""
+    return both((text, catalogue("zh").gettext(text)))
+
+
+def texts_of(figures: Any) -> Iterator[str]:
+    """All strings of figures that are not pairs of English and Chinese."""
+    if isinstance(figures, str):
+        yield figures
+    elif isinstance(figures, Mapping):
+        for key, value in figures.items():
+            yield from (key, *texts_of(value))
+    elif isinstance(figures, list):
+        yield from (text for each in figures for text in texts_of(each))
+
+
+def chinese(texts: Iterable[str]) -> dict[str, str]:
+    """What is known of these."""
+    made = {text: catalogue("zh").gettext(text) for text in set(texts)}
+    return {text: words for text, words in sorted(made.items()) if words != text}
+
+
 def assemble(template: str, data: Any, scripts: Sequence[str], package: str = "core.proof.page", **values: Any) -> str:
     """The page that `template` of `package` makes, self-contained.
 
     Args:
-        data: JSON that the scripts find in the page.
+        data: JSON that the scripts find in the page; the texts of its "figures", and its "names", in Chinese, too.
         scripts: more of them than SCRIPTS, as text.
         values: of the template.
     """
@@ -45,11 +68,12 @@ def assemble(template: str, data: Any, scripts: Sequence[str], package: str = "c
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"T": lambda english, chinese: both((english, chinese)), "both": both, "number": number}
+    environment.globals |= {"T": lambda *words: both(words), "both": both, "known": known, "number": number}
     colours = "".join(f"--{kind}:{value};" for kind, value in ACTIONS.items())
     colours += "".join(f"--s{i}:{value};" for i, value in enumerate(SERIES))
     style = f":root{{{colours}}}\n{(STATIC / 'page.css').read_text('utf-8')}"
     code = "\n".join([*((STATIC / name).read_text("utf-8") for name in SCRIPTS), *scripts])
+    data = {**data, "words": chinese([*texts_of(data["figures"]), *data.get("names", ())])}
     inline = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return environment.get_template(template).render(
         style=Markup(style), code=Markup(code), data=Markup(inline), **values

@@ -6,8 +6,8 @@ function remembered(key) { try { return localStorage.getItem(key); } catch { ret
 function remember(key, value) { try { localStorage.setItem(key, value); } catch { /* a file may have no storage */ } }
 
 function language() { return root.dataset.lang; }
-/** A text: [English, Chinese], or one for both. */
-function T(words) { return Array.isArray(words) ? words[language() === "zh" ? 1 : 0] : String(words); }
+/** A text: [English, Chinese], or one, whose Chinese the catalogue may have. */
+function T(words) { return Array.isArray(words) ? words[language() === "zh" ? 1 : 0] : N(String(words)); }
 
 const redraw = [];  // called when the language or the width has changed
 
@@ -61,11 +61,6 @@ function legend(entries) {
   return h("div", { class: "legend" }, ...entries.map(([colour, text, kind]) =>
     h("span", {}, h("i", kind ? { class: kind } : { style: `background:${colour}` }), text)));
 }
-/** Names of bars and lines that many figures have, in Chinese. */
-const NAMES = { weights: "权重", gradients: "梯度", optimizer: "优化器", activations: "激活", gathered: "收集的权重",
-  working: "临时", forward: "前向", backward: "反向", "forward, g": "前向 g", "backward, f": "反向 f", plain: "直白版",
-  engine: "引擎版", published: "公开值", predicted: "预测", measured: "实测", planner: "规划器", "this run": "本次运行",
-  "one process": "单进程", "on the ranks": "各 rank", "bytes a parameter": "字节/参数", Adam: "Adam",
-  "forward and backward": "前向与反向", unbalanced: "不均衡", balanced: "均衡" };
-const N = (name) => (language() === "zh" && NAMES[name]) || name;
+/** A name of a bar, a line, a column: in Chinese where the catalogue has it. */
+const N = (name) => (language() === "zh" && DATA.words[name]) || name;
 const series = (i) => `var(--s${i % 8})`;
