@@ -37,13 +37,13 @@ optimizer_of = partial(torch.optim.AdamW, lr=LR)
 OURS = {"DDP": data_parallel, "ZeRO-1": zero1, "ZeRO-2": zero2, "ZeRO-3": zero3}
 # Of each row: ours, the peer, the bar, and the bar of floor / ours.
 ROWS: dict[str, tuple[str, str, float | None, float | None]] = {
-    "DDP, step": ("DDP", "torch DDP", 1.0, None),
-    "ZeRO-1, step": ("ZeRO-1", "DDP + ZeroRedundancyOptimizer", 0.9, None),
-    "ZeRO-2, step": ("ZeRO-2", "fully_shard, weights kept", 0.9, None),
-    "ZeRO-3, step": ("ZeRO-3", "fully_shard", 0.9, None),
-    "ZeRO-1, step / DeepSpeed": ("ZeRO-1", "DeepSpeed 1", 0.70, 0.90),
-    "ZeRO-2, step / DeepSpeed": ("ZeRO-2", "DeepSpeed 2", 0.68, 0.86),
-    "ZeRO-3, step / DeepSpeed": ("ZeRO-3", "DeepSpeed 3", 0.50, 0.75),
+    "DDP / torch": ("DDP", "torch DDP", 1.0, None),
+    "ZeRO-1 / torch": ("ZeRO-1", "DDP + ZeroRedundancyOptimizer", 0.9, None),
+    "ZeRO-2 / torch": ("ZeRO-2", "fully_shard, weights kept", 0.9, None),
+    "ZeRO-3 / torch": ("ZeRO-3", "fully_shard", 0.9, None),
+    "ZeRO-1 / DeepSpeed": ("ZeRO-1", "DeepSpeed 1", 0.70, 0.90),
+    "ZeRO-2 / DeepSpeed": ("ZeRO-2", "DeepSpeed 2", 0.68, 0.86),
+    "ZeRO-3 / DeepSpeed": ("ZeRO-3", "DeepSpeed 3", 0.50, 0.75),
 }
 Trained = dict[str, Tensor]
 Weights = Callable[[], Trained]
