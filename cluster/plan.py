@@ -176,6 +176,8 @@ def main() -> int:
     size = model_parameters(model)
     size = f"{size / 1e9:.2f} x 10^9" if size > 1e8 else f"{size:,}"
     print(f"{model.name}, {size} parameters, on {world} of {machine.name}, batch {layout.batch}, as {software.name}")
+    if model.notes:
+        print(fit(f"Of the file: {model.notes}."))
     print(f"{considered:,} layouts tried, {len(found):,} fit; {seconds:.1f} s\n")
     fixed = {name: [value] for name, value in given(args).items()}
     common = [] if fixed else known(model, machine, world, layout.batch, software, found)

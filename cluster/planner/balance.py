@@ -146,6 +146,9 @@ def work_of(model: ModelConfig, layout: Layout, machine: Machine, software: Soft
     moe = layer_seconds(model, layout, True, machine, software) if model.experts else 0.0
     # Of a stage on two ranks each runs half of the microbatches, layers and head alike.
     head = head_seconds(model, layout, machine, software) * (2 if layout.schedule == "dualpipe" else 1)
+    if not model.in_order:  # alike then, as the mean of all
+        mean = dense + (moe - dense) * model.moe_layers / model.layers
+        return Work(0, model.layers, dense, mean, head)
     return Work(model.layers - model.moe_layers, model.moe_layers, dense, moe, head)
 
 

@@ -12,7 +12,7 @@ from cluster.planner.options import SIZES
 from cluster.run.hf import CONFIG, INDEX, SINGLE
 from core.model.config import ModelConfig
 from core.model.publish import to_content
-from core.model.published import PLANNED, read_json
+from core.model.published import read_json
 from core.model.text import VOCABULARY
 
 # What the flags of cluster/train.py say of a model, and the words for the rest, which a published folder can say.
@@ -160,7 +160,7 @@ def lacking(model: ModelConfig, folder: str | None = None) -> str:
     Args:
         folder: of a published model, if it is that.
     """
-    missing = [model.unbuilt(), PLANNED.get(model.name, "")]
+    missing = [model.unbuilt()]
     if folder is None:
         trained = by_flags(model)
         missing += [words.format(getattr(model, field)) for field, words in UNSAID.items()

@@ -37,11 +37,12 @@ class Matrix(NamedTuple):
 @cache
 def attention_matrices(model: ModelConfig) -> list[Matrix]:
     h, heads, bias = model.hidden, model.heads, model.biases
-    out = Matrix("out", model.value_size, h, "row", bias)
+    out = Matrix("out", model.value_size, h, "row", bias or model.out_bias)
+    bias = bias or model.qkv_bias
     if model.latent is None:
         size = model.query_size + model.key_value_size
         key_values = model.key_value_size, model.query_groups
-        return [Matrix("qkv", h, size, "column", bias or model.qkv_bias, key_values), out]
+        return [Matrix("qkv", h, size, "column", bias, key_values), out]
     q, kv, rope, nope, value = model.latent
     return [
         *([Matrix("q down", h, q, "replicate", bias)] if q else []),
@@ -59,27 +60,29 @@ def read_by_heads(model: ModelConfig) -> int:
     return (model.latent.q_rank or model.hidden) + model.latent.kv_rank + model.latent.rope
 
 
-def mlp_matrices(model: ModelConfig, f: int) -> list[Matrix]:
+def mlp_matrices(model: ModelConfig, f: int, biases: bool) -> list[Matrix]:
     """Of an MLP with f features; none where f is 0."""
     if not f:
         return []
-    up = Matrix("up", model.hidden, 2 * f if model.gated else f, "column", model.biases)
-    return [up, Matrix("down", f, model.hidden, "row", model.biases)]
+    bias = model.biases or biases
+    up = Matrix("up", model.hidden, 2 * f if model.gated else f, "column", bias)
+    return [up, Matrix("down", f, model.hidden, "row", bias)]
 
 
 @cache
 def layer_matrices(model: ModelConfig, moe: bool) -> list[Matrix]:
     """Of one layer, but for its routed experts and their router; `moe`: a layer that has them."""
     if not moe:
-        return attention_matrices(model) + mlp_matrices(model, model.feed_forward)
-    shared = mlp_matrices(model, model.shared_feed_forward)  # every rank of tp has it, for tokens of its own
+        return attention_matrices(model) + mlp_matrices(model, model.feed_forward, model.mlp_bias)
+    shared = mlp_matrices(model, model.shared_feed_forward, model.mlp_bias)
+    # Every rank of tp has those, for tokens of its own.
     return attention_matrices(model) + [matrix._replace(sharding="replicate") for matrix in shared]
 
 
 @cache
 def expert_matrices(model: ModelConfig) -> list[Matrix]:
     """Of one routed expert."""
-    return mlp_matrices(model, model.expert_size)
+    return mlp_matrices(model, model.expert_size, model.expert_bias)
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
@@ -87,18 +90,26 @@ def expert_matrices(model: ModelConfig) -> list[Matrix]:
 
 def norm(model: ModelConfig, size: int) -> int:
     """Parameters of a norm of so many features."""
-    return 2 * size if model.biases and model.norm == "layer" else size
+    return 2 * size if (model.biases or model.norm_bias) and model.norm == "layer" else size
 
 
 def norm_parameters(model: ModelConfig) -> int:
-    """Of one layer's norms."""
+    """Of one layer's norms, and of attention's sinks."""
     compressed = (model.latent.q_rank or 0) + model.latent.kv_rank if model.latent else 0
-    of_heads = 2 * model.head_dim if model.qk_norm else 0
-    return norm(model, 2 * model.hidden + compressed) + of_heads
+    of_heads = 0
+    if model.qk_norm:
+        of_heads = (model.heads + model.query_groups if model.qk_norm_all else 2) * model.head_dim
+        of_heads *= 2 if model.biases and model.norm == "layer" else 1
+    return norm(model, model.norms * model.hidden + compressed) + of_heads + model.sinks * model.heads
+
+
+def outer_norms(model: ModelConfig) -> int:
+    """Of the norms before and after all layers."""
+    return model.outer_norms * norm(model, model.hidden)
 
 
 def router_parameters(model: ModelConfig, moe: bool) -> int:
-    return (model.experts + model.shared_gate) * model.hidden if moe else 0
+    return (model.experts + model.shared_gate) * model.hidden + model.router_bias * model.experts if moe else 0
 
 
 def position_parameters(model: ModelConfig) -> int:
@@ -112,7 +123,7 @@ def vocabulary_shard(model: ModelConfig, t: int) -> int:
 
 def parameters_of_shares(model: ModelConfig) -> int:
     """Of a layer with experts what every rank of tp has in full, and computes on tokens of its own."""
-    shared = sum(m.parameters() for m in mlp_matrices(model, model.shared_feed_forward))
+    shared = sum(m.parameters() for m in mlp_matrices(model, model.shared_feed_forward, model.mlp_bias))
     return shared + router_parameters(model, True)
 
 
@@ -136,15 +147,15 @@ def model_parameters(model: ModelConfig) -> int:
     embedding = model.vocabulary * model.hidden
     head = 0 if model.tied else embedding
     bias = model.vocabulary if model.head_bias else 0
-    return layers + embedding + position_parameters(model) + norm(model, model.hidden) + head + bias
+    return layers + embedding + position_parameters(model) + outer_norms(model) + head + bias
 
 
 # ---- Floating-point operations ---------------------------------------------------------------------------------------
 
 
-def attention_flops(model: ModelConfig) -> int:
+def attention_flops(model: ModelConfig) -> float:
     """Of one token's scores and weighted sum in one layer, 2 a multiplication, not halved for causality."""
-    return 2 * model.sequence * (model.query_size + model.value_size)
+    return 2 * model.keys * (model.query_size + model.value_size)
 
 
 def layer_flops(model: ModelConfig, moe: bool) -> int:

@@ -98,7 +98,7 @@ def head_time(model: ModelConfig, layout: Layout, machine: Machine, software: So
 
 def operators(model: ModelConfig, layout: Layout, moe: bool, at_once: bool = False) -> int:
     """That the host starts for a layer's forward."""
-    of_expert = EXPERT + (EXPERT_BIASES if model.biases else 0)
+    of_expert = EXPERT + (EXPERT_BIASES if model.biases or model.expert_bias else 0)
     of_experts = ROUTER + of_expert * (1 if at_once else model.experts // layout.ep) if moe else 0
     return OPERATORS + of_experts + (LATENT if model.latent else 0)
 

@@ -8,7 +8,13 @@ from collections import Counter
 from functools import cache
 from typing import NamedTuple
 
-from cluster.planner.counting import expert_parameters, layer_parameters, norm, position_parameters, vocabulary_shard
+from cluster.planner.counting import (
+    expert_parameters,
+    layer_parameters,
+    outer_norms,
+    position_parameters,
+    vocabulary_shard,
+)
 from cluster.planner.layout import Layout
 from cluster.planner.stages import ends_of, layers_of
 from core.model.config import ModelConfig
@@ -39,7 +45,7 @@ def stage_sizes(model: ModelConfig, layout: Layout, rank: int, experts: bool) ->
         is_first, is_last = stage == 0, stage == layout.stages - 1
         ends = position_parameters(model) if is_first else 0
         if is_last:
-            ends += norm(model, model.hidden) + (vocabulary_shard(model, layout.tp) if model.head_bias else 0)
+            ends += outer_norms(model) + (vocabulary_shard(model, layout.tp) if model.head_bias else 0)
         tables = is_first + is_last - (model.tied and is_first and is_last)
         ends += 0 if shared else tables * table
         of_dense, of_moe = (layer_parameters(model, moe, layout.tp) for moe in (False, True))

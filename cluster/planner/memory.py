@@ -15,8 +15,8 @@ from cluster.planner.counting import (
     expert_parameters,
     layer_matrices,
     layer_parameters,
-    norm,
     norm_parameters,
+    outer_norms,
     position_parameters,
     router_parameters,
     vocabulary_shard,
@@ -64,7 +64,7 @@ def parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> tuple[int, 
     if first:
         others += table + position_parameters(model)
     if last:
-        others += norm(model, model.hidden) + (vocabulary_shard(model, layout.tp) if model.head_bias else 0)
+        others += outer_norms(model) + (vocabulary_shard(model, layout.tp) if model.head_bias else 0)
     if last and not (model.tied and first):
         others += table
     return experts, others
@@ -91,11 +91,12 @@ def replicated_parameters(model: ModelConfig, layout: Layout, rank: int = 0) -> 
     for stage in layout.stages_of(rank):
         for layers, moe in zip(layers_of(model, layout, stage), (False, True), strict=True):
             matrices = sum(m.parameters() for m in layer_matrices(model, moe) if m.sharding == "replicate")
-            row_biases = (2 - moe) * model.hidden * model.biases  # those of experts are not over tp
+            row = (model.biases or model.out_bias) + (not moe) * (model.biases or model.mlp_bias)
+            row_biases = row * model.hidden  # those of experts are not over tp
             found += layers * (norm_parameters(model) + row_biases + matrices + router_parameters(model, moe))
     first, last = ends_of(layout, rank)
     found += position_parameters(model) if first else 0
-    return found + (norm(model, model.hidden) if last else 0)
+    return found + (outer_norms(model) if last else 0)
 
 
 def state_sizes(itemsize: int) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from cluster.planner.rulebook import Case
 from core.model.config import ModelConfig
 from core.model.published import from_config
 from core.proof.language import LANGUAGES
-from core.proof.rulebook import KV_HEADS, ONE_EXPERT
+from core.proof.rulebook import KV_HEADS, ONE_EXPERT, TOP_K
 from core.proof.rules import at_least, at_most, check
 
 LARGEST = 10**7  # of any size
@@ -62,7 +62,7 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
     model = from_config(args.config, args.sequence) if args.config else models.PRESETS[args.model]
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     if not sizes:
-        check(model, (KV_HEADS,))
+        check(model, (KV_HEADS, TOP_K))
         return model
     if "heads" in sizes or "hidden" in sizes:  # then a head's size follows
         sizes["head_size"] = None
@@ -71,7 +71,7 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
     if sizes.get("experts") and "top_k" not in sizes and not model.top_k:
         sizes["top_k"] = 2
     model = replace(model, name="custom", **sizes)
-    check(model, (KV_HEADS, ONE_EXPERT))
+    check(model, (KV_HEADS, ONE_EXPERT, *[TOP_K] * (model.experts > 0)))
     return model
 
 

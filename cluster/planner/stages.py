@@ -12,8 +12,8 @@ from pipeline.stages import layers_in
 def layers_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
     """The dense layers of a stage, and those with experts."""
     here = layers_in(model.layers, layout.stages, stage, layout.split)
-    dense = min(max(model.layers - model.moe_layers - here.start, 0), len(here))
-    return dense, len(here) - dense
+    moe = model.mixtures_in(here)
+    return len(here) - moe, moe
 
 
 def recomputed_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
@@ -21,8 +21,9 @@ def recomputed_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, 
     if layout.recompute_every == 1:
         return layers_of(model, layout, stage)
     here, k = layers_in(model.layers, layout.stages, stage, layout.split), layout.recompute_every
-    first_moe = min(max(model.layers - model.moe_layers, here.start), here.stop)
-    return first_moe // k - here.start // k, here.stop // k - first_moe // k
+    again = range(here.start - here.start % k + k - 1, here.stop, k)
+    moe = sum(map(model.has_experts, again))
+    return len(again) - moe, moe
 
 
 def sum_of_layers(model: ModelConfig, layout: Layout, stage: int, of_layer: Callable[[Layout, bool], float]) -> float:

@@ -201,7 +201,8 @@ def counts_sent(model: ModelConfig, layout: Layout, rank: int) -> dict[str, floa
 
 def summed_over_etp(model: ModelConfig, layout: Layout, rank: int) -> float:
     """Gradients of the experts' last biases, which the ranks of etp have alike, each of its own tokens."""
-    biases = model.biases * mixtures_of(model, layout, rank) * model.experts // layout.ep * model.hidden
+    experts = mixtures_of(model, layout, rank) * model.experts // layout.ep
+    biases = (model.biases or model.expert_bias) * experts * model.hidden
     return 2 * ring_share(layout.etp) * biases / (layout.edp if layout.zero else 1)
 
 

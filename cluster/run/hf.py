@@ -24,7 +24,7 @@ from torch import Tensor
 from core.model.config import ModelConfig
 from core.model.gpt import GPT
 from core.model.hf import to_published
-from core.model.published import PLANNED, dropout_of, family_of, from_config, read_json
+from core.model.published import dropout_of, from_config, read_json
 from core.proof.chunks import Chunks
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -212,8 +212,8 @@ class Folder:
         self.content = read_json(Path(path) / CONFIG, self.flag)
         self.config = from_config(Path(path) / CONFIG, sequence, self.flag)
         self.dropouts = dropout_of(self.content)
-        if missing := self.config.unbuilt() or PLANNED.get(family_of(self.content)):
-            raise ValueError(f"{self.flag}: {missing} are not built; use another model")
+        if missing := self.config.unbuilt():
+            raise ValueError(f"{self.flag}: not built: {missing}; use another model")
 
     def tensors(self, model: GPT) -> dict[str, Stored]:
         """Where each published tensor of the model is; besides, of a tied one, the head, if it has been saved too.

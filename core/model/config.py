@@ -87,13 +87,30 @@ class ModelConfig:
     rope_scaling: Llama3Scaling | YarnScaling | str | None = None  # str: the name of a kind that is not built
     activation: str = "gelu"  # of an MLP without a gate; or "gelu_tanh", GPT-2's approximation of it
     positions: int = 0  # rows of the table of learned positions; 0: as many as a sample has tokens
-    shared_gate: bool = False  # the shared experts' result is weighted by the sigmoid of one product: counted only
+    # Counted only.
+    shared_gate: bool = False  # the shared experts' result is weighted by the sigmoid of one product
+    out_bias: bool = False  # the product after attention has biases, whatever `biases` says of the others; so these:
+    mlp_bias: bool = False  # of MLPs
+    expert_bias: bool = False  # of routed experts
+    norm_bias: bool = False  # of LayerNorms
+    router_bias: bool = False  # of the router's scores, and trained
+    norms: int = 2  # of a layer, with parameters and over hidden
+    outer_norms: int = 1  # before and after all layers
+    qk_norm_all: bool = False  # `qk_norm` has a parameter of each feature of all heads
+    sinks: bool = False  # each head has a score of its own, for no key
+    sparse_step: int = 1  # of the layers that are not `dense_layers` only each so-many-th of the model has experts,
+    dense_also: tuple[int, ...] = ()  # and these have none either
+    window: int = 0  # the last tokens that a query sees in some layers; 0: all
+    windowed: float = 1.0  # the share of these layers
+    untrained: str = ""  # what else of the model is not built, in words
+    notes: str = ""  # what a file says besides
 
     def __post_init__(self) -> None:
         for name, kinds in {"latent": (Latent,), "rope_scaling": (Llama3Scaling, YarnScaling)}.items():
             if isinstance(value := getattr(self, name), list):  # JSON's, which has no named tuples
                 kind = next(kind for kind in kinds if len(kind._fields) == len(value))
                 object.__setattr__(self, name, kind(*value))
+        object.__setattr__(self, "dense_also", tuple(self.dense_also))
         check(self, MODEL)
         if not self.feed_forward:
             object.__setattr__(self, "feed_forward", 4 * self.hidden)
@@ -151,10 +168,37 @@ class ModelConfig:
         """F of one routed expert."""
         return self.expert_feed_forward or self.feed_forward
 
+    def has_experts(self, layer: int) -> bool:
+        return (
+            self.experts > 0
+            and layer >= self.dense_layers
+            and (layer + 1) % self.sparse_step == 0
+            and layer not in self.dense_also
+        )
+
+    @property
+    def in_order(self) -> bool:
+        """Whether all layers with experts come after all without."""
+        return self.sparse_step == 1 and not self.dense_also
+
+    def mixtures_in(self, layers: range) -> int:
+        """How many of these layers have experts."""
+        if not self.experts:
+            return 0
+        if self.in_order:
+            return len(range(max(layers.start, self.dense_layers), layers.stop))
+        return sum(map(self.has_experts, layers))
+
     @property
     def moe_layers(self) -> int:
         """Layers with experts."""
-        return self.layers - self.dense_layers if self.experts else 0
+        return self.mixtures_in(range(self.layers))
+
+    @property
+    def keys(self) -> float:
+        """That a query meets in a layer, on average, times 2 for causality: as many as tokens where all are seen."""
+        seen = min(self.window or self.sequence, self.sequence)
+        return self.sequence + self.windowed * (seen * (2 - seen / self.sequence) - self.sequence)
 
     @property
     def table(self) -> int:
@@ -169,16 +213,26 @@ class ModelConfig:
     def unbuilt(self) -> str:
         """What of this model `core.model.gpt` has not got, in words; "" where it can build it."""
         scaling = self.rope_scaling
-        return _those(
-            {
-                "LayerNorm without biases": self.norm == "layer" and not self.biases,
-                f"rotary positions scaled by {scaling}": not isinstance(
-                    scaling, Llama3Scaling | YarnScaling | type(None)
-                ),
-                "latent attention with learned positions": self.latent is not None and self.learned_positions,
-                "latent attention with norms of heads": self.latent is not None and self.qk_norm,
-            }
-        )
+        missing = {
+            "LayerNorm without biases": self.norm == "layer" and not (self.biases or self.norm_bias),
+            "LayerNorm with biases beside products without": self.norm_bias and not self.biases,
+            f"rotary positions scaled by {scaling}": not isinstance(scaling, Llama3Scaling | YarnScaling | type(None)),
+            "latent attention with learned positions": self.latent is not None and self.learned_positions,
+            "latent attention with norms of heads": self.latent is not None and self.qk_norm,
+            "latent attention with biases": self.latent is not None and self.qkv_bias,
+            "biases after attention": self.out_bias,
+            "biases of MLPs": self.mlp_bias,
+            "biases of experts": self.expert_bias,
+            "a bias of the router": self.router_bias,
+            f"{self.norms} norms in a layer": self.norms != 2,
+            f"{self.outer_norms} norms outside the layers": self.outer_norms != 1,
+            "norms of all heads together": self.qk_norm_all,
+            "sinks of attention": self.sinks,
+            "layers with and without experts in turn": self.experts > 0 and not self.in_order,
+            "a gate of the shared expert": self.shared_gate,
+            f"a window of {self.window} tokens": 0 < self.window < self.sequence,
+        }
+        return self.untrained or _those(missing)
 
 
 def _those(kinds: dict[str, bool]) -> str:

@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 from core.model.config import Llama3Scaling, ModelConfig, YarnScaling
-from core.model.published import ACTIVATIONS, ARCHITECTURES, DROPOUTS, from_content
+from core.model.families import FAMILIES
+from core.model.published import ACTIVATIONS, DROPOUTS, from_content
 
 
 def to_content(config: ModelConfig) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def to_content(config: ModelConfig) -> dict[str, Any]:
     except (KeyError, ValueError) as error:
         raise ValueError(f"no published family has {config.name}'s kind of model: {error}") from None
     for field in config.__dataclass_fields__:
-        if field not in ("name", "dropout", "attention", "positions") and _differ(config, again, field):
+        if field not in ("name", "dropout", "attention", "positions", "notes") and _differ(config, again, field):
             raise ValueError(f"no published family has {config.name}'s kind of model, with {field} "
                              f"{getattr(config, field)}")  # fmt: skip
     return content
@@ -33,7 +34,7 @@ def _differ(one: ModelConfig, other: ModelConfig, field: str) -> bool:
 def _to_gpt2(config: ModelConfig) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {
-        "architectures": [ARCHITECTURES["gpt2"]],
+        "architectures": [FAMILIES["gpt2"].architecture],
         "model_type": "gpt2",
         "vocab_size": config.vocabulary,
         "n_positions": config.positions or config.sequence,
@@ -54,7 +55,7 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
     if config.experts:
         kind = "deepseek_v3" if config.latent else "qwen3_moe" if config.qk_norm else "mixtral"
     content = {
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [FAMILIES[kind].architecture],
         "model_type": kind,
         "vocab_size": config.vocabulary,
         "hidden_size": config.hidden,

@@ -118,7 +118,6 @@ def test_the_rotary_positions_of_a_config(
     [("", "Expecting value"), ("[]", "holds no names and values"), ("{}", "has no 'num_hidden_layers'"),
      ('{"n_embd": 8}', "has no 'n_layer'"), ('{"n_embd": "wide"}', "n_embd is 'wide', and must be a whole number"),
      ('{"num_hidden_layers": -1}', "num_hidden_layers is -1, and must"), ('{"model_type": "bert"}', "'bert' is not"),
-     ('{"num_hidden_layers": 2, "first_k_dense_replace": 3}', "first_k_dense_replace is 3, more than the layers"),
      ('{"num_hidden_layers": null}', "num_hidden_layers is None, and must")],
 )  # fmt: skip
 def test_a_bad_config_is_refused(tmp_path: Path, content: str, why: str) -> None:
