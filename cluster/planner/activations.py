@@ -247,8 +247,8 @@ def in_flight(schedule: str, pp: int, microbatches: int, v: int) -> list[set[tup
 
 def filling(schedule: str, pp: int, microbatches: int) -> int:
     """How many of the microbatches fill the pipeline: all after them find it full, and add the same."""
-    if schedule == "interleaved" and microbatches % pp:
-        return microbatches  # in groups of unequal size
+    if schedule == "gpipe" or (schedule == "interleaved" and microbatches % pp):
+        return microbatches  # which are all in flight; in groups of unequal size
     even = pp + pp % 2 if schedule == "dualpipe" else pp
     return min(microbatches, 2 * even)
 

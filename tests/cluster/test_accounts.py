@@ -450,7 +450,8 @@ def test_the_whole_model_is_the_sum_of_its_ranks() -> None:
 
 def test_the_first_microbatches_show_what_all_of_them_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner's shortcut, on every rank of every schedule."""
-    schedules = {"1f1b": 1, "interleaved": 3, "zb-h1": 1, "zb-h2": 1, "zb-v": 2, "dualpipe": 1, "dualpipev": 2}
+    schedules = {"1f1b": 1, "interleaved": 3, "zb-h1": 1, "zb-h2": 1, "zb-v": 2, "dualpipe": 1, "dualpipev": 2,
+                 "gpipe": 1, "naive": 1}  # fmt: skip
     model = GPTConfig(layers=48, heads=4)
     for (schedule, v), p, m in product(schedules.items(), (2, 4), (8, 9, 16, 30)):
         if schedule == "dualpipe" and m % 2:
