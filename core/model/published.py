@@ -194,7 +194,7 @@ def _llama(fields: Fields, kind: str, sequence: int | None) -> ModelConfig:
         more |= {"kv_heads": fields.optional("num_key_value_heads") or heads}
     if family.experts:
         more |= _mixture(fields, kind, layers)
-    window, share = _window(fields, layers)
+    window, share = _window(fields, kind, layers)
     if sequence is None and share == 1.0 and not family.untrained:  # else it is not trained
         sequence = min(LONGEST, positions, window)
     sequence = _tokens(sequence, max_position_embeddings=positions)
@@ -277,7 +277,7 @@ def _routing(fields: Fields, kind: str) -> dict[str, Any]:
     return {"top_k": top_k, "score": "topk-softmax" if of_chosen else "softmax-topk"}
 
 
-def _window(fields: Fields, layers: int) -> tuple[int, float]:
+def _window(fields: Fields, kind: str, layers: int) -> tuple[int, float]:
     """How many tokens a window of attention has, and the share of layers that see no more."""
     if not fields.family.window_every:
         fields.check("layer_types", (["full_attention"] * layers,))
@@ -294,8 +294,9 @@ def _window(fields: Fields, layers: int) -> tuple[int, float]:
     if not (window and used and every):
         return 0, 0.0
     seen = [i for i in range(layers) if every == 1 or (i + 1) % every]
-    if every == 1 and fields.content.get("use_sliding_window"):
-        seen = seen[fields.optional("max_window_layers", 0) or 0 :]
+    most = fields.get("max_window_layers")
+    if fields.content.get("use_sliding_window") and most is not None and kind != "qwen3_moe":  # which does not read it
+        seen = [i for i in seen if (i < most if kind == "qwen2_moe" else i >= most)]
     if kinds:
         seen = [each for each in kinds if each != "full_attention"]
     return window, len(seen) / layers

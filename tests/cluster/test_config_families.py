@@ -228,6 +228,17 @@ def test_a_window_shortens_attention() -> None:
     assert not from_content(content | {"sliding_window": 4096}, None).unbuilt()  # as many as the window
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("qwen2", 2), ("qwen3", 2), ("qwen2_moe", 1), ("qwen3_moe", 4)])
+def test_which_layers_have_a_window(kind: str, layers: int) -> None:
+    """Three meanings of `max_window_layers`: findings/one-name-of-a-window-has-three-meanings.sh."""
+    content = {"model_type": kind, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64, "num_hidden_layers": 4,
+               "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2}  # fmt: skip
+    if "moe" in kind:
+        content |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    assert from_content(content, 64).windowed == layers / 4
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no vocabulary": ({"vocab_size": ...}, "has no 'vocab_size'"),
     "no hidden": ({"hidden_size": ...}, "has no 'hidden_size'"),
