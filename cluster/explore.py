@@ -34,10 +34,10 @@ TP, CP, PP, MICROBATCH = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4)
 DP, EP = tuple(2**i for i in range(11)), (1, 2, 4, 8, 16, 32, 64)
 TWICE = {"zero": 3, "dp": 2, "ep": 2}
 ITEMSIZE = 2  # bytes of a weight and of an activation
-GPUS = {
-    f"{name} {PRESETS[of].memory / 1e9:.0f} GB": PRESETS[of].memory
-    for name, of in (("A100", "a100-40gb"), ("A100", "dgx-a100"), ("H100", "dgx-h100"), ("H200", "dgx-h200"),
-                     ("B200", "dgx-b200"), ("PC", "pc"))
+GPUS = {  # as they are sold, with what CUDA then says there is
+    name: PRESETS[of].memory
+    for name, of in (("A100 40 GB", "a100-40gb"), ("A100 80 GB", "dgx-a100"), ("H100 80 GB", "dgx-h100"),
+                     ("H200 141 GB", "dgx-h200"), ("B200 180 GB", "dgx-b200"), ("PC 24 GB", "pc"))
 }  # fmt: skip
 
 

@@ -11,9 +11,18 @@ from pipeline.stages import layers_in
 
 def layers_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
     """The dense layers of a stage, and those with experts."""
-    here = layers_in(model.layers, layout.stages, stage, layout.split)
-    dense = min(max(model.layers - model.moe_layers - here.start, 0), len(here))
-    return dense, len(here) - dense
+    return _layers_of(model.layers, model.moe_layers, layout.stages, layout.split)[stage]
+
+
+@cache
+def _layers_of(layers: int, moe_layers: int, stages: int, split: str) -> list[tuple[int, int]]:
+    """The same of every stage."""
+    found = []
+    for stage in range(stages):
+        here = layers_in(layers, stages, stage, split)
+        dense = min(max(layers - moe_layers - here.start, 0), len(here))
+        found.append((dense, len(here) - dense))
+    return found
 
 
 def recomputed_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
@@ -37,7 +46,8 @@ def sum_of_layers(model: ModelConfig, layout: Layout, stage: int, of_layer: Call
 
 def layers_by_rank(model: ModelConfig, layout: Layout) -> list[int]:
     """How many layers each rank of the pipeline has."""
-    return [sum(sum(layers_of(model, layout, stage)) for stage in layout.stages_of(rank)) for rank in range(layout.pp)]
+    every = _layers_of(model.layers, model.moe_layers, layout.stages, layout.split)
+    return [sum(sum(every[stage]) for stage in layout.stages_of(rank)) for rank in range(layout.pp)]
 
 
 @cache
@@ -53,9 +63,15 @@ def met_by_rank(model: ModelConfig, schedule: str, pp: int, v: int, split: str) 
 
 def distinct_ranks(model: ModelConfig, layout: Layout) -> list[int]:
     """Ranks of the pipeline of which one holds most: of those with equal stages, the first and the last."""
-    alike: dict[tuple, list[int]] = {}
-    for rank in range(layout.pp):
-        stages = [layers_of(model, layout, stage) for stage in layout.stages_of(rank)]
+    return _distinct_ranks(model.layers, model.moe_layers, layout.schedule, layout.pp, layout.v, layout.split)
+
+
+@cache
+def _distinct_ranks(layers: int, moe_layers: int, schedule: str, pp: int, v: int, split: str) -> list[int]:
+    layout, alike = Layout(schedule=schedule, pp=pp, v=v, split=split), {}
+    every = _layers_of(layers, moe_layers, layout.stages, split)
+    for rank in range(pp):
+        stages = [every[stage] for stage in layout.stages_of(rank)]
         alike.setdefault((*stages, *ends_of(layout, rank)), []).append(rank)
     return sorted({rank for ranks in alike.values() for rank in (ranks[0], ranks[-1])})
 
