@@ -52,10 +52,10 @@ NAMES = {f"{name}, v = {v}" if name == "interleaved" else name: (name, v)
          for name in SCHEDULES for v in CHUNKS.get(name, (1,))}  # fmt: skip
 PARTS = ("weights", "gradients", "optimizer", "activations", "gathered", "working")
 ITEMSIZE = 2  # bytes of a weight and of an activation
-GPUS = {
-    f"{name} {PRESETS[of].memory / 1e9:.0f} GB": PRESETS[of].memory
-    for name, of in (("A100", "a100-40gb"), ("A100", "dgx-a100"), ("H100", "dgx-h100"), ("H200", "dgx-h200"),
-                     ("B200", "dgx-b200"), ("PC", "pc"))
+GPUS = {  # as they are sold, with what CUDA then says there is
+    name: PRESETS[of].memory
+    for name, of in (("A100 40 GB", "a100-40gb"), ("A100 80 GB", "dgx-a100"), ("H100 80 GB", "dgx-h100"),
+                     ("H200 141 GB", "dgx-h200"), ("B200 180 GB", "dgx-b200"), ("PC 24 GB", "pc"))
 }  # fmt: skip
 
 

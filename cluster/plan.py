@@ -35,7 +35,7 @@ from cluster.planner.options import machine_of, model_of, parser
 from cluster.planner.page import page
 from cluster.planner.plans import OWN_MEMORY, Plan, fits, plans, something_that_fits, usable
 from cluster.planner.shown import few_lines, on_host, rate, table
-from cluster.planner.software import NAMED, Software
+from cluster.planner.software import NAMED, Software, with_features
 from cluster.planner.stages import layers_by_rank
 from cluster.planner.traffic import sent
 from core.model.config import ModelConfig
@@ -104,7 +104,9 @@ def dearer(best: Plan, other: Plan, field: str) -> str:
 
 def software_of(args: argparse.Namespace) -> Software:
     """The program whose time and memory are meant."""
-    return replace(NAMED[args.software], bits=args.bits, imbalance=args.imbalance)
+    # The dispatchers of today's recipes for experts send a token to each node once.
+    features = ("deepep",) if NAMED[args.software].at_once or args.software == "megatron-core" else ()
+    return replace(with_features(NAMED[args.software], features, args.bits), imbalance=args.imbalance)
 
 
 def search(args: argparse.Namespace) -> tuple[ModelConfig, Machine, list[Plan], int]:

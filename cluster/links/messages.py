@@ -62,7 +62,7 @@ def all_reduce(
 ) -> float:
     """Seconds to sum a tensor of so many elements on all ranks: by a ring, or by a tree, whose steps are fewer.
 
-    Or by the node's switch (NVLink SHARP): it sums what each rank sends once, and sends a rank's share of the sums on to
+    Or by the node's switch (NVLink SHARP): it sums what each rank sends once, and sends a rank's share of the sums to
     all. (By itself a reduce-scatter sends what a ring does, and so a gather receives.)
     """
     if ranks == 1:

@@ -241,8 +241,17 @@ def in_flight(schedule: str, pp: int, microbatches: int, v: int) -> list[set[tup
             before = action.kind
             saved[action.stage] += SAVED[action.kind]
             deferred[action.stage] += DEFERRED[action.kind]
-        found.append(peaks)
+        found.append(largest_of(peaks))
     return found
+
+
+def largest_of(peaks: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """Of counts those that others do not exceed or equal in everything: whatever the sizes are, one of them is most."""
+    kept: list[tuple[int, ...]] = []
+    for counts in sorted(peaks, key=sum, reverse=True):
+        if not any(all(a >= b for a, b in zip(other, counts, strict=True)) for other in kept):
+            kept.append(counts)
+    return set(kept)
 
 
 def filling(schedule: str, pp: int, microbatches: int) -> int:
@@ -258,7 +267,14 @@ def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int =
     if layout.stages == 1:  # without a pipeline a microbatch's backward follows its forward
         return stage_saved(model, layout, 0, itemsize) + angles_saved(model, layout, 0)
     stages = layout.stages_of(rank)
-    sizes = [stage_saved(model, layout, stage, itemsize) for stage in stages]
+    alike: dict[tuple, float] = {}  # of stages with equal layers
+    sizes = []
+    for stage in stages:
+        key = (layers_of(model, layout, stage), recomputed_of(model, layout, stage), stage == 0,
+               stage == layout.stages - 1)  # fmt: skip
+        if key not in alike:
+            alike[key] = stage_saved(model, layout, stage, itemsize)
+        sizes.append(alike[key])
     microbatches = filling(layout.schedule, layout.pp, layout.microbatches)
     peaks = in_flight(layout.schedule, layout.pp, microbatches, layout.v)[rank]
     kept = any(any(counts[len(stages) : 2 * len(stages)]) for counts in peaks)  # of a schedule that splits backward

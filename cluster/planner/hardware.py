@@ -5,7 +5,8 @@ A preset by name, or this machine as `cluster/topology.py` has measured it: a JS
     {"domains": [[ranks]], "alpha": [[seconds]], "beta": [[seconds a byte]]}
 
 the fast domains, and for every pair of ranks what a message costs: alpha + beta x bytes. It may also say "flops",
-"memory" and "memory_bandwidth" of a rank; what it does not say of processors is measured here.
+"memory" and "memory_bandwidth" of a rank; what it does not say of processors is measured here. A file without "domains"
+describes a machine by the figures of its data sheet: `machine_file.py`.
 """
 
 import json
@@ -17,6 +18,7 @@ from statistics import median
 
 import torch
 
+from cluster.planner.machine_file import FIELDS, described
 from cluster.planner.machines import GB, PRESETS, Link, Machine
 from core.proof.files import check_readable
 
@@ -56,15 +58,17 @@ def here(ranks: int) -> Machine:
 
 
 def measured(path: str) -> Machine:
-    """The machine that a topology file describes.
+    """The machine that a file describes: a topology that was measured, or the figures of a data sheet.
 
     Raises:
         ValueError: the file cannot be read, or lacks what a planner needs.
     """
-    use = "use the --json of cluster/topology.py"
+    use = "use the --json of cluster/topology.py, or figures as cluster/planner/machine_file.py has them"
     check_readable(f"--machine {path}", path, f"{use}, or one of {', '.join(PRESETS)}")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if isinstance(found, dict) and "domains" not in found and set(found) & set(FIELDS):
+            return of_description(found, path)
         domains, alpha, beta = found["domains"], found["alpha"], found["beta"]
         domain = {rank: i for i, ranks in enumerate(domains) for rank in ranks}
         pairs = [(a, b) for a in domain for b in domain if a != b]
@@ -80,6 +84,8 @@ def measured(path: str) -> Machine:
                 raise ValueError(f"{name} is {value!r}, and must be positive")
             if value is None and found.get("device") == "cuda":
                 raise ValueError(f"it is of GPUs, and lacks the {name} of one")
+    except NoMachine:
+        raise
     except KeyError as error:
         raise ValueError(f"--machine {path}: no topology, it has no {error}; {use} with two ranks or more") from None
     except (ValueError, TypeError, IndexError) as error:
@@ -99,6 +105,17 @@ def measured(path: str) -> Machine:
         inside,
         outside,
     )
+
+
+class NoMachine(ValueError):
+    """Says which field of a description is wrong."""
+
+
+def of_description(found: dict, path: str) -> Machine:
+    try:
+        return described(found, Path(path).stem)
+    except ValueError as error:
+        raise NoMachine(f"--machine {path}: {error}") from None
 
 
 def _flops() -> float:

@@ -1,7 +1,7 @@
 """Machines that can be bought or rented, by the figures of their data sheets. Lecture 03.
 
 FLOP/s are dense (data sheets print twice as much, for sparse ones), bandwidths are of one direction, GB are 10^9 bytes
-and GiB 2^30. The memory is what CUDA says there is, as PyTorch prints it where it runs out: of 80 GB of an H100 79.1 GiB.
+and GiB 2^30. The memory is what CUDA says there is, as PyTorch prints it where it runs out: of an H100's 80 GB 79.1 GiB
 """
 
 from dataclasses import dataclass, replace
@@ -115,8 +115,8 @@ ALL = (
                    "400 Gb/s for 8 assumed"),
     Machine("4090-pcie", 8, 23.5 * GIB, 165.2e12, 1008 * GB, Link(20 * US, 1 / (12 * GB)), network(1.56, 50 * US), 128,
             330.3e12, host=20 * GB, host_memory=64 * GB,
-            source="NVIDIA Ada whitepaper, sums in float32; PCIe 4 x16 through the host, no peer access; 100 Gb/s a box "
-                   "assumed"),
+            source="NVIDIA Ada whitepaper, sums in float32; PCIe 4 x16 through the host, no peer access; 100 Gb/s a "
+                   "box assumed"),
     # One PC: two cards of 24 GB on PCIe 4, and 10-gigabit Ethernet to the next.
     Machine("pc", 2, 23.5 * GIB, 165.2e12, 1008 * GB, Link(20 * US, 1 / (12 * GB)), network(0.625, 50 * US), 128,
             330.3e12, host=20 * GB, host_memory=64 * GB,

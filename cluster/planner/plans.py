@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import product
 from math import ceil, inf
 from operator import attrgetter
 
 from cluster.planner.balance import better_split, could_be
 from cluster.planner.counting import model_parameters
 from cluster.planner.hardware import Machine
-from cluster.planner.layout import Layout
+from cluster.planner.layout import REDUCE, RESHARD, Layout
 from cluster.planner.memory import RankMemory, parameters, rank_memory, state_sizes
 from cluster.planner.overlap import messages_of
 from cluster.planner.residency import held, largest, needed
@@ -19,6 +20,7 @@ from cluster.planner.software import Software
 from cluster.planner.stages import distinct_ranks
 from cluster.planner.steptime import OF_A_LAYER, Step, layer_seconds, step
 from core.model.config import ModelConfig
+from sequence_parallel.engine.ulysses import CP_KINDS
 
 AGAIN = ("recompute", "recompute_every")
 LAST_RESORT = ("full", 1)  # of recomputation: nothing takes less memory, or more time
@@ -48,8 +50,11 @@ class Plan:
     step: Step
 
 
-def choices(model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices) -> Choices:
-    """The values that a search tries: those that can be best."""
+def choices(
+    model: ModelConfig, machine: Machine, world: int, batch: int, fixed: Choices, software: Software | None = None
+) -> Choices:
+    """The values that a search tries: those that can be best, of what the program has."""
+    schedules = software.schedules if software else ("1f1b", "interleaved", "zb-h1", "zb-v")
     largest = max(1, model.sequence // SHORTEST)
     usual = {
         "tp": [t for t in divisors(machine.node) if world % t == 0],
@@ -57,7 +62,8 @@ def choices(model: ModelConfig, machine: Machine, world: int, batch: int, fixed:
         "ulysses": [u for u in (1, 2, 4, 8) if u <= largest],
         "sp": [False, True],
         "zero": [0, 1, 2, 3],
-        "schedule": ["1f1b", "interleaved", "zb-h1", "zb-v"],
+        # DualPipeV hides all-to-alls; without experts it is no faster than ZB-V.
+        "schedule": [s for s in schedules if s != "dualpipev" or model.experts],
         "recompute": ["none", "selective", "pointwise", *(["operators"] if more_than_pointwise(model) else []), "full"],
         "recompute_every": [1, 2],
         "microbatch": [b for b in (1, 2, 4, 8, 16) if b <= batch],
@@ -90,7 +96,7 @@ def fitting(
     again takes time and nothing else. And none with larger microbatches than one that does not fit.
     """
     machine = with_equal_nodes(machine, world)
-    tried = choices(model, machine, world, batch, fixed)
+    tried = choices(model, machine, world, batch, fixed, software)
     again = recomputations(tried["recompute"], tried["recompute_every"])
     if not again:
         return
@@ -116,7 +122,7 @@ def fitting(
     too_much: set[tuple] = set()
     settled: set[tuple] = set()  # fit with ZeRO-1 and nothing computed again: to shard more takes time and nothing else
     overlaps = software is not None and software.overlapped
-    for layout in legal(model, machine, world, batch, tried | first, partial(could_be_best, fixed)):
+    for layout in legal(model, machine, world, batch, tried | first, partial(could_be_best, fixed, software)):
         key, but_zero = BUT_MICROBATCHES(layout), BUT_ZERO(layout)
         if key in too_much or (layout.zero > 1 and but_zero in settled):
             continue
@@ -165,9 +171,45 @@ def plans(
     found = list(fitting(model, machine, world, batch, fixed, software))
     fit = [Plan(x, need, step(model, x, machine, software)) for x, need in found if need is not None]
     fit.sort(key=lambda plan: plan.step.seconds)
+    fit = with_better_exchanges(model, fit, machine, software, fixed, Case(Layout(), model, machine, world, batch))
     if "split" not in fixed:
         fit = with_better_splits(model, fit, machine, software)
     return fit, len(found)
+
+
+def with_better_exchanges(
+    model: ModelConfig, found: list[Plan], machine: Machine, software: Software, fixed: Choices, case: Case
+) -> list[Plan]:
+    """The same plans, sorted again, those that can be among the first ones with what sends least of what fits.
+
+    ZeRO-2 and 3 may keep gradients or weights over the microbatches, and cp gather keys and values at once: that takes
+    memory, and at best what dp and cp add to the step is gone.
+    """
+    if not software.exchanges:
+        return found
+    kept, first = [], [inf] * SHOWN
+    for plan in found:
+        x, parts = plan.layout, plan.step.parts
+        if plan.step.seconds - parts["dp"] - parts["cp"] < first[-1]:
+            for reduce, reshard, cp_kind in exchanges_of(x, fixed):
+                other = replace(x, reduce=reduce, reshard=reshard, cp_kind=cp_kind)
+                if not keeps_all(replace(case, layout=other), advice=True):
+                    continue
+                made = step(model, other, machine, software)
+                if made.seconds < plan.step.seconds and (need := fits(model, other, machine, software)):
+                    plan = Plan(other, need, made)
+        kept.append(plan)
+        first = sorted([*first, plan.step.seconds])[:SHOWN]
+    return sorted(kept, key=lambda plan: plan.step.seconds)
+
+
+def exchanges_of(layout: Layout, fixed: Choices) -> Iterator[tuple[str, str, str]]:
+    """Other values of --reduce, --reshard and --cp-kind that make a difference and that no flag decides."""
+    reduces = REDUCE if layout.zero >= 2 and layout.microbatches > 1 and "reduce" not in fixed else (layout.reduce,)
+    reshards = RESHARD if layout.zero == 3 and "reshard" not in fixed else (layout.reshard,)
+    kinds = CP_KINDS if layout.cp > layout.ulysses and "cp_kind" not in fixed else (layout.cp_kind,)
+    now = layout.reduce, layout.reshard, layout.cp_kind
+    yield from (each for each in product(reduces, reshards, kinds) if each != now)
 
 
 def with_better_splits(model: ModelConfig, found: list[Plan], machine: Machine, software: Software) -> list[Plan]:
@@ -206,8 +248,10 @@ def something_that_fits(
     return None
 
 
-def could_be_best(fixed: Choices, layout: Layout) -> bool:
-    """Whether no other layout does the same for less, or a flag says this one."""
+def could_be_best(fixed: Choices, software: Software | None, layout: Layout) -> bool:
+    """Whether no other layout does the same for less and the program has it, or a flag says this one."""
+    if software and layout.pp > 1 and layout.zero > software.zero_in_pipeline and "zero" not in fixed:
+        return False
     return not (
         (layout.tp > 1 and not layout.sp and "sp" not in fixed)
         or (layout.pp == 1 and layout.schedule != "1f1b" and "schedule" not in fixed)

@@ -33,7 +33,7 @@ def held(model: ModelConfig, layout: Layout, software: Software, rank: int = 0) 
         logits = layout.tokens(model.sequence) * vocabulary_shard(model, layout.tp)
         saved -= 4 * logits
         working = transient(model, replace(layout, loss_chunk=1), rank, ITEM)
-        of_logit = layout.tp > 1 and software.logits_held_tp or software.logits_held
+        of_logit = (layout.tp > 1 and software.logits_held_tp) or software.logits_held
         working = max(working, of_logit * logits)
     kept = replace(layout, recompute="none") if layout.recompute == "full" and layout.recompute_every > 1 else layout
     if kept.recompute != "full":  # or of one in several layers, which are little beside what the others save

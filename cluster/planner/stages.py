@@ -11,9 +11,28 @@ from pipeline.stages import layers_in
 
 def layers_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
     """The dense layers of a stage, and those with experts."""
-    here = layers_in(model.layers, layout.stages, stage, layout.split)
-    moe = model.mixtures_in(here)
-    return len(here) - moe, moe
+    return _layers_of(model.layers, _kinds(model), layout.stages, layout.split)[stage]
+
+
+Kinds = int | tuple[bool, ...]
+
+
+def _kinds(model: ModelConfig) -> Kinds:
+    """How many layers come before those with experts; where these are among the others, which have them."""
+    if model.in_order:
+        return model.layers - model.moe_layers
+    return tuple(map(model.has_experts, range(model.layers)))
+
+
+@cache
+def _layers_of(layers: int, kinds: Kinds, stages: int, split: str) -> list[tuple[int, int]]:
+    """The same of every stage."""
+    found = []
+    for stage in range(stages):
+        here = layers_in(layers, stages, stage, split)
+        moe = len(here[max(kinds - here.start, 0) :]) if isinstance(kinds, int) else sum(kinds[i] for i in here)
+        found.append((len(here) - moe, moe))
+    return found
 
 
 def recomputed_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
@@ -38,7 +57,8 @@ def sum_of_layers(model: ModelConfig, layout: Layout, stage: int, of_layer: Call
 
 def layers_by_rank(model: ModelConfig, layout: Layout) -> list[int]:
     """How many layers each rank of the pipeline has."""
-    return [sum(sum(layers_of(model, layout, stage)) for stage in layout.stages_of(rank)) for rank in range(layout.pp)]
+    every = _layers_of(model.layers, _kinds(model), layout.stages, layout.split)
+    return [sum(sum(every[stage]) for stage in layout.stages_of(rank)) for rank in range(layout.pp)]
 
 
 @cache
@@ -54,9 +74,15 @@ def met_by_rank(model: ModelConfig, schedule: str, pp: int, v: int, split: str) 
 
 def distinct_ranks(model: ModelConfig, layout: Layout) -> list[int]:
     """Ranks of the pipeline of which one holds most: of those with equal stages, the first and the last."""
-    alike: dict[tuple, list[int]] = {}
-    for rank in range(layout.pp):
-        stages = [layers_of(model, layout, stage) for stage in layout.stages_of(rank)]
+    return _distinct_ranks(model.layers, _kinds(model), layout.schedule, layout.pp, layout.v, layout.split)
+
+
+@cache
+def _distinct_ranks(layers: int, kinds: Kinds, schedule: str, pp: int, v: int, split: str) -> list[int]:
+    layout, alike = Layout(schedule=schedule, pp=pp, v=v, split=split), {}
+    every = _layers_of(layers, kinds, layout.stages, split)
+    for rank in range(pp):
+        stages = [every[stage] for stage in layout.stages_of(rank)]
         alike.setdefault((*stages, *ends_of(layout, rank)), []).append(rank)
     return sorted({rank for ranks in alike.values() for rank in (ranks[0], ranks[-1])})
 
