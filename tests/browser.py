@@ -103,9 +103,10 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
 
-    def prefer(self, scheme: str) -> None:
-        """A device in "light" or "dark"."""
-        self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    def prefer(self, scheme: str, media: str = "") -> None:
+        """A device in "light" or "dark"; with `media` "print" as it is printed."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self._call("Emulation.setEmulatedMedia", media=media, features=features)
 
     def picture(self) -> str:
         """The page as it is seen, in full: a PNG, in base 64."""

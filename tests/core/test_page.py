@@ -128,6 +128,21 @@ def test_the_index_leads_to_every_page(tmp_path: Path) -> None:
 
 NUMBERS = """[...document.querySelectorAll('[data-claim]')].map(e => [+e.dataset.claim, e.textContent.trim()])"""
 SEEN = "document.body.innerText"
+BAD_LABELS = """(() => {
+  const bad = [];
+  for (const svg of document.querySelectorAll('main svg')) {
+    const box = svg.getBoundingClientRect();
+    const labels = [...svg.querySelectorAll('text')].filter(t => t.textContent.trim())
+      .map(t => [t.getBoundingClientRect(), t.textContent]);
+    labels.forEach(([a, text], i) => {
+      if (a.left < box.left - 1 || a.right > box.right + 1 || a.bottom > box.bottom + 2) bad.push(`${text} is cut`);
+      for (const [b, other] of labels.slice(i + 1))
+        if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1.5
+            && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3) bad.push(`${text} is over ${other}`);
+    });
+  }
+  return bad;
+})()"""
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +162,9 @@ def check(browser: Browser, page: Path) -> None:
         empty = browser.run("[...document.querySelectorAll('figure')].filter(f => !f.textContent.trim()).length")
         assert empty == 0
         assert "NaN" not in browser.run("document.querySelector('main').innerHTML")
+        for language in ("zh", "en"):
+            browser.run(f"setLanguage('{language}')")
+            assert browser.run(BAD_LABELS) == []
     browser.run("setLanguage('zh')")
     chinese = browser.run(SEEN)
     browser.run("setLanguage('en')")
@@ -197,6 +215,18 @@ def test_keyboard_and_theme(browser: Browser, tmp_path: Path) -> None:
     browser.run("localStorage.clear()")
 
 
+def test_nothing_is_wider_than_the_paper(browser: Browser, tmp_path: Path) -> None:
+    page, _ = made(tmp_path)
+    (tmp_path / "a.html").write_text(page, "utf-8")
+    browser.resize(700, 900)
+    browser.open(tmp_path / "a.html")
+    browser.prefer("light", "print")
+    width = "Math.max(...[...document.querySelectorAll('main svg')].map(e => e.getBoundingClientRect().right))"
+    assert browser.run(width) <= 700
+    assert browser.run("getComputedStyle(document.querySelector('.bar')).display") == "none"
+    browser.prefer("light")
+
+
 def test_the_page_of_a_run(pool: Pool, browser: Browser, tmp_path: Path) -> None:
     """A pipeline lesson's: its numbers, its timeline, and what each action waited for."""
     page, report = tmp_path / "page.html", tmp_path / "report.json"
@@ -216,4 +246,9 @@ def test_the_page_of_a_run(pool: Pool, browser: Browser, tmp_path: Path) -> None
     bubble = next(c for c in written["claims"] if c["claim"] == "bubble over wall time")
     assert first["bubble"][0] == pytest.approx(bubble["measured"])
     assert first["rows"][1][0] == [1, "F", 0, 1.0, 2.0, [0, "0F0"]], "rank 1 waits for rank 0's first forward"
+    browser.run("setLanguage('zh')")
+    chinese = browser.run("document.getElementById('evidence').innerText")
+    assert all(words in chinese for words in ("气泡占总时间", "rank r 上为 min(m, p-r)", "所有步的损失与单进程一致"))
+    assert "bubble over wall time" not in chinese
+    browser.run("setLanguage('en')")
     assert browser.run("document.querySelectorAll('svg.timeline')[0].querySelectorAll('[data-action]').length") == 32

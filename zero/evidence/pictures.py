@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from core.proof.figures import grid, owners
+from core.proof.language import catalogue
 from core.proof.lesson import Run
 from core.proof.trainable import Trainable
 from core.shards import FlatShard, LocalTensor
@@ -47,7 +48,8 @@ def draw_owned(run: Run, trained: Mapping[str, Trainable]) -> None:
         everyone = run.job.gather(owned(version))
         if everyone:
             size = sum(p.numel() for p in version.model.parameters())
-            title = f"Who owns which of Ψ = {size:,} elements, {name}", f"Ψ = {size:,} 个元素归谁所有，{name}"
+            which = catalogue("zh").gettext(name)
+            title = f"Who owns which of Ψ = {size:,} elements, {name}", f"Ψ = {size:,} 个元素归谁所有，{which}"
             parts = [("weights", "权重"), ("reduced gradients", "归约后的梯度"), ("moments", "动量")]
             run.draw(owners(title, parts, everyone, size))
 
@@ -70,7 +72,7 @@ def draw_events(run: Run, name: str, order: Sequence[tuple[int, str]], layers: i
         rows.append((f"{layer}", row))
     title = (
         f"The weights of each layer in the first micro-batch on rank 0, {name}, in the order of time",
-        f"rank 0 上第一个微批次中各层的权重，{name}，按时间顺序",
+        f"rank 0 上第一个微批次中各层的权重，{catalogue('zh').gettext(name)}，按时间顺序",
     )
     note = ("Shaded: the full weights of the layer have memory.", "有底色：该层的完整权重占着内存。")
     run.draw(grid(title, ("layer", "层"), [str(i + 1) for i in range(len(order))], rows, note=note))

@@ -42,8 +42,10 @@ def texts_of(figures: Any) -> Iterator[str]:
     if isinstance(figures, str):
         yield figures
     elif isinstance(figures, Mapping):
-        for key, value in figures.items():
-            yield from (key, *texts_of(value))
+        for key, value in figures.items():  # of a figure only values are shown, of its series names, too
+            yield from texts_of(value)
+            if "kind" not in figures:
+                yield key
     elif isinstance(figures, list):
         yield from (text for each in figures for text in texts_of(each))
 
@@ -158,6 +160,12 @@ def idea(script: Path) -> tuple[str, str] | None:
     return english, chinese
 
 
+def named(title: tuple[str, str], version: str) -> tuple[str, str]:
+    """A title, and of which version it is."""
+    english, words = title
+    return (f"{english}, {version}", f"{words}，{catalogue('zh').gettext(version)}") if version else title
+
+
 def memory(run: Any) -> list[Figure]:
     """Bytes that each rank holds, of the last version trained: the fast one, for which the formula is, if there is one.
 
@@ -171,8 +179,7 @@ def memory(run: Any) -> list[Figure]:
         kinds = list(dict.fromkeys(kind for rank in ranks for kind in rank))
         series = {kind: [rank.get(kind, 0) / 1e6 for rank in ranks] for kind in kinds}
         formula, expected = run.formula or ("", None)
-        which = f", {name}" if name else ""
-        title = f"What each rank holds at the end, MB{which}", f"结束时各 rank 持有的字节，MB{which}"
+        title = named(("What each rank holds at the end, MB", "结束时各 rank 持有的字节，MB"), name)
         groups = [f"rank {rank}" for rank in range(len(ranks))]
         mb = [value / 1e6 for value in expected] if expected else None
         found.append(bars(title, "MB", groups, series, stacked=True, expected=mb, formula=formula))
@@ -191,8 +198,7 @@ def traffic(run: Any, sent: Mapping[str, Sequence[Mapping[tuple[str, str], Traff
         for operation, axis in kinds:
             values = [rank[operation, axis].bytes if (operation, axis) in rank else 0 for rank in ranks]
             rows.append((f"{axis}: {operation}", [(number(round(value)), value / most) for value in values]))
-        which = f", {name}" if name else ""
-        title = f"Bytes sent by each rank in all of the run{which}", f"整个运行中各 rank 发送的字节{which}"
+        title = named(("Bytes sent by each rank in all of the run", "整个运行中各 rank 发送的字节"), name)
         note = ("Counted where it is sent: a ring's share of what the rank hands over.", "在发送处计数：按环算法折算。")
         columns = [f"rank {rank}" for rank in range(len(ranks))]
         found.append(grid(title, ("axis: operation", "轴：操作"), columns, rows, note=note))

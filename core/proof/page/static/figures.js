@@ -5,7 +5,7 @@ const FIGURES = {
     const total = (g) => names.reduce((sum, n) => sum + f.series[n][g], 0);
     const values = f.stacked ? groups.map((_, g) => total(g)) : names.flatMap((n) => f.series[n]);
     const most = Math.max(...values, ...(f.expected || []), 1e-300);
-    const left = Math.min(Math.max(...groups.map(textWidth), 30) + 10, width * 0.4);
+    const left = Math.min(Math.max(...groups.map(textWidth), 30) + 16, width * 0.4);
     const right = 96, scale = Math.max(40, width - left - right) / most, thick = 16;
     const svg = s("svg", { width, role: "img", "aria-label": T(f.title) });
     let y = 4;
@@ -22,12 +22,12 @@ const FIGURES = {
         if (f.stacked) x += value * scale;
         else svg.append(s("text", { x: left + value * scale + 5, y: at + 12 }, num(value)));
       });
-      if (f.stacked) svg.append(s("text", { x: x + 6, y: y + 12 }, num(total(g))));
       if (f.expected) {
         const at = left + f.expected[g] * scale;
         svg.append(s("line", { x1: at, x2: at, y1: y - 2, y2: y + height, class: "mark" },
           s("title", {}, `${T(f.formula)}: ${num(f.expected[g])}`)));
       }
+      if (f.stacked) svg.append(s("text", { x: x + 6, y: y + 12, class: "halo" }, num(total(g))));
       rows.push(group);
       y += high + 8;
     });
@@ -80,10 +80,13 @@ const FIGURES = {
       svg.append(s("circle", { cx: x(px), cy: y(py), r: 5, fill: series(kinds.indexOf(kind)) },
         s("title", {}, `${label}: ${num(px)}, ${num(py)}`)));
       if (!label) return;
-      let at = y(py) + 4;
-      while (taken.some(([a, b]) => Math.abs(a - x(px)) < textWidth(label) + 12 && Math.abs(b - at) < 13)) at += 13;
-      taken.push([x(px), at]);
-      svg.append(s("text", { x: x(px) + 9, y: at }, label));
+      const long = textWidth(label), right = x(px) + 9 + long < width;  // on its right, or else on its left
+      const from = Math.max(left + 4, right ? x(px) + 9 : x(px) - 9 - long);
+      const free = (at) => at > 10 && at < high - 8
+        && taken.every(([a, b, c]) => from > b || from + long < a || Math.abs(c - at) >= 14);
+      const at = [0, 14, -14, 28, -28, 42, -42, 56, -56].map((more) => y(py) + 4 + more).find(free) || y(py) + 4;
+      taken.push([from, from + long, at]);
+      svg.append(s("text", { x: from, y: at, class: "halo" }, label));
     });
     const named = kinds.length > 1 && kinds.length < 9 ? [legend(kinds.map((kind, i) => [series(i), N(kind)]))] : [];
     return [...named, h("div", { class: "scroll" }, svg), h("p", { class: "note" }, T(f.y))];
@@ -216,6 +219,8 @@ function place(element, figure) {
     const width = Math.max(300, Math.min(1040, element.clientWidth || 1040));
     element.replaceChildren(h("figcaption", {}, T(figure.title)), ...FIGURES[figure.kind](figure, width),
       ...(figure.note ? [h("p", { class: "note" }, T(figure.note))] : []));
+    for (const svg of element.querySelectorAll("svg[height]"))  // so that what is wider than the paper is printed smaller
+      svg.setAttribute("viewBox", `0 0 ${svg.getAttribute("width")} ${svg.getAttribute("height")}`);
   };
   redraw.push(draw);
   draw();

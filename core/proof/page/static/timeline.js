@@ -17,7 +17,8 @@ function letters(row) {
 function timelineOf(rows, options) {
   const end = Math.max(...rows.flat().map((e) => e[4])), span = Math.max(end, options.span || 0), left = 62, high = 24;
   const shortest = Math.min(...rows.flat().map((e) => e[4] - e[3]));
-  const need = options.unit ? 0 : (15 / shortest) * span;  // room for a number in the shortest action
+  const longest = Math.max(...rows.flatMap((row) => row.map((e) => textWidth(`${e[2]}${letters(row)[e[0]]}`))));
+  const need = options.unit ? 0 : ((longest + 3) / shortest) * span;  // room for a number in the shortest action
   const wide = Math.min(Math.max(options.width - left - 8, need), 6000), x = (t) => left + (t / span) * wide;
   const id = `hatch${hatches++}`, height = rows.length * (high + 4) + 26;
   const svg = s("svg", { width: left + wide + 8, height, tabindex: 0, role: "application", class: "timeline",
@@ -76,7 +77,8 @@ function timelineOf(rows, options) {
     if (options.until === undefined) gap(y, free, end, T(["bubble", "气泡"]));
   });
   ticks(0, span, Math.max(4, wide / 90)).forEach((t) => svg.append(
-    s("text", { x: x(t), y: height - 6, "text-anchor": "middle", class: "soft" }, num(t))));
+    s("text", { x: Math.min(x(t), left + wide + 6 - textWidth(num(t)) / 2), y: height - 6, "text-anchor": "middle",
+      class: "soft" }, num(t))));
   svg.append(focus);
   svg.addEventListener("focus", () => { if (!svg.dataset.at && rows[0].length) tell(0, 0); });
   svg.addEventListener("keydown", (event) => {
