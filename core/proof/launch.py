@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from core.comm import PeerError, peer_errors
+from core.proof.files import Unwritable
 
 BEAT = 0.5  # seconds between two signs of life of a rank
 QUIET = 6 * BEAT  # seconds without one after which a rank is lost, once something went wrong
@@ -182,6 +183,8 @@ def launch(device: torch.device, timeout: float) -> Iterator[Job]:
             dist.barrier()  # nor takes the store away while another still listens
     except (PeerError, dist.DistError) as error:
         watch.report_loss(str(error))
+    except Unwritable as error:
+        _leave(f"stopped: {error}")
     except Exception:
         # Printed here, not at exit: the other ranks notice at once, and torchrun ends this one while they do.
         traceback.print_exc()
