@@ -74,7 +74,7 @@ def lesson(run: Run) -> None:
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()
     oracle = evidence.one_process(run, spec)
-    lock = or_stop(alone, job, args.save) if args.save else None
+    locks = [or_stop(alone, job, name, path) for name in ("save", "export") if (path := getattr(args, name))]
     checkpoints = worker.checkpoints(args.save, job, args.keep) if args.save else None
     if not random and (checkpoints is None or or_stop(checkpoints.latest) is None):
         if args.init:
@@ -102,6 +102,7 @@ def lesson(run: Run) -> None:
         if args.evaluate and (step + 1) % args.evaluate == 0:
             run.say(f"step {step + 1}: validation loss {evaluate():.4f}")
         if checkpoints and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            or_stop(agreed, lambda: [lock.keep() for lock in locks if lock])
             or_stop(checkpoints.save, step + 1, {"step": step + 1, "losses": run.losses, "drawn": drawn_by(args)})
 
     before = evaluate()
@@ -112,11 +113,11 @@ def lesson(run: Run) -> None:
         )[""]  # fmt: skip
     if checkpoints:
         or_stop(checkpoints.wait)
-    if lock:
-        lock.close()
     if args.export:
         written = or_stop(export, worker, args.export, full_model(config, moe), bytes_of(args.shard_size), folder)
         evidence.claim_export(run, model, written)
+    for lock in filter(None, locks):
+        lock.close()
     after = evaluate()
 
     # What came of it.
@@ -165,13 +166,14 @@ def drawn_by(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def alone(job: Job, folder: str) -> FolderLock | None:
-    """That no other run saves there, held by rank 0. Raises ValueError on all ranks where one does."""
+def alone(job: Job, name: str, path: str) -> FolderLock | None:
+    """That no other run saves or exports there, held by rank 0. Raises ValueError on all ranks where one does."""
     held: list[FolderLock] = []
 
     def take() -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        held.append(FolderLock("--save", folder))
+        if name == "save":
+            Path(path).mkdir(parents=True, exist_ok=True)
+        held.append(FolderLock(f"--{name}", path, beside=name == "export"))
 
     agreed(lambda: take() if job.rank == 0 else None)
     return held[0] if held else None

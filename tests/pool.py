@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -148,11 +149,13 @@ class Pool:
         timeout: float = 90.0,
         torchrun: bool = True,
         started: int | None = None,
+        before: Callable[[int], None] | None = None,
     ) -> "Running":
         """Start a lesson on `ranks` ranks, with torchrun's environment or as plain python.
 
         Args:
             started: start only the first so many ranks: enough for what happens before any process group exists.
+            before: what each rank calls with its number before the script begins.
         """
         began = time.monotonic()
         port = _free_port()
@@ -162,7 +165,7 @@ class Pool:
             job = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
             environment = {name: str(value) for name, value in job.items()} if torchrun else {}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-            arguments = (script, flags, environment, str(folder / str(rank)))
+            arguments = (script, flags, environment, str(folder / str(rank)), partial(before, rank) if before else None)
             processes.append(self._context.Process(target=_play, args=arguments, daemon=True))
             processes[-1].start()
         self._jobs.append(Running(processes, folder, began, timeout))
@@ -238,7 +241,13 @@ def _leave_group() -> None:
     threading.Thread(target=groups.clear, daemon=True).start()
 
 
-def _play(script: str, flags: Sequence[str], environment: dict[str, str], log: str) -> None:
+def _play(
+    script: str,
+    flags: Sequence[str],
+    environment: dict[str, str],
+    log: str,
+    before: Callable[[], None] | None = None,
+) -> None:
     """Be one rank of a lesson: its output in files, its exit code this process's."""
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -252,6 +261,8 @@ def _play(script: str, flags: Sequence[str], environment: dict[str, str], log: s
     path = ROOT / script
     sys.argv = [str(path), *flags]
     sys.path[0] = str(path.parent)
+    if before:
+        before()
     runpy.run_path(str(path), run_name="__main__")
 
 

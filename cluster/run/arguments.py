@@ -201,8 +201,10 @@ def check_weights(args: argparse.Namespace, config: ModelConfig, moe: MoEConfig 
         folder.tensors(model)
     if args.init and not (folder and args.init == "random"):
         check_init(args.init, model)
-    if args.export and not is_file(args.export):
-        check_export(args.export, model.config, model, args.hf)
+    if args.export:
+        if not is_file(args.export):
+            check_export(args.export, model.config, model, args.hf)
+        FolderLock("--export", args.export, probe=True, beside=True)
 
 
 def check_folder(folder: str) -> None:

@@ -216,6 +216,13 @@ def write(
     return {name: where.file for name, where in ranges.items()}
 
 
+def settle(target: Path, old: Path) -> None:
+    """What an export replaced is removed; or is itself again, where the export ended between two renames."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def export(worker: Worker, path: str, model: GPT, most: int, source: Folder | None) -> int:
     """Write the full weights; how many numbers. All ranks call it; all of them must reach the folder.
 
@@ -230,7 +237,7 @@ def export(worker: Worker, path: str, model: GPT, most: int, source: Folder | No
     Raises:
         ValueError: they cannot be written.
     """
-    target = Path(path)
+    target = Path(path).absolute()
     part, old = (target.with_name(f".{target.name}.{what}") for what in ("part", "replaced"))
     group = dist.new_group(backend="gloo", timeout=LONGEST)  # a rank may have much more to write than another
     first, config = dist.get_rank() == 0, worker.model.config
@@ -257,6 +264,8 @@ def export(worker: Worker, path: str, model: GPT, most: int, source: Folder | No
         part.rename(target)
         sync(target.parent)
 
+    if first:
+        settle(target, old)
     try:
         published = None if is_file(path) else config
         files = write(worker, part, published, model, most, group)
@@ -266,6 +275,6 @@ def export(worker: Worker, path: str, model: GPT, most: int, source: Folder | No
     finally:
         if first:
             shutil.rmtree(part, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            settle(target, old)
         dist.destroy_process_group(group)
     return sum(prod(shape) for shape in expected(published, model).values())

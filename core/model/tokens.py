@@ -9,6 +9,7 @@ S tokens of a sample
 import hashlib
 from copy import copy
 from pathlib import Path
+from tokenize import TokenError  # by which numpy reads a header
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ def _npy(path: str, kind: str | None) -> np.ndarray:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise ValueError(f"--tokens {path!r}: {error.strerror or error}; use the path of a readable file") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError, TokenError) as error:
         raise ValueError(
             f"--tokens {path!r}: is no .npy file, or truncated ({error}); use one that numpy wrote"
         ) from None

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from core.comm import PeerError, peer_errors
+from core.proof.files import Unwritable
 from core.proof.flight import FLIGHT, Checker, Group, MismatchError, follow_backward
 from core.proof.watch import Watch, leave
 
@@ -201,6 +202,9 @@ def launch(
             dist.barrier()  # nor takes the store away while another still listens
     except (PeerError, MismatchError, dist.DistError) as error:
         watch.report_loss(str(error))
+    except Unwritable as error:
+        watch.failed(str(error))
+        leave(f"stopped: {error}")
     except Exception as error:
         watch.failed(f"{type(error).__name__}: {error}")
         # Printed here, not at exit: the other ranks notice at once, and torchrun ends this one while they do.

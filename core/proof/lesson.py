@@ -23,7 +23,7 @@ from core.ledger import TOTAL, Ledger, Traffic
 from core.model.precision import POLICIES, Precision
 from core.proof.evidence import Claim, Evidence
 from core.proof.figures import Figure
-from core.proof.files import check_writable, write_file
+from core.proof.files import Unwritable, check_writable, write_file
 from core.proof.language import ENGLISH, LANGUAGES, Catalogue, catalogue, laid_out, language_of
 from core.proof.launch import (
     SHORTEST_TIMEOUT,
@@ -168,10 +168,10 @@ class Lesson:
             run.say(f"{self.script} on {ranks}, {job.backend} on {device.type} ({why}), {args.dtype}\n")
             teach(run)
             sent = gather_sent(run) if run.page else {}
-            phases = gather_phases(run)
+            phases, failed = gather_phases(run), None
             if job.rank == 0:
-                self._conclude(run, time.perf_counter() - began, sent, phases)
-            failed = run.evidence.failed(known) if job.rank == 0 else None
+                lost = self._conclude(run, time.perf_counter() - began, sent, phases)
+                failed = "\n".join(filter(None, (run.evidence.failed(known), *map(known.gettext, lost))))
             if failed:
                 say_last(failed)
             failed = job.share(failed)
@@ -206,7 +206,8 @@ class Lesson:
             print(f"{self.script}: {message}", file=sys.stderr, flush=True)
         return 2
 
-    def _conclude(self, run: Run, seconds: float, sent: "Sent", phases: Phases) -> None:
+    def _conclude(self, run: Run, seconds: float, sent: "Sent", phases: Phases) -> list[str]:
+        """Show and write the evidence; what could not be written, and why."""
         claims = run.evidence.claims
         held = sum(claim.holds for claim in claims)
         run.say(f"\n{run.evidence.tables(columns(), run.known)}\n", known=True)
@@ -216,7 +217,7 @@ class Lesson:
                 run.say(f"{name + ': ' if name else ''}{found}")
         run.say(f"{held} of {len(claims)} claims held · {seconds:.1f} s")
         if not run.args.report and not run.page:
-            return
+            return []
         report = {
             "script": self.script,
             "lecture": self.lecture,
@@ -234,11 +235,18 @@ class Lesson:
             "phases": phases,
             "slowest": {name: found and found._asdict() for name, found in slowest.items()},
         }
-        report = _finite(report)
-        if run.args.report:
-            write_file(run.args.report, json.dumps(report, indent=1, allow_nan=False))
-        if run.page:
-            write_file(run.args.page, render(self, run, report, sent))
+        report, lost = _finite(report), []
+        contents = {
+            "report": lambda: json.dumps(report, indent=1, allow_nan=False),
+            "page": lambda: render(self, run, report, sent),
+        }
+        for name, content in contents.items():
+            if path := getattr(run.args, name, None):
+                try:
+                    write_file(path, content())
+                except Unwritable as error:
+                    lost.append(f"--{name} {error}")
+        return lost
 
 
 Sent = dict[str, list[dict[tuple[str, str], Traffic]]]  # by version, of each rank: by operation and axis

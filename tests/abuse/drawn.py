@@ -98,10 +98,8 @@ def value_of(action: argparse.Action, chance: Random, gentle: bool, rich: bool) 
         value = chance.choice([*action.choices]) if gentle or chance.random() < 0.95 else "none-of-these"
     elif of_run or action.type in (int, float):
         values = of_run or (COUNTS if action.type is int else SHARES)
-        far = (
-            chance.random() * len(values) * 0.6 if rich else chance.expovariate((8.0 if gentle else 2.5) / len(values))
-        )
-        value = values[min(int(far), len(values) - 1)]
+        far = 0.6 * chance.random() if rich else chance.expovariate(8.0 if gentle else 2.5)
+        value = values[min(int(far * len(values)), len(values) - 1)]
     else:
         return None
     return None if value in (None, "") else str(value)
