@@ -213,8 +213,7 @@ class Worker:
         share = self._once_over_tp(self._forward(*self.split((inputs, targets))))
         self.model.train()
         forget(self.model)
-        _, (loss,) = norm_and_totals([], [self.tp, self.dense_engine.axis, self.pp], share[None])
-        return loss
+        return norm_and_totals([], [self.tp, self.dense_engine.axis, self.pp], share[None])[1][0]
 
     def clip(self, clip: float, share: Tensor) -> tuple[float, float]:
         """Clip by the norm of the full model's gradient; (norm, loss)."""

@@ -23,7 +23,7 @@ from core.model.norms import LayerNorm, RMSNorm, norm_of
 from core.model.precision import Precision, policy_of, wide
 from core.model.seeded import SampleMasks, generator
 from core.model.streams import RandomTracker
-from core.proof.flight import follow_layers
+from core.proof.places import follow_layers
 from core.proof.rulebook import DECODER
 from core.proof.rules import check
 from core.shards import shard_of

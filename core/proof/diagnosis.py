@@ -230,6 +230,12 @@ def _missing(records: Mapping[int, Record], rank: int, call: Call) -> list[int]:
 
 
 def _cycle(waits: Mapping[int, Call], ranks: Sequence[int]) -> Finding:
+    alone = [rank for rank in ranks if waits[rank].direction and waits[waits[rank].peer].peer is None]
+    if len(alone) == 1:  # a message with one side only, and its other side elsewhere
+        call = waits[alone[0]]
+        lacks = "posted its receive" if call.direction == "send" else "sent it"
+        there = f"it waits in {waits[call.peer]}, for {named(ranks)}"
+        return Finding("message", (*alone,), f"rank {alone[0]} waits in {call}, which has not {lacks}: {there}")
     by_call: dict[tuple[str, str], list[int]] = {(waits[rank].lane, str(waits[rank])): [] for rank in ranks}
     for rank, call in waits.items():  # and those that wait in the same
         by_call.get((call.lane, str(call)), []).append(rank)
@@ -259,7 +265,7 @@ def _not_reached(records: Mapping[int, Record], call: Call, rank: int) -> Findin
         return Finding("message", (rank,), text)
     slow = not record.waits and record.moved < LATE * call.waited
     if slow:
-        return Finding("slow", (rank,), f"rank {rank} is slow: it has not reached {call}, and moves on, {place[3:]}")
+        return Finding("slow", (rank,), f"rank {rank} is slow: it has not reached {call}, but moves on: {place}")
     return Finding("not reached", (rank,), f"rank {rank} has not reached {call}: {place}")
 
 

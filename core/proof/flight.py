@@ -5,7 +5,6 @@ Every collective of an axis has a number, counted by each of its ranks; so has e
 records of all ranks. The same record keeps how long the rank has spent in each phase, and waiting, by axis.
 """
 
-import json
 import os
 import socket
 import time
@@ -16,9 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-LEFT = 256  # calls that one rank has left in the store to compare with
 KEPT = 8  # calls of each axis and route that the record shows
 WAITING = "waiting, "  # begins the name of the time spent in waits, which ends with the axis
 OUTSIDE = "outside a step"
@@ -59,8 +57,12 @@ class Where(NamedTuple):
         return ", ".join([self.phase + of, *(f"{name} {value}" for name, value in named.items() if value is not None)])
 
 
-class MismatchError(RuntimeError):
-    """Ranks were about to exchange tensors that do not fit each other."""
+class Comparer(Protocol):
+    """Compares what ranks are about to exchange: `core.proof.matching`."""
+
+    def compare(self, call: "Call", more: str = "", tag: int = 0) -> None: ...
+
+    def compare_rows(self, call: "Call", send: Sequence[int], receive: Sequence[int]) -> None: ...
 
 
 class Call:
@@ -86,7 +88,7 @@ class FlightRecord:
     """
 
     def __init__(self) -> None:
-        self.checker: Checker | None
+        self.checker: Comparer | None
         self.checked = False  # whether to compare all calls, whatever a lesson's flag says
         self.reset()
 
@@ -302,106 +304,4 @@ def _shown(call: Call, now: float) -> dict[str, Any]:
     }
 
 
-class Checker:
-    """Compares what ranks are about to exchange, before they do, in a store beside it (`--check-messages`).
-
-    Who comes first to a call leaves in the store what it is about to do; the others compare theirs with it before they
-    join. So a tensor that does not fit is never sent, and nobody waits for the check: it is one question to the store.
-    """
-
-    def __init__(self, store: dist.Store, rank: int):
-        self.store, self.rank = store, rank
-        self._left: deque[str] = deque()
-        self._tags: dict[Hashable, int] = defaultdict(int)
-
-    def compare(self, call: Call, more: str = "", tag: int = 0) -> None:
-        """Raises MismatchError where another rank's call of this number is another, or has another tensor."""
-        if call.direction:
-            self._tags[call.lane, tag] += 1
-            key = f"{call.lane} {tag} {self._tags[call.lane, tag]}"
-            mine = f"{tuple(call.shape)} {call.dtype}"
-        else:
-            key = f"{call.lane} {call.number}"
-            shape = ("rows", *call.shape[1:]) if call.uneven else tuple(call.shape)
-            mine = " ".join(filter(None, (call.operation, str(shape), str(call.dtype), more)))
-        first = self.store.compare_set(key, "", f"{self.rank} {mine}").decode()
-        other, _, theirs = first.partition(" ")
-        if theirs != mine:
-            raise MismatchError(f"{in_words(call)}: rank {self.rank} has {mine}, rank {other} has {theirs}")
-        if not call.direction:
-            self._forget_later(key, int(other))
-        elif int(other) != self.rank:  # both sides have been here
-            self.store.delete_key(key)
-
-    def compare_rows(self, call: Call, send: Sequence[int], receive: Sequence[int]) -> None:
-        """All-to-all: each rank must expect from each other what that sends. Of each pair the later one compares."""
-        me, key = call.ranks.index(self.rank), f"{call.lane} {call.number} rows"
-        self.store.append(key, json.dumps([me, [*send], [*receive]]) + "\n")
-        for line in self.store.get(key).decode().splitlines():
-            peer, sends, expects = json.loads(line)
-            for sender, receiver, there, here in (
-                (me, peer, send[peer], expects[me]),
-                (peer, me, sends[me], receive[peer]),
-            ):
-                if there != here:
-                    raise MismatchError(
-                        f"{in_words(call)}: rank {call.ranks[sender]} sends {there} rows to rank "
-                        f"{call.ranks[receiver]}, which expects {here}"
-                    )
-        self._forget_later(key, call.ranks[0])
-
-    def _forget_later(self, key: str, by: int) -> None:
-        """One rank removes what was left for a call, when it is so many calls on that all have been there."""
-        if by == self.rank:
-            self._left.append(key)
-            if len(self._left) > LEFT:
-                self.store.delete_key(self._left.popleft())
-
-
 FLIGHT = FlightRecord()  # of this process, as the heart sends it along
-
-
-# ---- Where the model is ----------------------------------------------------------------------------------------------
-
-
-def follow_layers(blocks: nn.ModuleDict) -> None:
-    """Let each layer say when its forward and its backward begin; again without effect."""
-
-    def before(name: str) -> Callable[..., None]:
-        return lambda *_: FLIGHT.in_layer(name)
-
-    def after(name: str) -> Callable[..., None]:
-        def say(gradient: Tensor) -> None:
-            FLIGHT.in_layer(name)
-
-        def hook(module: nn.Module, args: Any, y: Any) -> None:
-            if isinstance(y, Tensor) and y.requires_grad:
-                y.register_hook(say)
-
-        return hook
-
-    for name, block in blocks.items():
-        if hasattr(block, "followed"):
-            continue
-        block.followed = True
-        block.register_forward_pre_hook(before(name))
-        block.register_forward_hook(after(name))
-
-
-def follow_backward() -> None:
-    """Let every backward of this process say that it is one; again without effect."""
-    for name in ("backward", "grad"):
-        original = getattr(torch.autograd, name)
-        if not hasattr(original, "original"):
-            setattr(torch.autograd, name, _followed(original))
-
-
-def _followed(original: Callable[..., Any]) -> Callable[..., Any]:
-    def backward(*args: Any, **more: Any) -> Any:
-        before = FLIGHT.go_to(FLIGHT.where._replace(phase="backward"))
-        result = original(*args, **more)
-        FLIGHT.go_to(before)  # not where it fails: then it stays there
-        return result
-
-    backward.original = original
-    return backward

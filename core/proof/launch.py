@@ -19,7 +19,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from core.comm import PeerError, peer_errors
 from core.proof.files import Unwritable
-from core.proof.flight import FLIGHT, Checker, Group, MismatchError, follow_backward
+from core.proof.flight import FLIGHT, Group
+from core.proof.matching import Checker, MismatchError
+from core.proof.places import follow_backward
 from core.proof.watch import Watch, leave
 
 SHORTEST_TIMEOUT = 5.0
@@ -149,14 +151,19 @@ def speaks_for_machine(here: ProcessInfo) -> bool:
 
 @contextmanager
 def launch(
-    device: torch.device, timeout: float, check_messages: bool = False, known: Callable[[str], str] = str
+    device: torch.device,
+    timeout: float,
+    check_messages: bool = False,
+    known: Callable[[str], str] = str,
+    meeting: float | None = None,
 ) -> Iterator[Job]:
     """Be a rank of the job: process group, watch over the other ranks, and an orderly end.
 
     Args:
         timeout: seconds that any wait may take.
-        check_messages: compare what ranks are about to exchange before they do, see `core.proof.flight.Checker`.
+        check_messages: compare what ranks are about to exchange before they do, see `core.proof.matching.Checker`.
         known: what `Stop` says, in the reader's language.
+        meeting: seconds that the ranks have to meet; as `timeout` where it is None.
 
     A rank that dies, or shows no sign of life for half of `timeout`, ends every other rank within `timeout`, each
     naming it, with exit code 1. `Stop` ends all ranks with its message.
@@ -167,17 +174,19 @@ def launch(
     if device.type != "cpu":
         torch.accelerator.set_device_index(here.local_rank)
     try:
-        limit = timedelta(seconds=timeout)
+        limit = timedelta(seconds=timeout if meeting is None else meeting)
         dist.init_process_group(
             backends, store=meeting_place(here, limit), rank=here.rank, world_size=here.world_size, timeout=limit
         )
         FLIGHT.reset()
         follow_backward()
         watch = Watch(here.rank, here.world_size, timeout, device.type != "cpu")
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), dist.group.WORLD)
         chosen: list[str] = [""] * here.world_size
         dist.all_gather_object(chosen, backend)
     except (RuntimeError, ValueError) as error:
-        leave(f"rank {here.rank}: could not meet the other ranks within {timeout:.0f} s: {str(error).splitlines()[0]}")
+        waited, why = limit.total_seconds(), str(error).splitlines()[0]
+        leave(f"rank {here.rank}: could not meet the other ranks within {waited:.0f} s: {why}")
     if len(set(chosen)) > 1:
         if here.rank == 0:
             where = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(chosen))

@@ -47,7 +47,7 @@ class Watch:
         self._records: list[bytes] = []  # as they were sent: read when something is wrong
         self._processes: list[tuple[str, int]] = []  # host and number of each rank's
         self._beats = 0
-        self._trouble = False  # whether something is wrong: then the whole record is sent along
+        self._trouble = False  # whether another rank reports that something is wrong: then all of the record is sent
         self._ended = False
         self._overdue = timeout - WATCHDOG if timeout > 2 * WATCHDOG else timeout / 2
         self._on_gpu = on_gpu
@@ -79,7 +79,7 @@ class Watch:
             except RuntimeError:
                 if self._ended:
                     return
-                self._store_lost()
+                return self._store_lost()
             received = self._signals.recv(64) if ready else b""
             if signal.SIGINT in received:
                 leave("interrupted" if self.rank == 0 else "")
@@ -113,7 +113,6 @@ class Watch:
         FLIGHT.freeze()
         first: dict[int, Record] = {}
         if self._others:
-            self._trouble = True
             with suppress(RuntimeError):
                 self._store.set(f"record {self.rank}", self._record())
                 self._store.compare_set("trouble", "no", f"rank {self.rank} reports: {what}")
@@ -155,12 +154,15 @@ class Watch:
         lost = {rank: why if why not in ("", "runs") else "shows no sign of life" for rank, why in lost.items()}
         alive = [r for r in range(self.world_size) if r not in lost]
         deadline = time.monotonic() + (0.0 if self.rank == alive[0] else 2 * self.quiet)
-        with suppress(RuntimeError):
+        try:
             while (told := self._told()) is None and time.monotonic() < deadline:
                 time.sleep(self.beat / 2)
             if told is not None:
                 return told
             if self._store.compare_set("told", "", str(self.rank)).decode() != str(self.rank):
+                return silent
+        except RuntimeError:  # the store is gone, with the rank that held it, which has told all, or with its machine
+            if self._trouble or self.rank != alive[0]:
                 return silent
         records = self._read_records()
         finding = diagnose(records, lost)
@@ -200,38 +202,51 @@ class Watch:
                 self._heard[other] = (beat, time.monotonic())
         if self.rank < LISTENERS or not self._records:
             self._records = self._store.multi_get([f"record {rank}" for rank in range(self.world_size)])
-        self._trouble = trouble != b"no"
+        self._trouble = trouble != b"no" and not trouble.startswith(f"rank {self.rank} ".encode())
         return trouble.decode()
 
     def _read_records(self) -> dict[int, Record]:
         """The newest of all ranks; those heard before where the store is gone."""
         with suppress(RuntimeError):
             self._records = self._store.multi_get([f"record {rank}" for rank in range(self.world_size)])
-        return {rank: Record.read(json.loads(each)) for rank, each in enumerate(self._records)}
+        read = {rank: Record.read(json.loads(each)) for rank, each in enumerate(self._records)}
+        return read | {self.rank: Record.read(FLIGHT.snapshot(full=True))}
 
     def _silent(self, seconds: float) -> list[int]:
         now = time.monotonic()
         silent = [r for r in self._others if now - self._heard[r][1] > seconds]
         return sorted(silent, key=lambda r: self._heard[r][1])
 
-    def _store_lost(self) -> NoReturn:
-        if silent := self._silent(self.quiet / 2):
-            if self.rank == min(r for r in range(self.world_size) if r not in silent):
-                self._tell(self._read_records(), silent)
-            self._blame(silent, "and then the job's store")
+    def _store_lost(self) -> None:
+        """The store is gone: with torchrun, which holds it, or else with rank 0."""
+        if not self._reporting.acquire(blocking=False):
+            return  # the main thread has noticed, and reports
+        if self._trouble:
+            leave(f"rank {self.rank}: another rank has told what is wrong, and left")
         by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        silent = self._silent(self.quiet / 2) if by_torchrun else [0]
+        if silent and self.rank == min(r for r in range(self.world_size) if r not in silent):
+            FLIGHT.freeze()
+            self._tell(self._read_records(), silent)
+        if silent and by_torchrun:
+            self._blame(silent, "and then the job's store")
         leave(f"rank {self.rank}: lost {'torchrun' if by_torchrun else 'rank 0'}, which held the job's store")
 
     def _blame(self, silent: list[int], what: str) -> NoReturn:
         if not silent:
-            leave(f"rank {self.rank}: {what}" + ("" if " reports: " in what else "; every other rank is alive"))
+            print(f"rank {self.rank}: {what}" + ("" if " reports: " in what else "; every other rank is alive"),
+                  file=sys.stderr, flush=True)  # fmt: skip
+            self._wait_for_others()
         lost = str(silent[0])
         with suppress(RuntimeError):  # the store may be gone with the rank that held it
             # Ranks that leave because of the first loss fall silent too: the first name given is the right one.
             lost = self._store.compare_set("lost", "", lost).decode()
         print(f"rank {self.rank}: lost rank {lost} ({what})", file=sys.stderr, flush=True)
+        self._wait_for_others()
+
+    def _wait_for_others(self) -> NoReturn:
         if self.rank == 0:
-            time.sleep(2 * self.beat)  # it may hold the store, in which the others read the name
+            time.sleep(2 * self.beat)  # it may hold the store, in which the others read what is wrong
         leave("")
 
 

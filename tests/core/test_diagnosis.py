@@ -147,6 +147,15 @@ def test_a_message_without_its_other_side(direction: str) -> None:
     assert ("has not posted its receive" if direction == "send" else "has not sent it") in text
 
 
+def test_a_message_without_its_other_side_in_a_circle() -> None:
+    """Rank 2 sends before a collective in which rank 0 waits for it: what is too much is the message."""
+    records = {r: waiting(call("all-reduce", 4, (0, 1, 2), "dp")) for r in (0, 1)}
+    records[2] = waiting(message("send", 0, sender=2, receiver=0))
+    kind, ranks, text = found(records)
+    assert (kind, ranks) == ("message", (2,))
+    assert text.startswith("rank 2 waits in send (F) 0 to rank 0, which has not posted its receive: it waits in all-")
+
+
 def test_a_message_that_was_sent_is_not_missing() -> None:
     records = {1: computing(message("send", 4, 1, 2)), 2: waiting(message("receive", 4, 1, 2))}
     assert found(records).kind == "unclear"
@@ -192,7 +201,7 @@ def test_slow_is_who_still_moves() -> None:
     records[1] = computing(call("all-reduce", 11, (0, 1, 2), "dp", 12.0), moved=0.3)
     kind, ranks, text = found(records)
     assert (kind, ranks) == ("slow", (1,))
-    assert "rank 1 is slow: it has not reached all-reduce 12 over dp, and moves on" in text
+    assert "rank 1 is slow: it has not reached all-reduce 12 over dp, but moves on: it is in forward" in text
 
 
 def test_slow_is_who_came_last() -> None:

@@ -213,10 +213,8 @@ def make_model(run: Run, axis: Axis) -> tuple[GPT, Data]:
 
 def make_oracle(run: Run) -> Oracle | None:
     """On rank 0."""
-    if run.job.rank:
-        return None
-    args = run.args
-    return Oracle(configuration(args), args.seed, run.job.device, optimizer_of(run), args.clip)
+    args, device = run.args, run.job.device
+    return None if run.job.rank else Oracle(configuration(args), args.seed, device, optimizer_of(run), args.clip)
 
 
 def optimizer_of(run: Run) -> MakeOptimizer:
