@@ -54,6 +54,7 @@ lessons=(
   cluster/topology.py
   cluster/accuracy.py
   cluster/dry_run.py
+  cluster/hang.py
   cluster/train.py
 )
 # What the defaults have not got: a Llama, experts, sp, cp, dropout, Muon.

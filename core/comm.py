@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.mesh import Axis
+from core.proof.flight import FLIGHT, Call
 
 
 class PeerError(RuntimeError):
@@ -37,17 +38,19 @@ def peer_errors(what: str) -> Iterator[None]:
         raise PeerError(what, error) from error
 
 
-def wait(work: dist.Work, axis: Axis, x: Tensor, what: str) -> None:
-    """Wait for `work` on tensor `x` over `axis`, at most the timeout of the axis.
+def wait(work: dist.Work, axis: Axis, x: Tensor, what: str, call: Call | None = None, background: bool = False) -> None:
+    """Wait for `work` on tensor `x` over `axis`, at most the timeout of the axis; the flight record has it as `call`.
 
     Raises:
         PeerError: it did not finish.
     """
+    phase = FLIGHT.wait(call, background)
     with peer_errors(what):
         if x.device.type == "cpu":
             work.wait(axis.timeout)
         else:
             work.wait()  # with a timeout it would stop the CPU; NCCL's own watchdog has the timeout of the group
+    FLIGHT.done(call, phase, x.device)
 
 
 # ---- Collectives. Those with `_async` return at once: compute, then `.wait()` for the result ------------------------
@@ -62,6 +65,7 @@ class Pending:
     buffer: Tensor
     what: str
     finish: Callable[[Tensor], Tensor] = lambda result: result
+    call: Call | None = None  # in the flight record
 
     def wait(self) -> Tensor:
         """The result.
@@ -70,7 +74,7 @@ class Pending:
             PeerError: the other ranks did not join within the timeout of the axis.
         """
         if self.work is not None:
-            wait(self.work, self.axis, self.buffer, f"{self.what} over {self.axis.name}")
+            wait(self.work, self.axis, self.buffer, f"{self.what} over {self.axis.name}", self.call)
         return self.finish(self.buffer)
 
 
@@ -78,8 +82,8 @@ def all_reduce_async(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.R
     """Reduce `x` over the axis, in place; every rank gets the result. `x` must be contiguous."""
     if axis.size == 1:
         return Pending(None, axis, x, "")
-    _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size)
-    return Pending(dist.all_reduce(x, op, axis.group, async_op=True), axis, x, "all-reduce")
+    call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, str(op))
+    return Pending(dist.all_reduce(x, op, axis.group, async_op=True), axis, x, "all-reduce", call=call)
 
 
 def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gather") -> Pending:
@@ -87,18 +91,18 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
     if axis.size == 1:
         return Pending(None, axis, x, "")
     rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    _record(label, axis, rows, (axis.size - 1) / axis.size)
+    call = _record(label, axis, rows, (axis.size - 1) / axis.size)
     work = dist.all_gather_single(rows, x.contiguous(), axis.group, async_op=True)
-    return Pending(work, axis, rows, label, lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim))
+    return Pending(work, axis, rows, label, lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim), call)
 
 
 def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
     """Fill `x`, of which this rank has its own equal shard of the rows, with the other ranks' shards."""
     if axis.size == 1:
         return Pending(None, axis, x, "")
-    _record("all-gather", axis, x, (axis.size - 1) / axis.size)
+    call = _record("all-gather", axis, x, (axis.size - 1) / axis.size)
     work = dist.all_gather_single(x, x.chunk(axis.size)[axis.index], axis.group, async_op=True)
-    return Pending(work, axis, x, "all-gather")
+    return Pending(work, axis, x, "all-gather", call=call)
 
 
 def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
@@ -114,14 +118,14 @@ def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
         shards = x.view(axis.size, -1, *x.shape[1:])
     else:
         shards = torch.stack(x.chunk(axis.size, dim))
-    _record("reduce-scatter", axis, shards, (axis.size - 1) / axis.size)
+    call = _record("reduce-scatter", axis, shards, (axis.size - 1) / axis.size)
     if x.device.type == "cpu":
         received = torch.empty_like(shards)
         work = dist.all_to_all_single(received, shards, group=axis.group, async_op=True)
-        return Pending(work, axis, received, "reduce-scatter", lambda r: r.sum(0))
+        return Pending(work, axis, received, "reduce-scatter", lambda r: r.sum(0), call)
     mine = torch.empty_like(shards[0])
     work = dist.reduce_scatter_single(mine, shards.flatten(0, 1), group=axis.group, async_op=True)
-    return Pending(work, axis, mine, "reduce-scatter")
+    return Pending(work, axis, mine, "reduce-scatter", call=call)
 
 
 def all_to_all_async(
@@ -133,8 +137,9 @@ def all_to_all_async(
     received = x.new_empty(sum(receive), *x.shape[1:])
     off_rank = (sum(send) - send[axis.index]) * x.shape[1:].numel()
     axis.ledger.record(label, axis.name, off_rank, x.element_size())
+    call = FLIGHT.start(label, axis, x, rows=(send, receive))
     work = dist.all_to_all_single(received, x.contiguous(), list(receive), list(send), axis.group, async_op=True)
-    return Pending(work, axis, received, label)
+    return Pending(work, axis, received, label, call=call)
 
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -157,8 +162,9 @@ def all_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int
     return all_to_all_async(x, axis, send, receive).wait()
 
 
-def _record(operation: str, axis: Axis, full: Tensor, share: float) -> None:
+def _record(operation: str, axis: Axis, full: Tensor, share: float, more: str = "") -> Call:
     axis.ledger.record(operation, axis.name, share * full.numel(), full.element_size())
+    return FLIGHT.start(operation, axis, full, more)
 
 
 # ---- Collectives under autograd: each pair is the other's backward ---------------------------------------------------

@@ -11,18 +11,21 @@ from torch import Tensor
 
 from core.comm import PeerError, peer_errors, wait
 from core.mesh import Axis
+from core.proof.flight import FLIGHT, WAITING
 
 
 def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
     """Swap tensors of equal shape with rank `peer` of the axis; both must call it. Returns the peer's."""
     received = torch.empty_like(x)
     axis.ledger.record("exchange", axis.name, x.numel(), x.element_size())
+    FLIGHT.start_message("exchange", axis, x, axis.index, peer)
+    call = FLIGHT.start_message("exchange", axis, received, peer, axis.index)
     swap = [
         dist.P2POp(dist.isend, x, axis.ranks[peer], axis.group),
         dist.P2POp(dist.irecv, received, axis.ranks[peer], axis.group),
     ]
     for work in dist.batch_isend_irecv(swap):
-        wait(work, axis, x, f"exchange with rank {axis.ranks[peer]}")
+        wait(work, axis, x, f"exchange with rank {axis.ranks[peer]}", call)
     return received
 
 
@@ -40,8 +43,9 @@ def receive(into: Tensor, axis: Axis, peer: int) -> Tensor:
 
 def _message(operation: Callable[..., dist.Work], x: Tensor, axis: Axis, peer: int, what: str) -> None:
     # As a batch, because alone it would make NCCL open a communicator for every pair of ranks.
+    call = FLIGHT.start_message("", axis, x, *((axis.index, peer) if operation is dist.isend else (peer, axis.index)))
     for work in dist.batch_isend_irecv([dist.P2POp(operation, x, axis.ranks[peer], axis.group)]):
-        wait(work, axis, x, f"{what} rank {axis.ranks[peer]}")
+        wait(work, axis, x, f"{what} rank {axis.ranks[peer]}", call)
 
 
 class PointToPoint:
@@ -78,10 +82,11 @@ class PointToPoint:
             self._sender.start()
         self.axis.ledger.record(f"send {kind}", self.axis.name, x.numel(), x.element_size())
         what = f"send ({kind}) to rank {self.axis.ranks[to]}"
+        call = FLIGHT.start_message(kind, self.axis, x, self.axis.index, to, tag)
         with peer_errors(what):
             work = dist.isend(x, self.axis.ranks[to], self._communicator(self.axis.index, to, kind, x), tag)
         # The device is read here: a fake tensor tells it on the thread that computes with it only.
-        self._queue.put((work, x, x.device.type == "cpu", what))
+        self._queue.put((work, x, x.device.type == "cpu", what, call))
 
     def receive(self, into: Tensor, sender: int, kind: str, tag: int) -> Callable[[], Tensor]:
         """Post a receive into `into`; returns at once. Call the result to wait for the message and get it.
@@ -89,14 +94,14 @@ class PointToPoint:
         Raises (from that call):
             PeerError: the sender died or was silent for all of the timeout.
         """
-        what = f"receive ({kind}) from rank {self.axis.ranks[sender]}"
+        rank = self.axis.ranks[sender]
+        what = f"receive ({kind}) from rank {rank}"
+        call = FLIGHT.start_message(kind, self.axis, into, sender, self.axis.index, tag)
         with peer_errors(what):
-            work = dist.irecv(
-                into, self.axis.ranks[sender], self._communicator(sender, self.axis.index, kind, into), tag
-            )
+            work = dist.irecv(into, rank, self._communicator(sender, self.axis.index, kind, into), tag)
 
         def arrive() -> Tensor:
-            wait(work, self.axis, into, what)
+            wait(work, self.axis, into, what, call)
             return into
 
         return arrive
@@ -108,9 +113,10 @@ class PointToPoint:
             PeerError: a send failed.
         """
         if self._sender is not None:
-            done = threading.Event()
+            done, phase = threading.Event(), FLIGHT.count_as(f"{WAITING}{self.axis.name.split()[0]}")
             self._queue.put(done)
             done.wait()
+            FLIGHT.count_as(phase)
         if self._failure:
             raise self._failure
 
@@ -129,10 +135,10 @@ class PointToPoint:
             if isinstance(item, threading.Event):
                 item.set()
                 continue
-            work, tensor, on_cpu, what = item
+            work, tensor, on_cpu, what, call = item
             try:
                 if on_cpu:
-                    wait(work, self.axis, tensor, what)
+                    wait(work, self.axis, tensor, what, call, background=True)
                 else:
                     self._await_nccl(work, what)
             except Exception as error:  # whatever it is: told by the next send or flush, on the main thread

@@ -29,6 +29,7 @@ from core.model.seeded import SampleMasks
 from core.model.sharding import heads_norms
 from core.model.tokens import documents_of
 from core.proof.checkpoint import Checkpoints, NamedOptimizer
+from core.proof.flight import FLIGHT
 from core.proof.launch import Job
 from core.proof.lesson import Run
 from core.proof.memory import SavedActivations
@@ -169,6 +170,7 @@ class Worker:
         total = torch.zeros((), dtype=torch.float64, device=inputs.device)
         for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             last = m == len(inputs) - 1
+            FLIGHT.at("forward", m)
             self.masks.at(m * len(x))
             with saved or nullcontext():
                 loss = loss_of(self.model, x, y, self.loss)
@@ -211,8 +213,7 @@ class Worker:
         share = self._once_over_tp(self._forward(*self.split((inputs, targets))))
         self.model.train()
         forget(self.model)
-        _, (loss,) = norm_and_totals([], [self.tp, self.dense_engine.axis, self.pp], share[None])
-        return loss
+        return norm_and_totals([], [self.tp, self.dense_engine.axis, self.pp], share[None])[1][0]
 
     def clip(self, clip: float, share: Tensor) -> tuple[float, float]:
         """Clip by the norm of the full model's gradient; (norm, loss)."""

@@ -23,6 +23,7 @@ from core.model.norms import LayerNorm, RMSNorm, norm_of
 from core.model.precision import Precision, policy_of, wide
 from core.model.seeded import SampleMasks, generator
 from core.model.streams import RandomTracker
+from core.proof.places import follow_layers
 from core.proof.rulebook import DECODER
 from core.proof.rules import check
 from core.shards import shard_of
@@ -178,6 +179,7 @@ def materialize(model: GPT, seed: int | None, device: torch.device, precision: P
             f"{model.config.experts} experts; use expert_parallel.engine.moe.to_moe before materialize"
         )
     precision = policy_of(precision)
+    follow_layers(model.blocks)
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, meta in list(module.named_parameters(recurse=False)):

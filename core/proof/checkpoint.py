@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -29,10 +30,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from core.comm import peer_errors
 from core.proof.chunks import INDEX, Chunks, Index, dcp, load, read_index, save
 from core.proof.files import remove, sync
-from core.proof.launch import Job
+from core.proof.launch import Job, collective
 from core.shards import LocalTensor
 
 if TYPE_CHECKING:
@@ -212,7 +212,8 @@ def agreed(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> l
     except (OSError, ValueError) as error:
         mine = None, str(error)
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    with peer_errors("agreeing on a checkpoint"):
+    beside = threading.current_thread() is not threading.main_thread()  # while the main thread trains
+    with collective("all-gather", "agreeing on a checkpoint", group, "a checkpoint", beside):
         dist.all_gather_object(everyone, mine, group)
     for _, problem in everyone:
         if problem:

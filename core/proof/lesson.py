@@ -37,6 +37,7 @@ from core.proof.launch import (
 )
 from core.proof.page.page import render
 from core.proof.plot import plot
+from core.proof.stragglers import Phases, slowest_of
 from core.proof.terminal import columns, fit
 
 DTYPES = ("float64", "float32", "bfloat16")  # each with its usual policy
@@ -59,6 +60,7 @@ class Run:
     held: dict[str, list[dict[str, int]]] = field(default_factory=dict)  # by version: bytes of each rank, on rank 0
     formula: tuple[str, list[float]] | None = None  # of those bytes, of all kinds together, on each rank
     sent: dict[str, Ledger] = field(default_factory=dict)  # by version: this rank's in all steps; else all it has sent
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # by version: this rank's seconds in each phase
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,6 +76,12 @@ class Run:
     def page(self) -> bool:
         """Whether a page is to be written."""
         return getattr(self.args, "page", None) is not None
+
+    def spent(self, version: str, seconds: dict[str, float]) -> None:
+        """Enter the seconds of this rank in each phase of a step."""
+        total = self.phases.setdefault(version, {})
+        for phase, some in seconds.items():
+            total[phase] = total.get(phase, 0.0) + some
 
     def draw(self, figure: Figure, chart: bool = False) -> None:
         """Put a figure on the page; call it on rank 0. A `chart` is what `--plot` writes, too."""
@@ -126,6 +134,8 @@ class Lesson:
         flag("--plot", metavar="FILE.svg", help="draw the lesson's diagram; needs the extra 'plot'")
         flag("--page", metavar="FILE.html", help="write what one sees of the run as a page, English and Chinese")
         flag("--timeout", type=float, default=60.0, help="seconds any wait may take (default %(default)s)")
+        what = "compare shape and type between ranks before each collective and message"
+        flag("--check-messages", action="store_true", help=what)
 
     def main(self, check: Callable[[argparse.Namespace, int], None], teach: Callable[[Run], None]) -> int:
         """Run the lesson; the exit code.
@@ -148,15 +158,16 @@ class Lesson:
         except SystemExit:  # --help, which rank 0 has printed
             return 0
         began = time.perf_counter()
-        with launch(device, args.timeout) as job:
+        with launch(device, args.timeout, args.check_messages) as job:
             run = Run(args, job, POLICIES[args.dtype])
             run.say(f"{self.heading}: {self.title} · {self.title_zh}")
             ranks = f"{here.world_size} rank" + "s" * (here.world_size > 1)
             run.say(f"{self.script} on {ranks}, {job.backend} on {device.type} ({why}), {args.dtype}\n")
             teach(run)
             sent = gather_sent(run) if run.page else {}
+            phases = gather_phases(run)
             if job.rank == 0:
-                self._conclude(run, time.perf_counter() - began, sent)
+                self._conclude(run, time.perf_counter() - began, sent, phases)
             failed = run.evidence.failed() if job.rank == 0 else None
             if failed:
                 say_last(failed)
@@ -192,10 +203,14 @@ class Lesson:
             print(f"{self.script}: {message}", file=sys.stderr, flush=True)
         return 2
 
-    def _conclude(self, run: Run, seconds: float, sent: "Sent") -> None:
+    def _conclude(self, run: Run, seconds: float, sent: "Sent", phases: Phases) -> None:
         claims = run.evidence.claims
         held = sum(claim.holds for claim in claims)
         run.say(f"\n{run.evidence.tables(columns())}\n")
+        slowest = {name: slowest_of(ranks) for name, ranks in phases.items()}
+        for name, found in slowest.items():
+            if found and found.notable:
+                run.say(f"{name + ': ' if name else ''}{found}")
         run.say(f"{held} of {len(claims)} claims held · {seconds:.1f} s")
         if not run.args.report and not run.page:
             return
@@ -213,6 +228,8 @@ class Lesson:
             "claims": [_in_report(claim) for claim in claims],
             "seconds": seconds,
             "tokens_per_second": run.tokens / run.training_seconds if run.training_seconds else 0.0,
+            "phases": phases,
+            "slowest": {name: found and found._asdict() for name, found in slowest.items()},
         }
         report = _finite(report)
         if run.args.report:
@@ -229,6 +246,12 @@ def gather_sent(run: Run) -> Sent:
     mine = {name: dict(ledger.traffic) for name, ledger in run.sent.items()} or {"": dict(TOTAL.traffic)}
     everyone = run.job.gather(mine)
     return {name: [of_rank[name] for of_rank in everyone] for name in mine}
+
+
+def gather_phases(run: Run) -> Phases:
+    """Seconds of every rank in each phase, by version, on rank 0."""
+    everyone = run.job.gather(run.phases)
+    return {name: [of_rank[name] for of_rank in everyone] for name in run.phases} if everyone else {}
 
 
 def say_last(what: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from core.model.text import Text
 from core.model.tokens import Tokens
 from core.proof.comparison import Comparison
+from core.proof.flight import FLIGHT, Where
 from core.proof.launch import Stop
 from core.proof.lesson import Run
 from core.proof.memory import live_bytes
@@ -59,6 +60,7 @@ def train(
         before_step(step)
         batch = tuple(t.to(run.job.device) for t in text.batch(args.seed, step, args.batch, rows))
         if oracle and run.dtype == torch.float64:
+            FLIGHT.at("one process", step=step)
             oracle.step(*batch, step)
 
         def again(oracle: Oracle, batch: tuple = batch, step: int = step) -> None:
@@ -66,13 +68,19 @@ def train(
 
         for name, trainable in trainables.items():
             began = time.perf_counter()
+            FLIGHT.at("forward", step=step)
+            FLIGHT.spent()  # what was before is no training
             trainable.zero_grad()
             share = trainable.forward_backward(step, *batch)
+            FLIGHT.at("gradients")
             gradients = trainable.gradients() if compare else []
             norm, loss = trainable.clip(args.clip, share)
             stop_unless_finite(run, step, norm + loss, gradients)
+            FLIGHT.at("optimizer")
             trainable.step()
             seconds = time.perf_counter() - began
+            run.spent(name, FLIGHT.spent())
+            FLIGHT.at("comparison")
             if compare:
                 compared[name].after_step(run, trainable, oracle, loss, norm, gradients, again)
             if name == next(iter(trainables)):
@@ -84,6 +92,7 @@ def train(
         bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{batch[1].numel() / seconds:,.0f}", refresh=False)
         bar.update()
     bar.close()
+    FLIGHT.go_to(Where())
     if run.page:
         run.held |= {name: run.job.gather(held_bytes(each)) for name, each in trainables.items()}
     return compared

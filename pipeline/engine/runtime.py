@@ -26,6 +26,7 @@ from core.model.linear import Deferred, Later
 from core.model.loss import InHead, loss_of
 from core.model.seeded import SampleMasks
 from core.p2p import PointToPoint
+from core.proof.flight import FLIGHT, Where
 from core.proof.memory import SavedActivations
 from pipeline.engine.actions import (
     Action,
@@ -195,18 +196,20 @@ class Pipeline:
         for action in block:
             self._carry_out[action.kind](action)
 
-    def _place(self) -> tuple[int, bool]:
-        """What an action sets for its layers."""
-        return self.masks.offset if self.masks else 0, bool(self.deferred and self.deferred.expected)
+    def _place(self) -> tuple[int, bool, Where]:
+        """What an action sets for its layers, and where it is."""
+        return self.masks.offset if self.masks else 0, bool(self.deferred and self.deferred.expected), FLIGHT.where
 
-    def _return_to(self, place: tuple[int, bool]) -> None:
-        offset, expected = place
+    def _return_to(self, place: tuple[int, bool, Where]) -> None:
+        offset, expected, where = place
+        FLIGHT.go_to(where)
         if self.masks:
             self.masks.at(offset)
         if self.deferred:
             self.deferred.expected = expected
 
     def _forward(self, action: Action) -> None:
+        FLIGHT.at("forward", action.microbatch, action.stage)
         stage, _, m = action
         now, trace = self._now, self._now.trace
         x = now.inputs[m] if stage == 0 else self._wait_for_input(action).requires_grad_()
@@ -230,12 +233,14 @@ class Pipeline:
         self._pass_on(action, y)
 
     def _backward(self, action: Action) -> None:
+        FLIGHT.at("backward", action.microbatch, action.stage)
         if self.deferred:  # for what is computed again in a backward
             self.deferred.expected = False
         self._pass_on(action, self._gradient_of_input(action, nullcontext()))
 
     def _backward_input(self, action: Action) -> None:
         """All but what leads to the gradients of the linear layers' weights."""
+        FLIGHT.at("backward", action.microbatch, action.stage)
         self.deferred.expected = True
         gradient = self._gradient_of_input(action, self.deferred)
         self._pending[action.stage, action.microbatch] = self.deferred.take()
@@ -250,6 +255,7 @@ class Pipeline:
         return kept.input.grad
 
     def _backward_weights(self, action: Action) -> None:
+        FLIGHT.at("wgrad", action.microbatch, action.stage)
         pending = self._pending.pop((action.stage, action.microbatch))
         if self._now.trace:
             self._now.trace.deferred_layers += len(pending)

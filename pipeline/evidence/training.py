@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -23,6 +24,7 @@ from core.model.seeded import SampleMasks
 from core.proof.arguments import add_model_flags, check_model, configuration
 from core.proof.clock import VirtualClock
 from core.proof.comparison import Comparison, claim_equal
+from core.proof.flight import FLIGHT
 from core.proof.launch import Stop
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import SavedActivations, live_bytes
@@ -160,6 +162,8 @@ class Plain(Stages):
             stages, self._counted(self.loss), schedule, self.axis, self.shape, self.dtype, self.device, self.masks,
             wgrads,
         )  # fmt: skip
+        for name, phase in (("forward", "forward"), ("backward", "backward"), ("add_weight_gradients", "wgrad")):
+            setattr(self.runtime, name, _placed(phase, getattr(self.runtime, name)))
 
     def _counted(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def counted(*inputs: Tensor) -> Tensor:
@@ -170,6 +174,16 @@ class Plain(Stages):
 
     def run_schedule(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.runtime.step(inputs, targets)
+
+
+def _placed(phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    """The plain runtime's work, which says where it is."""
+
+    def placed(stage: int, m: int, *more: Any) -> Any:
+        FLIGHT.at(phase, m, stage)
+        return work(stage, m, *more)
+
+    return placed
 
 
 def show_plan(run: Run, schedule: Schedule) -> Verdict:

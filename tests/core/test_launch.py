@@ -49,7 +49,8 @@ def test_a_rank_with_a_bug_shows_it_and_is_named(pool: Pool, tmp_path: Path) -> 
     """
     outcome = pool.script(3, script(tmp_path, body))
     assert outcome.codes == [1, 1, 1]
-    assert outcome.err.count("KeyError: 'a bug'") == 1
+    assert outcome.err.count("Traceback") == outcome.err.count("\nKeyError: 'a bug'") == 1
+    assert outcome.err.count("what is wrong: rank 1 failed: KeyError: 'a bug'; ranks 0 and 2 wait for it in") == 1
     for rank in (0, 2):
         assert f"rank {rank}: lost rank 1 (all-reduce over dp failed: " in outcome.err
 

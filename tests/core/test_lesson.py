@@ -71,7 +71,8 @@ def test_exit_code_and_report(
     assert "Lecture 00: A title · 标题" in capsys.readouterr().out
     written = json.loads(report.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert set(written) == {"script", "lecture", "world_size", "backend", "device", "dtype", "mesh", "config", "losses",
-                            "reference_losses", "claims", "seconds", "tokens_per_second"}  # fmt: skip
+                            "reference_losses", "claims", "seconds", "tokens_per_second", "phases",
+                            "slowest"}  # fmt: skip
     assert written["losses"] == [None]
     for claim, (expected, measured) in zip(written["claims"], claims, strict=True):
         assert claim == {"claim": "a claim", "formula": "formula", "expected": expected, "measured": measured,

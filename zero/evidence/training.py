@@ -20,6 +20,7 @@ from core.model.seeded import SampleMasks
 from core.proof.arguments import add_model_flags, check_model, configuration
 from core.proof.comparison import claim_equal
 from core.proof.figures import bars
+from core.proof.flight import FLIGHT
 from core.proof.lesson import Lesson, Run
 from core.proof.memory import live_bytes
 from core.proof.oracle import Oracle
@@ -74,6 +75,7 @@ class Data:
         for microbatch in range(self.m):
             first = (self.axis.index * self.m + microbatch) * self.samples
             self.masks.seek(step, first)
+            FLIGHT.at("forward", microbatch)
             mine = slice(first, first + self.samples)
             yield inputs[mine], targets[mine]
 
@@ -211,10 +213,8 @@ def make_model(run: Run, axis: Axis) -> tuple[GPT, Data]:
 
 def make_oracle(run: Run) -> Oracle | None:
     """On rank 0."""
-    if run.job.rank:
-        return None
-    args = run.args
-    return Oracle(configuration(args), args.seed, run.job.device, optimizer_of(run), args.clip)
+    args, device = run.args, run.job.device
+    return None if run.job.rank else Oracle(configuration(args), args.seed, device, optimizer_of(run), args.clip)
 
 
 def optimizer_of(run: Run) -> MakeOptimizer:
