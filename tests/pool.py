@@ -80,15 +80,20 @@ class WorkerError(AssertionError):
 
 
 class Pool:
-    """The workers of a test session."""
+    """The workers of a test session.
 
-    def __init__(self) -> None:
+    Args:
+        preload: modules that the workers are forked with, besides ours; the first pool of a process decides.
+    """
+
+    def __init__(self, preload: Sequence[str] = ()) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # not that an address has no name, see _ask_nobody
         self._context = multiprocessing.get_context("forkserver")
         # torch.optim imports torch._dynamo when the first optimizer is made, which takes a second.
         files = (path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
         ours = [".".join(path.with_suffix("").parts) for path in files if path.stem.isidentifier()]
-        self._context.set_forkserver_preload(["torch", "torch._dynamo", "einops", "tabulate", "tests.pool", *ours])
+        usual = ["torch", "torch._dynamo", "einops", "tabulate", "tests.pool", *ours]
+        self._context.set_forkserver_preload([*usual, *preload])
         self._folder = tempfile.TemporaryDirectory()
         self._workers: list[tuple[Any, Connection]] = []
         self._jobs: list[Running] = []

@@ -1,21 +1,14 @@
-"""Step time of our tensor and sequence parallelism against torch.distributed.tensor.parallel.
+"""Tensor and sequence parallelism against torch.distributed.tensor.parallel.
 
-    torchrun --nproc_per_node=4 tests/bench/bench_tensor_parallel.py
-
-The same GPT, data and loss over a cut vocabulary, forward and backward without an optimizer, float32, alternating in
-one run; the medians of the ratios taken round by round. Not a test: the ratio depends on the machine.
+The same GPT, data and loss over a cut vocabulary, forward and backward without an optimizer. The floor is the same
+products of a rank with messages that are not sent: the axis has its size, and what would arrive is what is there.
 """
 
-import argparse
-import os
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -36,9 +29,14 @@ from core.ledger import Ledger
 from core.mesh import Mesh
 from core.model.gpt import GPT, GPTConfig, materialize
 from core.model.text import Text
-from core.proof.launch import Job, choose_device, launch, process_info
+from core.proof.launch import Job
+from tests.bench.harness import Row, Step, Topic, alternate, row, silent
 
 DTYPE = torch.float32
+CONFIG = GPTConfig(layers=8, hidden=256, heads=4, sequence=64, tied=False)
+BATCH = 16
+# Of each row: whether it is sequence parallelism too, and the bar.
+ROWS = {"TP / parallelize_module": (False, 0.70), "TP + SP / parallelize_module": (True, 0.50)}
 
 
 def torchs(model: GPT, mesh: DeviceMesh, sequence: bool) -> GPT:
@@ -55,12 +53,12 @@ def torchs(model: GPT, mesh: DeviceMesh, sequence: bool) -> GPT:
         "head": ColwiseParallel(input_layouts=whole, output_layouts=Shard(-1), use_local_output=False),
     }
     if sequence:
-        gathered = {"input_layouts": (Shard(1), None), "desired_input_layouts": (Replicate(), None)}
+        gathered = {"input_layouts": Shard(1), "desired_input_layouts": Replicate()}
         plan |= {
             "attention_norm": SequenceParallel(),
             "attention": PrepareModuleInput(**gathered),
             "mlp_norm": SequenceParallel(),
-            "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+            "mlp": PrepareModuleInput(**gathered),
         }
         ends["norm"] = SequenceParallel()
     for block in model.blocks.values():
@@ -68,12 +66,13 @@ def torchs(model: GPT, mesh: DeviceMesh, sequence: bool) -> GPT:
     return parallelize_module(model, mesh, ends)
 
 
-def bench(job: Job, config: GPTConfig, batch: int, rounds: int) -> None:
+def bench(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
+    config = CONFIG
     axis = Mesh(job.device.type, Ledger(), job.timeout, tp=job.world_size)["tp"]
     mesh = DeviceMesh(job.device.type, list(axis.ranks), mesh_dim_names=("tp",))
-    inputs, targets = (t.to(job.device) for t in Text(None, config.sequence).batch(0, 0, batch))
+    inputs, targets = (t.to(job.device) for t in Text(None, config.sequence).batch(0, 0, BATCH))
 
-    def ours(topic: object, loss: object) -> tuple[GPT, Callable[[], None]]:
+    def ours(topic: object, loss: object) -> tuple[GPT, Step]:
         model = materialize(topic.parallelize(GPT(config), axis), 0, job.device, DTYPE)
         same_heads, _ = axis.split(config.kv_copies(axis.size))
 
@@ -84,7 +83,7 @@ def bench(job: Job, config: GPTConfig, batch: int, rounds: int) -> None:
 
         return model, step
 
-    def theirs(sequence: bool) -> tuple[GPT, Callable[[], None]]:
+    def theirs(sequence: bool) -> tuple[GPT, Step]:
         model = materialize(GPT(config), 0, job.device, DTYPE)
         if sequence:  # torch has nothing for positions: ours
             model.embed.position = sequence_parallel.engine.layers.PositionShard(model.embed.position, axis)
@@ -101,36 +100,29 @@ def bench(job: Job, config: GPTConfig, batch: int, rounds: int) -> None:
 
         return model, step
 
-    runs = {
-        "ours, TP": ours(megatron_tp.engine.layers, megatron_tp.engine.loss),
-        "torch, TP": theirs(False),
-        "ours, TP + SP": ours(sequence_parallel.engine.layers, sequence_parallel.engine.loss),
-        "torch, TP + SP": theirs(True),
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 2):  # two rounds to warm up
-        for name, (model, step) in runs.items():
+    steps: dict[str, tuple[GPT, Step]] = {}
+    for sequence in {ROWS[name][0] for name in wanted}:
+        topic = sequence_parallel.engine if sequence else megatron_tp.engine
+        steps[f"ours {sequence}"] = ours(topic.layers, topic.loss)
+        steps[f"parallelize_module {sequence}"] = theirs(sequence)
+        floor = ours(topic.layers, topic.loss)
+        steps[f"floor {sequence}"] = floor[0], silent(floor[1])
+
+    def cleared(model: GPT, step: Step) -> Step:
+        def run() -> None:
             model.zero_grad()
-            dist.barrier()
-            began = time.perf_counter()
             step()
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            dist.barrier()
-            times[name].append(time.perf_counter() - began)
-    pairs = (("ours, TP", "torch, TP"), ("ours, TP + SP", "torch, TP + SP"))
-    equal = job.gather([different(runs[a][0], runs[b][0]) for a, b in pairs])
-    if job.rank:
-        return
+
+        return run
+
+    times = alternate(job, {name: cleared(*each) for name, each in steps.items()}, rounds)
+    kinds = [ROWS[name][0] for name in wanted]
+    equal = job.gather([different(steps[f"ours {k}"][0], steps[f"parallelize_module {k}"][0]) for k in kinds])
     assert not any(map(any, equal)), f"the two sides do not compute the same gradients: {equal}"
-    print(tabulate([(n, statistics.median(t[2:]) * 1e3, min(t[2:]) * 1e3) for n, t in times.items()],
-                   ("step", "median ms", "fastest ms"), floatfmt=".1f"))  # fmt: skip
-    print(
-        f"\nmedian of the ratios, {rounds} rounds, {job.world_size} ranks on {os.cpu_count()} cores, {job.device.type}"
-    )
-    for a, b in pairs:
-        ratios = [x / y for x, y in zip(times[a][2:], times[b][2:], strict=True)]
-        print(f"{a:<14} / {b:<15} {statistics.median(ratios):.3f}")
+    return [
+        row(times, name, f"ours {k}", f"parallelize_module {k}", f"floor {k}", bar=ROWS[name][1])
+        for name, k in zip(wanted, kinds, strict=True)
+    ]
 
 
 def different(ours: GPT, theirs: GPT) -> list[str]:
@@ -147,16 +139,4 @@ def different(ours: GPT, theirs: GPT) -> list[str]:
     ]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--sequence", type=int, default=64)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    sizes = GPTConfig(layers=args.layers, hidden=args.hidden, heads=4, sequence=args.sequence, tied=False)
-    with launch(choose_device(args.device, process_info())[0], 120) as the_job:
-        bench(the_job, sizes, args.batch, args.rounds)
+TOPIC = Topic(4, tuple(ROWS), bench)

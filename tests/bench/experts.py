@@ -1,24 +1,17 @@
-"""Step time of our expert-parallel layer against torch's parts put together, and against plain loops over the experts.
+"""The expert layer against torch's parts put together, and against plain loops over the experts.
 
-    torchrun --nproc_per_node=4 tests/bench/bench_expert_parallel.py
-
-The same router, tokens and experts, forward and backward, float32, alternating in one run; the medians of the ratios
-taken round by round. Not a test: the ratio depends on the machine.
+The same router, tokens and experts, forward and backward.
 
     torch         all_to_all_single_autograd and F.grouped_mm; rows in order by index_select, back by index_add
     loop, spread  the experts spread as ours, one after another: each with its own exchange
     loop, whole   all experts in every process, as where there is no expert parallelism, and their gradients summed
 """
 
-import argparse
-import os
-import statistics
-import time
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
@@ -26,13 +19,23 @@ from core.gradients import sum_gradients
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
 from core.model.gpt import GPT, GPTConfig, materialize
-from core.proof.launch import Job, choose_device, launch, process_info
+from core.proof.launch import Job
 from expert_parallel.engine.layers import parallelize
 from expert_parallel.engine.moe import MoE, to_moe
 from expert_parallel.engine.router import Router, Spread
 from expert_parallel.engine.routing import MoEConfig, Routing
+from tests.bench.harness import Row, Step, Topic, alternate, row, silent
 
 DTYPE = torch.float32
+CONFIG = GPTConfig(layers=1, hidden=256, heads=4, sequence=128, feed_forward=512)
+MOE = MoEConfig(Routing(32, 2))
+BATCH = 8
+# Of each row: the peer, and the bar.
+ROWS = {
+    "experts / grouped_mm": ("torch", 0.80),
+    "experts / loop, spread": ("loop, spread", None),
+    "experts / loop, whole": ("loop, whole", None),
+}
 
 
 class Torchs(nn.Module):
@@ -104,80 +107,51 @@ def mlp(rows: Tensor, experts: nn.Module, e: int) -> Tensor:
     return F.linear(F.gelu(F.linear(rows, up.weight[e], up.bias[e])), down.weight[e], down.bias[e])
 
 
-def bench(job: Job, config: GPTConfig, moe: MoEConfig, batch: int, rounds: int) -> None:
+def bench(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
     mesh = Mesh(job.device.type, Ledger(), job.timeout, dp=job.world_size, ep=job.world_size)
     ep, alone = mesh["ep"], mesh["etp"]
     generator = torch.Generator().manual_seed(job.rank)
-    x = torch.randn(batch, config.sequence, config.hidden, generator=generator, dtype=DTYPE).to(job.device)
+    x = torch.randn(BATCH, CONFIG.sequence, CONFIG.hidden, generator=generator, dtype=DTYPE).to(job.device)
     x.requires_grad_()
 
     def layer(spread: bool) -> MoE:
-        model = to_moe(GPT(config), moe)
+        model = to_moe(GPT(CONFIG), MOE)
         model = parallelize(model, ep, alone, Spread((mesh["dp"],))) if spread else model
         return materialize(model, 0, job.device, DTYPE).blocks["0"].mlp
 
     runs: dict[str, nn.Module] = {"ours": layer(True)}
     for name, kind in (("torch", Torchs), ("loop, spread", LoopSpread), ("loop, whole", LoopWhole)):
-        made = layer(kind is not LoopWhole)
-        runs[name] = kind(made.router, made.experts, ep)
+        if name in (ROWS[each][0] for each in wanted):
+            made = layer(kind is not LoopWhole)
+            runs[name] = kind(made.router, made.experts, ep)
     results: dict[str, list[Tensor]] = {}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 2):  # two rounds to warm up
-        for name, run in runs.items():
+
+    def step_of(name: str, run: nn.Module) -> Step:
+        def step() -> None:
             run.zero_grad()
             x.grad = None
-            dist.barrier()
-            began = time.perf_counter()
             y = run(x)
             y.backward(y.detach())
             if name == "loop, whole":
                 sum_gradients([*run.experts.parameters()], ep)
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            dist.barrier()
-            times[name].append(time.perf_counter() - began)
             up = run.experts.up.weight.grad
-            results[name] = [
-                y.detach(),
-                x.grad,
-                run.router.weight.grad,
-                up if len(up) < moe.routing.experts else own(up, ep),
-            ]
+            mine = up if len(up) < MOE.routing.experts else own(up, ep)
+            results[name] = [y.detach(), x.grad, run.router.weight.grad, mine]
+
+        return step
+
+    steps = {name: step_of(name, run) for name, run in runs.items()}
+    times = alternate(job, steps | {"floor": silent(step_of("floor", layer(True)))}, rounds)
+    results.pop("floor")
     worst = max((a - b).abs().max().item() / b.abs().max().item()
                 for each in results.values() for a, b in zip(each, results["ours"], strict=True))  # fmt: skip
     everyone = job.gather(worst)
-    if job.rank:
-        return
-    assert max(everyone) < 1e-4, f"they do not compute the same: {everyone}"
-    print(tabulate([(n, statistics.median(t[2:]) * 1e3, min(t[2:]) * 1e3) for n, t in times.items()],
-                   ("layer", "median ms", "fastest ms"), floatfmt=".1f"))  # fmt: skip
-    print(
-        f"\nmedian of the ratios, {rounds} rounds, {job.world_size} ranks on {os.cpu_count()} cores, {job.device.type}"
-    )
-    for name in list(runs)[1:]:
-        ratios = [a / b for a, b in zip(times["ours"][2:], times[name][2:], strict=True)]
-        print(f"ours / {name:<12} {statistics.median(ratios):.3f}")
+    assert max(everyone, default=0.0) < 1e-4, f"they do not compute the same: {everyone}"
+    return [row(times, name, "ours", ROWS[name][0], "floor", bar=ROWS[name][1]) for name in wanted]
 
 
 def own(gradient: Tensor, ep: Axis) -> Tensor:
     return gradient.chunk(ep.size)[ep.index]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag, usual in {
-        "rounds": 15,
-        "batch": 8,
-        "sequence": 128,
-        "hidden": 256,
-        "feed-forward": 512,
-        "experts": 32,
-    }.items():
-        parser.add_argument(f"--{flag}", type=int, default=usual)
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    sizes = GPTConfig(layers=1, hidden=args.hidden, heads=4, sequence=args.sequence, feed_forward=args.feed_forward)
-    with launch(choose_device(args.device, process_info())[0], 120) as the_job:
-        bench(the_job, sizes, MoEConfig(Routing(args.experts, args.top_k)), args.batch, args.rounds)
+TOPIC = Topic(4, tuple(ROWS), bench)
