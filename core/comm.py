@@ -68,7 +68,7 @@ def all_reduce_async(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.R
     """Reduce `x` over the axis, in place; every rank gets the result. `x` must be contiguous."""
     if axis.size == 1:
         return Pending(None, axis, x, "")
-    call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, str(op))
+    call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, op)
     sent = host.outgoing(x, axis.group)
     work = dist.all_reduce(sent, op, axis.group, async_op=True)
     return Pending(work, axis, x, "all-reduce", call=call, landing=sent)
@@ -157,7 +157,7 @@ def all_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int
     return all_to_all_async(x, axis, send, receive).wait()
 
 
-def _record(operation: str, axis: Axis, full: Tensor, share: float, more: str = "") -> Call:
+def _record(operation: str, axis: Axis, full: Tensor, share: float, more: object = "") -> Call:
     axis.ledger.record(operation, axis.name, share * full.numel(), full.element_size())
     return FLIGHT.start(operation, axis, full, more)
 
