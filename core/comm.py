@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core.engine import direct
 from core.mesh import Axis
 from core.proof.flight import FLIGHT, Call
 
@@ -83,7 +84,7 @@ def all_reduce_async(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.R
     if axis.size == 1:
         return Pending(None, axis, x, "")
     call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, str(op))
-    return Pending(dist.all_reduce(x, op, axis.group, async_op=True), axis, x, "all-reduce", call=call)
+    return Pending(direct.all_reduce(x, op, axis), axis, x, "all-reduce", call=call)
 
 
 def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gather") -> Pending:
@@ -92,7 +93,7 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
         return Pending(None, axis, x, "")
     rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     call = _record(label, axis, rows, (axis.size - 1) / axis.size)
-    work = dist.all_gather_single(rows, x.contiguous(), axis.group, async_op=True)
+    work = direct.all_gather(rows, x, axis)
     return Pending(work, axis, rows, label, lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim), call)
 
 
@@ -101,8 +102,7 @@ def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
     if axis.size == 1:
         return Pending(None, axis, x, "")
     call = _record("all-gather", axis, x, (axis.size - 1) / axis.size)
-    work = dist.all_gather_single(x, x.chunk(axis.size)[axis.index], axis.group, async_op=True)
-    return Pending(work, axis, x, "all-gather", call=call)
+    return Pending(direct.all_gather(x, x.chunk(axis.size)[axis.index], axis), axis, x, "all-gather", call=call)
 
 
 def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
@@ -122,7 +122,7 @@ def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
     if x.device.type == "cpu":
         received = torch.empty_like(shards)
         work = dist.all_to_all_single(received, shards, group=axis.group, async_op=True)
-        return Pending(work, axis, received, "reduce-scatter", lambda r: r.sum(0), call)
+        return Pending(work, axis, received, "reduce-scatter", direct.ordered_sum, call)
     mine = torch.empty_like(shards[0])
     work = dist.reduce_scatter_single(mine, shards.flatten(0, 1), group=axis.group, async_op=True)
     return Pending(work, axis, mine, "reduce-scatter", call=call)
