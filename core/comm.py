@@ -79,12 +79,12 @@ class Pending:
         return self.finish(self.buffer)
 
 
-def all_reduce_async(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
-    """Reduce `x` over the axis, in place; every rank gets the result. `x` must be contiguous."""
+def all_reduce_async(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, at_once: bool = False) -> Pending:
+    """Reduce contiguous `x` over the axis, in place, on every rank; `at_once` where each of them waits for it next."""
     if axis.size == 1:
         return Pending(None, axis, x, "")
     call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, str(op))
-    return Pending(direct.all_reduce(x, op, axis), axis, x, "all-reduce", call=call)
+    return Pending(direct.all_reduce(x, op, axis, at_once), axis, x, "all-reduce", call=call)
 
 
 def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gather") -> Pending:
@@ -144,7 +144,7 @@ def all_to_all_async(
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """`all_reduce_async`, waited for."""
-    return all_reduce_async(x, axis, op).wait()
+    return all_reduce_async(x, axis, op, at_once=True).wait()
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:

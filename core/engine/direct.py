@@ -41,7 +41,10 @@ class Messages(dist.Work):
 
 
 class Sum(Messages):
-    """An all-reduce in place: each rank sums its shard in the order of the axis, and sends it to the others."""
+    """An all-reduce in place: each rank sums its shard in the order of the axis, and sends it to the others.
+
+    It is sent in `wait`: every rank must wait at once, or one would wait for another that does something else first.
+    """
 
     def __init__(self, x: Tensor, axis: Axis):
         self._axis, self._parts = axis, x.view(-1).tensor_split(axis.size)
@@ -60,9 +63,9 @@ class Sum(Messages):
         return True
 
 
-def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, axis: Axis) -> dist.Work:
-    """Start to reduce contiguous `x` over the axis, in place."""
-    if x.device.type == "cpu" and op == dist.ReduceOp.SUM and x.nbytes <= LARGEST_SUM:
+def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, axis: Axis, at_once: bool) -> dist.Work:
+    """Start to reduce contiguous `x` over the axis, in place; `at_once` where every rank waits for it next."""
+    if at_once and x.device.type == "cpu" and op == dist.ReduceOp.SUM and x.nbytes <= LARGEST_SUM:
         return Sum(x, axis)
     return dist.all_reduce(x, op, axis.group, async_op=True)
 
