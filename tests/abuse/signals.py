@@ -138,7 +138,7 @@ def struck(scripts: list[str], trials: int, seed: int = 0, together: int = 4) ->
     scripts = [name for name in scripts if name not in ALONE]
     for first in range(0, trials, together):
         under = [Watched(pool, draw(scripts, chance)) for _ in range(min(together, trials - first))]
-        while any([each.others_run() for each in under]):  # each of them is looked at
+        while sum(each.others_run() for each in under):  # each of them is looked at
             time.sleep(0.1)
         yield from (each.judge() for each in under)
     pool.close()
