@@ -160,6 +160,10 @@ def main() -> int:
     except ValueError as error:
         print(f"cluster/plan.py: {words.gettext(str(error))}", file=sys.stderr)
         return 2
+
+    def say(text: str) -> None:
+        print(fit(words.printed(text)))
+
     seconds = time.perf_counter() - began
     software, chosen = software_of(args), simplest(model, found)
     layout, world = chosen.layout, chosen.layout.ranks
@@ -177,30 +181,30 @@ def main() -> int:
         return 0
     size = model_parameters(model)
     size = f"{size / 1e9:.2f} x 10^9" if size > 1e8 else f"{size:,}"
-    print(f"{model.name}, {size} parameters, on {world} of {machine.name}, batch {layout.batch}, as {software.name}")
+    say(f"{model.name}, {size} parameters, on {world} of {machine.name}, batch {layout.batch}, as {software.name}")
     if model.notes:
-        print(fit(f"Of the file: {model.notes}."))
-    print(f"{considered:,} layouts tried, {len(found):,} fit; {seconds:.1f} s\n")
+        say(f"Of the file: {model.notes}.")
+    say(f"{considered:,} layouts tried, {len(found):,} fit; {seconds:.1f} s\n")
     fixed = {name: [value] for name, value in given(args).items()}
     common = [] if fixed else known(model, machine, world, layout.batch, software, found)
-    print(fit(table(model, machine, chosen, found[: args.top], common)) + "\n")
+    say(table(model, machine, chosen, found[: args.top], common) + "\n")
     tied = len(ties(model, found))
     if tied > 1:
-        print(f"{tied} layouts are within {error_of(model):.0%} of the fastest, which is the model's own error: a tie. "
-              f"Chosen is the one with fewest parts.")  # fmt: skip
-    print(fit("\n".join(reasons)))
+        say(f"{tied} layouts are within {error_of(model):.0%} of the fastest, which is the model's own error: a tie. "
+            f"Chosen is the one with fewest parts.")  # fmt: skip
+    say("\n".join(reasons))
     won = ", ".join(f"{what} {gain:+.1%}" for what, gain in gains(model, machine, world, layout.batch, software, chosen,
                                                                   fixed))  # fmt: skip
-    print(f"Tokens a second would be won: {won}.")
+    say(f"Tokens a second would be won: {won}.")
     if args.world is None and not fixed:
-        print("\n".join(few_lines(model, machine, layout.batch, software)))
+        say("\n".join(few_lines(model, machine, layout.batch, software)))
     if software.name not in OWN_MEMORY and fits(model, layout, machine) is None:
-        print("This project's own program holds more than that: for a layout that it trains add --software here.")
-    print("Median error on H100 in bfloat16: "
+        say("This project's own program holds more than that: for a layout that it trains add --software here.")
+    say("Median error on H100 in bfloat16: "
           f"{error_of(model):.0%}; what it was held against, and what is not in it: --help.")  # fmt: skip
     if lacks := lacking(model, folder):
         whole = "" if lacking(model, "FOLDER") else "; with --write-config FOLDER it trains this model"
-        print(f"The plan is for the model; the command trains one without {lacks}{whole}.")
+        say(f"The plan is for the model; the command trains one without {lacks}{whole}.")
     print(f"\n{line}\n\n{sbatch}", end="")
     if args.kubernetes:
         print(f"\n{job}", end="")

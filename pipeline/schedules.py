@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import TextIO
 
+from core.proof.language import LANGUAGES, catalogue, language_of
 from core.proof.terminal import fit
 from pipeline import dualpipe, gpipe, interleaved, naive, zero_bubble
 from pipeline.engine.actions import Action, Schedule, ScheduleError
@@ -98,23 +99,25 @@ def main() -> int:
     parser.add_argument(
         "--csv", action="store_true", help="the actions, in the notation of torch.distributed.pipelining"
     )
-    args = parser.parse_args()
+    parser.add_argument("--lang", choices=LANGUAGES, help="of what is printed (default: what LANG says)")
+    args, known = parser.parse_args(), catalogue(language_of(sys.argv[1:]))
     if args.chunks is not None and args.name != "interleaved":
-        parser.error(f"--chunks {args.chunks}: {args.name} has no choice of stages a rank; leave --chunks out")
+        no = f"--chunks {args.chunks}: {args.name} has no choice of stages a rank; leave --chunks out"
+        parser.error(known.gettext(no))
     for flag in ("stages", "microbatches", "chunks"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1; use --{flag} 4")
+            parser.error(known.gettext(f"--{flag} {getattr(args, flag)}: must be at least 1; use --{flag} 4"))
     try:
         schedule = build(args.name, args.stages, args.microbatches, args.chunks or 2)
     except ScheduleError as error:
-        parser.error(str(error))
+        parser.error(known.gettext(str(error)))
     verdict = validate(schedule)
     if args.csv:
         to_csv(schedule, sys.stdout)
         return 0
-    print(fit(show_schedule(schedule, verdict.events)))
+    print(fit(known.printed(show_schedule(schedule, verdict.events))))
     bubbles = f"bubble: {verdict.bubble_of_wall:.4f} of wall time, {verdict.bubble_of_ideal:.4f} of ideal time; "
-    print(fit(f"{bubbles}in flight per rank: {' '.join(map(str, verdict.in_flight))}"))
+    print(fit(known.gettext(f"{bubbles}in flight per rank: {' '.join(map(str, verdict.in_flight))}")))
     return 0
 
 

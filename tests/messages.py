@@ -3,8 +3,8 @@
     python -m tests.messages        what is missing, as entries to complete: into <topic>/texts/zh.po
 
 What is passed to a sink (`Evidence.claim`, `ValueError`, `Rule`, ...) is followed back to the strings it is made of:
-through `+`, conditions, names of the function or module, what a loop runs over, and parameters, for which the calls in
-the same file are looked at. A value in an f-string is a field, {0}, {1}, ...
+through `+`, conditions, names of the function or module, what a loop runs over, what a function returns, and
+parameters, for which the calls in the file are looked at. A value in an f-string is a field, {0}, {1}, ...
 """
 
 import ast
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 TOPICS = ("core", "zero", "megatron_tp", "sequence_parallel", "expert_parallel", "pipeline", "cluster")
 # Which of its arguments are read. A rule's message is its flags, then its reason.
 SINKS = {"claim": (0, 1), "each": (0, 1), "on_ranks": (0, 1), "ValueError": (0,), "Stop": (0,), "Rule": (3,),
+         "ScheduleError": (0,), "error": (0,),
          "say": (0,), "tabulate": (1,), "Lesson": (2,), "say_course": (0,)}  # fmt: skip
 KEYWORDS = {"claim", "formula", "reason"}
 DEPTH = 6
@@ -59,6 +60,7 @@ class Reader:
     def __init__(self, tree: ast.Module):
         self.tree = tree
         self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        self.functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         self.calls: dict[str, list[ast.Call]] = {}
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and (name := name_of(node)):
@@ -120,6 +122,10 @@ class Reader:
         elif name in ("dict", "zip", "enumerate", "sorted", "fill", "tabulate"):
             for argument in node.args[: 1 if name == "fill" else None]:
                 yield from self.strings(argument, depth + 1)
+        elif isinstance(node.func, ast.Name) and name in self.functions:
+            for each in ast.walk(self.functions[name]):
+                if isinstance(each, ast.Return):
+                    yield from self.strings(each.value, depth + 1)
         elif name == "join" and node.args and isinstance(node.args[0], ast.List | ast.Tuple):
             yield from self.strings(node.args[0], depth + 1)
 

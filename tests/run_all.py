@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from textwrap import fill
 
 from tabulate import tabulate
 
@@ -95,6 +96,7 @@ def main(ranks: int, lessons: list[str], folder_of_pages: str = "") -> int:
         write_file(str(there / "schedules.html"), schedules.page())
         write_file(str(there / "memory.html"), memory.page())
         write_file(str(there / "index.html"), index(entries, MORE))
+    rows = [(fill(lesson, max(30, columns() - 33)), *others) for lesson, *others in rows]
     print("\n" + tabulate(rows, ("lesson", "claims held", "seconds", "")))
     return int(any(row[-1] == "FAILED" for row in rows))
 

@@ -73,7 +73,7 @@ def wrapped(line: str, width: int) -> list[str]:
     if measure(line) == len(line):
         return wrap(line, width)
     made = [""]
-    for word in re.findall(rf"(?:[^\W\u3000-\u9fff]+|.)[{CLOSING}]*", line):
+    for word in re.findall(rf"(?:[!-~]{{1,{width - 2}}}|.)[{CLOSING}]*", line):
         if measure(made[-1] + word) > width:
             made.append("")
         made[-1] = (made[-1] + word).lstrip() if len(made) > 1 else made[-1] + word

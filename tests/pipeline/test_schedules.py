@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torchs
 
+from core.proof.terminal import fit
 from pipeline.engine.actions import Action, Schedule, ScheduleError, placement, size, with_communication
 from pipeline.engine.validator import Verdict, validate
 from pipeline.evidence import timeline
@@ -367,8 +368,9 @@ def test_the_command_prints_a_csv() -> None:
 def test_a_drawing_is_no_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch, name: str, width: int) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     schedule = build(name, 8, 16)
-    lines = timeline.show_schedule(schedule, validate(schedule).events).splitlines()
+    lines = fit(timeline.show_schedule(schedule, validate(schedule).events)).splitlines()
     assert max(map(len, lines)) <= width
+    assert not any("columns more" in line for line in lines), "what is left out is said in words of its own"
     rows = [line for line in lines if line.startswith("rank ")]
     assert len(rows) == 8
     drawn = "".join(rows)

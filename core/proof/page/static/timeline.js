@@ -18,7 +18,7 @@ function timelineOf(rows, options) {
   const end = Math.max(...rows.flat().map((e) => e[4])), span = Math.max(end, options.span || 0), left = 62, high = 24;
   const shortest = Math.min(...rows.flat().map((e) => e[4] - e[3]));
   const longest = Math.max(...rows.flatMap((row) => row.map((e) => textWidth(`${e[2]}${letters(row)[e[0]]}`))));
-  const need = options.unit ? 0 : ((longest + 3) / shortest) * span;  // room for a number in the shortest action
+  const need = options.unit ? 0 : ((longest + 2) / shortest) * span;  // room for a number in the shortest action
   const wide = Math.min(Math.max(options.width - left - 8, need), 6000), x = (t) => left + (t / span) * wide;
   const id = `hatch${hatches++}`, height = rows.length * (high + 4) + 26;
   const svg = s("svg", { width: left + wide + 8, height, tabindex: 0, role: "application", class: "timeline",
