@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+from math import gcd
 from pathlib import Path
 
 from cluster.planner.hardware import Machine
@@ -19,6 +20,8 @@ from core.model.text import VOCABULARY
 TRAINED = ("layers", "hidden", "heads", "feed_forward", "sequence")
 UNSAID = {
     "vocabulary": "a vocabulary of {:,}",
+    "heads": "{} heads",
+    "query_groups": "{} heads of keys and values",
     "head_dim": "heads of {}",
     "latent": "latent attention",
     "dense_layers": "{} layers without experts",
@@ -134,13 +137,15 @@ spec:
 def by_flags(model: ModelConfig) -> ModelConfig:
     """The model that the flags of `cluster/train.py` describe, which cannot say all of it."""
     sizes = {name: getattr(model, name) for name in TRAINED}
+    if model.hidden % model.heads:  # with a size of a head of their own, which no flag says
+        sizes["heads"] = gcd(model.hidden, model.heads)
     if model.experts:  # all layers have them then
         names = ("experts", "top_k", "shared_feed_forward")
         sizes |= {name: getattr(model, name) for name in names} | {"feed_forward": model.expert_size}
     kind = {"tied": model.tied}
     if model.gated:
         kind = {"norm": "rms", "gated": True, "biases": False, "learned_positions": False, "tied": False}
-        kind |= {"kv_heads": model.query_groups, "rope_theta": 500_000.0}
+        kind |= {"kv_heads": gcd(sizes["heads"], model.query_groups), "rope_theta": 500_000.0}
     return ModelConfig(VOCABULARY, **sizes, **kind)
 
 

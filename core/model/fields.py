@@ -71,6 +71,10 @@ class Fields:
     def names(self, key: str) -> list[str]:
         return self.family.names.get(key, key).split("|")
 
+    def number(self, key: str, usual: float) -> float:
+        """Raises ValueError where the field is something else."""
+        return _number(key, self.get(key, usual))
+
     def flag(self, key: str) -> bool:
         """Raises ValueError unless the field is true, false, or left to the family's usual."""
         value = self.get(key, self.family.usual.get(key, False))
@@ -115,14 +119,19 @@ def rotary_of(fields: Fields, positions: int) -> tuple[float, Llama3Scaling | Ya
         raise ValueError(f"rope_scaling {json.dumps(rope)} is not known, only names and values")
     if any(isinstance(each, dict) for each in rope.values()):  # by kind of layer
         rope = rope.get("full_attention") or {}
-    theta = float(rope.get("rope_theta") or fields.get("rope_theta") or usual)
+    theta = _number("rope_theta", rope.get("rope_theta") or fields.get("rope_theta") or usual)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if not isinstance(kind, str):
+        raise ValueError(f"rope_type {json.dumps(kind)} is not known, only a word")
     if fields.family.untrained or kind not in ("default", "llama3", "yarn"):
         return theta, None if fields.family.untrained else str(kind)
     if unknown := sorted(rope.keys() - ROPE):
         raise ValueError(f"rope_parameters: {unknown[0]} is not known here")
     if (part := rope.get("partial_rotary_factor")) not in (None, 1.0):
         fields.odd.append(f"partial_rotary_factor {part}")
+    for key in rope.keys() - {"rope_type", "type", "truncate"}:
+        if rope[key] is not None:
+            _number(key, rope[key])
     if kind == "default":
         return theta, None
     original = rope.get("original_max_position_embeddings") or positions
@@ -138,6 +147,12 @@ def rotary_of(fields: Fields, positions: int) -> tuple[float, Llama3Scaling | Ya
         of_scores = yarn_attention(factor, rope["mscale_all_dim"]) ** 2
     borders = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0, rope.get("truncate", True)
     return theta, YarnScaling(factor, original, attention, *borders, of_scores)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key} is {json.dumps(value)}, and must be a number")
+    return float(value)
 
 
 def yarn_attention(factor: float, scale: float) -> float:

@@ -84,7 +84,7 @@ def family_of(content: dict[str, Any]) -> str:
     guessed = {"n_embd": "gpt2", "kv_lora_rank": "deepseek_v3", "num_local_experts": "mixtral"}
     said = content.get("model_type")
     kind = SAME.get(str(said), said) or next((guessed[key] for key in guessed if content.get(key)), "llama")
-    if kind not in FAMILIES or not isinstance(said, str | None):
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type {said!r} is not known, only {', '.join(FAMILIES)}")
     for architecture in content.get("architectures") or ():
         if architecture != FAMILIES[kind].architecture and FAMILIES[kind].architecture:
@@ -96,6 +96,9 @@ def text_of(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The fields of the text model, and what they stand beside: pictures' or sounds' encoders, quantized weights."""
     beside = [f"{key} is not of the text model, and not planned" for key in ENCODERS if content.get(key)]
     kind, text = content.get("model_type"), content.get("text_config")
+    for key in ("text_config", *NESTED):
+        if not isinstance(content.get(key), dict | None):
+            raise ValueError(f"{key} {json.dumps(content[key])} is not known, only names and values")
     saved = content.get("quantization_config") or (text or {}).get("quantization_config")
     if saved is not None and not isinstance(saved, dict):
         raise ValueError(f"quantization_config {json.dumps(saved)} is not known, only names and values")
@@ -150,7 +153,7 @@ def _gpt2(fields: Fields, sequence: int | None) -> ModelConfig:
         sequence=_tokens(sequence, n_positions=fields.size("n_positions")),
         positions=fields.size("n_positions"),
         tied=bool(fields.get("tie_word_embeddings", True)),
-        norm_eps=float(fields.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
         activation=ACTIVATIONS[activation],
     )
 
@@ -210,7 +213,7 @@ def _llama(fields: Fields, kind: str, sequence: int | None) -> ModelConfig:
         sequence=sequence,
         head_size=head_size,
         tied=fields.flag("tie_word_embeddings"),
-        norm_eps=float(fields.get(fields.names("rms_norm_eps")[0], family.usual.get("rms_norm_eps", 1e-6))),
+        norm_eps=fields.number(fields.names("rms_norm_eps")[0], family.usual.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
         **more,
@@ -270,7 +273,7 @@ def _routing(fields: Fields, kind: str) -> dict[str, Any]:
                 f"published code, but here, as in the paper, by its best {top_k // top_groups}; both are the same "
                 f"with num_experts_per_tok {2 * top_groups}"
             )
-        scale = float(fields.get("routed_scaling_factor", 1.0))
+        scale = fields.number("routed_scaling_factor", 1.0)
         score = "softmax-topk" if kind == "deepseek_v2" else "sigmoid"
         return {"top_k": top_k, "score": score, "weight_scale": scale, "groups": groups, "top_groups": top_groups}
     of_chosen = normalised or kind in ("mixtral", "gpt_oss", "granitemoe", "granitemoeshared")

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.planner import hardware
+from cluster.planner.command import commands, lacking
 from cluster.planner.counting import model_parameters
 from cluster.planner.layout import Layout
 from cluster.planner.options import model_of, parser
@@ -239,6 +241,21 @@ def test_which_layers_have_a_window(kind: str, layers: int) -> None:
     assert from_content(content, 64).windowed == layers / 4
 
 
+def test_a_model_that_no_flag_describes_is_planned_and_said(tmp_path: Path) -> None:
+    """Heads of their own size. Bug, seen: "use a smaller model", and then a traceback where the command was printed."""
+    content = {"model_type": "llama", "hidden_size": 1792, "num_attention_heads": 24, "num_key_value_heads": 8,
+               "head_dim": 128, "intermediate_size": 4864, "num_hidden_layers": 32, "vocab_size": 128256,
+               "max_position_embeddings": 8192}  # fmt: skip
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(content))
+    model = model_of(parser("plan", "").parse_args(["--config", str(path)]))
+    layer = 1792 * (24 + 2 * 8 + 24) * 128 + 3 * 1792 * 4864 + 2 * 1792
+    assert model_parameters(model) == 32 * layer + 2 * 128256 * 1792 + 1792
+    line, _ = commands(Layout(dp=8), hardware.PRESETS["dgx-h100"], model)
+    assert "--hidden 1792 --heads 8 " in line
+    assert lacking(model).startswith("a vocabulary of 128,256, 24 heads, heads of 128")
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no vocabulary": ({"vocab_size": ...}, "has no 'vocab_size'"),
     "no hidden": ({"hidden_size": ...}, "has no 'hidden_size'"),
@@ -262,6 +279,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no name": ({"model_type": 7}, "model_type 7 is not known"),
     "another text": ({"text_config": {"model_type": "llama"}}, "model_type 'qwen3_moe' with a text_config is not"),
     "a new field": ({"expert_dropout_share": 0.1}, "expert_dropout_share 0.1 is not known here"),
+    "a list of names": ({"model_type": ["llama"]}, "model_type ['llama'] is not known"),
+    "a list of text": ({"text_config": [1]}, "text_config [1] is not known, only names and values"),
+    "eps": ({"rms_norm_eps": "small"}, 'rms_norm_eps is "small", and must be a number'),
+    "theta": ({"rope_theta": [1]}, "rope_theta is [1], and must be a number"),
+    "factor": ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, 'factor is "4", and must be a number'),
+    "type of scaling": ({"rope_scaling": {"rope_type": ["yarn"]}}, 'rope_type ["yarn"] is not known, only a word'),
     "quantized": ({"quantization_config": "fp8"}, 'quantization_config "fp8" is not known'),
 }
 
