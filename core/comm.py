@@ -4,9 +4,7 @@ Counting follows the standard ring algorithms, per rank, for N ranks and a full 
 2(N-1)/N S, all-gather and reduce-scatter (N-1)/N S, all-to-all its off-rank part; a message (`core.p2p`) S.
 """
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,27 +14,9 @@ from torch import Tensor
 
 from core.engine import direct
 from core.mesh import Axis
+from core.proof import host
 from core.proof.flight import FLIGHT, Call
-
-
-class PeerError(RuntimeError):
-    """A wait on another rank ended without its answer: it died, or was silent for all of the timeout."""
-
-    def __init__(self, what: str, cause: Exception):
-        # gloo says: [/its/source/file.cc:123] What happened [address]. Advice.
-        reason = re.sub(r"^\[.*?\] |\. .*", "", str(cause), flags=re.DOTALL)
-        if "timed out" in reason.lower():
-            reason += "; if it is only slow, a larger --timeout gives it the time"
-        super().__init__(f"{what} failed: {reason or type(cause).__name__}")
-
-
-@contextmanager
-def peer_errors(what: str) -> Iterator[None]:
-    """Turn the failure of a wait on other ranks into a PeerError that says in words what was waited for."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerError(what, error) from error
+from core.proof.peers import peer_errors
 
 
 def wait(work: dist.Work, axis: Axis, x: Tensor, what: str, call: Call | None = None, background: bool = False) -> None:
@@ -59,7 +39,10 @@ def wait(work: dist.Work, axis: Axis, x: Tensor, what: str, call: Call | None = 
 
 @dataclass
 class Pending:
-    """A collective on its way. It reads and writes its buffers until `wait` returns."""
+    """A collective on its way. It reads and writes its buffers until `wait` returns.
+
+    `landing` is where the values for `buffer` arrive, if that is elsewhere: on the host.
+    """
 
     work: dist.Work | None  # None where the axis has one rank
     axis: Axis
@@ -67,6 +50,7 @@ class Pending:
     what: str
     finish: Callable[[Tensor], Tensor] = lambda result: result
     call: Call | None = None  # in the flight record
+    landing: Tensor | None = None
 
     def wait(self) -> Tensor:
         """The result.
@@ -75,7 +59,9 @@ class Pending:
             PeerError: the other ranks did not join within the timeout of the axis.
         """
         if self.work is not None:
-            wait(self.work, self.axis, self.buffer, f"{self.what} over {self.axis.name}", self.call)
+            landing = self.buffer if self.landing is None else self.landing
+            wait(self.work, self.axis, landing, f"{self.what} over {self.axis.name}", self.call)
+            host.fill(self.buffer, landing)
         return self.finish(self.buffer)
 
 
@@ -84,7 +70,8 @@ def all_reduce_async(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, at_once
     if axis.size == 1:
         return Pending(None, axis, x, "")
     call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, str(op))
-    return Pending(direct.all_reduce(x, op, axis, at_once), axis, x, "all-reduce", call=call)
+    sent = host.outgoing(x, axis.group)
+    return Pending(direct.all_reduce(sent, op, axis, at_once), axis, x, "all-reduce", call=call, landing=sent)
 
 
 def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gather") -> Pending:
@@ -93,8 +80,11 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
         return Pending(None, axis, x, "")
     rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     call = _record(label, axis, rows, (axis.size - 1) / axis.size)
-    work = direct.all_gather(rows, x, axis)
-    return Pending(work, axis, rows, label, lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim), call)
+    landing = host.landing(rows, axis.group)
+    work = direct.all_gather(landing, host.outgoing(x.contiguous(), axis.group), axis)
+    return Pending(
+        work, axis, rows, label, lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim), call, landing
+    )
 
 
 def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
@@ -102,7 +92,9 @@ def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
     if axis.size == 1:
         return Pending(None, axis, x, "")
     call = _record("all-gather", axis, x, (axis.size - 1) / axis.size)
-    return Pending(direct.all_gather(x, x.chunk(axis.size)[axis.index], axis), axis, x, "all-gather", call=call)
+    landing, sent = host.landing(x, axis.group), host.outgoing(x.chunk(axis.size)[axis.index], axis.group)
+    work = direct.all_gather(landing, sent, axis)
+    return Pending(work, axis, x, "all-gather", call=call, landing=landing)
 
 
 def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
@@ -119,10 +111,12 @@ def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
     else:
         shards = torch.stack(x.chunk(axis.size, dim))
     call = _record("reduce-scatter", axis, shards, (axis.size - 1) / axis.size)
-    if x.device.type == "cpu":
+    sent = host.outgoing(shards, axis.group)
+    if sent.device.type == "cpu":
         received = torch.empty_like(shards)
-        work = dist.all_to_all_single(received, shards, group=axis.group, async_op=True)
-        return Pending(work, axis, received, "reduce-scatter", direct.ordered_sum, call)
+        landing = host.landing(received, axis.group)
+        work = dist.all_to_all_single(landing, sent, group=axis.group, async_op=True)
+        return Pending(work, axis, received, "reduce-scatter", direct.ordered_sum, call, landing)
     mine = torch.empty_like(shards[0])
     work = dist.reduce_scatter_single(mine, shards.flatten(0, 1), group=axis.group, async_op=True)
     return Pending(work, axis, mine, "reduce-scatter", call=call)
@@ -138,8 +132,9 @@ def all_to_all_async(
     off_rank = (sum(send) - send[axis.index]) * x.shape[1:].numel()
     axis.ledger.record(label, axis.name, off_rank, x.element_size())
     call = FLIGHT.start(label, axis, x, rows=(send, receive))
-    work = dist.all_to_all_single(received, x.contiguous(), list(receive), list(send), axis.group, async_op=True)
-    return Pending(work, axis, received, label, call=call)
+    landing, sent = host.landing(received, axis.group), host.outgoing(x.contiguous(), axis.group)
+    work = dist.all_to_all_single(landing, sent, list(receive), list(send), axis.group, async_op=True)
+    return Pending(work, axis, received, label, call=call, landing=landing)
 
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

@@ -144,6 +144,8 @@ class Mesh:
             wide = [n for n in names if self.sizes[n] > 1]
             shape = [self.sizes[n] for n in wide]
             ranks = torch.arange(dist.get_world_size()).reshape(shape)
+            if "cuda:gloo" in dist.get_backend_config():  # CPU, or GPUs that ranks share, see `core.proof.host`
+                device_type = "cpu"
             device_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=(*wide,)) if wide else None
             for name in names:
                 if name not in self._axes:  # pp is in both worlds, with the same groups

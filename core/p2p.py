@@ -9,36 +9,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.comm import PeerError, peer_errors, wait
+from core.comm import wait
 from core.mesh import Axis
+from core.proof import host
 from core.proof.flight import FLIGHT, WAITING
+from core.proof.peers import PeerError, peer_errors
 
 
 def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
     """Swap tensors of equal shape with rank `peer` of the axis; both must call it. Returns the peer's."""
-    received = torch.empty_like(x)
+    sent, received = host.outgoing(x, axis.group), torch.empty_like(x)
+    landing = host.landing(received, axis.group)
     axis.ledger.record("exchange", axis.name, x.numel(), x.element_size())
     FLIGHT.start_message("exchange", axis, x, axis.index, peer)
     call = FLIGHT.start_message("exchange", axis, received, peer, axis.index)
-    swap = [
-        dist.P2POp(dist.isend, x, axis.ranks[peer], axis.group),
-        dist.P2POp(dist.irecv, received, axis.ranks[peer], axis.group),
-    ]
-    for work in dist.batch_isend_irecv(swap):
-        wait(work, axis, x, f"exchange with rank {axis.ranks[peer]}", call)
-    return received
+    both = (dist.isend, sent), (dist.irecv, landing)
+    for work in dist.batch_isend_irecv([dist.P2POp(way, each, axis.ranks[peer], axis.group) for way, each in both]):
+        wait(work, axis, landing, f"exchange with rank {axis.ranks[peer]}", call)
+    return host.fill(received, landing)
 
 
 def send(x: Tensor, axis: Axis, peer: int) -> None:
     """Send contiguous `x` to rank `peer` of the axis, which must call `receive`, and wait until it has left."""
     axis.ledger.record("send", axis.name, x.numel(), x.element_size())
-    _message(dist.isend, x, axis, peer, "send to")
+    _message(dist.isend, host.outgoing(x, axis.group), axis, peer, "send to")
 
 
 def receive(into: Tensor, axis: Axis, peer: int) -> Tensor:
     """Wait for what rank `peer` of the axis sends. Returns `into`, filled."""
-    _message(dist.irecv, into, axis, peer, "receive from")
-    return into
+    landing = host.landing(into, axis.group)
+    _message(dist.irecv, landing, axis, peer, "receive from")
+    return host.fill(into, landing)
 
 
 def _message(operation: Callable[..., dist.Work], x: Tensor, axis: Axis, peer: int, what: str) -> None:
@@ -66,7 +67,7 @@ class PointToPoint:
         self._failure: Exception | None = None
         self._sender: threading.Thread | None = None
         self._device = device
-        if device.type != "cpu":
+        if device.type != "cpu" and not host.is_needed(torch.empty(0, device=device), axis.group):
             self._open_communicators(routes, device)
 
     def send(self, x: Tensor, to: int, kind: str, tag: int) -> None:
@@ -83,6 +84,7 @@ class PointToPoint:
         self.axis.ledger.record(f"send {kind}", self.axis.name, x.numel(), x.element_size())
         what = f"send ({kind}) to rank {self.axis.ranks[to]}"
         call = FLIGHT.start_message(kind, self.axis, x, self.axis.index, to, tag)
+        x = host.outgoing(x, self.axis.group)
         with peer_errors(what):
             work = dist.isend(x, self.axis.ranks[to], self._communicator(self.axis.index, to, kind, x), tag)
         # The device is read here: a fake tensor tells it on the thread that computes with it only.
@@ -97,12 +99,13 @@ class PointToPoint:
         rank = self.axis.ranks[sender]
         what = f"receive ({kind}) from rank {rank}"
         call = FLIGHT.start_message(kind, self.axis, into, sender, self.axis.index, tag)
+        landing = host.landing(into, self.axis.group)
         with peer_errors(what):
-            work = dist.irecv(into, rank, self._communicator(sender, self.axis.index, kind, into), tag)
+            work = dist.irecv(landing, rank, self._communicator(sender, self.axis.index, kind, landing), tag)
 
         def arrive() -> Tensor:
-            wait(work, self.axis, into, what, call)
-            return into
+            wait(work, self.axis, landing, what, call)
+            return host.fill(into, landing)
 
         return arrive
 

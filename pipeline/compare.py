@@ -15,7 +15,7 @@ when the virtual devices do. Then a case too large for a laptop, on virtual devi
 `--csv FILE` adds a schedule of your own, in the notation of torch.distributed.pipelining, one row a rank. Print one to
 start from with `python -m pipeline.schedules zb-v --stages 8 --microbatches 16 --csv`.
 
-read: compare.py:59-125; then engine/validator.py
+read: compare.py:60-127; then engine/validator.py
 
 p ranks, m micro-batches
 """
@@ -35,7 +35,8 @@ from core.proof.figures import scatter
 from core.proof.files import check_readable
 from core.proof.lesson import Lesson, Run
 from core.proof.rules import check as check_rules
-from pipeline.engine.actions import Schedule, ScheduleError, size, stage_share, stages_of_ranks
+from pipeline.engine.actions import Schedule, ScheduleError, size
+from pipeline.engine.numbered import uncollected
 from pipeline.engine.validator import Verdict, validate
 from pipeline.evidence.claims import Measured, differing_actions, differing_copies, messages_by_rule, timeline_of
 from pipeline.evidence.course import show_course
@@ -70,33 +71,34 @@ class Row:
     @property
     def activations(self) -> float:
         """At the peak of the rank that has most, in micro-batches of 1/p of the model."""
-        return max(self.verdict.in_flight) * stage_share(self.schedule)
+        return max(self.verdict.in_flight) * self.verdict.numbered.share
 
     @property
     def parameters(self) -> float:
         """Of a rank, where 1/p of the model is 1."""
-        return max(map(len, stages_of_ranks(self.schedule))) * stage_share(self.schedule)
+        return max(self.verdict.numbered.stages_on_ranks()) * self.verdict.numbered.share
 
     @property
     def messages(self) -> int:
         """That the rank with most sends in a step."""
-        return max(messages_by_rule(self.schedule))
+        return max(self.verdict.numbered.messages())
 
 
 def rows_for(ranks: int, microbatches: int, args: argparse.Namespace, own: Schedule | None) -> tuple[list[Row], str]:
     """All schedules of these sizes, and a word on those that there are not."""
     costs = dict(zip("FIW", args.costs, strict=True)) | {"B": args.costs[1] + args.costs[2]}
     found, missing = {}, []
-    for name in SCHEDULES:
-        if name == "naive" and ranks > 16:
-            continue  # nobody would
-        try:
-            found[name] = build(name, ranks, microbatches, args.chunks)
-        except ScheduleError as error:
-            missing.append(str(error))
-    if own:
-        found[f"your {args.csv}"] = own
-    rows = [Row(name, s, validate(s, costs, args.message)) for name, s in found.items()]
+    with uncollected():
+        for name in SCHEDULES:
+            if name == "naive" and ranks > 16:
+                continue  # nobody would
+            try:
+                found[name] = build(name, ranks, microbatches, args.chunks)
+            except ScheduleError as error:
+                missing.append(str(error))
+        if own:
+            found[f"your {args.csv}"] = own
+        rows = [Row(name, s, validate(s, costs, args.message)) for name, s in found.items()]
     return rows, "".join(f"not here: {why}\n" for why in missing)
 
 

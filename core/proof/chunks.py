@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.comm import peer_errors
+from core.proof.peers import peer_errors
 from core.shards import FlatShard, LocalTensor
 
 if TYPE_CHECKING:

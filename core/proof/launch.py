@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from core.comm import PeerError, peer_errors
 from core.proof.flight import FLIGHT, Group
 from core.proof.matching import Checker, MismatchError
+from core.proof.peers import PeerError, peer_errors
 from core.proof.places import follow_backward
+from core.proof.rulebook import SHARED_GPU
+from core.proof.rules import check
 from core.proof.watch import Watch, leave
 
 SHORTEST_TIMEOUT = 5.0
@@ -58,23 +61,31 @@ def process_info() -> ProcessInfo:
     )
 
 
-def choose_device(requested: str, here: ProcessInfo) -> tuple[torch.device, str]:
+def choose_device(requested: str, here: ProcessInfo, share: bool = False) -> tuple[torch.device, str]:
     """The device of this rank for `--device auto|cpu|cuda`, and why, in words.
 
+    Args:
+        share: several ranks may be on one GPU (`--share-gpu`).
+
     Raises:
-        ValueError: cuda was asked for and there are fewer GPUs on this machine than ranks.
+        ValueError: cuda was asked for and this machine has fewer GPUs than ranks; or none to share, or enough.
     """
     # A kernel loaded at its first use may wait for the whole device, and so for a message that waits for that kernel.
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     gpus = torch.accelerator.device_count() if accelerator and accelerator.type == "cuda" else 0
     ranks = here.local_world_size
+    if share:
+        sharing = SimpleNamespace(device=requested, gpus=gpus, local_ranks=ranks)
+        check(sharing, SHARED_GPU)
+        why = f"{gpus} GPU{'s' * (gpus > 1)} for {ranks} ranks on this machine, shared; messages through host memory"
+        return torch.device("cuda", here.local_rank % gpus), why
     if requested == "cpu":
         return torch.device("cpu"), "requested"
     if gpus >= ranks:
         return torch.device("cuda", here.local_rank), f"{gpus} GPUs for {ranks} ranks on this machine"
     if requested == "cuda":
-        some = f"; or torchrun --nproc_per_node={gpus}" if gpus else ""
+        some = f", --device cuda --share-gpu, or torchrun --nproc_per_node={gpus}" if gpus else ""
         raise ValueError(
             f"--device cuda: {ranks} ranks on this machine need as many GPUs, it has {gpus}; use --device cpu{some}"
         )
@@ -150,7 +161,11 @@ def speaks_for_machine(here: ProcessInfo) -> bool:
 
 @contextmanager
 def launch(
-    device: torch.device, timeout: float, check_messages: bool = False, meeting: float | None = None
+    device: torch.device,
+    timeout: float,
+    check_messages: bool = False,
+    meeting: float | None = None,
+    share: bool = False,
 ) -> Iterator[Job]:
     """Be a rank of the job: process group, watch over the other ranks, and an orderly end.
 
@@ -158,15 +173,16 @@ def launch(
         timeout: seconds that any wait may take.
         check_messages: compare what ranks are about to exchange before they do, see `core.proof.matching.Checker`.
         meeting: seconds that the ranks have to meet; as `timeout` where it is None.
+        share: other ranks may be on this GPU; messages go through the host, see `core.proof.host`.
 
     A rank that dies, or shows no sign of life for half of `timeout`, ends every other rank within `timeout`, each
     naming it, with exit code 1. `Stop` ends all ranks with its message.
     """
     here = process_info()
-    backend = "gloo" if device.type == "cpu" else "nccl"
-    backends = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"  # objects and clocks stay on the CPU
+    backend = "gloo" if device.type == "cpu" or share else "nccl"
+    backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"  # objects and clocks stay on the CPU
     if device.type != "cpu":
-        torch.accelerator.set_device_index(here.local_rank)
+        torch.accelerator.set_device_index(device)
     try:
         limit = timedelta(seconds=timeout if meeting is None else meeting)
         dist.init_process_group(

@@ -128,6 +128,7 @@ class Lesson:
         flag("--steps", type=int, default=20, help="training steps (default %(default)s)")
         flag("--seed", type=int, default=0, help="seed of weights, batches and dropout (default %(default)s)")
         flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where there are enough")
+        flag("--share-gpu", action="store_true", help="several ranks on one GPU, with --device cuda")
         flag("--dtype", choices=DTYPES, default="float64", help="default %(default)s, which proves most")
         flag("--data", metavar="FILE", help="text to train on (default: CPython's help text)")
         flag("--report", metavar="FILE.json", help="write the evidence as JSON")
@@ -152,13 +153,13 @@ class Lesson:
             args = self.parser.parse_args()
             self._check_common(args, here)
             check(args, here.world_size)
-            device, why = choose_device(args.device, here)
+            device, why = choose_device(args.device, here, args.share_gpu)
         except ValueError as error:
             return self._refuse(str(error), here)
         except SystemExit:  # --help, which rank 0 has printed
             return 0
         began = time.perf_counter()
-        with launch(device, args.timeout, args.check_messages) as job:
+        with launch(device, args.timeout, args.check_messages, share=args.share_gpu) as job:
             run = Run(args, job, POLICIES[args.dtype])
             run.say(f"{self.heading}: {self.title} · {self.title_zh}")
             ranks = f"{here.world_size} rank" + "s" * (here.world_size > 1)

@@ -227,3 +227,30 @@ EP_EXPERTS = Rule(
     "2006.16668, section 3",
     peer="Megatron-LM, validate_args: num_experts % expert_model_parallel_size",
 )
+
+# ---- GPUs that ranks share -------------------------------------------------------------------------------------------
+
+# Of a machine: `gpus`, and its `local_ranks`.
+SHARED_GPU = (
+    Rule(
+        "share GPU: device",
+        "--share-gpu --device {device}",
+        lambda case: case.device == "cuda",
+        "ranks share a GPU only where one is asked for",
+        lambda case: "--device cuda --share-gpu",
+    ),
+    Rule(
+        "share GPU: one",
+        "--share-gpu",
+        lambda case: case.gpus > 0,
+        "this machine has no GPU to share",
+        lambda case: "--device cpu, without --share-gpu",
+    ),
+    Rule(
+        "share GPU: few",
+        "--share-gpu",
+        lambda case: case.gpus < case.local_ranks,
+        "there are {gpus} GPUs for {local_ranks} ranks on this machine, and each rank has its own",
+        lambda case: "--device cuda without --share-gpu",
+    ),
+)

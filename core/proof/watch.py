@@ -20,9 +20,9 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from core.comm import peer_errors
 from core.proof.diagnosis import Record, diagnose, table
 from core.proof.flight import FLIGHT, host
+from core.proof.peers import peer_errors
 from core.proof.terminal import columns, fit
 
 BEAT = 0.5  # seconds between two signs of life of a rank

@@ -10,9 +10,10 @@ p ranks, m micro-batches, S stages
 
 import heapq
 import random
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from math import inf
 
 from pipeline.engine.actions import (
@@ -20,12 +21,11 @@ from pipeline.engine.actions import (
     Schedule,
     ScheduleError,
     most_in_flight,
-    placement,
     size,
     stage_share,
     stages_of_ranks,
 )
-from pipeline.engine.validator import start_times
+from pipeline.engine.numbered import Clocks, Numbered
 from pipeline.schedules import SCHEDULES, build
 
 Costs = dict[str, list[float]]  # the time of F, I and W on each of 2p equal stages of the model, in order
@@ -133,16 +133,14 @@ def greedy(
     p, m, stages = problem.ranks, problem.microbatches, len(where)
     cost, slots = problem.of(stages), int(memory * stages / p)
     mine = [[s for s in range(stages) if where[s] == r] for r in range(p)]
-    arrives = {"F": [[inf] * m for _ in where], "I": [[inf] * m for _ in where]}
-    arrives["F"][0] = [0.0] * m
+    arrives = {"F": [[inf] * (m + 1) for _ in where], "I": [[inf] * (m + 1) for _ in where]}
+    arrives["F"][0][:m] = [0.0] * m
     following = {"F": [0] * stages, "I": [0] * stages}  # the next microbatch
+    due = {"F": [0.0] + [inf] * (stages - 1), "I": [inf] * stages}  # when that arrives
     pending: list[list[Action]] = [[] for _ in range(p)]  # W whose I is done
     free, used = [0.0] * p, [0] * p
     rows: Schedule = [[] for _ in range(p)]
     events = [(0.0, r) for r in range(p)]
-
-    def ready(rank: int, kind: str, now: float) -> list[int]:
-        return [s for s in mine[rank] if following[kind][s] < m and arrives[kind][s][following[kind][s]] <= now]
 
     def has_room(rank: int, stage: int) -> bool:
         first, last = mine[rank][0], mine[rank][-1]
@@ -151,14 +149,17 @@ def greedy(
 
     def choose(rank: int, now: float) -> Action | float:
         """What to do, or when to look again."""
-        options = {"I": ready(rank, "I", now), "F": [s for s in ready(rank, "F", now) if has_room(rank, s)]}
+        here, due_f, due_i = mine[rank], due["F"], due["I"]
+        options = {
+            "I": [s for s in here if due_i[s] <= now],
+            "F": [s for s in here if due_f[s] <= now and has_room(rank, s)],
+        }
         by_chance = draw is not None and draw.random() < 0.2
         for kind in () if by_chance else "IF" if backward_first else "FI":
             if options[kind]:
                 stage = max(options[kind]) if late_stage_first or kind == "I" else min(options[kind])
                 return Action(stage, kind, following[kind][stage])
-        soon = min((arrives[k][s][following[k][s]] for k in "FI" for s in mine[rank]
-                    if following[k][s] < m and arrives[k][s][following[k][s]] > now), default=inf)  # fmt: skip
+        soon = min([time for s in here for time in (due_f[s], due_i[s]) if time > now], default=inf)
         if by_chance:
             possible = [Action(s, kind, following[kind][s]) for kind in "IF" for s in options[kind]]
             chosen = draw.choice([*possible, *pending[rank][:1], soon])
@@ -185,56 +186,112 @@ def greedy(
         if kind == "W":
             continue
         following[kind][stage] += 1
+        due[kind][stage] = arrives[kind][stage][following[kind][stage]]
         if kind == "I":
             pending[rank].append(Action(stage, "W", microbatch))
         turned = kind == "F" and stage == stages - 1
         to, what = (stage, "I") if turned else (stage + (1 if kind == "F" else -1), kind)
         if to >= 0:
-            arrives[what][to][microbatch] = end + (problem.message if where[to] != rank else 0.0)
-            heapq.heappush(events, (arrives[what][to][microbatch], where[to]))
+            arrives[what][to][microbatch] = time = end + (problem.message if where[to] != rank else 0.0)
+            if microbatch == following[what][to]:
+                due[what][to] = time
+            heapq.heappush(events, (time, where[to]))
     return rows if sum(map(len, rows)) == 3 * stages * m else None
 
 
 def improve(found: Found, problem: Problem, tries: int, seed: int) -> Found:
     """Move one action at a time, into an idle gap or anywhere near; less and less often keep what is worse."""
-    rows, draw = [list(row) for row in found.schedule], random.Random(seed)
-    best, kept, length = found.makespan, found.schedule, found.makespan
+    draw, best, kept, length = random.Random(seed), found.makespan, None, found.makespan
     action = sum(map(sum, problem.costs.values())) / (6 * problem.ranks)  # mean time of one
-    stages = size(rows)[0]
-    slots, cost, rank_of = problem.memory * stages / problem.ranks, problem.of(stages), placement(rows)
-    starts = start_times(rows, cost, rank_of, problem.message)
+    moves = Moves(found.schedule, problem)
     for i in range(tries):
         heat = 0.15 * action * (1 - i / tries) ** 2
-        rank = draw.randrange(len(rows))
-        row, start = rows[rank], starts[rank]
-        idle = [
-            i for i in range(1, len(row)) if start[i] > start[i - 1] + cost[row[i - 1].kind][row[i - 1].stage] + 1e-9
-        ]
+        rank = draw.randrange(problem.ranks)
+        last, idle = len(moves.rows[rank]) - 1, moves.idle(rank)
         if idle and draw.random() < 0.8:
             new = draw.choice(idle)
-            old = min(len(row) - 1, new + 1 + int(draw.expovariate(0.3)))
+            old = min(last, new + 1 + int(draw.expovariate(0.3)))
         else:
-            old = draw.randrange(len(row))
-            new = max(0, min(len(row) - 1, old + draw.randint(-4, 4)))
-        row.insert(new, row.pop(old))
-        tried = start_times(rows, cost, rank_of, problem.message) if most_in_flight(row) <= slots else []
-        new_length = _end(rows, cost, tried) if tried else inf
-        if new_length <= length + draw.random() * heat:
-            length, starts = new_length, tried
+            old = draw.randrange(last + 1)
+            new = max(0, min(last, old + draw.randint(-4, 4)))
+        if (new_length := moves.move(rank, old, new, within=length + draw.random() * heat)) < inf:
+            length = new_length
             if length < best - 1e-12:
-                best, kept = length, [list(row) for row in rows]
-        else:
-            row.insert(old, row.pop(new))
-    return Found(found.name + (", improved" if best < found.makespan else ""), kept, best)
+                best, kept = length, [list(row) for row in moves.rows]
+    if kept is None:
+        return found
+    actions = [action for row in found.schedule for action in row]
+    return Found(f"{found.name}, improved", [[actions[number] for number in row] for row in kept], best)
+
+
+class Moves:
+    """A schedule, as numbers, in which actions are moved. Only what starts after the move is timed again."""
+
+    def __init__(self, schedule: Schedule, problem: Problem):
+        numbered = Numbered(schedule)
+        cost = problem.of(numbered.stages)
+        self.rows = [list(row) for row in numbered.rows]
+        self._slots = problem.memory * numbered.stages / problem.ranks
+        self._change = numbered.change().tolist()
+        self._key, self._kind = numbered.key.tolist(), numbered.kind.tolist()
+        self._clocks = Clocks(numbered.durations(cost), *numbered.needs(problem.message))
+        self._clocks.run(self.rows)
+        self._left = [self._work_left(row) for row in self.rows]
+        self._idle: dict[int, list[int]] = {}
+
+    def idle(self, rank: int) -> list[int]:
+        """The positions before which the rank waits."""
+        if rank not in self._idle:
+            row, starts, ends = self.rows[rank], self._clocks.starts, self._clocks.ends
+            self._idle[rank] = [i for i in range(1, len(row)) if starts[row[i]] > ends[row[i - 1]] + 1e-9]
+        return self._idle[rank]
+
+    def move(self, rank: int, old: int, new: int, within: float) -> float:
+        """Move an action of the rank, and return how long a step now takes.
+
+        Infinite where nothing was moved: the step takes longer than `within`, or it does not fit, or cannot run.
+        """
+        before = self.rows[rank]
+        row = before.copy()
+        row.insert(new, row.pop(old))
+        if self._overtakes(before, old, new) or max(accumulate(map(self._change.__getitem__, row))) > self._slots:
+            return inf
+        clocks, first = self._clocks, min(old, new)
+        starts, ends = clocks.starts.copy(), clocks.ends.copy()
+        changes = starts[before[first]]
+        # What has started before depends on nothing that starts later.
+        at = [bisect_left(each, changes, key=starts.__getitem__) for each in self.rows]
+        at[rank] = min(at[rank], first)
+        rows, left = self.rows.copy(), self._left.copy()
+        rows[rank], left[rank] = row, self._work_left(row)
+        tried = Clocks(clocks.durations, clocks.needs, clocks.travel)
+        tried.starts, tried.ends = starts, ends
+        for each, position in zip(rows, at, strict=True):
+            for number in each[position:]:
+                ends[number] = inf
+        if not tried.run(rows, at, left, within + 1e-9):
+            return inf
+        length = max(ends[each[-1]] for each in rows)
+        if length > within:
+            return inf
+        self.rows, self._left, self._clocks, self._idle = rows, left, tried, {}
+        return length
+
+    def _overtakes(self, row: list[int], old: int, new: int) -> bool:
+        """Whether the action would come before one of its stage and micro-batch that must be done before it."""
+        key, kind = self._key[row[old]], self._kind[row[old]]
+        passed = row[new:old] if new < old else row[old + 1 : new + 1]
+        return any(self._key[number] == key and self._kind[number] != kind for number in passed)
+
+    def _work_left(self, row: list[int]) -> list[float]:
+        work = [*accumulate(map(self._clocks.durations.__getitem__, reversed(row)), initial=0.0)]
+        return work[::-1]
 
 
 def makespan(schedule: Schedule, problem: Problem) -> float:
     """How long a step takes; infinite if the ranks wait for each other for ever."""
-    cost = problem.of(size(schedule)[0])
-    return _end(schedule, cost, start_times(schedule, cost, placement(schedule), problem.message))
-
-
-def _end(schedule: Schedule, cost: Costs, starts: list[list[float]]) -> float:
-    if any(len(start) < len(row) for row, start in zip(schedule, starts, strict=True)):
+    numbered = Numbered(schedule)
+    clocks = Clocks(numbered.durations(problem.of(numbered.stages)), *numbered.needs(problem.message))
+    if not clocks.run(numbered.rows):
         return inf
-    return max(start[-1] + cost[row[-1].kind][row[-1].stage] for row, start in zip(schedule, starts, strict=True))
+    return max(clocks.ends[end - 1] for end in numbered.ends.tolist())

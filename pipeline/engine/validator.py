@@ -6,21 +6,13 @@ devices that have nothing else to do.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
+from functools import cached_property
+
+import numpy as np
 
 from core.proof.clock import Event
-from pipeline.engine.actions import (
-    UNIT_COSTS,
-    Action,
-    Row,
-    Schedule,
-    ScheduleError,
-    most_in_flight,
-    placement,
-    size,
-    stage_share,
-    stages_of_ranks,
-)
+from pipeline.engine.actions import UNIT_COSTS, Action, Schedule, ScheduleError, size, stages_of_ranks
+from pipeline.engine.numbered import Clocks, Numbered
 
 Costs = Mapping[str, float | list[float]]
 Timeline = list[list[Event]]  # one row a rank; an event's label is its action
@@ -54,25 +46,48 @@ class Verdict:
     backward, the wgrad included.
     """
 
-    events: Timeline  # times are 1-tuples
-    in_flight: list[int]  # per rank: most at a time, over all its stages
+    schedule: Schedule
+    numbered: Numbered
+    starts: np.ndarray  # of each action, by its number
+    durations: np.ndarray
+
+    @cached_property
+    def events(self) -> Timeline:
+        """Times are 1-tuples."""
+        starts, ends = self.starts.tolist(), (self.starts + self.durations).tolist()
+        return [
+            [Event(action, (starts[n],), (ends[n],)) for action, n in zip(row, numbers, strict=True)]
+            for row, numbers in zip(self.schedule, self.numbered.rows, strict=True)
+        ]
+
+    @cached_property
+    def in_flight(self) -> list[int]:
+        """Per rank: most at a time, over all its stages."""
+        return self.numbered.in_flight()
 
     @property
     def makespan(self) -> float:
-        return max(row[-1].end[0] for row in self.events)
+        return float(self._ended.max())
 
     @property
     def bubble_of_wall(self) -> float:
-        return bubble(self.events)[0]
+        return 1 - self.durations.sum() / (len(self.schedule) * self.makespan)
 
     @property
     def bubble_of_ideal(self) -> float:
-        return bubble(self.events)[1]
+        return len(self.schedule) * self.makespan / self.durations.sum() - 1
 
     @property
     def own_bubble(self) -> float:
         """Of the rank with most, see `bubbles_within`."""
-        return max(bubbles_within(self.events))
+        first = self.numbered.firsts
+        return float((self._ended - self.starts[first] - np.add.reduceat(self.durations, first)).max())
+
+    @property
+    def _ended(self) -> np.ndarray:
+        """When each rank's last action has."""
+        last = self.numbered.ends - 1
+        return self.starts[last] + self.durations[last]
 
 
 def validate(
@@ -97,81 +112,22 @@ def validate(
             in one or in two parts, on every stage; a backward before its forward; ranks that wait for each other for
             ever.
     """
-    check_complete(schedule)
-    share, (stages, _) = stage_share(schedule), size(schedule)
+    if (numbered := Numbered.of(schedule)) is None:
+        check_complete(schedule)
+        raise AssertionError("what is counted at once and what is looked at one by one are the same")
+    share, stages = numbered.share, numbered.stages
     each = {kind: c if isinstance(c, list) else [c * share] * stages for kind, c in costs.items()}
-    starts = start_times(schedule, each, placement(schedule), message, together, hidden)
-    reasons = []
-    for rank, (row, start) in enumerate(zip(schedule, starts, strict=True)):
-        if len(start) < len(row):
-            result = next(filter(None, (needed(action, stages) for action in row[len(start) :])))
-            where = _position(rank, len(start), row[len(start)])
-            reasons.append(f"{where} waits for {Action(*result)}")
-    if reasons:
+    durations = numbered.durations(each)
+    clocks = Clocks(durations, *numbered.needs(message), numbered.blocks(schedule, hidden) if together else {})
+    at = [0] * len(schedule)
+    if not clocks.run(numbered.rows, at):
+        reasons = []
+        for rank, (row, reached) in enumerate(zip(schedule, at, strict=True)):
+            if reached < len(row):
+                result = next(filter(None, (needed(action, stages) for action in row[reached:])))
+                reasons.append(f"{_position(rank, reached, row[reached])} waits for {Action(*result)}")
         raise ScheduleError("deadlock: " + "; ".join(reasons))
-    events = [
-        [Event(a, (start,), (start + each[a.kind][a.stage],)) for a, start in zip(row, of_row, strict=True)]
-        for row, of_row in zip(schedule, starts, strict=True)
-    ]
-    return Verdict(events, [most_in_flight(row) for row in schedule])
-
-
-def start_times(
-    schedule: Schedule,
-    costs: Mapping[str, list[float]],
-    rank_of: dict[tuple[int, int], int],
-    message: float,
-    together: bool = False,
-    hidden: Mapping[tuple[int, int], float] | None = None,
-) -> list[list[float]]:
-    """When each action of each rank starts; the times of a rank that waits for ever end before it does.
-
-    Args:
-        costs: of each kind, on each stage.
-        rank_of: see `placement`.
-        message, together, hidden: see `validate`.
-    """
-    stages = len(costs["F"])
-    done: dict[Result, float] = {}  # when each result is there, on its own rank
-    starts: list[list[float]] = [[] for _ in schedule]
-    now = [0.0] * len(schedule)
-
-    def next_start(rank: int, block: list[Action]) -> float:
-        """When the rank can start the block; infinity where something that it needs is not there yet."""
-        start = now[rank]
-        for action in block:
-            stage, kind, microbatch = action
-            if kind != "F" and (stage, "B" if kind == "W" else "F", microbatch) not in done:
-                return inf
-            if result := needed(action, stages):
-                if result not in done:
-                    return inf
-                away = rank_of[result[0], microbatch] != rank
-                start = max(start, done[result] + message if away else done[result])
-        return start
-
-    waiting, moved = list(range(len(schedule))), True
-    while waiting and moved:
-        moved = False
-        for rank in waiting:
-            row, times = schedule[rank], starts[rank]
-            pairs = row.pairs if together and isinstance(row, Row) else ()
-            while len(times) < len(row):
-                at = len(times)
-                block = row[at : at + 2] if pairs and tuple(row[at : at + 2]) in pairs else [row[at]]
-                start = next_start(rank, block)
-                if start == inf:
-                    break
-                for action in block:
-                    times.append(start)
-                    start += costs[action.kind][action.stage]
-                if hidden and len(block) == 2:
-                    start -= hidden[block[0].stage, block[1].stage]
-                for stage, kind, microbatch in block:
-                    done[stage, "B" if kind == "I" else kind, microbatch] = start
-                now[rank], moved = start, True
-        waiting = [rank for rank in waiting if len(starts[rank]) < len(schedule[rank])]
-    return starts
+    return Verdict(schedule, numbered, np.array(clocks.starts), np.array(durations))
 
 
 def needed(action: Action, stages: int) -> Result | None:

@@ -13,6 +13,7 @@ from core import comm, p2p
 from core.engine import direct
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh, axis_groups, axis_sizes
+from core.proof.peers import PeerError
 from tests.pool import Pool, WorkerError
 
 # ---- Mesh: the course's example and Megatron's order string
@@ -214,7 +215,7 @@ def a_peer_is_silent() -> str:
     if axis.index == 0:
         began = time.monotonic()
         arrive = p2p.PointToPoint(axis, [], torch.device("cpu")).receive(torch.empty(1), 1, "F", 0)
-        with pytest.raises(comm.PeerError) as error:
+        with pytest.raises(PeerError) as error:
             arrive()
         said = f"{error.value} after {time.monotonic() - began:.0f} s"
     return said  # a worker's last barrier keeps the silent ones
@@ -265,7 +266,7 @@ def a_message_one_way_and_one_that_does_not_come() -> tuple[list[float], int, fl
         time.sleep(4)
     else:
         assert p2p.receive(x, axis, 0) is x
-        with pytest.raises(comm.PeerError, match=f"receive from rank {axis.ranks[0]} failed: Timed out waiting 2000ms"):
+        with pytest.raises(PeerError, match=f"receive from rank {axis.ranks[0]} failed: Timed out waiting 2000ms"):
             p2p.receive(x.clone(), axis, 0)
     sent = axis.ledger.traffic["send", "tp"]
     return x.tolist(), sent.messages, sent.bytes

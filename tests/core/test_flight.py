@@ -13,6 +13,7 @@ from core.p2p import PointToPoint
 from core.proof.diagnosis import Record
 from core.proof.flight import FLIGHT, OUTSIDE, Where
 from core.proof.matching import LEFT, Checker, MismatchError
+from core.proof.peers import PeerError
 from core.proof.places import follow_backward
 from core.proof.stragglers import slowest_of
 from tests.pool import Pool
@@ -77,7 +78,7 @@ def unfinished() -> Record:
         started = Record.read(FLIGHT.snapshot())
         assert started.waits == []  # started, and not waited for
         assert str(started.last) == "all-reduce 0 over tp"
-        with pytest.raises(comm.PeerError):
+        with pytest.raises(PeerError):
             comm.wait(pending.work, axis.__class__(**vars(axis) | {"timeout": axis.timeout / 100}), pending.buffer, "",
                       pending.call)  # fmt: skip
     found = Record.read(FLIGHT.snapshot())

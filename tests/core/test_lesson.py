@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -125,10 +126,30 @@ def test_gpus_where_there_are_enough(requested: str, gpus: int, device: str, why
     assert why in reason
 
 
-@pytest.mark.parametrize(("gpus", "hint"), [(0, "use --device cpu$"), (2, "or torchrun --nproc_per_node=2$")])
+@pytest.mark.parametrize(
+    ("gpus", "hint"), [(0, "use --device cpu$"), (2, "--share-gpu, or torchrun --nproc_per_node=2$")]
+)
 def test_too_few_gpus_are_refused(gpus: int, hint: str) -> None:
     with _gpus(gpus), pytest.raises(ValueError, match=f"--device cuda: 4 ranks .* it has {gpus}; .*{hint}"):
         choose_device("cuda", HERE)
+
+
+@pytest.mark.parametrize(
+    ("requested", "gpus", "why"),
+    [("auto", 2, "--share-gpu --device auto: ranks share a GPU only .* use --device cuda --share-gpu$"),
+     ("cpu", 2, "--share-gpu --device cpu: ranks share a GPU only .* use --device cuda --share-gpu$"),
+     ("cuda", 0, "--share-gpu: this machine has no GPU to share; use --device cpu, without --share-gpu$"),
+     ("cuda", 4, "--share-gpu: there are 4 GPUs for 4 ranks .* use --device cuda without --share-gpu$")],
+)  # fmt: skip
+def test_a_gpu_that_cannot_be_shared_or_need_not_be_is_refused(requested: str, gpus: int, why: str) -> None:
+    with _gpus(gpus), pytest.raises(ValueError, match=f"^{why}"):
+        choose_device(requested, HERE, share=True)
+
+
+def test_ranks_share_the_gpus_by_turns() -> None:
+    with _gpus(2):
+        devices = [choose_device("cuda", replace(HERE, local_rank=rank), share=True)[0].index for rank in range(4)]
+    assert devices == [0, 1, 0, 1]
 
 
 def _gpus(count: int):
