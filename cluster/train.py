@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 cluster/train.py --tp 2 --pp 2 --dp 2
 
-read: train.py:59-130; run/build.py:105-181; then run/worker.py
+read: train.py:69-141; run/build.py:105-181; then run/worker.py
 
 Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, because the topics have the rest:
 
@@ -47,7 +47,17 @@ from core.proof.training import train
 
 
 def lesson(run: Run) -> None:
-    """Pretrain."""
+    """Pretrain, and let others write there afterwards, however it ends."""
+    locks: list[FolderLock] = []
+    try:
+        pretrain(run, locks)
+    finally:
+        for lock in locks:
+            lock.close()
+
+
+def pretrain(run: Run, locks: list[FolderLock]) -> None:
+    """`locks` takes those of the places that are written to, on rank 0."""
     args, job = run.args, run.job
     # Arguments. The layout is one rank's for all: --auto may measure, and two ranks would not measure the same.
     layout = job.share(layout_of(args, args.world or job.world_size) if job.rank == 0 else None)
@@ -74,7 +84,9 @@ def lesson(run: Run) -> None:
     if args.verify and run.dtype != torch.float64:
         worker.record_choices()
     oracle = evidence.one_process(run, spec)
-    locks = [or_stop(alone, job, name, path) for name in ("save", "export") if (path := getattr(args, name))]
+    for name in ("save", "export"):
+        if path := getattr(args, name):
+            or_stop(alone, job, name, path, locks)
     checkpoints = worker.checkpoints(args.save, job, args.keep) if args.save else None
     if not random and (checkpoints is None or or_stop(checkpoints.latest) is None):
         if args.init:
@@ -102,7 +114,7 @@ def lesson(run: Run) -> None:
         if args.evaluate and (step + 1) % args.evaluate == 0:
             run.say(f"step {step + 1}: validation loss {evaluate():.4f}")
         if checkpoints and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            or_stop(agreed, lambda: [lock.keep() for lock in locks if lock])
+            or_stop(agreed, lambda: [lock.keep() for lock in locks])
             or_stop(checkpoints.save, step + 1, {"step": step + 1, "losses": run.losses, "drawn": drawn_by(args)})
 
     before = evaluate()
@@ -116,8 +128,6 @@ def lesson(run: Run) -> None:
     if args.export:
         written = or_stop(export, worker, args.export, full_model(config, moe), bytes_of(args.shard_size), folder)
         evidence.claim_export(run, model, written)
-    for lock in filter(None, locks):
-        lock.close()
     after = evaluate()
 
     # What came of it.
@@ -166,9 +176,8 @@ def drawn_by(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def alone(job: Job, name: str, path: str) -> FolderLock | None:
+def alone(job: Job, name: str, path: str, held: list[FolderLock]) -> None:
     """That no other run saves or exports there, held by rank 0. Raises ValueError on all ranks where one does."""
-    held: list[FolderLock] = []
 
     def take() -> None:
         if name == "save":
@@ -176,7 +185,6 @@ def alone(job: Job, name: str, path: str) -> FolderLock | None:
         held.append(FolderLock(f"--{name}", path, beside=name == "export"))
 
     agreed(lambda: take() if job.rank == 0 else None)
-    return held[0] if held else None
 
 
 def or_stop(call: Callable[..., Any], *arguments: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core.engine import direct
 from core.mesh import Axis
 from core.proof import host
 from core.proof.flight import FLIGHT, Call
@@ -64,14 +65,13 @@ class Pending:
         return self.finish(self.buffer)
 
 
-def all_reduce_async(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
-    """Reduce `x` over the axis, in place; every rank gets the result. `x` must be contiguous."""
+def all_reduce_async(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, at_once: bool = False) -> Pending:
+    """Reduce contiguous `x` over the axis, in place, on every rank; `at_once` where each of them waits for it next."""
     if axis.size == 1:
         return Pending(None, axis, x, "")
-    call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, str(op))
+    call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, op)
     sent = host.outgoing(x, axis.group)
-    work = dist.all_reduce(sent, op, axis.group, async_op=True)
-    return Pending(work, axis, x, "all-reduce", call=call, landing=sent)
+    return Pending(direct.all_reduce(sent, op, axis, at_once), axis, x, "all-reduce", call=call, landing=sent)
 
 
 def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gather") -> Pending:
@@ -81,7 +81,7 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
     rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     call = _record(label, axis, rows, (axis.size - 1) / axis.size)
     landing = host.landing(rows, axis.group)
-    work = dist.all_gather_single(landing, host.outgoing(x.contiguous(), axis.group), axis.group, async_op=True)
+    work = direct.all_gather(landing, host.outgoing(x, axis.group), axis)
     return Pending(
         work, axis, rows, label, lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim), call, landing
     )
@@ -93,8 +93,7 @@ def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
         return Pending(None, axis, x, "")
     call = _record("all-gather", axis, x, (axis.size - 1) / axis.size)
     landing, sent = host.landing(x, axis.group), host.outgoing(x.chunk(axis.size)[axis.index], axis.group)
-    work = dist.all_gather_single(landing, sent, axis.group, async_op=True)
-    return Pending(work, axis, x, "all-gather", call=call, landing=landing)
+    return Pending(direct.all_gather(landing, sent, axis), axis, x, "all-gather", call=call, landing=landing)
 
 
 def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
@@ -116,7 +115,7 @@ def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
         received = torch.empty_like(shards)
         landing = host.landing(received, axis.group)
         work = dist.all_to_all_single(landing, sent, group=axis.group, async_op=True)
-        return Pending(work, axis, received, "reduce-scatter", lambda r: r.sum(0), call, landing)
+        return Pending(work, axis, received, "reduce-scatter", direct.ordered_sum, call, landing)
     mine = torch.empty_like(shards[0])
     work = dist.reduce_scatter_single(mine, shards.flatten(0, 1), group=axis.group, async_op=True)
     return Pending(work, axis, mine, "reduce-scatter", call=call)
@@ -139,7 +138,7 @@ def all_to_all_async(
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """`all_reduce_async`, waited for."""
-    return all_reduce_async(x, axis, op).wait()
+    return all_reduce_async(x, axis, op, at_once=True).wait()
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -157,7 +156,7 @@ def all_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int
     return all_to_all_async(x, axis, send, receive).wait()
 
 
-def _record(operation: str, axis: Axis, full: Tensor, share: float, more: str = "") -> Call:
+def _record(operation: str, axis: Axis, full: Tensor, share: float, more: object = "") -> Call:
     axis.ledger.record(operation, axis.name, share * full.numel(), full.element_size())
     return FLIGHT.start(operation, axis, full, more)
 

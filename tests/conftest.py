@@ -23,7 +23,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    workers = Pool()
+    workers = Pool(check_messages=True)
     yield workers
     workers.close()
 

@@ -29,6 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from core.proof.flight import FLIGHT
+from core.proof.matching import Checker
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("core", "zero", "megatron_tp", "sequence_parallel", "pipeline", "expert_parallel", "cluster")
 LARGEST = 8
@@ -85,9 +88,11 @@ class Pool:
 
     Args:
         preload: modules that the workers are forked with, besides ours; the first pool of a process decides.
+        check_messages: as `--check-messages` of a lesson: ranks compare what they are about to exchange.
     """
 
-    def __init__(self, preload: Sequence[str] = ()) -> None:
+    def __init__(self, preload: Sequence[str] = (), check_messages: bool = False) -> None:
+        self._check = check_messages
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # not that an address has no name, see _ask_nobody
         self._context = multiprocessing.get_context("forkserver")
         # torch.optim imports torch._dynamo when the first optimizer is made, which takes a second.
@@ -111,7 +116,7 @@ class Pool:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         while len(self._workers) < LARGEST:
             mine, theirs = self._context.Pipe()
-            process = self._context.Process(target=_work, args=(theirs, self._store.port), daemon=True)
+            process = self._context.Process(target=_work, args=(theirs, self._store.port, self._check), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, mine))
@@ -165,7 +170,8 @@ class Pool:
             job = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
             environment = {name: str(value) for name, value in job.items()} if torchrun else {}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-            arguments = (script, flags, environment, str(folder / str(rank)), partial(before, rank) if before else None)
+            begin = partial(before, rank) if before else None
+            arguments = (script, flags, environment, str(folder / str(rank)), self._check, begin)
             processes.append(self._context.Process(target=_play, args=arguments, daemon=True))
             processes[-1].start()
         self._jobs.append(Running(processes, folder, began, timeout))
@@ -196,7 +202,7 @@ def _collect_less() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-def _work(connection: Connection, port: int) -> None:
+def _work(connection: Connection, port: int, check_messages: bool) -> None:
     """The life of one worker."""
     _ask_nobody()
     torch.set_num_threads(1)
@@ -215,6 +221,9 @@ def _work(connection: Connection, port: int) -> None:
                 world_size=ranks,
                 timeout=timedelta(seconds=timeout / 2),
             )
+            FLIGHT.reset()
+            if check_messages:
+                FLIGHT.checker = Checker(dist.PrefixStore(f"messages of {call}", store), rank)
             result = function(*args)
             dist.barrier()
             answer = (True, result)
@@ -246,7 +255,8 @@ def _play(
     flags: Sequence[str],
     environment: dict[str, str],
     log: str,
-    before: Callable[[], None] | None = None,
+    check_messages: bool,
+    before: Callable[[], None] | None,
 ) -> None:
     """Be one rank of a lesson: its output in files, its exit code this process's."""
     for number, stream in ((1, "out"), (2, "err")):
@@ -258,6 +268,7 @@ def _play(
     _ask_nobody()
     torch.set_num_threads(1)
     _collect_less()
+    FLIGHT.checked = check_messages
     path = ROOT / script
     sys.argv = [str(path), *flags]
     sys.path[0] = str(path.parent)

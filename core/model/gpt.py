@@ -179,7 +179,6 @@ def materialize(model: GPT, seed: int | None, device: torch.device, precision: P
             f"{model.config.experts} experts; use expert_parallel.engine.moe.to_moe before materialize"
         )
     precision = policy_of(precision)
-    follow_layers(model.blocks)
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, meta in list(module.named_parameters(recurse=False)):
@@ -198,6 +197,7 @@ def materialize(model: GPT, seed: int | None, device: torch.device, precision: P
                 made[meta].grad_dtype = precision.gradients
                 made[meta].shard = mark
             setattr(module, leaf, made[meta])
+    follow_layers(model.blocks)
     return model
 
 

@@ -1,6 +1,5 @@
 """Files that a lesson reads or writes: refused before anything runs, and renamed to their names when complete."""
 
-import atexit
 import fcntl
 import os
 import shutil
@@ -56,7 +55,6 @@ class FolderLock:
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M}")
             self._file.flush()
-            atexit.register(self.close)  # also when the run is stopped
         elif self._path.exists():
             self._take(fcntl.LOCK_SH, 0.0)
             self._file.close()

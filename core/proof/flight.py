@@ -60,7 +60,7 @@ class Where(NamedTuple):
 class Comparer(Protocol):
     """Compares what ranks are about to exchange: `core.proof.matching`."""
 
-    def compare(self, call: "Call", more: str = "", tag: int = 0) -> None: ...
+    def compare(self, call: "Call", more: object = "", tag: int = 0) -> None: ...
 
     def compare_rows(self, call: "Call", send: Sequence[int], receive: Sequence[int]) -> None: ...
 
@@ -68,8 +68,8 @@ class Comparer(Protocol):
 class Call:
     """One collective, or one rank's side of a message."""
 
-    __slots__ = ("began", "direction", "dtype", "lane", "name", "number", "operation", "peer", "ranks", "shape",
-                 "since", "uneven", "where")  # fmt: skip
+    __slots__ = ("began", "direction", "dtype", "lane", "layer", "name", "number", "operation", "peer", "ranks",
+                 "shape", "since", "uneven", "where")  # fmt: skip
 
 
 class Lane:
@@ -95,13 +95,14 @@ class FlightRecord:
     def reset(self, state: str = "running") -> None:
         """Forget all: a new job begins."""
         self.state, self.checker = state, None
-        self.where, self.moved = Where(), time.monotonic()
+        self.where, self.layer, self.moved = Where(), None, time.perf_counter()
         self.seconds: dict[str, float] = defaultdict(float)  # by phase, and by axis of the waits
         self.finished: Call | None = None
         self._lanes: dict[Hashable, Lane] = {}
         self._waits: dict[int, Call] = {}  # by id: what this rank is waiting for
         self._marks: deque[tuple[Call, Any]] = deque()  # calls that a device's stream has not passed yet
-        self._phase, self._mark = OUTSIDE, time.perf_counter()
+        self._phase, self._mark = OUTSIDE, self.moved
+        self._waiting: dict[str, str] = {}  # by name of an axis: what the time of its waits is counted as
         self._frozen: dict[str, Any] | None = None
 
     # ---- Where in a step
@@ -112,14 +113,18 @@ class FlightRecord:
 
     def go_to(self, where: Where) -> Where:
         """Return to where it was; gives where it comes from."""
-        before, self.where, self.moved = self.where, where, time.monotonic()
+        before, self.where, self.layer, self.moved = self.where, where, where.layer, time.perf_counter()
         if where.phase != before.phase:
             self.count_as(where.phase)
         return before
 
     def in_layer(self, layer: str) -> None:
-        """The same place, in this layer."""
-        self.where, self.moved = self.where._replace(layer=layer), time.monotonic()
+        """The same place, in this layer. Called most often, so it makes no new tuple."""
+        self.layer, self.moved = layer, time.perf_counter()
+
+    def here(self) -> Where:
+        """Where this rank is, with its layer."""
+        return self.where._replace(layer=self.layer)
 
     def count_as(self, phase: str) -> str:
         """From now on the time is spent in this; returns in what it was until now."""
@@ -136,7 +141,7 @@ class FlightRecord:
 
     # ---- Collectives and messages
 
-    def start(self, operation: str, over: Ranks, x: Tensor | None = None, more: str = "",
+    def start(self, operation: str, over: Ranks, x: Tensor | None = None, more: object = "",
               rows: tuple[Sequence[int], Sequence[int]] | None = None) -> Call:  # fmt: skip
         """A collective that this rank starts now, before it does.
 
@@ -175,9 +180,9 @@ class FlightRecord:
             calls = self._lanes[lane] = Lane()
         call.number, calls.count = calls.count, calls.count + 1
         call.lane, call.operation, call.name, call.ranks = lane, operation, over.name, over.ranks
-        call.peer, call.direction, call.where = peer, direction, self.where
+        call.peer, call.direction, call.where, call.layer = peer, direction, self.where, self.layer
         call.shape, call.dtype = ((), None) if x is None else (x.shape, x.dtype)
-        call.began, call.since, call.uneven = time.monotonic(), None, False
+        call.began, call.since, call.uneven = time.perf_counter(), None, False
         calls.kept.append(call)
         return call
 
@@ -189,9 +194,13 @@ class FlightRecord:
         """
         if call is None:
             return ""
-        call.since = time.monotonic()
+        call.since = time.perf_counter()
         self._waits[id(call)] = call
-        return "" if background else self.count_as(WAITING + call.name.split()[0])
+        if background:
+            return ""
+        if (phase := self._waiting.get(call.name)) is None:
+            phase = self._waiting[call.name] = WAITING + call.name.split()[0]
+        return self.count_as(phase)
 
     def done(self, call: Call | None, phase: str, device: torch.device) -> None:
         """The wait is over; what fails never gets here. On a GPU it is the stream that waits: see `_passed`."""
@@ -218,7 +227,7 @@ class FlightRecord:
     def overdue(self, seconds: float) -> str:
         """The oldest call that has been waited for longer than that, in words."""
         self._pass()
-        now = time.monotonic()
+        now = time.perf_counter()
         late = [call for call in list(self._waits.values()) if now - call.since > seconds]
         return in_words(min(late, key=lambda call: call.since)) if late else ""
 
@@ -240,11 +249,11 @@ class FlightRecord:
             return self._frozen
         with suppress(RuntimeError):
             self._pass()
-        now = time.monotonic()
+        now = time.perf_counter()
         waits = [call for call in _copy(self._waits.values) if call.since is not None]
         return {
             "state": self.state,
-            "where": str(self.where),
+            "where": str(self.here()),
             "moved": now - self.moved,
             "waits": [_shown(call, now) for call in sorted(waits, key=lambda call: call.since)],
             "finished": self.finished and _shown(self.finished, now),
@@ -298,7 +307,7 @@ def _shown(call: Call, now: float) -> dict[str, Any]:
         "peer": call.peer,
         "direction": call.direction,
         "uneven": call.uneven,
-        "where": str(call.where),
+        "where": str(call.where._replace(layer=call.layer)),
         "age": now - call.began,
         "waited": 0.0 if call.since is None else now - call.since,
     }

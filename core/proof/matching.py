@@ -31,7 +31,7 @@ class Checker:
         self._left: deque[str] = deque()
         self._tags: dict[Hashable, int] = defaultdict(int)
 
-    def compare(self, call: Call, more: str = "", tag: int = 0) -> None:
+    def compare(self, call: Call, more: object = "", tag: int = 0) -> None:
         """Raises MismatchError where another rank's call of this number is another, or has another tensor."""
         if call.direction:
             self._tags[call.lane, tag] += 1
@@ -40,7 +40,7 @@ class Checker:
         else:
             key = f"{call.lane} {call.number}"
             shape = ("rows", *call.shape[1:]) if call.uneven else tuple(call.shape)
-            mine = " ".join(filter(None, (call.operation, str(shape), str(call.dtype), more)))
+            mine = " ".join(filter(None, (call.operation, str(shape), str(call.dtype), str(more))))
         first = self.store.compare_set(key, "", f"{self.rank} {mine}").decode()
         other, _, theirs = first.partition(" ")
         if theirs != mine:

@@ -4,33 +4,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.proof.flight import FLIGHT
 
 
 def follow_layers(blocks: nn.ModuleDict) -> None:
-    """Let each layer say when its forward and its backward begin; again without effect."""
+    """Let each layer say when its forward begins, and its backward: when its last parameter gets its gradient."""
 
-    def before(name: str) -> Callable[..., None]:
+    def say(name: str) -> Callable[..., None]:
         return lambda *_: FLIGHT.in_layer(name)
-
-    def after(name: str) -> Callable[..., None]:
-        def say(gradient: Tensor) -> None:
-            FLIGHT.in_layer(name)
-
-        def hook(module: nn.Module, args: Any, y: Any) -> None:
-            if isinstance(y, Tensor) and y.requires_grad:
-                y.register_hook(say)
-
-        return hook
 
     for name, block in blocks.items():
         if hasattr(block, "followed"):
             continue
         block.followed = True
-        block.register_forward_pre_hook(before(name))
-        block.register_forward_hook(after(name))
+        block.register_forward_pre_hook(say(name))
+        trained = [p for p in block.parameters() if p.requires_grad]
+        for p in trained[-1:]:
+            p.register_post_accumulate_grad_hook(say(name))
 
 
 def follow_backward() -> None:
@@ -43,7 +35,8 @@ def follow_backward() -> None:
 
 def _followed(original: Callable[..., Any]) -> Callable[..., Any]:
     def backward(*args: Any, **more: Any) -> Any:
-        before = FLIGHT.go_to(FLIGHT.where._replace(phase="backward"))
+        before = FLIGHT.here()
+        FLIGHT.go_to(before._replace(phase="backward"))
         result = original(*args, **more)
         FLIGHT.go_to(before)  # not where it fails: then it stays there
         return result

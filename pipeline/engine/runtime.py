@@ -198,7 +198,7 @@ class Pipeline:
 
     def _place(self) -> tuple[int, bool, Where]:
         """What an action sets for its layers, and where it is."""
-        return self.masks.offset if self.masks else 0, bool(self.deferred and self.deferred.expected), FLIGHT.where
+        return self.masks.offset if self.masks else 0, bool(self.deferred and self.deferred.expected), FLIGHT.here()
 
     def _return_to(self, place: tuple[int, bool, Where]) -> None:
         offset, expected, where = place

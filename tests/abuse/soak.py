@@ -8,7 +8,6 @@ hour, stays below what a list of its losses may take, and the counts do not chan
 import os
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,10 @@ from typing import NamedTuple
 
 from tests.pool import Pool
 
-FLAGS = ("--hidden", "16", "--heads", "4", "--layers", "2", "--batch", "8", "--sequence", "16", "--tp", "2", "--steps",
-         "10000000", "--save-every", "20", "--evaluate", "10", "--sample", "0", "--device", "cpu", "--zero", "1")  # fmt: skip
+FLAGS = (
+    *("--hidden", "16", "--heads", "4", "--layers", "2", "--batch", "8", "--sequence", "16", "--zero", "1"),
+    *("--save-every", "20", "--evaluate", "10", "--sample", "0", "--device", "cpu", "--steps", "10000000"),
+)
 WARM = 0.2  # of the time
 GROWS = 16.0  # MB an hour
 
@@ -79,17 +80,11 @@ def soak(minutes: float, *more: str, ranks: int = 2) -> tuple[list[str], list[st
         slope = hourly(each)
         threads, files = [[getattr(s, what) for s in each] for what in ("threads", "files")]
         seen.append(
-            f"rank {rank}: {each[0].megabytes:.1f} to {each[-1].megabytes:.1f} MB, {slope:+.1f} MB an hour in the second "
-            f"half; threads {min(threads)} to {max(threads)}, open files {min(files)} to {max(files)}"
+            f"rank {rank}: {each[0].megabytes:.1f} to {each[-1].megabytes:.1f} MB, {slope:+.1f} MB an hour in the "
+            f"second half; threads {min(threads)} to {max(threads)}, open files {min(files)} to {max(files)}"
         )
         failed += [f"rank {rank} grows by {slope:.1f} MB an hour"] * (slope > GROWS)
         for what, values in (("threads", threads), ("open files", files)):
             grown = max(values[len(values) // 2 :]) > max(values[: len(values) // 2]) + 1
             failed += [f"rank {rank}: {what} {values[0]}, then {max(values)}"] * grown
     return seen, failed
-
-
-if __name__ == "__main__":
-    seen, failed = soak(float(sys.argv[1]), *sys.argv[2:])
-    for line in seen + failed:
-        print(line)

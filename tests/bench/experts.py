@@ -3,8 +3,8 @@
 The same router, tokens and experts, forward and backward.
 
     torch         all_to_all_single_autograd and F.grouped_mm; rows in order by index_select, back by index_add
-    loop, spread  the experts spread as ours, one after another: each with its own exchange
-    loop, whole   all experts in every process, as where there is no expert parallelism, and their gradients summed
+    loop spread  the experts spread as ours, one after another: each with its own exchange
+    loop whole   all experts in every process, as where there is no expert parallelism, and their gradients summed
 """
 
 from collections.abc import Collection
@@ -33,8 +33,8 @@ BATCH = 8
 # Of each row: the peer, and the bar.
 ROWS = {
     "experts / grouped_mm": ("torch", 0.80),
-    "experts / loop, spread": ("loop, spread", None),
-    "experts / loop, whole": ("loop, whole", None),
+    "experts / loop spread": ("loop spread", None),
+    "experts / loop whole": ("loop whole", None),
 }
 
 
@@ -120,7 +120,7 @@ def bench(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
         return materialize(model, 0, job.device, DTYPE).blocks["0"].mlp
 
     runs: dict[str, nn.Module] = {"ours": layer(True)}
-    for name, kind in (("torch", Torchs), ("loop, spread", LoopSpread), ("loop, whole", LoopWhole)):
+    for name, kind in (("torch", Torchs), ("loop spread", LoopSpread), ("loop whole", LoopWhole)):
         if name in (ROWS[each][0] for each in wanted):
             made = layer(kind is not LoopWhole)
             runs[name] = kind(made.router, made.experts, ep)
@@ -132,7 +132,7 @@ def bench(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
             x.grad = None
             y = run(x)
             y.backward(y.detach())
-            if name == "loop, whole":
+            if name == "loop whole":
                 sum_gradients([*run.experts.parameters()], ep)
             up = run.experts.up.weight.grad
             mine = up if len(up) < MOE.routing.experts else own(up, ep)

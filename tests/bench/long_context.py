@@ -26,12 +26,12 @@ SHAPE = (1, 8, 4096, 64)  # samples, heads, tokens, head size
 DTYPE = torch.float32
 # Of each row: the way, and the bar.
 ROWS = {
-    "zigzag ring, s 4096 / dense": ("zigzag ring", 1.03),
-    "contiguous ring, s 4096 / dense": ("contiguous ring", None),
-    "Ulysses, s 4096 / dense": ("Ulysses", 1.03),
-    "hybrid, s 4096 / dense": ("hybrid", 1.03),
+    "zigzag ring s 4096 / dense": ("zigzag ring", 1.03),
+    "contiguous ring s 4096 / dense": ("contiguous ring", None),
+    "Ulysses s 4096 / dense": ("Ulysses", 1.03),
+    "hybrid s 4096 / dense": ("hybrid", 1.03),
 }
-MEMORY = {f"{way}, s 4096, peak of a rank / dense": way for way, _ in ROWS.values()}
+MEMORY = {f"{way} s 4096 peak of a rank / dense": way for way, _ in ROWS.values()}
 M_MMAP_THRESHOLD = -3  # of mallopt
 AT_ONCE, USUAL = 2**16, 2**25  # larger tensors are given back to the system when they are freed
 

@@ -1,6 +1,7 @@
 """Mesh, collectives, their autograd pairs and the ledger, on real ranks."""
 
 import time
+from collections.abc import Callable
 from unittest.mock import patch
 
 import pytest
@@ -9,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core import comm, p2p
+from core.engine import direct
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh, axis_groups, axis_sizes
 from core.proof.peers import PeerError
-from tests.pool import Pool
+from tests.pool import Pool, WorkerError
 
 # ---- Mesh: the course's example and Megatron's order string
 
@@ -273,3 +275,54 @@ def a_message_one_way_and_one_that_does_not_come() -> tuple[list[float], int, fl
 def test_a_message_one_way(pool: Pool) -> None:
     results = pool.run(4, a_message_one_way_and_one_that_does_not_come)
     assert results == [([0, 1, 2], 1, 12), ([0, 1, 2], 0, 0)] * 2
+
+
+# ---- Directly, as messages
+
+
+def sums_and_gathers() -> list[list[float]]:
+    """Gathers in flight, among them sums of every size; then all that is in flight, in an order of each rank's own."""
+    axis = Mesh("cpu", Ledger(), 10.0, dp=dist.get_world_size())["dp"]
+    generator, found = torch.Generator().manual_seed(7), []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64):
+        close = {"rtol": 2e-2, "atol": 0.2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+        flying = []
+        for size in (0, 1, 2, 5, 64, 1000):
+            x = torch.randn(axis.size, size, generator=generator).mul(8).to(dtype)
+            own = torch.where(torch.arange(axis.size)[:, None] == axis.index, x, 0)
+            flying.append((comm.all_gather_async(x[axis.index], axis), x.flatten()))
+            flying.append((comm.all_gather_in_place_async(own, axis), x))
+            flying.append((comm.all_reduce_async(x[axis.index].clone(), axis), x.sum(0)))
+            summed = comm.all_reduce(x[axis.index].clone(), axis)
+            torch.testing.assert_close(summed, x.sum(0), **close)
+            found.append(summed.double().tolist())
+            largest = comm.all_reduce(x[axis.index].clone(), axis, dist.ReduceOp.MAX)
+            torch.testing.assert_close(largest, x.amax(0), rtol=0, atol=0)
+        order = torch.randperm(len(flying), generator=torch.Generator().manual_seed(axis.index)).tolist()
+        for pending, right in (flying[i] for i in [*order, *order]):  # each twice
+            torch.testing.assert_close(pending.wait(), right, **close)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_direct_sums_and_gathers(pool: Pool, ranks: int) -> None:
+    first, *others = pool.run(ranks, sums_and_gathers)
+    assert all(other == first for other in others), "all ranks have the same bits"
+
+
+def always_at_once() -> list[list[float]]:
+    right = direct.all_reduce
+    with patch.object(direct, "all_reduce", lambda x, op, axis, _: right(x, op, axis, True)):
+        return sums_and_gathers()
+
+
+def without_an_own_part() -> list[list[float]]:
+    with patch.object(direct, "ordered_sum", lambda parts: parts[1:].sum(0)):
+        return sums_and_gathers()
+
+
+@pytest.mark.parametrize("wrong", [always_at_once, without_an_own_part])
+def test_wrong_direct_sums_are_seen(pool: Pool, wrong: Callable) -> None:
+    """Sums in flight that go on only when all ranks wait for them; a part left out."""
+    with pytest.raises(WorkerError):
+        pool.run(3, wrong, timeout=20)

@@ -70,6 +70,8 @@ class ShardOptimizer:
         for each in self.owned:
             shards[group_of[each.member.parameter]].append(each.shard)
         self.optimizer = make_optimizer([group | {"params": own} for group, own in zip(groups, shards, strict=True)])
+        if self._master.element_size() >= 4:
+            fuse(self.optimizer)
 
     def set_gradient(self, gradient: Tensor, unused: Iterable[nn.Parameter] = ()) -> None:
         """Give the optimizer the bucket's gradient, this shard of it, but none for parameters that nothing has used."""
@@ -106,3 +108,10 @@ class ShardOptimizer:
         """What it holds besides the model's weights: its copy of them, if it has one, and its state."""
         copies = [c for c in (self._master, self._rounded) if c is not None and c is not self._weights]
         return copies + [value for state in self.optimizer.state.values() for value in state.values() if value.dim()]
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Where torch has a fused update of this kind and was left the choice, take it: one pass over memory, not ten."""
+    for group in optimizer.param_groups:
+        if "fused" in group and group["fused"] is None and not group.get("foreach") and not group.get("differentiable"):
+            group["fused"] = True

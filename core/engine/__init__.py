@@ -1,0 +1,1 @@
+"""Faster ways than the plain ones of `core`, for the same results."""
