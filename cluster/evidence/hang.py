@@ -193,11 +193,15 @@ def _signal(processes: Mapping[int, int], number: int) -> None:
 # ---- What is shown and claimed ---------------------------------------------------------------------------------------
 
 
+def named_fault(fault: str) -> str:
+    return "no fault" if fault == "none" else f"--fault {fault}"
+
+
 def show(run: Run, fault: str, rank: int, heard: Heard) -> None:
     if fault == "none":
-        run.say(f"no fault: {'nothing is said' if not heard.said else heard.said}\n")
+        run.say(f"{named_fault(fault)}: {'nothing is said' if not heard.said else heard.said}\n")
         return
-    run.say(f"--fault {fault}: rank {rank} {FAULTS[fault].does[0]} ({heard.seconds:.1f} s)\n")
+    run.say(f"{named_fault(fault)}: rank {rank} {FAULTS[fault].does[0]} ({heard.seconds:.1f} s)\n")
     lines = heard.said[heard.said.find(TABLE) + len(TABLE) :].split(WRONG)[0] if heard.tables else heard.said
     run.say(f"{lines.strip()}\n\n{WRONG}{heard.wrong or 'nothing was said'}\n")
 
@@ -209,22 +213,25 @@ def claim(run: Run, ranks: int, rank: int, found: Mapping[str, Heard]) -> None:
     run.evidence.each(
         "the line names rank, operation and reason",
         "what was done",
-        [(f"{fault}: named", 1, heard.names(fault, guilty[fault], ranks)) for fault, heard in faults.items()],
+        [
+            (f"{named_fault(fault)}: named", 1, heard.names(fault, guilty[fault], ranks))
+            for fault, heard in faults.items()
+        ],
     )
     run.evidence.each(
         "tables that are printed, by all ranks together",
         "1",
-        [(f"{fault}: tables", 1, heard.tables) for fault, heard in faults.items()],
+        [(f"{named_fault(fault)}: tables", 1, heard.tables) for fault, heard in faults.items()],
     )
     run.evidence.each(
         "ranks that had to be ended from outside",
         "0: the timeout of each ends it",
-        [(f"{fault}: ended from outside", 0, heard.killed) for fault, heard in found.items()],
+        [(f"{named_fault(fault)}: ended from outside", 0, heard.killed) for fault, heard in found.items()],
     )
     run.evidence.each(
         "ranks that end as if all were well",
         "0",
-        [(f"{fault}: exit code 0", 0, heard.codes.count(0)) for fault, heard in faults.items()],
+        [(f"{named_fault(fault)}: exit code 0", 0, heard.codes.count(0)) for fault, heard in faults.items()],
     )
     run.evidence.claim("without a fault: ranks that end well", f"all {ranks}", ranks, healthy.codes.count(0))
     run.evidence.claim("without a fault: characters that are printed", "0", 0, len(healthy.said))

@@ -9,10 +9,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
-from textwrap import fill
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
+from core.proof.language import ENGLISH, Catalogue, laid_out
+from core.proof.terminal import measure, wrapped
 
 LATE = 0.5  # of the longest wait: who has joined, or moved on, within the last half of it is slow, not stuck
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -297,7 +297,9 @@ def _unclear(records: Mapping[int, Record]) -> Finding:
     return Finding("unclear", (), f"{call} has not come to its end, and all who take part have started it")
 
 
-def table(records: Mapping[int, Record], lost: Mapping[int, str], world_size: int, width: int) -> str:
+def table(
+    records: Mapping[int, Record], lost: Mapping[int, str], world_size: int, width: int, known: Catalogue = ENGLISH
+) -> str:
     """What every rank was in, as far as one knows; the last column but one is wrapped to fit `width`."""
     rows = []
     for rank in range(world_size):
@@ -305,14 +307,14 @@ def table(records: Mapping[int, Record], lost: Mapping[int, str], world_size: in
         if record is None:
             rows.append((rank, lost.get(rank, "unknown"), "", "", "", ""))
             continue
-        call = record.waits[0] if record.waits else record.last
-        state = "failed" if record.state.startswith("failed") else record.state
+        call, state = record.waits[0] if record.waits else record.last, record.state.partition(":")[0]
         if state == "running":
             state = "waits in" if record.waits else "computes"
         what = f"{call}" if call and record.waits else f"after {call}" if call else ""
         since, where = (call.waited, call.where) if record.waits else (record.moved, record.where)
         rows.append((rank, lost.get(rank, state), what, call.tensor if call else "", where, f"{since:.1f} s"))
     header = ("rank", "", "operation", "tensor", "where", "since")
-    widths = [max(len(str(row[i])) for row in [*rows, header]) for i in range(len(header))]
+    cells = [[known.gettext(str(cell)) for cell in row] for row in [header, *rows]]
+    widths = [max(map(measure, column)) for column in zip(*cells, strict=True)]
     room = max(16, width - sum(widths) + widths[4] - 2 * (len(widths) - 1))
-    return tabulate([(*row[:4], fill(row[4], room), row[5]) for row in rows], header, disable_numparse=True)
+    return "\n".join(laid_out(cells[0], [[*row[:4], "\n".join(wrapped(row[4], room)), row[5]] for row in cells[1:]]))

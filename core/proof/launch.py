@@ -7,7 +7,7 @@ nothing else is read.
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from core.proof.files import Unwritable
 from core.proof.flight import FLIGHT, Group
+from core.proof.language import ENGLISH, Catalogue
 from core.proof.matching import Checker, MismatchError
 from core.proof.peers import PeerError, peer_errors
 from core.proof.places import follow_backward
@@ -165,7 +166,7 @@ def launch(
     device: torch.device,
     timeout: float,
     check_messages: bool = False,
-    known: Callable[[str], str] = str,
+    known: Catalogue = ENGLISH,
     meeting: float | None = None,
     share: bool = False,
 ) -> Iterator[Job]:
@@ -174,7 +175,7 @@ def launch(
     Args:
         timeout: seconds that any wait may take.
         check_messages: compare what ranks are about to exchange before they do, see `core.proof.matching.Checker`.
-        known: what `Stop` says, in the reader's language.
+        known: the reader's language, for `Stop` and for what is said of a hang.
         meeting: seconds that the ranks have to meet; as `timeout` where it is None.
         share: other ranks may be on this GPU; messages go through the host, see `core.proof.host`.
 
@@ -193,7 +194,7 @@ def launch(
         )
         FLIGHT.reset()
         follow_backward()
-        watch = Watch(here.rank, here.world_size, timeout, device.type != "cpu")
+        watch = Watch(here.rank, here.world_size, timeout, device.type != "cpu", known)
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), dist.group.WORLD)
         chosen: list[str] = [""] * here.world_size
         dist.all_gather_object(chosen, backend)
@@ -215,7 +216,7 @@ def launch(
             code = 0
         except Stop as stop:
             if here.rank == 0:
-                print(known(f"stopped: {stop}"), file=sys.stderr, flush=True)
+                print(known.gettext(f"stopped: {stop}"), file=sys.stderr, flush=True)
             code = 1
         FLIGHT.state = "ended"
         with collective("barrier", "the end of the job"):

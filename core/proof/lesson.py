@@ -162,7 +162,7 @@ class Lesson:
         except SystemExit:  # --help, which rank 0 has printed
             return 0
         began = time.perf_counter()
-        with launch(device, args.timeout, args.check_messages, known.gettext, share=args.share_gpu) as job:
+        with launch(device, args.timeout, args.check_messages, known, share=args.share_gpu) as job:
             run = Run(args, job, POLICIES[args.dtype], known)
             run.say(f"{self.heading}: {self.title} · {self.title_zh}")
             ranks = f"{here.world_size} rank" + "s" * (here.world_size > 1)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from core.proof.diagnosis import Record, diagnose, table
 from core.proof.flight import FLIGHT, host
+from core.proof.language import ENGLISH, Catalogue
 from core.proof.peers import peer_errors
 from core.proof.terminal import columns, fit
 
@@ -38,7 +39,8 @@ class Watch:
     when a rank has been silent for half the timeout although nothing waits for it yet.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: float, on_gpu: bool = False):
+    def __init__(self, rank: int, world_size: int, timeout: float, on_gpu: bool = False, known: Catalogue = ENGLISH):
+        self._known = known
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.beat = min(BEAT, timeout / 10)
         self.quiet = QUIET * self.beat
@@ -168,8 +170,9 @@ class Watch:
         finding = diagnose(records, lost)
         if finding.kind == "unclear" and (before := diagnose(first, lost)).kind != "unclear":
             records, finding = first, before
-        shown = table(records, lost, self.world_size, columns())
-        print(fit(f"\nwho waits for what:\n\n{shown}\n\nwhat is wrong: {finding.text}\n"), file=sys.stderr, flush=True)
+        shown = table(records, lost, self.world_size, columns(), self._known)
+        what, wrong = map(self._known.gettext, ("who waits for what:", f"what is wrong: {finding.text}"))
+        print(fit(f"\n{what}\n\n{shown}\n\n{wrong}\n"), file=sys.stderr, flush=True)
         with suppress(RuntimeError):
             self._store.set("told", json.dumps(silent))
         return silent
@@ -234,14 +237,14 @@ class Watch:
 
     def _blame(self, silent: list[int], what: str) -> NoReturn:
         if not silent:
-            print(f"rank {self.rank}: {what}" + ("" if " reports: " in what else "; every other rank is alive"),
-                  file=sys.stderr, flush=True)  # fmt: skip
+            text = f"rank {self.rank}: {what}" + ("" if " reports: " in what else "; every other rank is alive")
+            print(self._known.gettext(text), file=sys.stderr, flush=True)
             self._wait_for_others()
         lost = str(silent[0])
         with suppress(RuntimeError):  # the store may be gone with the rank that held it
             # Ranks that leave because of the first loss fall silent too: the first name given is the right one.
             lost = self._store.compare_set("lost", "", lost).decode()
-        print(f"rank {self.rank}: lost rank {lost} ({what})", file=sys.stderr, flush=True)
+        print(self._known.gettext(f"rank {self.rank}: lost rank {lost} ({what})"), file=sys.stderr, flush=True)
         self._wait_for_others()
 
     def _wait_for_others(self) -> NoReturn:

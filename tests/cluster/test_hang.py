@@ -32,7 +32,7 @@ def test_every_fault_is_named(pool: Pool, tmp_path: Path) -> None:
         assert "no fault: nothing is said" in outcome.out
         assert outcome.out.count(WRONG) == len(FAULTS)
         claims = json.loads((tmp_path / name).read_text())["claims"]
-        assert {claim["claim"] for claim in claims} >= {f"{fault}: named" for fault in FAULTS}
+        assert {claim["claim"] for claim in claims} >= {f"--fault {fault}: named" for fault in FAULTS}
         assert (tmp_path / f"{name}.html").read_text().count("torchfrtrace") == 2
 
 
@@ -102,12 +102,12 @@ def test_a_wrong_line_fails(fault: str, bug: str) -> None:
         line = "no rank waits for another"
     else:
         line = LINES["dead" if fault == "slow" else "slow"]
-    assert f"FAILED: {fault}: named" in verdict({fault: heard(line)})
+    assert f"FAILED: --fault {fault}: named" in verdict({fault: heard(line)})
 
 
 def test_a_second_table_a_rank_that_stays_and_one_that_is_content_fail() -> None:
     good = heard(LINES["skip"])
-    assert "skip: tables" in verdict({"skip": replace(good, said=good.said * 2)})
+    assert "--fault skip: tables" in verdict({"skip": replace(good, said=good.said * 2)})
     assert "skip: ended from outside" in verdict({"skip": replace(good, killed=1)})
     assert "skip: exit code 0" in verdict({"skip": replace(good, codes=(1, 0, 1, 1))})
     job = {"none": replace(good, codes=(0,) * 4)}
