@@ -1,4 +1,4 @@
-"""Lecture 03: can the planner be believed? Held against 370 published runs (大模型并行与 GPU 集群配置).
+"""Lecture 03: can the planner be believed? Held against hundreds of published runs (大模型并行与 GPU 集群配置).
 
     torchrun --nproc_per_node=1 cluster/accuracy.py
 

@@ -35,7 +35,7 @@ from cluster.planner.options import machine_of, model_of, parser
 from cluster.planner.page import page
 from cluster.planner.plans import OWN_MEMORY, Plan, fits, plans, something_that_fits, usable
 from cluster.planner.shown import few_lines, on_host, rate, table
-from cluster.planner.software import NAMED, Software, with_features
+from cluster.planner.software import NAMED, Software, constants_of, with_features
 from cluster.planner.stages import layers_by_rank
 from cluster.planner.traffic import sent
 from core.model.config import ModelConfig
@@ -131,7 +131,7 @@ def search(args: argparse.Namespace) -> tuple[ModelConfig, Machine, list[Plan], 
     if considered:
         what = f"none of {considered:,} layouts of {model.name} fits {machine.memory / 1e9:.0f} GB"
         if host := offloaded(model, machine, world, batch, software):
-            what += f"; with {on_host(host)}"
+            what += f"; {on_host(model, host)}"
     use = something_that_fits(model, machine, world, batch, fixed, software) or "a smaller model"
     raise ValueError(f"--world {world} --batch {batch}: {what}; use {use}")
 
@@ -139,10 +139,9 @@ def search(args: argparse.Namespace) -> tuple[ModelConfig, Machine, list[Plan], 
 def main() -> int:
     made = parser("plan", "The fastest layout of a model on a machine, and why.")
     made.epilog, made.formatter_class = DOMAIN, argparse.RawDescriptionHelpFormatter
-    names = tuple(name for name in NAMED if name != "deepspeed")
-    made.add_argument("--software", choices=names, default="megatron-core",
+    made.add_argument("--software", choices=tuple(NAMED), default="megatron-core",
                       help="whose time and memory; here: this project's (default %(default)s)")  # fmt: skip
-    made.add_argument("--bits", type=int, choices=(8, 16), default=16, help="of the layers' products (default 16)")
+    made.add_argument("--bits", type=int, choices=(4, 8, 16), default=16, help="of the layers' products (default 16)")
     made.add_argument("--imbalance", type=float, default=IMBALANCE, metavar="X",
                       help="routed rows of the busiest expert over the mean (default %(default)s)")  # fmt: skip
     made.add_argument("--kubernetes", action="store_true", help="also print a TrainJob of Kubeflow")
@@ -198,6 +197,7 @@ def main() -> int:
     say(f"Tokens a second would be won: {won}.")
     if args.world is None and not fixed:
         say("\n".join(few_lines(model, machine, layout.batch, software)))
+    say(f"Constants of {software.name}: {constants_of(software.name)}.")
     if software.name not in OWN_MEMORY and fits(model, layout, machine) is None:
         say("This project's own program holds more than that: for a layout that it trains add --software here.")
     say("Median error on H100 in bfloat16: "

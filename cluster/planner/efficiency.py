@@ -22,6 +22,7 @@ BACKWARD = 2.5 / 0.8  # of flash attention over its forward: 5 products for 2, a
 # attention's: what is compressed, split, normed, rotated and put together.
 OPERATORS, ROUTER, EXPERT, EXPERT_BIASES, LATENT = 20, 50, 2, 4, 80
 KEPT_WIDE = 0.15  # of the layers that a training in 4 bits has in 16: 2509.25149, section 3
+QUANTIZING = 8  # both operands of four products are cast
 CHECKPOINT = 18  # of torch.utils.checkpoint's own: it saves and restores the generators' states
 
 
@@ -96,11 +97,11 @@ def head_time(model: ModelConfig, layout: Layout, machine: Machine, software: So
     return of_products + software.logits * tokens * columns / machine.bandwidth
 
 
-def operators(model: ModelConfig, layout: Layout, moe: bool, at_once: bool = False) -> int:
-    """That the host starts for a layer's forward."""
+def operators(model: ModelConfig, layout: Layout, moe: bool, at_once: bool = False, bits: int = 16) -> int:
+    """That the host starts for a layer's forward; fewer bits are made of more, before each product."""
     of_expert = EXPERT + (EXPERT_BIASES if model.biases or model.expert_bias else 0)
     of_experts = ROUTER + of_expert * (1 if at_once else model.experts // layout.ep) if moe else 0
-    return OPERATORS + of_experts + (LATENT if model.latent else 0)
+    return OPERATORS + (QUANTIZING if bits < 16 else 0) + of_experts + (LATENT if model.latent else 0)
 
 
 def head_in_layers(model: ModelConfig) -> float:

@@ -6,6 +6,7 @@ Lecture 03.
 import re
 
 from cluster.planner.activations import layer_saved
+from cluster.planner.efficiency import ROUTER
 from cluster.planner.layout import Layout
 from cluster.planner.software import NOTHING_AGAIN, Again
 from core.model.config import ModelConfig
@@ -22,10 +23,10 @@ def recomputation(words: str) -> str:
 
 # Policies of several parts: Megatron-Core's `--recompute-modules`, and torchtitan's `every_second`.
 PARTS = {
-    "norm": Again(0.0, 0.25, 0.15, 2),
-    "act": Again(0.0, 0.3, 0.2, 1),
-    "mla_up_proj": Again(0.1, 0.1, 0.1, 1),
-    "moe": Again(0.7, 0.6, 0.6, 1),
+    "norm": Again(0.0, 0.25, 0.15, 2, 2),
+    "act": Again(0.0, 0.3, 0.2, 1, 2),
+    "mla_up_proj": Again(0.1, 0.1, 0.1, 1, 12),  # two products, splits, rotations, and what puts them together
+    "moe": Again(0.7, 0.6, 0.6, 1, ROUTER),
 }
 
 

@@ -55,9 +55,16 @@ def table(model: ModelConfig, machine: Machine, chosen: Plan, best: Iterable[Pla
     return "\n".join([tabulate(rows, COLUMNS, floatfmt=FORMATS), *missing])
 
 
-def on_host(plan: Offloaded) -> str:
-    where = f"{plan.device / 1e9:.3g} GB of a device, {plan.host / 1e9:.3g} of the host for each"
-    return f"gradients and optimizer on the host (not built here) {plan.seconds:.3g} s a step, {where}"
+def on_host(model: ModelConfig, plan: Offloaded) -> str:
+    """What it is, how fast, and whether device and host have the room."""
+    (device, host), rate = plan.room, plan.layout.batch * model.sequence / plan.seconds
+    held = (
+        f"{plan.device / 1e9:.3g} of {device / 1e9:.3g} GB of a device, {plan.host / 1e9:.3g} of {host / 1e9:.3g} GB "
+    )
+    what = "gradients and optimizer on the host (ZeRO-Offload; not built here)"
+    if not plan.fits:
+        return f"does not fit, nor with {what}: {held}of the host for each"
+    return f"{what}: {plan.seconds:.3g} s a step, {rate:,.0f} tokens/s, {held}of the host for each"
 
 
 def few_lines(model: ModelConfig, machine: Machine, batch: int, software: Software) -> list[str]:
@@ -65,10 +72,11 @@ def few_lines(model: ModelConfig, machine: Machine, batch: int, software: Softwa
     lines = ["On few devices:"]
     for world, plan in few(model, machine, batch, software):
         if plan is None:
-            lines.append(f"  {world}: does not fit, nor with the optimizer on the host")
+            lines.append(f"  {world}: no layout keeps the rules")
         elif isinstance(plan, Offloaded):
-            lines.append(f"  {world}: {on_host(plan)}")
+            lines.append(f"  {world}: {on_host(model, plan)}")
         else:
             held = f"{plan.memory.total / 1e9:.3g} GB"
-            lines.append(f"  {world}: {plan.step.seconds:.3g} s a step, {held} ({plan.layout})")
+            rate = plan.layout.batch * model.sequence / plan.step.seconds
+            lines.append(f"  {world}: {plan.step.seconds:.3g} s a step, {rate:,.0f} tokens/s, {held} ({plan.layout})")
     return lines

@@ -93,8 +93,8 @@ def layer_times(model: ModelConfig, layout: Layout, moe: bool, machine: Machine,
     dgrad = {"matrix products": products[1] + attention_backward, "memory": 2 * memory, "tp": tp, "cp": cp_backward,
              "ep": ep}  # fmt: skip
     wgrad = {"matrix products": products[2]}
-    again, host = software.again, software.launch * operators(model, layout, moe, software.at_once)
-    host_again = software.launch * CHECKPOINT * again.checkpoints
+    again, host = software.again, software.launch * operators(model, layout, moe, software.at_once, software.bits)
+    host_again = software.launch * (CHECKPOINT * again.checkpoints + again.operators)
     if layout.recompute == "full":
         dgrad, host_again = add(dgrad, forward), host_again + host
     elif layout.recompute != "none":

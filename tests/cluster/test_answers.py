@@ -20,6 +20,7 @@ from cluster.planner.models import PRESETS
 from cluster.planner.plans import Plan, choices, fits, plans, with_equal_nodes
 from cluster.planner.rows import published
 from cluster.planner.search import legal
+from cluster.planner.shown import on_host
 from cluster.planner.software import NAMED
 from cluster.planner.steptime import step
 from core.model.config import ModelConfig
@@ -181,9 +182,13 @@ def test_few_devices_and_what_the_host_makes_room_for() -> None:
     alone = answers[1]
     assert alone == offloaded(model, machine, 1, 64, CORE)
     assert alone.device < machine.memory < 16 * 1.65e9
-    assert alone.host == pytest.approx(16 * sum(parameters(model, Layout())))
+    assert alone.host == pytest.approx(14 * sum(parameters(model, Layout())))
+    assert alone.fits
+    assert alone.room[1] == 2 * machine.host_memory  # a PC's host is that of both devices
     assert answers[4].step.seconds < alone.seconds / 4
-    assert offloaded(PRESETS["llama3-70b"], machine, 2, 64, CORE) is None
+    large = offloaded(PRESETS["llama3-70b"], machine, 2, 64, CORE)
+    assert not large.fits
+    assert "does not fit, nor with gradients" in on_host(PRESETS["llama3-70b"], large)
 
 
 # ---- Machines --------------------------------------------------------------------------------------------------------
