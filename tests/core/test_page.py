@@ -220,10 +220,12 @@ def test_nothing_is_wider_than_the_paper(browser: Browser, tmp_path: Path) -> No
     (tmp_path / "a.html").write_text(page, "utf-8")
     browser.resize(700, 900)
     browser.open(tmp_path / "a.html")
-    browser.prefer("light", "print")
-    width = "Math.max(...[...document.querySelectorAll('main svg')].map(e => e.getBoundingClientRect().right))"
+    browser.prefer("dark", "print")
+    shown = "[...document.querySelectorAll('main svg, main table:not(.cases)')]"
+    width = f"Math.max(...{shown}.map(e => e.getBoundingClientRect().right))"
     assert browser.run(width) <= 700
     assert browser.run("getComputedStyle(document.querySelector('.bar')).display") == "none"
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     browser.prefer("light")
 
 
