@@ -71,7 +71,8 @@ def all_reduce_async(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, at_once
         return Pending(None, axis, x, "")
     call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, op)
     sent = host.outgoing(x, axis.group)
-    return Pending(direct.all_reduce(sent, op, axis, at_once), axis, x, "all-reduce", call=call, landing=sent)
+    work = direct.all_reduce(sent, op, axis, at_once and sent is x)
+    return Pending(work, axis, x, "all-reduce", call=call, landing=sent)
 
 
 def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gather") -> Pending:
@@ -81,7 +82,7 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
     rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     call = _record(label, axis, rows, (axis.size - 1) / axis.size)
     landing = host.landing(rows, axis.group)
-    work = direct.all_gather(landing, host.outgoing(x, axis.group), axis)
+    work = direct.all_gather(landing, host.outgoing(x, axis.group), axis, near=landing is rows)
     return Pending(
         work, axis, rows, label, lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim), call, landing
     )
@@ -93,7 +94,8 @@ def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
         return Pending(None, axis, x, "")
     call = _record("all-gather", axis, x, (axis.size - 1) / axis.size)
     landing, sent = host.landing(x, axis.group), host.outgoing(x.chunk(axis.size)[axis.index], axis.group)
-    return Pending(direct.all_gather(landing, sent, axis), axis, x, "all-gather", call=call, landing=landing)
+    work = direct.all_gather(landing, sent, axis, near=landing is x)
+    return Pending(work, axis, x, "all-gather", call=call, landing=landing)
 
 
 def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:

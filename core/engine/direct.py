@@ -2,7 +2,7 @@
 
 Gloo's all-gather and all-reduce go around a ring: N-1 turns, one after another, on a thread of their own. Sent
 directly, the same bytes take one turn (an all-reduce two), and a sum has one order, that of the axis. On other devices,
-whose networks the libraries know, nothing changes. N ranks.
+and where ranks share a GPU, nothing changes. N ranks.
 """
 
 from collections.abc import Sequence
@@ -70,10 +70,10 @@ def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, axis: Axis, at_once: bool
     return dist.all_reduce(x, op, axis.group, async_op=True)
 
 
-def all_gather(full: Tensor, own: Tensor, axis: Axis) -> dist.Work:
+def all_gather(full: Tensor, own: Tensor, axis: Axis, may: bool) -> dist.Work:
     """Start to fill contiguous `full` with the ranks' shards, equal parts of its rows. `own` may be that part of it."""
-    if full.device.type != "cpu":
-        return dist.all_gather_single(full, own.contiguous(), axis.group, async_op=True)
+    if full.device.type != "cpu" or not may:
+        return dist.all_gather_single(full, own, axis.group, async_op=True)
     parts = full.view(axis.size, *own.shape).unbind(0)
     mine = parts[axis.index]
     if mine.data_ptr() != own.data_ptr():
