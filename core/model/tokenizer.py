@@ -1,5 +1,8 @@
 """A tokenizer of the readers' own, from the `tokenizer.json` that every published model has. Needs the extra `hf`."""
 
+from codecs import BOM_UTF8
+from pathlib import Path
+
 from core.proof.files import check_readable
 
 
@@ -19,7 +22,7 @@ class Tokenizer:
             ) from None
         check_readable(f"--tokenizer {path}", path, "use a model's tokenizer.json")
         try:
-            self._fast = Fast.from_file(path)
+            self._fast = Fast.from_buffer(Path(path).read_bytes().removeprefix(BOM_UTF8))
         except Exception as error:  # what the package raises is no class of its own
             raise ValueError(f"--tokenizer {path}: is no tokenizer: {error}; use a model's tokenizer.json") from None
 

@@ -63,6 +63,10 @@ def test_a_mark_at_the_beginning_is_no_text(tmp_path: Path) -> None:
     matrix = (ROOT / "tests/cluster/topologies/consumer_2gpu.txt").read_text()
     (tmp_path / "topology.txt").write_text(matrix, encoding="utf-8-sig")
     check_file(str(tmp_path / "topology.txt"))
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")).to_str()
+    (tmp_path / "tokenizer.json").write_text(words, encoding="utf-8-sig")
+    assert Tokenizer(str(tmp_path / "tokenizer.json")).vocabulary == 2
 
 
 # ---- --save
