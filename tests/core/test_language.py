@@ -128,6 +128,17 @@ def test_the_language_is_as_gettext_finds_it(flags: list[str], environment: dict
         ("min(m, p-r) on rank r", "rank r 上为 min(m, p-r)"),
         ("0 = 0 where F = I = W = 1, in virtual time", "F = I = W = 1 时 0 = 0，虚拟时间"),
         ("2bs(a+k)d/c (c-1)/c = 1,280; counted", "2bs(a+k)d/c (c-1)/c = 1,280；计数"),
+        ("0 = 0, where F = I = W = 1, in virtual time", "0 = 0，其中 F = I = W = 1，虚拟时间"),
+        (
+            "rank 3 is in all-gather 4 over dp while its three peers are in all-reduce 4 over dp (gradients, step 2)",
+            "rank 3 处于 dp 上的 all-gather 4，而其余 3 个 rank 处于 dp 上的 all-reduce 4（梯度，第 2 步）",
+        ),
+        (
+            "rank 3 is slow: it has not reached all-reduce 4 over dp, but moves on: "
+            "it is in forward of micro-batch 1, layer 0, step 2 (for 0.2 s)",
+            "rank 3 太慢：它还没有到达 dp 上的 all-reduce 4，但仍在前进："
+            "它处于微批次 1 的前向，层 0，第 2 步（已 0.2 秒）",
+        ),
         ("no word of this is known to anybody", "no word of this is known to anybody"),
     ],
 )
