@@ -23,11 +23,12 @@ from core.model.config import ModelConfig
 RUNS, WITHIN = 375, {"dense": (0.03, 0.12), "mixtures": (0.04, 0.16)}
 SAID = "{0[0]:.0%} (median) and {0[1]:.0%} (nine of ten)"
 DOMAIN = f"""Held against {RUNS} published runs (cluster/accuracy.py). In bfloat16 on 8 to 8192 H100: dense models of
-0.8 to 530 x 10^9 parameters within {SAID.format(WITHIN["dense"])}, mixtures of experts {SAID.format(WITHIN["mixtures"])};
-in the median of A100 3 to 20 %, of 8-bit products 2 to 30 %, of B200 and GB200 5 to 11 % dense and up to 40 % for
-mixtures. Memory within 6 % (median) and 16 % (nine of ten). MI300X, L40S, 4090, H200, clouds: by data sheets alone.
-Not in it: layers of state-space or linear attention, stragglers, failures, data loading, checkpoints, other jobs on the
-network. Constants are of named programs (--software); those of deepspeed and here are borrowed."""
+0.8 to 530 x 10^9 parameters within {SAID.format(WITHIN["dense"])},
+mixtures of experts {SAID.format(WITHIN["mixtures"])}; in the median of A100 3 to 20 %,
+of 8-bit products 2 to 30 %, of B200 and GB200 5 to 11 % dense and up to 40 % for mixtures. Memory within 6 % (median)
+and 16 % (nine of ten). MI300X, L40S, 4090, H200, clouds: by data sheets alone. Not in it: layers of state-space or
+linear attention, stragglers, failures, data loading, checkpoints, other jobs on the network. Constants are of named
+programs (--software); those of deepspeed and here are borrowed."""
 
 
 def error_of(model: ModelConfig) -> float:
