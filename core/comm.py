@@ -83,9 +83,8 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
     call = _record(label, axis, rows, (axis.size - 1) / axis.size)
     landing = host.landing(rows, axis.group)
     work = direct.all_gather(landing, host.outgoing(x, axis.group), axis, near=landing is rows)
-    return Pending(
-        work, axis, rows, label, lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim), call, landing
-    )
+    joined = lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim)  # noqa: E731
+    return Pending(work, axis, rows, label, joined, call, landing)
 
 
 def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:

@@ -70,10 +70,13 @@ def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, axis: Axis, at_once: bool
     return dist.all_reduce(x, op, axis.group, async_op=True)
 
 
-def all_gather(full: Tensor, own: Tensor, axis: Axis, may: bool) -> dist.Work:
-    """Start to fill contiguous `full` with the ranks' shards, equal parts of its rows. `own` may be that part of it."""
-    if full.device.type != "cpu" or not may:
-        return dist.all_gather_single(full, own, axis.group, async_op=True)
+def all_gather(full: Tensor, own: Tensor, axis: Axis, near: bool) -> dist.Work:
+    """Start to fill contiguous `full` with the ranks' shards, equal parts of its rows. `own` may be that part of it.
+
+    `near` where the values belong to the CPU, and are not on it just to be sent.
+    """
+    if full.device.type != "cpu" or not near:
+        return dist.all_gather_single(full, own.contiguous(), axis.group, async_op=True)
     parts = full.view(axis.size, *own.shape).unbind(0)
     mine = parts[axis.index]
     if mine.data_ptr() != own.data_ptr():
