@@ -71,7 +71,7 @@ def all_reduce_async(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, at_once
         return Pending(None, axis, x, "")
     call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, op)
     sent = host.outgoing(x, axis.group)
-    work = direct.all_reduce(sent, op, axis, at_once and sent is x)
+    work = direct.all_reduce(sent, op, axis, at_once and not host.is_needed(x, axis.group))
     return Pending(work, axis, x, "all-reduce", call=call, landing=sent)
 
 
@@ -81,8 +81,8 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
         return Pending(None, axis, x, "")
     rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     call = _record(label, axis, rows, (axis.size - 1) / axis.size)
-    landing = host.landing(rows, axis.group)
-    work = direct.all_gather(landing, host.outgoing(x, axis.group), axis, near=landing is rows)
+    landing, near = host.landing(rows, axis.group), not host.is_needed(x, axis.group)
+    work = direct.all_gather(landing, host.outgoing(x.contiguous(), axis.group), axis, near)
     joined = lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim)  # noqa: E731
     return Pending(work, axis, rows, label, joined, call, landing)
 
@@ -93,7 +93,7 @@ def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
         return Pending(None, axis, x, "")
     call = _record("all-gather", axis, x, (axis.size - 1) / axis.size)
     landing, sent = host.landing(x, axis.group), host.outgoing(x.chunk(axis.size)[axis.index], axis.group)
-    work = direct.all_gather(landing, sent, axis, near=landing is x)
+    work = direct.all_gather(landing, sent, axis, near=not host.is_needed(x, axis.group))
     return Pending(work, axis, x, "all-gather", call=call, landing=landing)
 
 

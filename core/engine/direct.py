@@ -76,7 +76,7 @@ def all_gather(full: Tensor, own: Tensor, axis: Axis, near: bool) -> dist.Work:
     `near` where the values belong to the CPU, and are not on it just to be sent.
     """
     if full.device.type != "cpu" or not near:
-        return dist.all_gather_single(full, own.contiguous(), axis.group, async_op=True)
+        return dist.all_gather_single(full, own, axis.group, async_op=True)
     parts = full.view(axis.size, *own.shape).unbind(0)
     mine = parts[axis.index]
     if mine.data_ptr() != own.data_ptr():
