@@ -6,6 +6,7 @@ nothing else is read.
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from core.proof.peers import PeerError, peer_errors
 from core.proof.places import follow_backward
 from core.proof.rulebook import SHARED_GPU
 from core.proof.rules import check
-from core.proof.watch import Watch, leave
+from core.proof.watch import Watch, came, leave, missed
 
 SHORTEST_TIMEOUT = 5.0
 
@@ -187,11 +188,15 @@ def launch(
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"  # objects and clocks stay on the CPU
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
+    limit, place = timedelta(seconds=timeout if meeting is None else meeting), None
+    apart = f"rank {here.rank}: could not meet the other ranks within {limit.total_seconds():.0f} s: "
+    patience = threading.Timer(2 * limit.total_seconds(), leave, [f"{apart}the job's store does not answer"])
+    patience.daemon = True
+    patience.start()
     try:
-        limit = timedelta(seconds=timeout if meeting is None else meeting)
-        dist.init_process_group(
-            backends, store=meeting_place(here, limit), rank=here.rank, world_size=here.world_size, timeout=limit
-        )
+        place = meeting_place(here, limit)
+        came(place, here.rank)
+        dist.init_process_group(backends, store=place, rank=here.rank, world_size=here.world_size, timeout=limit)
         FLIGHT.reset()
         follow_backward()
         watch = Watch(here.rank, here.world_size, timeout, device.type != "cpu", known)
@@ -199,8 +204,9 @@ def launch(
         chosen: list[str] = [""] * here.world_size
         dist.all_gather_object(chosen, backend)
     except (RuntimeError, ValueError) as error:
-        waited, why = limit.total_seconds(), str(error).splitlines()[0]
-        leave(f"rank {here.rank}: could not meet the other ranks within {waited:.0f} s: {why}")
+        why = missed(place, here.rank, here.world_size) if place else ""
+        leave(apart + (why or str(error).splitlines()[0]))
+    patience.cancel()
     if len(set(chosen)) > 1:
         if here.rank == 0:
             where = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(chosen))

@@ -49,6 +49,7 @@ class Watch:
         self._records: list[bytes] = []  # as they were sent: read when something is wrong
         self._processes: list[tuple[str, int]] = []  # host and number of each rank's
         self._beats = 0
+        self._answered = time.monotonic()  # when the store last did
         self._trouble = False  # whether another rank reports that something is wrong: then all of the record is sent
         self._ended = False
         self._overdue = timeout - WATCHDOG if timeout > 2 * WATCHDOG else timeout / 2
@@ -72,6 +73,18 @@ class Watch:
         self._wake = wake
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, daemon=True).start()
+
+    def _guard(self) -> None:
+        """Where the holder of the store is stopped, the store never answers, and the heart itself stands still."""
+        while not self._ended:
+            time.sleep(self.beat)
+            if self._ended or time.monotonic() - self._answered < 0.75 * self.timeout:
+                continue
+            FLIGHT.freeze()
+            if not by_torchrun() and self.rank == 1:
+                self._show(self._known_records(), {0: self._life(0) or "shows no sign of life"})
+            self._leave_store(f", and has not answered for {0.75 * self.timeout:.0f} s")
 
     def _watch(self) -> None:
         while not self._ended:
@@ -129,7 +142,8 @@ class Watch:
             time.sleep(self.beat / 2)
             if time.monotonic() > began + 2 * self.beat and self._all_known():
                 break
-        silent = silent or [r for r in self._silent(self.quiet) if self._life(r) != "runs"]
+        if not self._ended:  # then no rank beats any more
+            silent = silent or [r for r in self._silent(self.quiet) if self._life(r) != "runs"]
         silent += [r for r in self._others if self._life(r) not in ("runs", "") and r not in silent]
         self._blame(self._tell(first, silent) if self._others else silent, what)
 
@@ -138,17 +152,9 @@ class Watch:
         return all(self._life(rank) for rank in self._others)
 
     def _life(self, rank: int) -> str:
-        """runs, died, or is stopped; empty on another machine."""
         if not self._processes:
             self._processes = [json.loads(each)["process"] for each in self._records]
-        where, number = self._processes[rank]
-        if where != host() or not Path("/proc/self/stat").exists():
-            return ""
-        try:
-            state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return "died"
-        return {"Z": "died", "X": "died", "T": "is stopped", "t": "is stopped"}.get(state, "runs")
+        return life(*self._processes[rank])
 
     def _tell(self, first: Mapping[int, Record], silent: list[int]) -> list[int]:
         """One rank prints who waits for what. Returns, when it has, the ranks that it thinks are lost."""
@@ -167,15 +173,19 @@ class Watch:
             if self._trouble or self.rank != alive[0]:
                 return silent
         records = self._read_records()
-        finding = diagnose(records, lost)
-        if finding.kind == "unclear" and (before := diagnose(first, lost)).kind != "unclear":
-            records, finding = first, before
-        shown = table(records, lost, self.world_size, columns(), self._known)
-        what, wrong = map(self._known.gettext, ("who waits for what:", f"what is wrong: {finding.text}"))
-        print(fit(f"\n{what}\n\n{shown}\n\n{wrong}\n"), file=sys.stderr, flush=True)
+        if diagnose(records, lost).kind == "unclear" and diagnose(first, lost).kind != "unclear":
+            records = first
+        self._show(records, lost)
         with suppress(RuntimeError):
             self._store.set("told", json.dumps(silent))
         return silent
+
+    def _show(self, records: Mapping[int, Record], lost: Mapping[int, str]) -> None:
+        """Print who waits for what, and what is wrong."""
+        finding = diagnose(records, lost)
+        shown = table(records, lost, self.world_size, columns(), self._known)
+        what, wrong = map(self._known.gettext, ("who waits for what:", f"what is wrong: {finding.text}"))
+        print(fit(f"\n{what}\n\n{shown}\n\n{wrong}\n"), file=sys.stderr, flush=True)
 
     def _told(self) -> list[int] | None:
         """The ranks that are lost, once one rank has said so; while it speaks its number is there."""
@@ -205,6 +215,7 @@ class Watch:
                 self._heard[other] = (beat, time.monotonic())
         if self.rank < LISTENERS or not self._records:
             self._records = self._store.multi_get([f"record {rank}" for rank in range(self.world_size)])
+        self._answered = time.monotonic()
         self._trouble = trouble != b"no" and not trouble.startswith(f"rank {self.rank} ".encode())
         return trouble.decode()
 
@@ -212,6 +223,9 @@ class Watch:
         """The newest of all ranks; those heard before where the store is gone."""
         with suppress(RuntimeError):
             self._records = self._store.multi_get([f"record {rank}" for rank in range(self.world_size)])
+        return self._known_records()
+
+    def _known_records(self) -> dict[int, Record]:
         read = {rank: Record.read(json.loads(each)) for rank, each in enumerate(self._records)}
         return read | {self.rank: Record.read(FLIGHT.snapshot(full=True))}
 
@@ -226,14 +240,17 @@ class Watch:
             return  # the main thread has noticed, and reports
         if self._trouble:
             leave(f"rank {self.rank}: another rank has told what is wrong, and left")
-        by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        silent = self._silent(self.quiet / 2) if by_torchrun else [0]
+        silent = self._silent(self.quiet / 2) if by_torchrun() else [0]
         if silent and self.rank == min(r for r in range(self.world_size) if r not in silent):
             FLIGHT.freeze()
             self._tell(self._read_records(), silent)
-        if silent and by_torchrun:
+        if silent and by_torchrun():
             self._blame(silent, "and then the job's store")
-        leave(f"rank {self.rank}: lost {'torchrun' if by_torchrun else 'rank 0'}, which held the job's store")
+        self._leave_store("")
+
+    def _leave_store(self, more: str) -> NoReturn:
+        holder = "torchrun" if by_torchrun() else "rank 0"
+        leave(self._known.gettext(f"rank {self.rank}: lost {holder}, which held the job's store{more}"))
 
     def _blame(self, silent: list[int], what: str) -> NoReturn:
         if not silent:
@@ -251,6 +268,42 @@ class Watch:
         if self.rank == 0:
             time.sleep(2 * self.beat)  # it may hold the store, in which the others read what is wrong
         leave("")
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun holds the job's store; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def life(where: str, number: int) -> str:
+    """Of the process with this number on this host: runs, died, or is stopped; empty on another machine."""
+    if where != host() or not Path("/proc/self/stat").exists():
+        return ""
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "died"
+    return {"Z": "died", "X": "died", "T": "is stopped", "t": "is stopped"}.get(state, "runs")
+
+
+def came(store: dist.Store, rank: int) -> None:
+    """Say in the store that this rank is there, before it meets the others."""
+    store.set(f"came {rank}", json.dumps([host(), os.getpid()]))
+
+
+def missed(store: dist.Store, own: int, world_size: int) -> str:
+    """Which ranks never came, or came and are no more, in words; empty where all are there."""
+    found = []
+    with suppress(RuntimeError):  # the store is gone with the rank that held it
+        store.set(f"gave up {own}", "")  # it leaves, and is not the one that others miss
+        for rank in range(world_size):
+            if not store.check([f"came {rank}"]):
+                found.append(f"rank {rank} did not come")
+                continue
+            state = life(*json.loads(store.get(f"came {rank}")))
+            if state not in ("", "runs") and not store.check([f"gave up {rank}"]):
+                found.append(f"rank {rank} {state}")
+    return ", ".join(found)
 
 
 def leave(message: str) -> NoReturn:

@@ -1,15 +1,19 @@
 """Ranks that fail, fall silent or never come: the others stop, and say who."""
 
+import os
+import signal
 import textwrap
 from pathlib import Path
 
+from core.proof import launch
+from core.proof.watch import came
 from tests.pool import Pool
 
 
 def script(folder: Path, body: str, name: str = "script") -> str:
     """A script that is a rank of a job and then does `body`, with a timeout of 10 s."""
     head = """
-        import sys, time
+        import os, signal, sys, time
         import torch, torch.distributed as dist
         from core import comm
         from core.proof.launch import Stop, launch
@@ -80,3 +84,35 @@ def test_ranks_that_are_silent_and_ranks_that_never_come(pool: Pool, tmp_path: P
         assert outcome.codes == [1] * len(outcome.codes)
         assert "rank 0: could not meet the other ranks within 10 s" in outcome.err
         assert "Traceback" not in outcome.err
+
+
+def test_who_holds_the_store_is_named_when_it_is_stopped_and_who_died_before_the_meeting(
+    pool: Pool, tmp_path: Path
+) -> None:
+    """Two jobs at once: in both a wait on the store itself would never end."""
+    body = """
+        axis = Mesh("cpu", Ledger(), job.timeout, dp=3)["dp"]
+        if job.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        comm.all_reduce(torch.ones(3), axis)
+    """
+    holder = pool.start(3, script(tmp_path, body, "holder"), timeout=30)
+    early = pool.start(3, script(tmp_path, "pass", "early"), timeout=30, before=dies_before_the_meeting)
+    for process in holder.processes[1:]:
+        process.join(25)
+    os.kill(holder.processes[0].pid, signal.SIGKILL)
+    outcome = holder.end()
+    assert outcome.codes[1:] == [1, 1]
+    for rank in (1, 2):
+        assert f"rank {rank}: lost rank 0, which held the job's store, and has not answered for 8 s" in outcome.err
+    assert outcome.err.count("who waits for what:") == 1
+    assert "rank 0 is stopped" in outcome.err
+    outcome = early.end()
+    for rank in (0, 1):
+        assert f"rank {rank}: could not meet the other ranks within 10 s: rank 2 died" in outcome.err
+
+
+def dies_before_the_meeting(rank: int) -> None:
+    """Rank 2 has come, and is killed before all have met."""
+    if rank == 2:
+        launch.came = lambda store, rank: (came(store, rank), os._exit(9))
