@@ -75,7 +75,7 @@ def a_rank_is_lost(*axes: str) -> AbstractContextManager:
     def lost(axis: Axis) -> bool:
         return axis.name in axes and axis.index == 1
 
-    def wrong_reduce(x: Tensor, axis: Axis, *more: Any) -> comm.Pending:
+    def wrong_reduce(x: Tensor, axis: Axis, *more: Any, **how: Any) -> comm.Pending:
         return reduce(x.detach().zero_() if lost(axis) else x, axis, *more)  # in place, as it is reduced
 
     def wrong_scatter(x: Tensor, axis: Axis, *more: Any) -> comm.Pending:

@@ -27,12 +27,13 @@ class Messages(dist.Work):
     def __init__(self, axis: Axis, send: Sequence[Tensor], receive: Sequence[Tensor], tag: int):
         super().__init__()
         self._works: list[dist.Work] = []
+        me = axis.group.rank()
         for step in range(1, axis.size):  # so that not all send to the same one first
-            to, of = (axis.index + step) % axis.size, (axis.index - step) % axis.size
+            to, of = (me + step) % axis.size, (me - step) % axis.size
             if receive[of].numel():
-                self._works.append(dist.irecv(receive[of], axis.ranks[of], axis.group, tag))
+                self._works.append(dist.irecv(receive[of], group=axis.group, tag=tag, group_src=of))
             if send[to].numel():
-                self._works.append(dist.isend(send[to], axis.ranks[to], axis.group, tag))
+                self._works.append(dist.isend(send[to], group=axis.group, tag=tag, group_dst=to))
 
     def wait(self, *timeout: timedelta) -> bool:
         while self._works:  # each once: gloo would wait for a second message
@@ -48,15 +49,15 @@ class Sum(Messages):
 
     def __init__(self, x: Tensor, axis: Axis):
         self._axis, self._parts = axis, x.view(-1).tensor_split(axis.size)
-        mine = self._parts[axis.index]
+        mine = self._parts[axis.group.rank()]
         self._received: Tensor | None = mine.new_empty(axis.size, len(mine))
-        self._received[axis.index] = mine
+        self._received[axis.group.rank()] = mine
         super().__init__(axis, self._parts, self._received.unbind(0), TAG)
 
     def wait(self, *timeout: timedelta) -> bool:
         super().wait(*timeout)
         if self._received is not None:
-            mine = self._parts[self._axis.index]
+            mine = self._parts[self._axis.group.rank()]
             mine.copy_(ordered_sum(self._received))
             self._received = None
             Messages(self._axis, [mine] * self._axis.size, self._parts, TAG + 1).wait(*timeout)
@@ -78,7 +79,7 @@ def all_gather(full: Tensor, own: Tensor, axis: Axis, near: bool) -> dist.Work:
     if full.device.type != "cpu" or not near:
         return dist.all_gather_single(full, own, axis.group, async_op=True)
     parts = full.view(axis.size, *own.shape).unbind(0)
-    mine = parts[axis.index]
+    mine = parts[axis.group.rank()]
     if mine.data_ptr() != own.data_ptr():
         mine.copy_(own)
     return Messages(axis, [mine] * axis.size, parts, TAG + 2)

@@ -123,7 +123,10 @@ SAME_IN_ALL = {  # flags without a line in the table: why
     ),
     "chooses or counts a layout, and trains none": ("auto", "machine", "dry_run", "world", "rank"),
     "how it is shown, or when": (
-        "help", "report", "plot", "page", "sample", "evaluate", "verify", "timeout", "device",
+        "help", "report", "plot", "page", "lang", "sample", "evaluate", "verify", "timeout", "device",
+    ),
+    "how messages are sent, which changes no value: tests/core/test_flight.py, test_host.py": (
+        "check_messages", "share_gpu",
     ),
     "other tolerances: the tests of mixed precision": ("dtype",),
 }  # fmt: skip

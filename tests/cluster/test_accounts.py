@@ -391,7 +391,7 @@ MUTATIONS = {
         memory, "most_gathered", lambda o, m, x, *rest: o(m, replace(x, reshard="step"), *rest), {"gathered"},
     ),
     "layers are split equally": (
-        stages, "layers_in", lambda o, layers, n, stage, split: o(8 if split else layers, n, stage), EVERYTHING,
+        stages, "_layers_of", lambda o, layers, kinds, n, split: o(8 if split else layers, kinds, n, ""), EVERYTHING,
     ),
     "no rank has the embedding twice": (
         exchanges, "stage_sizes", lambda o, *sizes: (o(*sizes)[0], 0), {"dp", "gathered"},

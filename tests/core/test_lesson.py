@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from core.proof.files import check_writable, write_file
+from core.proof.files import Unwritable, check_writable, write_file
 from core.proof.launch import ProcessInfo, choose_device
 from core.proof.lesson import Claim, Evidence, Lesson, Run
 
@@ -93,7 +93,7 @@ def test_plot_needs_matplotlib(capsys: pytest.CaptureFixture, monkeypatch: pytes
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_file(str(path), "old")
-    with patch.object(Path, "replace", side_effect=OSError), pytest.raises(OSError):
+    with patch.object(Path, "replace", side_effect=OSError), pytest.raises(Unwritable):
         write_file(str(path), "new")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 

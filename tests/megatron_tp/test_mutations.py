@@ -67,7 +67,7 @@ def row_bias_once_a_rank() -> AbstractContextManager:
 
 
 def f_does_not_sum() -> AbstractContextManager:
-    def wrong(x: Tensor, axis: Axis, *op: object) -> comm.Pending:
+    def wrong(x: Tensor, axis: Axis, *op: object, **how: object) -> comm.Pending:
         comm._record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size)
         return comm.Pending(None, axis, x, "")
 
@@ -77,9 +77,9 @@ def f_does_not_sum() -> AbstractContextManager:
 def f_is_read_too_early() -> AbstractContextManager:
     right = comm.all_reduce_async
 
-    def wrong(x: Tensor, axis: Axis, *op: object) -> comm.Pending:
+    def wrong(x: Tensor, axis: Axis, *op: object, **how: object) -> comm.Pending:
         early = x.clone()
-        pending = right(x, axis, *op)
+        pending = right(x, axis, *op, **how)
         return replace(pending, finish=lambda _: early) if axis.name == "tp layers" else pending
 
     return patch.object(comm, "all_reduce_async", wrong)
