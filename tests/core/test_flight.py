@@ -244,3 +244,17 @@ def test_the_slowest_rank_is_who_does_not_wait() -> None:
     assert found.notable
     assert not slowest_of([usual, usual]).notable
     assert slowest_of([usual]) is None
+
+
+def test_the_phase_of_the_slowest_rank_is_where_it_loses_most_seconds() -> None:
+    """Neither its longest phase, nor that which has grown by the largest factor; others may have no such phase."""
+    ranks = [
+        {"forward": 1.0, "backward": 4.0, "waiting, dp": 9.0},
+        {"forward": 3.0, "backward": 5.0, "optimizer": 0.4},
+        {"forward": 1.0, "backward": 4.5, "optimizer": 0.05},
+    ]
+    found = slowest_of(ranks)
+    assert not found.notable  # less than thrice the median
+    assert str(found) == (
+        "the slowest rank is 1: 8.40 s at work, the median 5.55 s; most of it in forward, 3.00 s, the median 1.00 s"
+    )
