@@ -186,7 +186,7 @@ def _odd_ones_out(kind: str, calls: Mapping[int, Call], ended: set[int]) -> Find
     for rank, call in calls.items():
         alike[call.operation if kind == "mismatch" else (call.shape[call.uneven :], call.dtype)].append(rank)
     sides = sorted(alike.values(), key=lambda side: -len(side))
-    if ended and len(sides[0]) * 2 == len(calls):  # who has ended is the odd one
+    if len(sides[0]) * 2 <= len(calls):  # no majority: who has ended is the odd one
         sides.sort(key=lambda side: not ended.isdisjoint(side))
     others, *rest = sides
     odd = sorted(rank for side in rest for rank in side)

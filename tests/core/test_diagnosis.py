@@ -62,6 +62,11 @@ def test_two_that_differ_each_in_another_way() -> None:
     text = "rank 1 is in barrier 12 over tp, rank 2 is in all-gather 12 over tp while ranks 0, 3 and 4 are in"
     assert found(records)[:2] == ("mismatch", (1, 2))
     assert found(records).text == f"{text} all-reduce 12 over tp ({FORWARD})"
+    operations = ("barrier", "all-reduce", "all-gather")  # no majority: what the ended one does is not the measure
+    records = {r: waiting(call(operations[r], 12, (0, 1, 2))) for r in (0, 1, 2)}
+    records[0] = replace(records[0], state="ended")
+    assert found(records).kind == "mismatch"
+    assert "while rank 1 is in all-reduce 12 over tp" in found(records).text
 
 
 def test_the_first_difference_counts() -> None:
@@ -256,8 +261,9 @@ def test_a_dead_rank_and_who_waits_for_it() -> None:
     assert (kind, ranks) == ("dead", (3,))
     assert "rank 3 died; it was last in all-reduce 12 over dp, forward of micro-batch 3; ranks 0-2 wait for it" in text
     del records[3]  # never heard of
-    records[4] = waiting(call("all-reduce", 12, (4, 5), "dp"))  # does not wait for it
-    records |= {r: waiting(call("all-gather", 2, (3, r))) for r in (5,)}  # fewer do so there
+    others = (5, 6, 7, 8, 9)
+    records |= {r: waiting(call("all-reduce", 12, others, "dp")) for r in others}  # do not wait for it
+    records[4] = waiting(call("all-gather", 2, (3, 4)))  # fewer do so there
     assert found(records, {3: "died"}).text == "rank 3 died; ranks 0-2 wait for it in all-reduce 12 over dp"
 
 

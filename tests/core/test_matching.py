@@ -107,6 +107,13 @@ def test_of_two_ranks_whoever_comes_later_compares(checkers: dict[int, Checker],
     assert str(error.value) == f"all-reduce 5 over tp: {said}"
 
 
+def test_a_rank_may_be_many_calls_behind(checkers: dict[int, Checker]) -> None:
+    for number in range(100):
+        checkers[4].compare(call(number))
+    with pytest.raises(MismatchError):
+        checkers[6].compare(call(0, shape=(1,)))
+
+
 def test_what_is_left_is_removed_once_all_have_been_there(
     checkers: dict[int, Checker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
