@@ -71,7 +71,7 @@ def test_two_that_differ_each_in_another_way() -> None:
 
 def test_the_first_difference_counts() -> None:
     """What ranks wait for after they have gone different ways means nothing."""
-    early = {r: call("all-gather" if r == 1 else "all-reduce", 7, ALL, waited=20.0) for r in ALL}
+    early = {r: call("all-gather" if r == 1 else "all-reduce", 7, ALL, waited=0.0, age=20.0) for r in ALL}
     records = {r: waiting(call("all-reduce", 8, ALL), before=(early[r],)) for r in ALL}
     records[2] = waiting(call("reduce-scatter", 8, ALL), before=(early[2],))
     assert found(records)[:2] == ("mismatch", (1,))
