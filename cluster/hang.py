@@ -15,7 +15,7 @@ another. Here a rank of a data-parallel training takes another road, in eight wa
 
 The ranks that hang are processes beside those of torchrun, which start them, and live on to tell what they have said.
 
-read: hang.py:45-116; core/proof/diagnosis.py:210-249; then core/proof/flight.py, core/proof/watch.py
+read: hang.py:45-116; core/proof/diagnosis.py:211-249; then core/proof/flight.py, core/proof/watch.py
 """
 
 import argparse

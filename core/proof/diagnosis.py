@@ -169,7 +169,7 @@ def _mismatch(records: Mapping[int, Record]) -> Finding | None:
     for calls in started.values():
         first = next(iter(calls.values()))
         for kind, differ in (
-            ("mismatch", not first.direction and any(call.operation != first.operation for call in calls.values())),
+            ("mismatch", any(call.operation != first.operation for call in calls.values())),
             ("shape", any(not call.fits(first) for call in calls.values())),
         ):
             if differ:
@@ -182,19 +182,19 @@ def _mismatch(records: Mapping[int, Record]) -> Finding | None:
 
 
 def _odd_ones_out(kind: str, calls: Mapping[int, Call], ended: set[int]) -> Finding:
-    shown = {rank: call.operation if kind == "mismatch" else (call.shape[call.uneven :], call.dtype)
-             for rank, call in calls.items()}  # fmt: skip
-    often = Counter(shown.values()).most_common()
-    if ended and len({*shown.values()}) == 2 and often[0][1] * 2 == len(calls):  # who has ended is the odd one
-        often.sort(key=lambda found: any(shown[rank] == found[0] for rank in ended))
-    odd = [rank for rank in calls if shown[rank] != often[0][0]]
-    others = [rank for rank in calls if shown[rank] == often[0][0]]
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for rank, call in calls.items():
+        alike[call.operation if kind == "mismatch" else (call.shape[call.uneven :], call.dtype)].append(rank)
+    sides = sorted(alike.values(), key=lambda side: -len(side))
+    if len(sides[0]) * 2 <= len(calls):  # no majority: who has ended is the odd one
+        sides.sort(key=lambda side: not ended.isdisjoint(side))
+    others, *rest = sides
+    odd = sorted(rank for side in rest for rank in side)
     a, b = calls[odd[0]], calls[others[0]]
 
     def put(call: Call) -> str:
         return str(call) + (f" with {call.tensor}" if kind == "shape" else "")
 
-    more = "is" if len(odd) == 1 else "are"
     if len(odd) == 1 and len(others) > 1:
         peers = f"its {NUMBERS[len(others)] if len(others) < len(NUMBERS) else len(others)} peers are"
     else:
@@ -202,15 +202,16 @@ def _odd_ones_out(kind: str, calls: Mapping[int, Call], ended: set[int]) -> Find
     if {*odd} <= ended:
         have = "has" if len(odd) == 1 else "have"
         return Finding("ended", (*odd,), f"{named(odd)} {have} ended while {peers} in {put(b)} ({b.where})")
-    text = f"{named(odd)} {more} in {put(a)} while {peers} in {put(b)}"
+    told = (f"{named(side)} {'is' if len(side) == 1 else 'are'} in {put(calls[side[0]])}" for side in rest)
+    text = f"{', '.join(told)} while {peers} in {put(b)}"
     ways = f" ({a.where})" if a.where == b.where or not a.where else f" ({a.where}; the peers: {b.where})"
-    return Finding(kind, tuple(odd if often[0][1] > len(odd) else calls), text + ways)
+    return Finding(kind, tuple(odd if len(others) > len(odd) else calls), text + ways)
 
 
 def _blocked(records: Mapping[int, Record]) -> Finding | None:
     """Follow the waits."""
     waits = {rank: record.waits[0] for rank, record in records.items() if record.waits}
-    blocking = {rank: _missing(records, rank, call) for rank, call in waits.items()}
+    blocking = {rank: _missing(records, call) for rank, call in waits.items()}
     for start in sorted((r for r in blocking if blocking[r]), key=lambda rank: -waits[rank].waited):
         seen: list[int] = []
         rank = start
@@ -224,9 +225,9 @@ def _blocked(records: Mapping[int, Record]) -> Finding | None:
     return None
 
 
-def _missing(records: Mapping[int, Record], rank: int, call: Call) -> list[int]:
-    """The ranks that have not started what this one waits for."""
-    return [r for r in call.ranks if r != rank and r in records and not records[r].has_passed(call)]
+def _missing(records: Mapping[int, Record], call: Call) -> list[int]:
+    """The ranks that have not started what another waits for; of one that was never heard of nothing is known."""
+    return [r for r in call.ranks if r in records and not records[r].has_passed(call)]
 
 
 def _cycle(waits: Mapping[int, Call], ranks: Sequence[int]) -> Finding:
@@ -234,7 +235,7 @@ def _cycle(waits: Mapping[int, Call], ranks: Sequence[int]) -> Finding:
     if len(alone) == 1:  # a message with one side only, and its other side elsewhere
         call = waits[alone[0]]
         lacks = "posted its receive" if call.direction == "send" else "sent it"
-        there = f"it waits in {waits[call.peer]}, for {named(ranks)}"
+        there = f"it waits in {waits[call.peer]}, for rank {ranks[(ranks.index(call.peer) + 1) % len(ranks)]}"
         return Finding("message", (*alone,), f"rank {alone[0]} waits in {call}, which has not {lacks}: {there}")
     by_call: dict[tuple[str, str], list[int]] = {(waits[rank].lane, str(waits[rank])): [] for rank in ranks}
     for rank, call in waits.items():  # and those that wait in the same
@@ -244,24 +245,22 @@ def _cycle(waits: Mapping[int, Call], ranks: Sequence[int]) -> Finding:
     everyone = sorted(rank for _, side in sides for rank in side)
     told = ", ".join(f"{named(side)} in {call}" for call, side in sides)
     causes = sides[0][1] if len(sides[0][1]) < len(sides[-1][1]) else everyone
-    waiting = "wait for each other" if len(everyone) == 2 or len(sides) == 2 else "wait for one another in a circle"
+    waiting = "wait for each other" if len(sides) == 2 else "wait for one another in a circle"
     return Finding("cycle", (*causes,), f"{named(everyone)} {waiting}: {told}")
 
 
 def _not_reached(records: Mapping[int, Record], call: Call, rank: int) -> Finding:
     """A rank that waits for nothing that another has not started, and has not come to `call`."""
     record = records[rank]
-    same = [r for r, each in records.items() if each.waits and each.waits[0].lane == call.lane]
-    others = [r for r in same if r != rank and str(records[r].waits[0]) == str(call)]
+    oldest = {r: each.waits[0] for r, each in records.items() if each.waits}
+    others = [r for r, its in oldest.items() if (its.lane, its.number) == (call.lane, call.number)]
     wait = f"{named(others)} wait{'s' * (len(others) == 1)} for it"
     if record.state == "ended":
         return Finding("ended", (rank,), f"rank {rank} has ended and never reaches {call}: {wait}")
     place = f"it {record.doing()}" + ("" if record.waits else f" (for {record.moved:.1f} s)")
-    if call.direction == "send":
-        text = f"rank {call.ranks[0]} waits in {call}, but rank {rank} has not posted its receive: {place}"
-        return Finding("message", (rank,), text)
-    if call.direction == "receive":
-        text = f"rank {call.ranks[1]} waits in {call}, but rank {rank} has not sent it: {place}"
+    if call.direction:
+        waits, lacks = (0, "posted its receive") if call.direction == "send" else (1, "sent it")
+        text = f"rank {call.ranks[waits]} waits in {call}, but rank {rank} has not {lacks}: {place}"
         return Finding("message", (rank,), text)
     slow = not record.waits and record.moved < LATE * call.waited
     if slow:
@@ -292,7 +291,7 @@ def _unclear(records: Mapping[int, Record]) -> Finding:
     if not waits:
         return Finding("unclear", (), "no rank waits for another")
     call, count = waits.most_common(1)[0]
-    if count == len(records) or count > 1:
+    if count > 1:
         return Finding("unclear", (), f"all who take part have started {call}: the network, or too short a --timeout")
     return Finding("unclear", (), f"{call} has not come to its end, and all who take part have started it")
 
