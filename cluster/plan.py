@@ -27,7 +27,7 @@ from cluster.planner.answers import (
     simplest,
     ties,
 )
-from cluster.planner.command import commands, folder_of, lacking, trainjob, write_config
+from cluster.planner.command import OWN_TEXT, commands, folder_of, lacking, trainjob, write_config
 from cluster.planner.counting import model_parameters
 from cluster.planner.hardware import Machine
 from cluster.planner.layout import given
@@ -205,6 +205,9 @@ def main() -> int:
     if lacks := lacking(model, folder):
         whole = "" if lacking(model, "FOLDER") else "; with --write-config FOLDER it trains this model"
         say(f"The plan is for the model; the command trains one without {lacks}{whole}.")
+    if model.sequence >= OWN_TEXT:
+        say(f"Samples of {model.sequence:,} tokens are longer than the text here is to validate on: text.txt in the "
+            f"command is one of yours, of {10 * model.sequence + 10:,} bytes or more.")  # fmt: skip
     print(f"\n{line}\n\n{sbatch}", end="")
     if args.kubernetes:
         print(f"\n{job}", end="")

@@ -16,6 +16,7 @@ from core.model.publish import to_content
 from core.model.published import read_json
 from core.model.text import VOCABULARY
 
+OWN_TEXT = 40_000  # tokens of the tenth of CPython's help text that cluster/train.py validates on, at least
 # What the flags of cluster/train.py say of a model, and the words for the rest, which a published folder can say.
 TRAINED = ("layers", "hidden", "heads", "feed_forward", "sequence")
 UNSAID = {
@@ -78,8 +79,9 @@ def script_of(layout: Layout, model: ModelConfig, folder: str | None) -> list[st
     if folder:
         drawn = not any(Path(folder, name).is_file() for name in (SINGLE, INDEX))
         sizes = [f"--hf {shlex.quote(folder)}", *["--init random"] * drawn, f"--sequence {model.sequence}"]
+    data = ["--data text.txt"] * (model.sequence >= OWN_TEXT)
     how = "--dtype bfloat16 --no-verify --sample 0"
-    return ["cluster/train.py", str(layout), f"--batch {layout.batch}", *sizes, how]
+    return ["cluster/train.py", str(layout), f"--batch {layout.batch}", *sizes, *data, how]
 
 
 def commands(layout: Layout, machine: Machine, model: ModelConfig, folder: str | None = None) -> tuple[str, str]:
@@ -92,16 +94,22 @@ def commands(layout: Layout, machine: Machine, model: ModelConfig, folder: str |
     script = " ".join(script_of(layout, model, folder))
     meet = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=$FIRST_NODE:29400 " if nodes > 1 else ""
     line = f"torchrun {meet}--nproc_per_node={each} {script}"
+    devices = f"#SBATCH --gpus-per-node={each}\n" if machine.resource else ""
     sbatch = f"""#!/bin/bash
-#SBATCH --job-name={model.name}
+#SBATCH --job-name={label_of(model)}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={each}
-#SBATCH --exclusive
+{devices}#SBATCH --exclusive
 export FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun {line}
 """
     return line, sbatch
+
+
+def label_of(model: ModelConfig) -> str:
+    """The model's name as one of a job: a label of RFC 1035 that leaves room in 63 characters for those of its pods."""
+    name = re.sub(r"[^a-z0-9]+", "-", model.name.lower())[:40].strip("-")
+    return name if name[:1].isalpha() else f"model-{name}".rstrip("-")
 
 
 def trainjob(layout: Layout, machine: Machine, model: ModelConfig, folder: str | None = None) -> str:
@@ -111,12 +119,12 @@ def trainjob(layout: Layout, machine: Machine, model: ModelConfig, folder: str |
     """
     nodes, each = nodes_of(layout, machine)
     words = [word for part in script_of(layout, model, folder) for word in shlex.split(part)]
-    name = re.sub(r"[^a-z0-9-]+", "-", model.name.lower()).strip("-") or "model"
     arguments = "\n".join(f"      - {json.dumps(word)}" for word in words)
+    devices = f"    resourcesPerNode:\n      limits:\n        {machine.resource}: {each}\n" if machine.resource else ""
     return f"""apiVersion: trainer.kubeflow.org/v1alpha1
 kind: TrainJob
 metadata:
-  name: {name}
+  name: {label_of(model)}
 spec:
   runtimeRef:
     name: torch-distributed
@@ -128,10 +136,7 @@ spec:
       - torchrun
     args:
 {arguments}
-    resourcesPerNode:
-      limits:
-        nvidia.com/gpu: {each}
-"""
+{devices}"""
 
 
 def by_flags(model: ModelConfig) -> ModelConfig:

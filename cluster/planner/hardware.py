@@ -54,7 +54,7 @@ def here(ranks: int) -> Machine:
             return found
         raise ValueError(f"--auto: {torch.cuda.get_device_name(0)} is not known; use --machine {next(iter(PRESETS))}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
-    return Machine("here", ranks, memory, _flops(), _bandwidth(), LOCAL, LOCAL)
+    return Machine("here", ranks, memory, _flops(), _bandwidth(), LOCAL, LOCAL, resource="")
 
 
 def measured(path: str) -> Machine:
@@ -104,6 +104,7 @@ def measured(path: str) -> Machine:
         own["memory_bandwidth"] or _bandwidth(),
         inside,
         outside,
+        resource="nvidia.com/gpu" if found.get("device") == "cuda" else "",
     )
 
 

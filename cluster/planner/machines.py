@@ -36,6 +36,7 @@ class Machine:
     host: float = 25e9  # bytes/s between a device and the memory of its host, which offloaded states travel
     host_memory: float = 128e9  # bytes of the host for each device
     source: str = ""  # of the figures
+    resource: str = "nvidia.com/gpu"  # what Kubernetes calls its devices; "": they are processors
 
 
 GB, GIB, US = 1e9, 2.0**30, 1e-6
@@ -84,6 +85,7 @@ MI300X = Machine(
     sustained=0.75, host=50 * GB, host_memory=256 * GB,
     source="AMD Instinct MI300X data sheet: 192 GB, 5.3 TB/s, 1,307 and 2,615 TFLOP/s, 7 links of 64 GB/s to 7 others "
            "(896 GB/s both ways), 750 W; 8 x 400 Gb/s as in Azure's",
+    resource="amd.com/gpu",
 )  # fmt: skip
 EFA = 25 * US  # of a message over AWS's network, which is not InfiniBand; Google's TCPX takes about 30
 GPU_NETWORK = "cloud.google.com/compute/docs/gpus/gpu-network-bandwidth"  # of Google's types
