@@ -27,15 +27,21 @@ class Messages(dist.Work):
     def __init__(self, axis: Axis, send: Sequence[Tensor], receive: Sequence[Tensor], tag: int):
         super().__init__()
         self._works: list[dist.Work] = []
+        self._lost: RuntimeError | None = None
         me = axis.group.rank()
-        for step in range(1, axis.size):  # so that not all send to the same one first
-            to, of = (me + step) % axis.size, (me - step) % axis.size
-            if receive[of].numel():
-                self._works.append(dist.irecv(receive[of], group=axis.group, tag=tag, group_src=of))
-            if send[to].numel():
-                self._works.append(dist.isend(send[to], group=axis.group, tag=tag, group_dst=to))
+        try:
+            for step in range(1, axis.size):  # so that not all send to the same one first
+                to, of = (me + step) % axis.size, (me - step) % axis.size
+                if receive[of].numel():
+                    self._works.append(dist.irecv(receive[of], group=axis.group, tag=tag, group_src=of))
+                if send[to].numel():
+                    self._works.append(dist.isend(send[to], group=axis.group, tag=tag, group_dst=to))
+        except RuntimeError as error:
+            self._lost = error  # of a rank that is gone already: raised where it is waited for
 
     def wait(self, *timeout: timedelta) -> bool:
+        if self._lost:
+            raise self._lost
         while self._works:  # each once: gloo would wait for a second message
             self._works.pop().wait(*timeout)
         return True

@@ -248,7 +248,8 @@ BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
         LOSS,
     ),
     "the planner's stages are equal": (
-        "stages", lambda: instead(planned_stages, "_layers_of", lambda right, layers, kinds, n, _: right(8, kinds, n, "")),
+        "stages",
+        lambda: instead(planned_stages, "_layers_of", lambda right, layers, kinds, n, split: right(8, kinds, n, "")),
         "parameters, rank",
     ),
     "the tied embedding of ends alone is not summed": (
