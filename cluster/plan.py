@@ -85,7 +85,7 @@ def why(model: ModelConfig, machine: Machine, found: list[Plan], best: Plan | No
     layers = layers_by_rank(model, best.layout)
     if len(set(layers)) > 1:
         split = notation(layers_by_stage(model.layers, best.layout.stages, best.layout.split))
-        lines.append(f"Its ranks have {min(layers)} to {max(layers)} layers: --stages {split}")
+        lines.append(f"Its ranks have {min(layers)} to {max(layers)} layers: --stages '{split}'")
     for field in CHOICES:
         other = next((p for p in found if getattr(p.layout, field) != getattr(best.layout, field)), None)
         if other:
@@ -107,6 +107,14 @@ def software_of(args: argparse.Namespace) -> Software:
     # The dispatchers of today's recipes for experts send a token to each node once.
     features = ("deepep",) if NAMED[args.software].at_once or args.software == "megatron-core" else ()
     return replace(with_features(NAMED[args.software], features, args.bits), imbalance=args.imbalance)
+
+
+class NothingFits(ValueError):
+    """No layout does, or keeps the rules; with lines on few devices, where the number of devices was not said."""
+
+    def __init__(self, message: str, few: list[str]):
+        super().__init__(message)
+        self.few = few
 
 
 def search(args: argparse.Namespace) -> tuple[ModelConfig, Machine, list[Plan], int]:
@@ -132,8 +140,10 @@ def search(args: argparse.Namespace) -> tuple[ModelConfig, Machine, list[Plan], 
         what = f"none of {considered:,} layouts of {model.name} fits {machine.memory / 1e9:.0f} GB"
         if host := offloaded(model, machine, world, batch, software):
             what += f"; {on_host(model, host)}"
+    world_is_free = args.world is None and not fixed
+    lines = few_lines(model, machine, batch, software) if considered and world_is_free else []
     use = something_that_fits(model, machine, world, batch, fixed, software) or "a smaller model"
-    raise ValueError(f"--world {world} --batch {batch}: {what}; use {use}")
+    raise NothingFits(f"--world {world} --batch {batch}: {what}; use {use}", lines)
 
 
 def main() -> int:
@@ -158,6 +168,8 @@ def main() -> int:
         folder = write_config(args.write_config, model) if args.write_config else folder_of(args)
     except ValueError as error:
         print(f"cluster/plan.py: {words.gettext(str(error))}", file=sys.stderr)
+        if isinstance(error, NothingFits) and error.few:
+            print(fit(words.printed("\n".join(error.few))), file=sys.stderr)
         return 2
 
     def say(text: str) -> None:

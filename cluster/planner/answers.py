@@ -86,8 +86,8 @@ def known(
               "pp": [p for p in divisors(world // node) if p > 1] or [1]}  # fmt: skip
     return [
         best("FSDP alone", alone, lambda x: x.zero == 3 and x.tp == x.cp == x.ep == x.pp == 1),
-        best(f"tp {node} in a node, pp outside", inside,
-             lambda x: x.tp == node and x.cp == 1 and x.pp > 1 and x.schedule in ("1f1b", "interleaved")),
+        best(f"tp {node} in a node, pp outside" if inside["pp"] != [1] else f"tp {node} in a node", inside,
+             lambda x: x.tp == node and x.cp == 1 and x.pp in inside["pp"] and x.schedule in ("1f1b", "interleaved")),
     ]  # fmt: skip
 
 

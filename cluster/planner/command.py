@@ -34,7 +34,7 @@ UNSAID = {
     "weight_scale": "weights of experts times {}",
     "groups": "{} groups of experts",
     "norm_eps": "norms with {}",
-    "rope_theta": "rotary positions to the base {:,}",
+    "rope_theta": "rotary positions to the base {:,.0f}",
     "rope_scaling": "{}",
     "activation": "{}",
 }

@@ -100,6 +100,8 @@ def fitting(
     again = recomputations(tried["recompute"], tried["recompute_every"])
     if not again:
         return
+    moe = model.moe_layers > 0
+    worth = partial(could_be_best, fixed, software, moe)
     first = {name: [value] for name, value in zip(AGAIN, again[0], strict=True)}
     orders: dict[tuple, list[tuple[str, int]]] = {}  # from what takes least time to what takes most
 
@@ -110,7 +112,6 @@ def fitting(
             orders[key] = sorted(again, key=seconds.__getitem__) if seconds else again
         return orders[key]
 
-    moe = model.moe_layers > 0
     states: dict[tuple, bool] = {}  # whether weights, gradients and optimizer fit without anything else
 
     def has_states(layout: Layout) -> bool:
@@ -122,7 +123,7 @@ def fitting(
     too_much: set[tuple] = set()
     settled: set[tuple] = set()  # fit with ZeRO-1 and nothing computed again: to shard more takes time and nothing else
     overlaps = software is not None and software.overlapped
-    for layout in legal(model, machine, world, batch, tried | first, partial(could_be_best, fixed, software)):
+    for layout in legal(model, machine, world, batch, tried | first, worth):
         key, but_zero = BUT_MICROBATCHES(layout), BUT_ZERO(layout)
         if key in too_much or (layout.zero > 1 and but_zero in settled):
             continue
@@ -248,12 +249,14 @@ def something_that_fits(
     return None
 
 
-def could_be_best(fixed: Choices, software: Software | None, layout: Layout) -> bool:
+def could_be_best(fixed: Choices, software: Software | None, moe: bool, layout: Layout) -> bool:
     """Whether no other layout does the same for less and the program has it, or a flag says this one."""
     if software and layout.pp > 1 and layout.zero > software.zero_in_pipeline and "zero" not in fixed:
         return False
+    alone = layout.data == 1 and (not moe or layout.edp == 1)  # nothing that ZeRO could shard
     return not (
-        (layout.tp > 1 and not layout.sp and "sp" not in fixed)
+        (alone and layout.zero and "zero" not in fixed)
+        or (layout.tp > 1 and not layout.sp and "sp" not in fixed)
         or (layout.pp == 1 and layout.schedule != "1f1b" and "schedule" not in fixed)
         or (layout.cp > 1 and layout.microbatch > 1 and not {"cp", "microbatch"} & fixed.keys())  # fewer full samples
     )

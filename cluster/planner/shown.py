@@ -55,16 +55,19 @@ def table(model: ModelConfig, machine: Machine, chosen: Plan, best: Iterable[Pla
     return "\n".join([tabulate(rows, COLUMNS, floatfmt=FORMATS), *missing])
 
 
+def gb(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number / 1e9:,.0f}" if number >= 1e12 else f"{number / 1e9:.3g}"
+
+
 def on_host(model: ModelConfig, plan: Offloaded) -> str:
     """What it is, how fast, and whether device and host have the room."""
     (device, host), rate = plan.room, plan.layout.batch * model.sequence / plan.seconds
-    held = (
-        f"{plan.device / 1e9:.3g} of {device / 1e9:.3g} GB of a device, {plan.host / 1e9:.3g} of {host / 1e9:.3g} GB "
-    )
+    held = f"{gb(plan.device)} of {gb(device)} GB of a device, {gb(plan.host)} of {gb(host)} GB of the host for each"
     what = "gradients and optimizer on the host (ZeRO-Offload; not built here)"
     if not plan.fits:
-        return f"does not fit, nor with {what}: {held}of the host for each"
-    return f"{what}: {plan.seconds:.3g} s a step, {rate:,.0f} tokens/s, {held}of the host for each"
+        return f"does not fit, nor with {what}: {held}"
+    return f"{what}: {plan.seconds:.3g} s a step, {rate:,.0f} tokens/s, {held}"
 
 
 def few_lines(model: ModelConfig, machine: Machine, batch: int, software: Software) -> list[str]:

@@ -137,7 +137,7 @@ CONSTANTS: dict[str, tuple[float, ...]] = {
 # To how many published runs, all of H100 but the first; 0: none is, its constants are of another program or of papers.
 FITTED_TO = {"megatron-2021": 10, "megatron-core": 69, "fsdp-eager": 52, "fsdp2-eager": 2, "fsdp-compiled": 7,
              "automodel": 5, "nanotron": 23, "maxtext": 4, "deepspeed": 0, "here": 0}  # fmt: skip
-BORROWED = {"deepspeed": "papers and its documentation", "here": "fsdp2-eager, which is as eager"}
+BORROWED = {"deepspeed": "papers and its documentation", "here": "fsdp2-eager"}
 BY_NAME = {software.name: software for software in BEGIN}
 NAMED = {
     name: replace(BY_NAME[name], **dict(zip(names, CONSTANTS[name], strict=True))) for name, names in FITTED.items()
@@ -147,7 +147,7 @@ NAMED = {
 def constants_of(name: str) -> str:
     """Where a program's constants come from, in words."""
     if name in BORROWED:
-        return f"borrowed from {BORROWED[name]}: of {name} no run is published that could be fitted to"
+        return f"borrowed from {BORROWED[name]}; no published run of {name} says enough to fit them"
     return f"fitted to {FITTED_TO[name]} published runs"
 
 

@@ -24,7 +24,7 @@ FIELD = re.compile(r"\{(\d)\}")
 SEPARATORS = ((": ", "："), ("; ", "；"), (", ", "，"), (" = ", " = "), (" / ", " / "), (" · ", " · "))
 AXES = r"\b[ctdpe]{1,2}p(-[ctdpe]{1,2}p)+\b"  # tp-cp
 NOT_PROSE = re.compile(
-    AXES + r"""|--?[\w-]+(\ [\w./-]+)? | \S*[/_.=\\]\S* | '[^']*' | "[^"]*" | \[[^]]*\]""", re.VERBOSE
+    AXES + r"""|--?[\w-]+(\ (?!-)[\w./-]+)? | \S*[/_.=\\]\S* | '[^']*' | "[^"]*" | \[[^]]*\]""", re.VERBOSE
 )
 PROSE = re.compile(r"(?<![\w\u0370-\u03ff^([|·])[A-Za-z]?[a-z]{2,}(?![\w(\[|·])")  # a word of English, and no symbol
 HEAD = re.compile(r"msgid|msgstr")

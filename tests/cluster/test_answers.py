@@ -194,6 +194,28 @@ def test_few_devices_and_what_the_host_makes_room_for() -> None:
     assert "does not fit, nor with gradients" in on_host(PRESETS["llama3-70b"], large)
 
 
+def test_what_does_not_fit_still_has_answers_for_few_devices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Bug: a refusal alone, where two cards are too few and the host or eight would do."""
+    flags = ["--model", "llama3-8b", "--sequence", "2048", "--batch", "64", "--machine", "pc", "--lang", "en"]
+    monkeypatch.setattr(sys, "argv", ["plan", *flags])
+    assert plan.main() == 2
+    said = capsys.readouterr().err
+    assert re.search(r"use --world \d+ --batch \d+\nOn few devices:\n  1: gradients and optimizer on the host", said)
+    assert re.search(r"\n  8: [\d.]+ s a step, ", said)
+
+
+def test_zero_is_not_tried_where_it_has_nothing_to_shard() -> None:
+    """Bug: the table full of rows that differ in what does nothing. Experts may have replicas where data has none."""
+    found, _ = plans(SMALL, MACHINES["pc"], 2, 8, NAMED["here"], {"pp": [2]})
+    assert {each.layout.zero for each in found} == {0}
+    model = replace(EXPERTS, layers=2, vocabulary=1024)
+    found, _ = plans(model, H100, 2, 8, NAMED["here"], {"tp": [2]})
+    assert {each.layout.zero for each in found if each.layout.edp == 2} > {0}
+    assert {each.layout.zero for each in found if each.layout.edp == 1} == {0}
+
+
 # ---- Machines --------------------------------------------------------------------------------------------------------
 
 
