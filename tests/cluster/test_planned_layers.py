@@ -226,7 +226,7 @@ def test_floating_point_operations_are_those_that_torch_counts() -> None:
         assert 2 * B * S * sum(p.numel() for p in attention.parameters() if p.dim() == 2) == B * S * matrices
         scores_and_sum = 2 * S * 4 * (model.head_dim + model.value_dim)  # q k^T, and the weights times v
         assert attention_flops(model) == scores_and_sum
-    assert flops_of(SwiGLU(36)) == B * S * 2 * sum(m.inputs * m.outputs for m in mlp_matrices(GATED, 36))
+    assert flops_of(SwiGLU(36)) == B * S * 2 * sum(m.inputs * m.outputs for m in mlp_matrices(GATED, 36, False))
     moe = replace(GATED, experts=4, top_k=2, expert_feed_forward=12, shared_feed_forward=28)
     mlp = flops_of(SwiGLU(28)) + 2 * flops_of(SwiGLU(12))
     assert B * S * layer_flops(moe, True) == B * S * (2 * 4 * H * H + attention_flops(moe)) + mlp
