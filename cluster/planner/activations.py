@@ -284,7 +284,8 @@ def saved_at_peak(model: ModelConfig, layout: Layout, rank: int, itemsize: int =
         last_input = 0.0  # its norm is computed again before, and then has it in place of it
     # A mixture begins by freeing what it weighted.
     sizes += [last_input, 0 if model.moe_layers else layout.tokens(model.sequence) * model.hidden * itemsize]
-    if not layers_by_rank(model, layout)[rank] and not ends_of(layout, rank)[1]:  # no matrix has an input or an output
+    empty = not any(sum(layers) for layers, *_ in alike)
+    if empty and not ends_of(layout, rank)[1]:  # no matrix has an input or an output
         sizes[-2:] = 0.0, 0.0
     most = max(sum(n * size for n, size in zip(counts, sizes, strict=True)) for counts in peaks)
     return most + angles_saved(model, layout, rank)

@@ -2,10 +2,10 @@
 
     {"like": "dgx-b200", "name": "ours", "node": 72, "memory_gb": 186, "peak_tflops": 2500, "peak8_tflops": 5000,
      "inside_gbs": 900, "outside_gbs": 50, "outside_us": 12, "pod": 576, "beyond_gbs": 25, "sustained": 0.75,
-     "host_gbs": 225, "host_memory_gb": 240}
+     "host_gbs": 225, "host_memory_gb": 240, "resource": "nvidia.com/gpu"}
 
 "like" is a machine of the table that has all that is not said; without it NEEDED must be. Bandwidths are of one
-direction, FLOP/s dense, GB 10^9 bytes.
+direction, FLOP/s dense, GB 10^9 bytes; "resource" is what Kubernetes calls its devices.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ NUMBERS = {  # a field, that of `Machine`, what one of it is, and a value that w
 WHOLE = {"node": 8, "processors": 132, "pod": 3072}
 LINKS = ("inside", "outside", "beyond")
 USUAL_US = {"inside": 3.0, "outside": 10.0, "beyond": 10.0}  # of a message, where neither file nor "like" says it
-WORDS = ("name", "source", "like")
+WORDS = {"name": "ours", "source": "its data sheet", "like": "dgx-h100", "resource": "nvidia.com/gpu"}
 FIELDS = (*WORDS, *WHOLE, *NUMBERS, "sharp", *(f"{link}_{unit}" for link in LINKS for unit in ("gbs", "us")))
 NEEDED = ("node", "memory_gb", "peak_tflops", "bandwidth_gbs", "inside_gbs", "outside_gbs")
 
@@ -55,9 +55,9 @@ def described(found: Mapping[str, Any], name: str, base: Machine | None = None) 
     """
     if unknown := sorted(set(found) - set(FIELDS)):
         raise ValueError(f'"{unknown[0]}" is no field of a machine; use {", ".join(FIELDS)}')
-    for word in WORDS:
+    for word, works in WORDS.items():
         if word in found and not (isinstance(found[word], str) and found[word]):
-            raise ValueError(f'"{word}" is {found[word]!r}, and must be words; use "dgx-h100"')
+            raise ValueError(f'"{word}" is {found[word]!r}, and must be words; use "{works}"')
     if "like" in found and found["like"] not in PRESETS:
         raise ValueError(f'"like" is {found["like"]!r}, and must be a machine; use one of {", ".join(PRESETS)}')
     base = base or PRESETS.get(found.get("like", ""))
@@ -67,6 +67,8 @@ def described(found: Mapping[str, Any], name: str, base: Machine | None = None) 
         usual = {link: Link(USUAL_US[link] * US, 1.0) for link in LINKS[:2]}
         base = Machine(name, 1, 1.0, 1.0, 1.0, **usual)
     changes: dict[str, Any] = {"name": found.get("name", name), "source": found.get("source", f"{name}.json")}
+    if "resource" in found:
+        changes["resource"] = found["resource"]
     for field, works in WHOLE.items():
         if field in found:
             changes[field] = whole(found, field, works)

@@ -20,7 +20,7 @@ Kinds = int | tuple[bool, ...]
 def _kinds(model: ModelConfig) -> Kinds:
     """How many layers come before those with experts; where these are among the others, which have them."""
     if model.in_order:
-        return model.layers - model.moe_layers
+        return min(model.dense_layers, model.layers) if model.experts else model.layers
     return tuple(map(model.has_experts, range(model.layers)))
 
 

@@ -108,7 +108,7 @@ def test_published_models(name: str, pp: int, schedule: str, v: int, expected: t
     assert split == expected or expected is None
     assert step(model, replace(layout, split=notation(split)), H100, SOFTWARE).seconds == found[0].step.seconds
     said = "\n".join(plan.why(model, H100, found))
-    assert f"--stages {notation(split)}" in said
+    assert f"--stages '{notation(split)}'" in said
     made = argparse.ArgumentParser()
     add_flags(made)
     assert Layout(**given(made.parse_args(layout.flags()))) == layout

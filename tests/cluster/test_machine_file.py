@@ -13,7 +13,8 @@ from cluster.planner.machines import ALL, GB, PRESETS, US, Link, Machine
 
 def written(machine: Machine) -> dict[str, object]:
     """All of a machine in a file's fields."""
-    found: dict[str, object] = {"name": machine.name, "source": machine.source, "sharp": machine.sharp}
+    words = {word: getattr(machine, word) for word in ("name", "source", "resource")}
+    found: dict[str, object] = words | {"sharp": machine.sharp}
     found |= {field: getattr(machine, field) for field in machine_file.WHOLE if getattr(machine, field)}
     for field, (of, unit, _) in machine_file.NUMBERS.items():
         if value := getattr(machine, of):
