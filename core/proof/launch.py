@@ -7,6 +7,7 @@ nothing else is read.
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +28,10 @@ from core.proof.peers import PeerError, peer_errors
 from core.proof.places import follow_backward
 from core.proof.rulebook import SHARED_GPU
 from core.proof.rules import check
-from core.proof.watch import Watch, came, leave, missed
+from core.proof.watch import Watch, by_torchrun, came, leave, missed
 
 SHORTEST_TIMEOUT = 5.0
+LINGER = 3.0  # seconds by which ranks may give up later than rank 0 does
 
 
 class Stop(Exception):
@@ -152,7 +154,7 @@ def speaks_for_machine(here: ProcessInfo) -> bool:
     Under torchrun the first to come, by the store that torchrun itself keeps: it ends all others when one has exited,
     also a local rank 0 that is still importing.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not by_torchrun():
         return here.local_rank == 0
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
@@ -205,7 +207,10 @@ def launch(
         dist.all_gather_object(chosen, backend)
     except (RuntimeError, ValueError) as error:
         why = missed(place, here.rank, here.world_size) if place else ""
-        leave(apart + (why or str(error).splitlines()[0]))
+        print(apart + (why or str(error).splitlines()[0]), file=sys.stderr, flush=True)
+        if here.rank == 0 and not by_torchrun():
+            time.sleep(LINGER)  # it holds the store, in which the others look up who is missing
+        leave("")
     patience.cancel()
     if len(set(chosen)) > 1:
         if here.rank == 0:
