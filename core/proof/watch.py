@@ -170,8 +170,8 @@ class Watch:
             if self._store.compare_set("told", "", str(self.rank)).decode() != str(self.rank):
                 return silent
         except RuntimeError:  # the store is gone, with the rank that held it, which has told all, or with its machine
-            if self._trouble or self.rank != alive[0]:
-                return silent
+            if self._trouble or self.rank != alive[0] or self.rank >= LISTENERS:
+                return silent  # of the others none knows the records, nor whether a listener has told them, and left
         records = self._read_records()
         if diagnose(records, lost).kind == "unclear" and diagnose(first, lost).kind != "unclear":
             records = first

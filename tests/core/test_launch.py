@@ -112,6 +112,28 @@ def test_who_holds_the_store_is_named_when_it_is_stopped_and_who_died_before_the
         assert f"rank {rank}: could not meet the other ranks within 10 s: rank 2 died" in outcome.err
 
 
+def test_who_comes_late_does_not_tell_again_what_a_listener_has_told(pool: Pool, tmp_path: Path) -> None:
+    """Rank 0 dies with the store; rank 1 tells it and leaves while rank 2 stands still: to rank 2 both are dead."""
+    body = """
+        axis = Mesh("cpu", Ledger(), job.timeout, dp=3)["dp"]
+        if job.rank == 0:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if job.rank == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        comm.all_reduce(torch.ones(3), axis)
+    """
+    job = pool.start(3, script(tmp_path, body, "late"), timeout=30)
+    for process in job.processes[:2]:
+        process.join(25)
+    os.kill(job.processes[2].pid, signal.SIGCONT)
+    outcome = job.end()
+    assert outcome.codes[1:] == [1, 1]
+    assert "rank 2: lost rank 0" in outcome.err
+    assert outcome.err.count("who waits for what:") == 1
+    assert "rank 0 died" in outcome.err
+
+
 def dies_before_the_meeting(rank: int) -> None:
     """Rank 2 has come, and is killed before all have met."""
     if rank == 2:
