@@ -15,7 +15,7 @@ another. Here a rank of a data-parallel training takes another road, in eight wa
 
 The ranks that hang are processes beside those of torchrun, which start them, and live on to tell what they have said.
 
-read: hang.py:45-116; core/proof/diagnosis.py:211-249; then core/proof/flight.py, core/proof/watch.py
+read: hang.py:45-117; core/proof/diagnosis.py:211-249; then core/proof/flight.py, core/proof/watch.py
 """
 
 import argparse
@@ -84,6 +84,7 @@ def train(job: Job, fault: str, rank: int) -> None:
             share.backward()
             loss += share.detach()
         if wrong == "dead":
+            time.sleep(job.timeout / 3)  # by then the others wait for it
             os.kill(os.getpid(), signal.SIGKILL)
         if wrong == "send":
             p2p.send(loss, axis, (axis.index + 1) % axis.size)

@@ -66,11 +66,10 @@ class Watch:
         with peer_errors("the first barrier"):
             dist.barrier()  # every rank has a first beat
         self._listen()
-        self._signals, wake = socket.socketpair()
-        wake.setblocking(False)
+        self._signals, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
         signal.signal(signal.SIGTERM, lambda *_: None)  # the byte in the socket is what counts: the main thread
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)  # may sit in a wait that runs no handler
-        self._wake = wake
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)  # may be in a wait that runs no handler
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         threading.Thread(target=self._guard, daemon=True).start()
@@ -99,6 +98,7 @@ class Watch:
             if signal.SIGINT in received:
                 leave("interrupted" if self.rank == 0 else "")
             if signal.SIGTERM in received:
+                self._settle()
                 self.report_loss("ended by SIGTERM")
             if trouble != "no" and self.rank == 0 and not self._reporting.locked():
                 self.report_loss(trouble)
@@ -106,6 +106,13 @@ class Watch:
                 self._report([*silent], f"no sign of life for {self.timeout / 2:.0f} s")
             if self._on_gpu and (late := FLIGHT.overdue(self._overdue)):
                 self.report_loss(f"{late} has taken {self._overdue:.0f} s")
+
+    def _settle(self) -> None:
+        """Another rank died just now: the record is of where this one comes to wait for it, within four beats."""
+        until = time.monotonic() + 4 * self.beat
+        while not FLIGHT.overdue(0) and time.monotonic() < until:
+            time.sleep(self.beat / 10)
+        FLIGHT.freeze()
 
     def failed(self, why: str) -> None:
         """This rank ends with an error of its own: its record says so to the others."""
@@ -242,7 +249,7 @@ class Watch:
             leave(f"rank {self.rank}: another rank has told what is wrong, and left")
         silent = self._silent(self.quiet / 2) if by_torchrun() else [0]
         if silent and self.rank == min(r for r in range(self.world_size) if r not in silent):
-            FLIGHT.freeze()
+            self._settle()
             self._tell(self._read_records(), silent)
         if silent and by_torchrun():
             self._blame(silent, "and then the job's store")
