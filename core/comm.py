@@ -65,13 +65,13 @@ class Pending:
         return self.finish(self.buffer)
 
 
-def all_reduce_async(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, at_once: bool = False) -> Pending:
-    """Reduce contiguous `x` over the axis, in place, on every rank; `at_once` where each of them waits for it next."""
+def all_reduce_async(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, in_order: bool = False) -> Pending:
+    """Reduce contiguous `x` over the axis, in place, on every rank; `in_order` if all wait for such sums in one."""
     if axis.size == 1:
         return Pending(None, axis, x, "")
     call = _record("all-reduce", axis, x, 2 * (axis.size - 1) / axis.size, op)
     sent = host.outgoing(x, axis.group)
-    work = direct.all_reduce(sent, op, axis, at_once and not host.is_needed(x, axis.group))
+    work = direct.all_reduce(sent, op, axis, direct.neighbours(x, axis), in_order)
     return Pending(work, axis, x, "all-reduce", call=call, landing=sent)
 
 
@@ -79,10 +79,15 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
     """The ranks' tensors of equal shape, joined along `dim` in the order of the axis. The ledger calls it `label`."""
     if axis.size == 1:
         return Pending(None, axis, x, "")
+    if near := direct.neighbours(x, axis):
+        full = x.new_empty(*x.shape[:dim], axis.size * x.shape[dim], *x.shape[dim:][1:])
+        call, parts = _record(label, axis, full, (axis.size - 1) / axis.size), full.chunk(axis.size, dim)
+        parts[axis.index].copy_(x)
+        return Pending(direct.all_gather(parts, axis, near), axis, full, label, call=call)
     rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     call = _record(label, axis, rows, (axis.size - 1) / axis.size)
-    landing, near = host.landing(rows, axis.group), not host.is_needed(x, axis.group)
-    work = direct.all_gather(landing, host.outgoing(x.contiguous(), axis.group), axis, near)
+    landing, sent = host.landing(rows, axis.group), host.outgoing(x.contiguous(), axis.group)
+    work = dist.all_gather_single(landing, sent, axis.group, async_op=True)
     joined = lambda r: r if dim == 0 else torch.cat(r.chunk(axis.size), dim)  # noqa: E731
     return Pending(work, axis, rows, label, joined, call, landing)
 
@@ -91,34 +96,33 @@ def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
     """Fill `x`, of which this rank has its own equal shard of the rows, with the other ranks' shards."""
     if axis.size == 1:
         return Pending(None, axis, x, "")
-    call = _record("all-gather", axis, x, (axis.size - 1) / axis.size)
-    landing, sent = host.landing(x, axis.group), host.outgoing(x.chunk(axis.size)[axis.index], axis.group)
-    work = direct.all_gather(landing, sent, axis, near=not host.is_needed(x, axis.group))
+    call, shards = _record("all-gather", axis, x, (axis.size - 1) / axis.size), x.chunk(axis.size)
+    if near := direct.neighbours(x, axis):
+        return Pending(direct.all_gather(shards, axis, near), axis, x, "all-gather", call=call)
+    landing, sent = host.landing(x, axis.group), host.outgoing(shards[axis.index], axis.group)
+    work = dist.all_gather_single(landing, sent, axis.group, async_op=True)
     return Pending(work, axis, x, "all-gather", call=call, landing=landing)
 
 
 def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
-    """Sum `x` over the axis and keep this rank's equal shard along `dim`.
+    """Sum `x` over the axis and keep this rank's equal shard along `dim`. `x` must not change before the wait is over.
 
-    On gloo an all-to-all and a local sum in the order of the axis: faster there than gloo's own reduce-scatter, which
-    is an all-reduce underneath, and with one fixed order of summation.
+    On CPUs the sum is in the order of the axis: for gloo an all-to-all, faster than its own, an all-reduce underneath.
     """
     if axis.size == 1:
         return Pending(None, axis, x, "")
     assert x.shape[dim] % axis.size == 0, f"{tuple(x.shape)} does not divide into {axis.size} along {dim}"
-    if dim == 0 and x.is_contiguous():
-        shards = x.view(axis.size, -1, *x.shape[1:])
-    else:
-        shards = torch.stack(x.chunk(axis.size, dim))
-    call = _record("reduce-scatter", axis, shards, (axis.size - 1) / axis.size)
-    sent = host.outgoing(shards, axis.group)
+    call, parts = _record("reduce-scatter", axis, x, (axis.size - 1) / axis.size), x.chunk(axis.size, dim)
+    mine = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    if near := direct.neighbours(x, axis):
+        return Pending(direct.reduce_scatter(parts, mine, axis, near), axis, mine, "reduce-scatter", call=call)
+    sent = host.outgoing(x.contiguous() if dim == 0 else torch.cat(parts, 0), axis.group)
     if sent.device.type == "cpu":
-        received = torch.empty_like(shards)
-        landing = host.landing(received, axis.group)
+        rows = mine.new_empty(axis.size * len(mine), *mine.shape[1:])
+        landing, summed = host.landing(rows, axis.group), lambda r: r.view(axis.size, *mine.shape).sum(0)
         work = dist.all_to_all_single(landing, sent, group=axis.group, async_op=True)
-        return Pending(work, axis, received, "reduce-scatter", direct.ordered_sum, call, landing)
-    mine = torch.empty_like(shards[0])
-    work = dist.reduce_scatter_single(mine, shards.flatten(0, 1), group=axis.group, async_op=True)
+        return Pending(work, axis, rows, "reduce-scatter", summed, call, landing)
+    work = dist.reduce_scatter_single(mine, sent, group=axis.group, async_op=True)
     return Pending(work, axis, mine, "reduce-scatter", call=call)
 
 
@@ -132,6 +136,9 @@ def all_to_all_async(
     off_rank = (sum(send) - send[axis.index]) * x.shape[1:].numel()
     axis.ledger.record(label, axis.name, off_rank, x.element_size())
     call = FLIGHT.start(label, axis, x, rows=(send, receive))
+    if near := direct.neighbours(x, axis):
+        work = direct.all_to_all(x.split([*send]), received.split([*receive]), axis, near)
+        return Pending(work, axis, received, label, call=call)
     landing, sent = host.landing(received, axis.group), host.outgoing(x.contiguous(), axis.group)
     work = dist.all_to_all_single(landing, sent, list(receive), list(send), axis.group, async_op=True)
     return Pending(work, axis, received, label, call=call, landing=landing)
@@ -139,7 +146,7 @@ def all_to_all_async(
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """`all_reduce_async`, waited for."""
-    return all_reduce_async(x, axis, op, at_once=True).wait()
+    return all_reduce_async(x, axis, op, in_order=True).wait()
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from core.engine import near
 from core.ledger import Ledger
 from core.proof.rulebook import AXES, EXPERT_RANKS, RANKS
 from core.proof.rules import check
@@ -138,6 +139,7 @@ class Mesh:
         self.order = order
         limit = timedelta(seconds=timeout)
         check_pipelines(self.sizes, order)
+        near.meet(timeout)
         self._axes: dict[str, Axis] = {}
         for expert in (False, True) if {"ep", "etp"} & set(sizes) else (False,):
             names = axis_names(order, expert=expert)[::-1]  # an array's last index varies fastest

@@ -3,13 +3,16 @@
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from core.comm import wait
+from core.engine import direct
 from core.mesh import Axis
 from core.proof import host
 from core.proof.flight import FLIGHT, WAITING
@@ -19,12 +22,11 @@ from core.proof.peers import PeerError, peer_errors
 def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
     """Swap tensors of equal shape with rank `peer` of the axis; both must call it. Returns the peer's."""
     sent, received = host.outgoing(x, axis.group), torch.empty_like(x)
-    landing = host.landing(received, axis.group)
+    landing, near = host.landing(received, axis.group), direct.neighbours(x, axis)
     axis.ledger.record("exchange", axis.name, x.numel(), x.element_size())
     FLIGHT.start_message("exchange", axis, x, axis.index, peer)
     call = FLIGHT.start_message("exchange", axis, received, peer, axis.index)
-    both = (dist.isend, sent), (dist.irecv, landing)
-    for work in dist.batch_isend_irecv([dist.P2POp(way, each, axis.ranks[peer], axis.group) for way, each in both]):
+    for work in direct.batch([(direct.Coming, landing), (direct.Sent, sent)], axis, peer, near):
         wait(work, axis, landing, f"exchange with rank {axis.ranks[peer]}", call)
     return host.fill(received, landing)
 
@@ -32,20 +34,19 @@ def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
 def send(x: Tensor, axis: Axis, peer: int) -> None:
     """Send contiguous `x` to rank `peer` of the axis, which must call `receive`, and wait until it has left."""
     axis.ledger.record("send", axis.name, x.numel(), x.element_size())
-    _message(dist.isend, host.outgoing(x, axis.group), axis, peer, "send to")
+    _message(direct.Sent, host.outgoing(x, axis.group), axis, peer, "send to", direct.neighbours(x, axis))
 
 
 def receive(into: Tensor, axis: Axis, peer: int) -> Tensor:
     """Wait for what rank `peer` of the axis sends. Returns `into`, filled."""
     landing = host.landing(into, axis.group)
-    _message(dist.irecv, landing, axis, peer, "receive from")
+    _message(direct.Coming, landing, axis, peer, "receive from", direct.neighbours(into, axis))
     return host.fill(into, landing)
 
 
-def _message(operation: Callable[..., dist.Work], x: Tensor, axis: Axis, peer: int, what: str) -> None:
-    # As a batch, because alone it would make NCCL open a communicator for every pair of ranks.
-    call = FLIGHT.start_message("", axis, x, *((axis.index, peer) if operation is dist.isend else (peer, axis.index)))
-    for work in dist.batch_isend_irecv([dist.P2POp(operation, x, axis.ranks[peer], axis.group)]):
+def _message(kind: type, x: Tensor, axis: Axis, peer: int, what: str, near: Any) -> None:
+    call = FLIGHT.start_message("", axis, x, *((axis.index, peer) if kind is direct.Sent else (peer, axis.index)))
+    for work in direct.batch([(kind, x)], axis, peer, near):
         wait(work, axis, x, f"{what} rank {axis.ranks[peer]}", call)
 
 
@@ -53,7 +54,7 @@ class PointToPoint:
     """Point-to-point messages along one axis that neither the sender nor the receiver stops for.
 
     A sent tensor is let go once it and what was sent before it have left: gloo tells that only to who waits, so a
-    thread does.
+    thread does. Ranks of one machine leave a copy.
 
     Args:
         routes: every (sender, receiver, kind) that will be used, as indices on the axis; the same on all its ranks.
@@ -66,8 +67,10 @@ class PointToPoint:
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._sender: threading.Thread | None = None
-        self._device = device
-        if device.type != "cpu" and not host.is_needed(torch.empty(0, device=device), axis.group):
+        self._sent: deque = deque()  # what neighbours have been left
+        self._device, probe = device, torch.empty(0, device=device)
+        self._near = direct.neighbours(probe, axis)
+        if device.type != "cpu" and not host.is_needed(probe, axis.group):
             self._open_communicators(routes, device)
 
     def send(self, x: Tensor, to: int, kind: str, tag: int) -> None:
@@ -78,15 +81,19 @@ class PointToPoint:
         """
         if self._failure:
             raise self._failure
-        if self._sender is None:
-            self._sender = threading.Thread(target=self._deliver, daemon=True)
-            self._sender.start()
         self.axis.ledger.record(f"send {kind}", self.axis.name, x.numel(), x.element_size())
         what = f"send ({kind}) to rank {self.axis.ranks[to]}"
         call = FLIGHT.start_message(kind, self.axis, x, self.axis.index, to, tag)
         x = host.outgoing(x, self.axis.group)
         with peer_errors(what):
-            work = dist.isend(x, self.axis.ranks[to], self._communicator(self.axis.index, to, kind, x), tag)
+            group = self._communicator(self.axis.index, to, kind, x)
+            work = direct.message(direct.Sent, x, self.axis, to, self._near, group, tag)
+        if isinstance(work, direct.Sent):
+            self._sent.append((work, x[:0], what, call))
+            return
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._deliver, daemon=True)
+            self._sender.start()
         # The device is read here: a fake tensor tells it on the thread that computes with it only.
         self._queue.put((work, x, x.device.type == "cpu", what, call))
 
@@ -101,7 +108,8 @@ class PointToPoint:
         call = FLIGHT.start_message(kind, self.axis, into, sender, self.axis.index, tag)
         landing = host.landing(into, self.axis.group)
         with peer_errors(what):
-            work = dist.irecv(landing, rank, self._communicator(sender, self.axis.index, kind, landing), tag)
+            group = self._communicator(sender, self.axis.index, kind, landing)
+            work = direct.message(direct.Coming, landing, self.axis, sender, self._near, group, tag)
 
         def arrive() -> Tensor:
             wait(work, self.axis, landing, what, call)
@@ -120,6 +128,9 @@ class PointToPoint:
             self._queue.put(done)
             done.wait()
             FLIGHT.count_as(phase)
+        while self._sent:
+            work, nothing, what, call = self._sent.popleft()
+            wait(work, self.axis, nothing, what, call)
         if self._failure:
             raise self._failure
 

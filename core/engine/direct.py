@@ -1,101 +1,194 @@
-"""Collectives on gloo as messages from each rank to each other one, all at once: half of the CPU time of its own.
+"""Collectives and messages of ranks on one machine, through the memory they share (`core.engine.near`).
 
-Gloo's all-gather and all-reduce go around a ring: N-1 turns, one after another, on a thread of their own. Sent
-directly, the same bytes take one turn (an all-reduce two), and a sum has one order, that of the axis. On other devices,
-and where ranks share a GPU, nothing changes. N ranks.
+A rank leaves every other one its part, all at once, and what comes is used where it lies: a sum adds up what the others
+have left, in the order of the axis. Elsewhere, and for ranks that share a GPU, all goes over gloo or NCCL. N ranks.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core.engine.near import Neighbours, among, lane_of
 from core.mesh import Axis
+from core.proof import host
 
-LARGEST_SUM = 2**21  # bytes of an all-reduce that is sent directly; gloo's own is as fast for more, and needs no memory
-TAG = 2**20  # of these messages; those of `core.p2p` have smaller ones
+IN_TWO = 2**19  # bytes that all ranks have to sum, from which on each sums its part only and sends it to the others
+ADD = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MAX: torch.maximum}
 
 
-class Messages(dist.Work):
+def neighbours(x: Tensor, axis: Axis) -> Neighbours | None:
+    """The other ranks of the axis, where all are on this machine and x is not on a GPU."""
+    return None if x.device.type != "cpu" or host.is_needed(x, axis.group) else among(axis.ranks)
+
+
+class Exchange:
     """What goes to and comes from the other ranks of an axis, in flight; waited for as a `dist.Work` is.
 
     Args:
-        send, receive: for each rank of the axis, contiguous. What is empty is not sent, nor is this rank's own.
+        send: what each of them gets, in the order of the axis, nothing where it is empty; or one tensor for all.
+        expect: of what each of them sends, the type and the number of elements.
+        use: what is done with it when all has come: one-dimensional, in the order of the axis; of this rank nothing.
     """
 
-    def __init__(self, axis: Axis, send: Sequence[Tensor], receive: Sequence[Tensor], tag: int):
-        super().__init__()
-        self._works: list[dist.Work] = []
+    def __init__(self, to: Neighbours, axis: Axis, send: Tensor | Sequence[Tensor], expect: Sequence[Tensor],
+                 use: Callable[[list[Tensor | None]], None], number: int | None = None):  # fmt: skip
+        self._to, self._axis, self._expect, self._use = to, axis, expect, use
+        self._lane = lane_of(axis.group.group_name)
+        self._number = to.next_number(self._lane) if number is None else number
         self._lost: RuntimeError | None = None
-        me = axis.group.rank()
+        others = [(axis.index + step) % axis.size for step in range(1, axis.size)]  # not all send to one first
         try:
-            for step in range(1, axis.size):  # so that not all send to the same one first
-                to, of = (me + step) % axis.size, (me - step) % axis.size
-                if receive[of].numel():
-                    self._works.append(dist.irecv(receive[of], group=axis.group, tag=tag, group_src=of))
-                if send[to].numel():
-                    self._works.append(dist.isend(send[to], group=axis.group, tag=tag, group_dst=to))
+            if isinstance(send, Tensor):
+                if send.numel():
+                    to.send(send, [axis.ranks[i] for i in others], self._lane, self._number)
+                return
+            for i in others:
+                if send[i].numel():
+                    to.send(send[i], [axis.ranks[i]], self._lane, self._number)
         except RuntimeError as error:
             self._lost = error  # of a rank that is gone already: raised where it is waited for
 
-    def wait(self, *timeout: timedelta) -> bool:
+    def wait(self, timeout: timedelta) -> bool:
+        if self._use is None:
+            return True
         if self._lost:
             raise self._lost
-        while self._works:  # each once: gloo would wait for a second message
-            self._works.pop().wait(*timeout)
+        deadline = time.monotonic() + timeout.total_seconds()
+        come, places = [None] * self._axis.size, []
+        for i, (rank, like) in enumerate(zip(self._axis.ranks, self._expect, strict=True)):
+            if i != self._axis.index:
+                come[i] = like
+                if like.numel():
+                    come[i], place = self._to.receive(rank, self._lane, self._number, like, deadline)
+                    places.append((rank, place))
+        self._use(come)
+        for rank, place in places:
+            self._to.has_read(rank, place)
+        self._expect, self._use = (), None
         return True
 
 
-class Sum(Messages):
-    """An all-reduce in place: each rank sums its shard in the order of the axis, and sends it to the others.
+class TwoTurns:
+    """An all-reduce of contiguous `x`, in place: each rank sums its part, and sends it to the others when it waits."""
 
-    It is sent in `wait`: every rank must wait at once, or one would wait for another that does something else first.
-    """
+    def __init__(self, to: Neighbours, axis: Axis, x: Tensor, add: Callable[..., Tensor]):
+        self._to, self._axis, self._parts = to, axis, x.view(-1).tensor_split(axis.size)
+        mine = self._parts[axis.index]
+        self._first = Exchange(to, axis, self._parts, [mine] * axis.size, lambda come: _reduce(come, mine, mine, add))
+        self._number = to.next_number(lane_of(axis.group.group_name))
 
-    def __init__(self, x: Tensor, axis: Axis):
-        self._axis, self._parts = axis, x.view(-1).tensor_split(axis.size)
-        mine = self._parts[axis.group.rank()]
-        self._received: Tensor | None = mine.new_empty(axis.size, len(mine))
-        self._received[axis.group.rank()] = mine
-        super().__init__(axis, self._parts, self._received.unbind(0), TAG)
-
-    def wait(self, *timeout: timedelta) -> bool:
-        super().wait(*timeout)
-        if self._received is not None:
-            mine = self._parts[self._axis.group.rank()]
-            mine.copy_(ordered_sum(self._received))
-            self._received = None
-            Messages(self._axis, [mine] * self._axis.size, self._parts, TAG + 1).wait(*timeout)
+    def wait(self, timeout: timedelta) -> bool:
+        if self._parts:
+            parts, self._parts = self._parts, ()
+            self._first.wait(timeout)
+            mine = parts[self._axis.index]
+            Exchange(self._to, self._axis, mine, parts, lambda come: _fill(come, parts), self._number).wait(timeout)
         return True
 
 
-def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, axis: Axis, at_once: bool) -> dist.Work:
-    """Start to reduce contiguous `x` over the axis, in place; `at_once` where every rank waits for it next."""
-    if at_once and x.device.type == "cpu" and op == dist.ReduceOp.SUM and x.nbytes <= LARGEST_SUM:
-        return Sum(x, axis)
-    return dist.all_reduce(x, op, axis.group, async_op=True)
+def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, axis: Axis, near: Neighbours | None,
+               in_order: bool) -> dist.Work:  # fmt: skip
+    """Start to reduce contiguous `x` over the axis, in place.
 
-
-def all_gather(full: Tensor, own: Tensor, axis: Axis, near: bool) -> dist.Work:
-    """Start to fill contiguous `full` with the ranks' shards, equal parts of its rows. `own` may be that part of it.
-
-    `near` where the values belong to the CPU, and are not on it just to be sent.
+    Args:
+        in_order: all ranks wait for it in the same order as for the other sums in flight, so that it may take two
+            turns: in any other, one would wait for the second turn of a rank that waits for another sum's.
     """
-    if full.device.type != "cpu" or not near:
-        return dist.all_gather_single(full, own, axis.group, async_op=True)
-    parts = full.view(axis.size, *own.shape).unbind(0)
-    mine = parts[axis.group.rank()]
-    if own.untyped_storage()._cdata != full.untyped_storage()._cdata:  # no part of it yet
-        mine.copy_(own)
-    return Messages(axis, [mine] * axis.size, parts, TAG + 2)
+    if near is None or op not in ADD:
+        return dist.all_reduce(x, op, axis.group, async_op=True)
+    if in_order and x.nbytes * axis.size > IN_TWO:
+        return TwoTurns(near, axis, x, ADD[op])
+    flat = x.view(-1)
+    return Exchange(near, axis, flat, [flat] * axis.size, lambda come: _reduce(come, flat, flat, ADD[op]))
 
 
-def ordered_sum(parts: Tensor) -> Tensor:
-    """Of (N, ...) over the first dimension, one after another: a third of the time of `sum`, which goes across."""
-    if parts.element_size() < 4:
-        return parts.sum(0)  # which adds in float32, and rounds once
-    total = parts[0] + parts[1]
-    for part in parts[2:]:
-        total += part
-    return total
+def all_gather(parts: Sequence[Tensor], axis: Axis, near: Neighbours) -> Exchange:
+    """Start to fill the ranks' parts of a tensor, of which this rank has its own."""
+    return Exchange(near, axis, parts[axis.index], parts, lambda come: _fill(come, parts))
+
+
+def reduce_scatter(parts: Sequence[Tensor], into: Tensor, axis: Axis, near: Neighbours) -> Exchange:
+    """Start to sum this rank's part over the axis; `parts` must stay as they are until it has been waited for."""
+    mine = parts[axis.index]
+    return Exchange(near, axis, parts, [into] * axis.size, lambda come: _reduce(come, mine, into, torch.add))
+
+
+def all_to_all(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, near: Neighbours) -> Exchange:
+    """Start to give each rank its part and to get one from each; this rank's own is copied at once."""
+    receive[axis.index].copy_(send[axis.index])
+    return Exchange(near, axis, send, receive, lambda come: _fill(come, receive))
+
+
+def _fill(come: Sequence[Tensor | None], parts: Sequence[Tensor]) -> None:
+    for values, part in zip(come, parts, strict=True):
+        if values is not None:
+            part.copy_(values.view(part.shape))
+
+
+def _reduce(come: Sequence[Tensor | None], mine: Tensor, into: Tensor, add: Callable[..., Tensor]) -> None:
+    """In the order of the axis. What has less than float32 is added up in float32, and rounded once."""
+    first, *others = (mine if values is None else values.view(mine.shape) for values in come)
+    total = first.float() if first.is_floating_point() and first.element_size() < 4 else first
+    for values in others[:-1]:
+        total = add(total, values) if total is first else add(total, values, out=total)
+    if total.dtype == into.dtype:
+        add(total, others[-1], out=into)
+    else:
+        into.copy_(add(total, others[-1]))
+
+
+# ---- Messages from one rank to another -------------------------------------------------------------------------------
+
+
+class Sent:
+    """A message that this rank has left for another one; waited for until that one has read it."""
+
+    def __init__(self, to: Neighbours, x: Tensor, rank: int, lane: int, tag: int):
+        self._to, self._rank = to, rank
+        self._place = to.send(x, [rank], lane, tag)
+
+    def wait(self, timeout: timedelta) -> bool:
+        self._to.wait_until_read(self._place, self._rank, time.monotonic() + timeout.total_seconds())
+        return True
+
+
+class Coming:
+    """A message that another rank leaves for this one."""
+
+    def __init__(self, of: Neighbours, into: Tensor, rank: int, lane: int, tag: int):
+        self._of, self._into, self._rank, self._key = of, into, rank, (lane, tag)
+
+    def wait(self, timeout: timedelta) -> bool:
+        if self._into is not None:
+            deadline = time.monotonic() + timeout.total_seconds()
+            values, place = self._of.receive(self._rank, *self._key, self._into, deadline)
+            self._into.copy_(values.view(self._into.shape))
+            self._of.has_read(self._rank, place)
+            self._into = None
+        return True
+
+
+def message(kind: type[Sent] | type[Coming], x: Tensor, axis: Axis, peer: int, near: Neighbours | None,
+            group: dist.ProcessGroup, tag: int = 0) -> dist.Work | Sent | Coming:  # fmt: skip
+    """Start to send contiguous `x` to rank `peer` of the axis, or to receive into it.
+
+    Raises:
+        RuntimeError: that rank is gone.
+    """
+    rank = axis.ranks[peer]
+    if near:
+        return kind(near, x, rank, lane_of(f"messages of {group.group_name}"), tag)
+    return (dist.isend if kind is Sent else dist.irecv)(x, rank, group, tag)
+
+
+def batch(both: Sequence[tuple[type[Sent] | type[Coming], Tensor]], axis: Axis, peer: int,
+          near: Neighbours | None) -> list[dist.Work]:  # fmt: skip
+    """The same of several messages at once: alone, each would make NCCL open a communicator for every pair of ranks."""
+    if near:
+        return [message(kind, x, axis, peer, near, axis.group) for kind, x in both]
+    ways = [(dist.isend if kind is Sent else dist.irecv, x) for kind, x in both]
+    return dist.batch_isend_irecv([dist.P2POp(way, x, axis.ranks[peer], axis.group) for way, x in ways])

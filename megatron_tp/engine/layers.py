@@ -43,7 +43,7 @@ class _ColumnLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,), summed = ctx.saved_tensors, None
         if ctx.needs_input_grad[0]:  # f's all-reduce is in flight while wgrad is computed
-            summed = comm.all_reduce_async(of_input(gradients, ctx.weights), ctx.axis)
+            summed = comm.all_reduce_async(of_input(gradients, ctx.weights), ctx.axis, in_order=True)
         layers = zip(gradients, ctx.weights, ctx.biases, strict=True)
         found = [each for gradient, *layer in layers for each in of_parameters(gradient, x, *layer)]
         return summed.wait() if summed else None, None, None, None, *found

@@ -7,7 +7,7 @@ import functools
 import runpy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core.engine import direct
 from core.proof import host
 
 COLLECTIVES = ("all_reduce", "all_gather_single", "reduce_scatter_single", "all_to_all_single", "isend", "irecv",
@@ -62,6 +63,11 @@ def shared() -> Iterator[None]:
             for module in (dist, dist.distributed_c10d):  # a batch asks which of the two it is
                 enter(patch.object(module, name, checked))
         yield
+
+
+def far() -> AbstractContextManager:
+    """As if no other rank were on this machine: all goes over gloo."""
+    return patch.object(direct, "among", lambda ranks: None)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from core.engine import direct
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh, axis_groups, axis_sizes
 from core.proof.peers import PeerError
+from tests.core.sharing import far
 from tests.pool import Pool, WorkerError
 
 # ---- Mesh: the course's example and Megatron's order string
@@ -105,6 +106,11 @@ def world() -> Axis:
     return Mesh("cpu", Ledger(), 30.0, tp=dist.get_world_size())["tp"]
 
 
+def collectives_over_gloo() -> tuple[dict[str, Tensor], dict[str, tuple[int, float, float]]]:
+    with far():
+        return collectives()
+
+
 def collectives() -> tuple[dict[str, Tensor], dict[str, tuple[int, float, float]]]:
     axis = world()
     n, r = axis.size, axis.index
@@ -125,10 +131,11 @@ def collectives() -> tuple[dict[str, Tensor], dict[str, tuple[int, float, float]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
-def test_collectives(pool: Pool, n: int) -> None:
+@pytest.mark.parametrize("call", [collectives, collectives_over_gloo])
+def test_collectives(pool: Pool, n: int, call: Callable) -> None:
     xs = [(torch.arange(12.0).reshape(4, 3) + 100 * r).double() for r in range(n)]
     wides = [torch.arange(2.0 * n).reshape(2, n).T + 100 * r for r in range(n)]
-    for r, (results, counted) in enumerate(pool.run(n, collectives)):
+    for r, (results, counted) in enumerate(pool.run(n, call)):
         assert (results["all_reduce"] == sum(xs)).all()
         assert (results["max"] == xs[-1]).all()
         assert (results["gather_rows"] == torch.cat(xs)).all()
@@ -223,8 +230,8 @@ def a_peer_is_silent() -> str:
 
 def test_a_wait_ends_with_the_axis_timeout_and_names_the_peer(pool: Pool) -> None:
     said = pool.run(4, a_peer_is_silent)
-    assert said[0].startswith("receive (F) from rank 1 failed: Timed out waiting 2000ms")
-    assert said[2].startswith("receive (F) from rank 3 failed: Timed out")
+    assert said[0].startswith("receive (F) from rank 1 failed: timed out")
+    assert said[2].startswith("receive (F) from rank 3 failed: timed out")
     assert "after 2 s" in said[0]
 
 
@@ -236,8 +243,8 @@ class Broken:
 
 
 def a_send_that_breaks() -> None:
-    mail = p2p.PointToPoint(world(), [], torch.device("cpu"))
-    with patch.object(p2p.dist, "isend", lambda *_: Broken()):
+    with far(), patch.object(p2p.dist, "isend", lambda *_: Broken()):
+        mail = p2p.PointToPoint(world(), [], torch.device("cpu"))
         mail.send(torch.ones(1), 1, "F", 0)
     with pytest.raises(KeyError, match="unexpected"):
         mail.flush()
@@ -266,7 +273,7 @@ def a_message_one_way_and_one_that_does_not_come() -> tuple[list[float], int, fl
         time.sleep(4)
     else:
         assert p2p.receive(x, axis, 0) is x
-        with pytest.raises(PeerError, match=f"receive from rank {axis.ranks[0]} failed: Timed out waiting 2000ms"):
+        with pytest.raises(PeerError, match=f"receive from rank {axis.ranks[0]} failed: timed out"):
             p2p.receive(x.clone(), axis, 0)
     sent = axis.ledger.traffic["send", "tp"]
     return x.tolist(), sent.messages, sent.bytes
@@ -305,23 +312,35 @@ def sums_and_gathers() -> list[list[float]]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_direct_sums_and_gathers(pool: Pool, ranks: int) -> None:
-    first, *others = pool.run(ranks, sums_and_gathers)
+@pytest.mark.parametrize("way", ["sums_and_gathers", "in_two_turns", "over_gloo"])
+def test_sums_and_gathers(pool: Pool, way: str, ranks: int) -> None:
+    first, *others = pool.run(ranks, globals()[way])
     assert all(other == first for other in others), "all ranks have the same bits"
 
 
-def always_at_once() -> list[list[float]]:
+def always_in_two_turns() -> list[list[float]]:
     right = direct.all_reduce
-    with patch.object(direct, "all_reduce", lambda x, op, axis, _: right(x, op, axis, True)):
-        return sums_and_gathers()
+    with patch.object(direct, "all_reduce", lambda x, op, axis, near, _: right(x, op, axis, near, True)):
+        return in_two_turns()
 
 
 def without_an_own_part() -> list[list[float]]:
-    with patch.object(direct, "ordered_sum", lambda parts: parts[1:].sum(0)):
+    right = direct._reduce
+    with patch.object(direct, "_reduce", lambda come, mine, *more: right(come, torch.zeros_like(mine), *more)):
         return sums_and_gathers()
 
 
-@pytest.mark.parametrize("wrong", [always_at_once, without_an_own_part])
+def in_two_turns() -> list[list[float]]:
+    with patch.object(direct, "IN_TWO", 0):
+        return sums_and_gathers()
+
+
+def over_gloo() -> list[list[float]]:
+    with far():
+        return sums_and_gathers()
+
+
+@pytest.mark.parametrize("wrong", [always_in_two_turns, without_an_own_part])
 def test_wrong_direct_sums_are_seen(pool: Pool, wrong: Callable) -> None:
     """Sums in flight that go on only when all ranks wait for them; a part left out."""
     with pytest.raises(WorkerError):

@@ -88,7 +88,7 @@ def unfinished() -> Record:
         time.sleep(0.3)
         comm.all_reduce_async(torch.ones(3), axis).wait()
     else:
-        pending.work.wait()
+        pending.work.wait(axis.timeout)
     return found
 
 
@@ -140,7 +140,7 @@ def run_case(case: str) -> str:
             with pytest.MonkeyPatch.context() as patch:
                 for name in ("all_reduce", "all_gather_single", "all_to_all_single"):
                     patch.setattr(dist, name, lambda *args, **more: None)
-                for name in ("all_reduce", "all_gather"):
+                for name in ("all_reduce", "all_gather", "all_to_all"):
                     patch.setattr(direct, name, lambda *args, **more: None)
                 CASES[case](axis, odd)
             return ""

@@ -1,6 +1,7 @@
 """Where gradients are added up, and how they are summed over the ranks: full, or this rank's shard only. Lecture 01."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -52,7 +53,7 @@ class FullGradients(Gradients):
     def launch(self, i: int, at_once: int = 0) -> None:
         """Start to sum bucket i, if its gradients are complete, over the ranks."""
         if self.due(i):
-            start = comm.reduce_scatter_async if self.scatter else comm.all_reduce_async
+            start = comm.reduce_scatter_async if self.scatter else partial(comm.all_reduce_async, in_order=True)
             self.in_flight.append((i, start(self._full[i], self.axis)))
 
     def make_room(self) -> None:
