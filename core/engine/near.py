@@ -30,7 +30,7 @@ RECORD = struct.Struct("=Qqqq")  # lane, number, place, bytes; or READ, 0, place
 READ = 0
 ROOM = 2**34  # bytes of addresses a rank; memory is taken for those only that are in use
 ALIGNED = 64
-PLENTY = 2**22  # bytes in flight from which on it is asked what has been read meanwhile
+PLENTY = 2**17  # bytes in flight from which on it is asked what has been read meanwhile
 MEETING = 20.0  # seconds for the ranks of a machine to connect
 
 

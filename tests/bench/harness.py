@@ -7,7 +7,7 @@ ratio depends on the machine.
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core.engine import direct
 from core.proof.launch import Job
 
 WARM = 2  # rounds that are not counted
@@ -124,7 +125,7 @@ def _meet() -> None:
 def silent(step: Step) -> Step:
     """The same step without its messages: the floor. What would arrive is what happens to be in the buffer.
 
-    Collectives of `torch.distributed`, by which `core.comm` and `core.p2p` send, return at once.
+    Nothing is left for neighbours nor read (`core.engine.direct`); collectives of `torch.distributed` return at once.
     """
 
     class Done:
@@ -144,8 +145,27 @@ def silent(step: Step) -> Step:
             received.copy_(sent)
         return Done()
 
+    class NothingComes(direct.Exchange):
+        """How much would come is as much as would go."""
+
+        def __init__(self, near: object, axis: object, send: Tensor | Sequence[Tensor], expect: object,
+                     use: Callable[[Sequence[Tensor]], None], number: int = 0):  # fmt: skip
+            self._numbers = None if isinstance(send, Tensor) or send[0].is_floating_point() else send
+            self._use = use
+
+        def wait(self, *_: object) -> bool:
+            if self._numbers:
+                self._use(self._numbers)
+            return True
+
+    class NoMessage(Done):
+        def __init__(self, *_: object):
+            pass
+
     def alone() -> None:
         with ExitStack() as stack:
+            for name, other in (("Exchange", NothingComes), ("Sent", NoMessage), ("Coming", NoMessage)):
+                stack.enter_context(mock.patch.object(direct, name, other))
             for name in COLLECTIVES:
                 instead = numbers_only if name == "all_to_all_single" else nothing
                 stack.enter_context(mock.patch.object(dist, name, instead))
