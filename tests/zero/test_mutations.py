@@ -85,7 +85,7 @@ def the_bucket_leaves_too_early() -> AbstractContextManager:
             gradients = self.launch.__self__
             if isinstance(gradients, FullGradients):  # lest the bucket is read late enough by chance
                 for _, pending in gradients.in_flight:
-                    pending.work.wait()
+                    pending.work.wait(pending.axis.timeout)
 
     return patch.object(InOrder, "_complete", wrong)
 
