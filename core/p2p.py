@@ -13,6 +13,7 @@ from torch import Tensor
 
 from core.comm import wait
 from core.engine import direct
+from core.engine.communicators import Communicators, Route
 from core.mesh import Axis
 from core.proof import host
 from core.proof.flight import FLIGHT, WAITING
@@ -63,15 +64,14 @@ class PointToPoint:
 
     def __init__(self, axis: Axis, routes: Sequence[tuple[int, int, str]], device: torch.device):
         self.axis = axis
-        self._communicators: dict[tuple, dist.ProcessGroup] = {}
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._sender: threading.Thread | None = None
         self._sent: deque = deque()  # what neighbours have been left
         self._device, probe = device, torch.empty(0, device=device)
         self._near = direct.neighbours(probe, axis)
-        if device.type != "cpu" and not host.is_needed(probe, axis.group):
-            self._open_communicators(routes, device)
+        by_nccl = device.type != "cpu" and not host.is_needed(probe, axis.group)
+        self._communicators = Communicators(axis, routes, device) if by_nccl else None  # gloo has tags
 
     def send(self, x: Tensor, to: int, kind: str, tag: int) -> None:
         """Send contiguous `x` to rank `to` of the axis; returns at once. The caller may drop `x` but not write to it.
@@ -86,8 +86,7 @@ class PointToPoint:
         call = FLIGHT.start_message(kind, self.axis, x, self.axis.index, to, tag)
         x = host.outgoing(x, self.axis.group)
         with peer_errors(what):
-            group = self._communicator(self.axis.index, to, kind, x)
-            work = direct.message(direct.Sent, x, self.axis, to, self._near, group, tag)
+            work = self._start(direct.Sent, x, to, (self.axis.index, to, kind), tag)
         if isinstance(work, direct.Sent):
             self._sent.append((work, x[:0], what, call))
             return
@@ -108,8 +107,7 @@ class PointToPoint:
         call = FLIGHT.start_message(kind, self.axis, into, sender, self.axis.index, tag)
         landing = host.landing(into, self.axis.group)
         with peer_errors(what):
-            group = self._communicator(sender, self.axis.index, kind, landing)
-            work = direct.message(direct.Coming, landing, self.axis, sender, self._near, group, tag)
+            work = self._start(direct.Coming, landing, sender, (sender, self.axis.index, kind), tag)
 
         def arrive() -> Tensor:
             wait(work, self.axis, landing, what, call)
@@ -142,6 +140,11 @@ class PointToPoint:
             self._sender.join()
             self._sender = None
 
+    def _start(self, way: type, x: Tensor, peer: int, route: Route, tag: int) -> dist.Work:
+        group = self._communicators.of(*route) if self._communicators else self.axis.group
+        near = self._near if x.nbytes <= direct.LARGEST_MESSAGE else None
+        return direct.message(way, x, self.axis, peer, near, group, tag)
+
     def _deliver(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.set_device_index(self._device)
@@ -168,29 +171,3 @@ class PointToPoint:
             time.sleep(0.001)
         if failure := work.exception():
             raise PeerError(what, RuntimeError(str(failure)))
-
-    def _communicator(self, sender: int, receiver: int, kind: str, x: Tensor) -> dist.ProcessGroup | None:
-        if x.device.type == "cpu":
-            return self.axis.group  # gloo has tags
-        return self._communicators[_communicator_key(sender, receiver, kind)]
-
-    def _open_communicators(self, routes: Sequence[tuple[int, int, str]], device: torch.device) -> None:
-        # NCCL runs the messages of one communicator on one stream, in the order of the calls: a receive posted ahead
-        # would hold up the sends behind it. So a lane never both sends and receives on one rank. The first message
-        # makes the connection and blocks until both ends are there, hence one round in a fixed order.
-        for key in sorted({_communicator_key(*route) for route in routes}):
-            self._communicators[key] = dist.new_group(
-                list(self.axis.ranks), timeout=self.axis.timeout, use_local_synchronization=True
-            )
-        probe = torch.zeros(1, device=device)
-        dist.all_reduce(probe, group=self.axis.group)  # all its ranks: `exchange` must not be the group's first call
-        for sender, receiver, kind in sorted(routes):
-            group = self._communicators[_communicator_key(sender, receiver, kind)]
-            if self.axis.index == sender:
-                dist.send(probe, self.axis.ranks[receiver], group)
-            elif self.axis.index == receiver:
-                dist.recv(probe, self.axis.ranks[sender], group)
-
-
-def _communicator_key(sender: int, receiver: int, kind: str) -> tuple[str, bool, int]:
-    return kind, sender < receiver, sender % 2

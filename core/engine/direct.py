@@ -17,6 +17,7 @@ from core.mesh import Axis
 from core.proof import host
 
 IN_TWO = 2**19  # bytes that all ranks have to sum, from which on each sums its part only and sends it to the others
+LARGEST_MESSAGE = 2**21  # bytes; the copy of a larger one would take more memory than it saves time
 ADD = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MAX: torch.maximum}
 
 
@@ -78,7 +79,7 @@ class TwoTurns:
     def __init__(self, to: Neighbours, axis: Axis, x: Tensor, add: Callable[..., Tensor]):
         self._to, self._axis, self._parts = to, axis, x.view(-1).tensor_split(axis.size)
         mine = self._parts[axis.index]
-        self._first = Exchange(to, axis, self._parts, [mine] * axis.size, lambda come: _reduce(come, mine, mine, add))
+        self._first = Exchange(to, axis, self._parts, [mine] * axis.size, lambda come: _reduce(come, mine, add))
         self._number = to.next_number(lane_of(axis.group.group_name))
 
     def wait(self, timeout: timedelta) -> bool:
@@ -103,7 +104,7 @@ def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, axis: Axis, near: Neighbo
     if in_order and x.nbytes * axis.size > IN_TWO:
         return TwoTurns(near, axis, x, ADD[op])
     flat = x.view(-1)
-    return Exchange(near, axis, flat, [flat] * axis.size, lambda come: _reduce(come, flat, flat, ADD[op]))
+    return Exchange(near, axis, flat, [flat] * axis.size, lambda come: _reduce(come, flat, ADD[op]))
 
 
 def all_gather(parts: Sequence[Tensor], axis: Axis, near: Neighbours) -> Exchange:
@@ -112,9 +113,9 @@ def all_gather(parts: Sequence[Tensor], axis: Axis, near: Neighbours) -> Exchang
 
 
 def reduce_scatter(parts: Sequence[Tensor], into: Tensor, axis: Axis, near: Neighbours) -> Exchange:
-    """Start to sum this rank's part over the axis; `parts` must stay as they are until it has been waited for."""
-    mine = parts[axis.index]
-    return Exchange(near, axis, parts, [into] * axis.size, lambda come: _reduce(come, mine, into, torch.add))
+    """Start to sum this rank's part over the axis; `parts` may change at once."""
+    into.copy_(parts[axis.index])
+    return Exchange(near, axis, parts, [into] * axis.size, lambda come: _reduce(come, into, torch.add))
 
 
 def all_to_all(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, near: Neighbours) -> Exchange:
@@ -129,16 +130,16 @@ def _fill(come: Sequence[Tensor | None], parts: Sequence[Tensor]) -> None:
             part.copy_(values.view(part.shape))
 
 
-def _reduce(come: Sequence[Tensor | None], mine: Tensor, into: Tensor, add: Callable[..., Tensor]) -> None:
-    """In the order of the axis. What has less than float32 is added up in float32, and rounded once."""
+def _reduce(come: Sequence[Tensor | None], mine: Tensor, add: Callable[..., Tensor]) -> None:
+    """Into `mine`, in the order of the axis. What has less than float32 is added up in float32, and rounded once."""
     first, *others = (mine if values is None else values.view(mine.shape) for values in come)
     total = first.float() if first.is_floating_point() and first.element_size() < 4 else first
     for values in others[:-1]:
         total = add(total, values) if total is first else add(total, values, out=total)
-    if total.dtype == into.dtype:
-        add(total, others[-1], out=into)
+    if total.dtype == mine.dtype:
+        add(total, others[-1], out=mine)
     else:
-        into.copy_(add(total, others[-1]))
+        mine.copy_(add(total, others[-1]))
 
 
 # ---- Messages from one rank to another -------------------------------------------------------------------------------
