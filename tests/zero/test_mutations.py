@@ -79,7 +79,7 @@ def all_reduced_and_a_slice_copied() -> AbstractContextManager:
 
 def the_bucket_leaves_too_early() -> AbstractContextManager:
     def wrong(self: InOrder, i: int, parameter: nn.Parameter) -> None:
-        self._used.add(parameter)
+        self._arrived(parameter)
         while self._next < len(self._missing) and self._next <= i:
             self._launch_next()
             gradients = self.launch.__self__

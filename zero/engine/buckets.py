@@ -147,7 +147,7 @@ class InOrder:
 
     Args:
         users: of each bucket the parts of the model that use it.
-        used: where to note the parameters that got a gradient.
+        arrived: called with each parameter that gets a gradient, before its bucket is launched.
     """
 
     def __init__(
@@ -155,10 +155,10 @@ class InOrder:
         buckets: list[Bucket],
         users: Sequence[Users],
         launch: Callable[[int], None],
-        used: set[nn.Parameter],
+        arrived: Callable[[nn.Parameter], None],
     ):
         self.launch = launch
-        self._used, self._users = used, users
+        self._arrived, self._users = arrived, users
         self._sizes = [len(bucket.members) for bucket in buckets]
         self._watched: list[int] = []  # the buckets of a backward, in the order in which they are launched
         self._missing: list[int] = []  # while it is watched: gradients still to come, of each of those
@@ -182,7 +182,7 @@ class InOrder:
         return sorted(mine, key=lambda i: len(self._users[i]))
 
     def _complete(self, i: int, parameter: nn.Parameter) -> None:
-        self._used.add(parameter)
+        self._arrived(parameter)
         if self._missing:
             self._missing[self._watched.index(i)] -= 1
             while self._next < len(self._missing) and not self._missing[self._next]:

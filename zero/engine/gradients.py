@@ -26,6 +26,10 @@ class Gradients:
         self.finishing: set[int] = set()  # the parts whose last backward of this step goes on, or is done
         self.used: set[nn.Parameter] = set()  # what got a gradient in this step
 
+    def complete(self, parameter: nn.Parameter) -> None:
+        """The gradient of a parameter has been added to, in backward."""
+        self.used.add(parameter)
+
     def due(self, i: int) -> bool:
         return self.every or self.finishing.issuperset(self.users[i])
 
@@ -35,24 +39,41 @@ class FullGradients(Gradients):
 
     Args:
         scatter: reduce-scatter and keep this rank's shard, in place of an all-reduce.
+        first: whether the first gradient of a step is copied, and not added to zeros: where it is told of each one.
     """
 
-    def __init__(self, buckets: list[Bucket], users: Sequence[Users], axis: Axis, scatter: bool):
+    def __init__(self, buckets: list[Bucket], users: Sequence[Users], axis: Axis, scatter: bool, first: bool):
         super().__init__(users, every=False)
-        self.axis, self.scatter = axis, scatter
+        self.axis, self.scatter, self.first, self.buckets = axis, scatter, first, buckets
         self._full = [bucket.flatten_gradients() for bucket in buckets]
         self.own = self._full  # after the last micro-batch: summed over the ranks
         if scatter:
             self.own = [flat[bucket.shard(axis.index)] for bucket, flat in zip(buckets, self._full, strict=True)]
         self.in_flight: list[tuple[int, comm.Pending]] = []
+        self._views = {m.parameter: m.parameter.grad for bucket in buckets for m in bucket.members}
 
     def zero(self) -> None:
-        for flat in self._full:
-            flat.zero_()
+        if self.first:
+            for parameter in self._views:
+                parameter.grad = None
+        else:
+            for flat in self._full:
+                flat.zero_()
+
+    def complete(self, parameter: nn.Parameter) -> None:
+        super().complete(parameter)
+        view = self._views[parameter]
+        if parameter.grad is None:  # put off: a split backward adds it later
+            parameter.grad = view.zero_()
+        elif parameter.grad is not view:
+            parameter.grad = view.copy_(parameter.grad)
 
     def launch(self, i: int, at_once: int = 0) -> None:
         """Start to sum bucket i, if its gradients are complete, over the ranks."""
         if self.due(i):
+            for member in self.buckets[i].members:
+                if member.parameter.grad is None:  # not used
+                    member.parameter.grad = self._views[member.parameter].zero_()
             start = comm.reduce_scatter_async if self.scatter else partial(comm.all_reduce_async, in_order=True)
             self.in_flight.append((i, start(self._full[i], self.axis)))
 

@@ -74,8 +74,8 @@ def shard_optimizer(scope: Scope) -> Sharding:
 
 def _full_gradients(scope: Scope, shards_optimizer: bool) -> Sharding:
     buckets, users = scope.buckets(scope.axis.size if shards_optimizer else 1)
-    gradients = FullGradients(buckets, users, scope.axis, scatter=shards_optimizer)
-    order = InOrder(buckets, users, gradients.launch, gradients.used)
+    gradients = FullGradients(buckets, users, scope.axis, scatter=shards_optimizer, first=scope.parts.whole_model)
+    order = InOrder(buckets, users, gradients.launch, gradients.complete)
     weights = ReplicatedWeights(scope.named, buckets, scope.axis, shards_optimizer)
     return Sharding(buckets, weights, gradients, order, shards_optimizer)
 
@@ -92,7 +92,7 @@ def shard_gradients(
     """
     buckets, users = scope.buckets(scope.axis.size)
     gradients = ShardedGradients(buckets, users, scope.axis, make_shards(buckets), scope.every)
-    order = InOrder(buckets, users, gradients.launch, gradients.used)
+    order = InOrder(buckets, users, gradients.launch, gradients.complete)
     return Sharding(buckets, make_weights(scope.named, buckets, scope.axis, True), gradients, order)
 
 
