@@ -55,7 +55,7 @@ class PointToPoint:
     """Point-to-point messages along one axis that neither the sender nor the receiver stops for.
 
     A sent tensor is let go once it and what was sent before it have left: gloo tells that only to who waits, so a
-    thread does. Ranks of one machine leave a copy.
+    thread does. What a rank of the same machine gets is a copy, or where it is large read from where it lies.
 
     Args:
         routes: every (sender, receiver, kind) that will be used, as indices on the axis; the same on all its ranks.
@@ -68,9 +68,9 @@ class PointToPoint:
         self._failure: Exception | None = None
         self._sender: threading.Thread | None = None
         self._sent: deque = deque()  # what neighbours have been left
-        self._device, probe = device, torch.empty(0, device=device)
-        self._near = direct.neighbours(probe, axis)
-        by_nccl = device.type != "cpu" and not host.is_needed(probe, axis.group)
+        self._device, self._nothing = device, torch.empty(0, device=device)
+        self._near = direct.neighbours(self._nothing, axis)
+        by_nccl = device.type != "cpu" and not host.is_needed(self._nothing, axis.group)
         self._communicators = Communicators(axis, routes, device) if by_nccl else None  # gloo has tags
 
     def send(self, x: Tensor, to: int, kind: str, tag: int) -> None:
@@ -88,8 +88,8 @@ class PointToPoint:
         with peer_errors(what):
             work = self._start(direct.Sent, x, to, (self.axis.index, to, kind), tag)
         if isinstance(work, direct.Sent):
-            self._sent.append((work, x[:0], what, call))
-            return
+            self._sent.append((work, what, call))
+            return self._let_go(all_read=False)
         if self._sender is None:
             self._sender = threading.Thread(target=self._deliver, daemon=True)
             self._sender.start()
@@ -126,9 +126,7 @@ class PointToPoint:
             self._queue.put(done)
             done.wait()
             FLIGHT.count_as(phase)
-        while self._sent:
-            work, nothing, what, call = self._sent.popleft()
-            wait(work, self.axis, nothing, what, call)
+        self._let_go(all_read=True)
         if self._failure:
             raise self._failure
 
@@ -140,10 +138,15 @@ class PointToPoint:
             self._sender.join()
             self._sender = None
 
+    def _let_go(self, all_read: bool) -> None:
+        """What neighbours have been left and have read, in the order of sending; `all_read`: wait until they have."""
+        while self._sent and (all_read or self._sent[0][0].is_completed()):
+            work, what, call = self._sent.popleft()
+            wait(work, self.axis, self._nothing, what, call)
+
     def _start(self, way: type, x: Tensor, peer: int, route: Route, tag: int) -> dist.Work:
         group = self._communicators.of(*route) if self._communicators else self.axis.group
-        near = self._near if x.nbytes <= direct.LARGEST_MESSAGE else None
-        return direct.message(way, x, self.axis, peer, near, group, tag)
+        return direct.message(way, x, self.axis, peer, self._near, group, tag)
 
     def _deliver(self) -> None:
         if self._device.type != "cpu":

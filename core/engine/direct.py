@@ -17,7 +17,7 @@ from core.mesh import Axis
 from core.proof import host
 
 IN_TWO = 2**19  # bytes that all ranks have to sum, from which on each sums its part only and sends it to the others
-LARGEST_MESSAGE = 2**21  # bytes; the copy of a larger one would take more memory than it saves time
+LENT = 2**19  # bytes of a message from which on it is not copied, but read from where it is
 ADD = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MAX: torch.maximum}
 
 
@@ -146,15 +146,23 @@ def _reduce(come: Sequence[Tensor | None], mine: Tensor, add: Callable[..., Tens
 
 
 class Sent:
-    """A message that this rank has left for another one; waited for until that one has read it."""
+    """A message that this rank has left for another one; waited for until that one has read it.
+
+    A large one is lent: it is kept until then, and must not be written to.
+    """
 
     def __init__(self, to: Neighbours, x: Tensor, rank: int, lane: int, tag: int):
         self._to, self._rank = to, rank
-        self._place = to.send(x, [rank], lane, tag)
+        self._lent = x if to.lends and x.nbytes >= LENT and x.is_contiguous() else None
+        self._place = to.send(x, [rank], lane, tag) if self._lent is None else to.lend(x, rank, lane, tag)
 
     def wait(self, timeout: timedelta) -> bool:
         self._to.wait_until_read(self._place, self._rank, time.monotonic() + timeout.total_seconds())
+        self._lent = None
         return True
+
+    def is_completed(self) -> bool:
+        return self._to.has_been_read(self._place, self._rank)
 
 
 class Coming:
@@ -166,9 +174,7 @@ class Coming:
     def wait(self, timeout: timedelta) -> bool:
         if self._into is not None:
             deadline = time.monotonic() + timeout.total_seconds()
-            values, place = self._of.receive(self._rank, *self._key, self._into, deadline)
-            self._into.copy_(values.view(self._into.shape))
-            self._of.has_read(self._rank, place)
+            self._of.receive_into(self._into, self._rank, *self._key, deadline)
             self._into = None
         return True
 

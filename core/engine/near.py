@@ -2,19 +2,16 @@
 
 Gloo sends by TCP also where all ranks are on one machine: the kernel copies every byte twice, and a thread of its own
 wakes for every piece. Here a rank writes what it sends into its part of the shared memory, and tells the others where
-in 32 bytes over a socket; who waits for it reads it there, and says that it has. So does NCCL inside a machine.
+in 32 bytes over a socket; who waits for it reads it there, and says that it has. So does NCCL inside a machine. What
+is large is lent instead: the receiver copies it from where it lies in the sender's own memory.
 
 As with gloo, what is sent is on its way whatever the others do meanwhile, a wait ends at its timeout, and a rank that
 dies is noticed at once, because its sockets close. One thread at a time sends and waits, as everywhere in this project.
 """
 
 import hashlib
-import mmap
-import os
-import secrets
 import select
 import socket
-import struct
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -24,14 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core.engine.meeting import READ, RECORD, ROOM, Door, copy_from, process_of
 from core.proof.flight import host
 
-RECORD = struct.Struct("=Qqqq")  # lane, number, place, bytes; or READ, 0, place, 0: the receiver has read it
-READ = 0
-ROOM = 2**34  # bytes of addresses a rank; memory is taken for those only that are in use
 ALIGNED = 64
 PLENTY = 2**17  # bytes in flight from which on it is asked what has been read meanwhile
-MEETING = 20.0  # seconds for the ranks of a machine to connect
 
 
 class Neighbours:
@@ -41,10 +35,11 @@ class Neighbours:
         sockets: by rank. They say that something has come, or has been read.
         memory: this rank's part, into which it writes.
         theirs: the parts of the others, by rank.
+        lends: whether they may read from each other's own memory.
     """
 
-    def __init__(self, sockets: dict[int, socket.socket], memory: Tensor, theirs: dict[int, Tensor]):
-        self._sockets, self._memory, self._theirs = sockets, memory, theirs
+    def __init__(self, sockets: dict[int, socket.socket], memory: Tensor, theirs: dict[int, Tensor], lends: bool):
+        self._sockets, self._memory, self._theirs, self.lends = sockets, memory, theirs, lends
         self._taken: list[tuple[int, int]] = []  # places in use, from and to, in their order
         self._readers: dict[int, int] = {}  # by place: how many have not read it yet
         self._in_flight = 0  # bytes of those
@@ -78,6 +73,18 @@ class Neighbours:
                 raise RuntimeError(f"rank {rank} has closed its connection")
         return place
 
+    def lend(self, x: Tensor, to: int, lane: int, number: int) -> int:
+        """Tell that rank where contiguous `x` lies, which must stay until it has been read; returns its place.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        place = x.data_ptr()
+        self._readers[place] = self._readers.get(place, 0) + 1
+        if not self._tell(to, RECORD.pack(lane, number, place, x.nbytes)):
+            raise RuntimeError(f"rank {to} has closed its connection")
+        return place
+
     def receive(self, of: int, lane: int, number: int, like: Tensor, deadline: float) -> tuple[Tensor, int]:
         """Wait for what that rank sends; (values, place), in its memory until `has_read`.
 
@@ -87,6 +94,23 @@ class Neighbours:
         Raises:
             RuntimeError: it is gone, has not sent anything in time, or has sent something else.
         """
+        place, size = self._await(of, lane, number, like.nbytes, deadline)
+        return self._typed(self._theirs[of], place, size, like.dtype), place
+
+    def receive_into(self, x: Tensor, of: int, lane: int, number: int, deadline: float) -> None:
+        """Wait for what that rank sends or lends, and copy it into contiguous `x`.
+
+        Raises:
+            RuntimeError: as `receive`.
+        """
+        place, size = self._await(of, lane, number, x.nbytes, deadline)
+        if place < ROOM:
+            x.copy_(self._typed(self._theirs[of], place, size, x.dtype).view(x.shape))
+        else:
+            copy_from(process_of(self._sockets[of]), place, x)
+        self.has_read(of, place)
+
+    def _await(self, of: int, lane: int, number: int, expected: int, deadline: float) -> tuple[int, int]:
         key = (of, lane, number)
         if key not in self._come:
             self._hear(of)
@@ -97,9 +121,9 @@ class Neighbours:
         place, size = self._come[key].pop(0)
         if not self._come[key]:
             del self._come[key]
-        if size != like.nbytes:
-            raise RuntimeError(f"rank {of} has sent {size} bytes where {like.nbytes} are expected")
-        return self._typed(self._theirs[of], place, size, like.dtype), place
+        if size != expected:
+            raise RuntimeError(f"rank {of} has sent {size} bytes where {expected} are expected")
+        return place, size
 
     def has_read(self, of: int, place: int) -> None:
         """Let that rank write there again."""
@@ -115,6 +139,11 @@ class Neighbours:
             if to in self._gone:
                 raise RuntimeError(f"rank {to} has closed its connection")
             self._wait(deadline)
+
+    def has_been_read(self, place: int, to: int) -> bool:
+        if place in self._readers:
+            self._hear(to)
+        return place not in self._readers
 
     def close(self) -> None:
         for each in self._sockets.values():
@@ -191,6 +220,8 @@ class Neighbours:
         self._readers[place] -= 1
         if not self._readers[place]:
             del self._readers[place]
+            if place >= ROOM:  # lent
+                return
             at = next(i for i, (first, _) in enumerate(self._taken) if first == place)
             self._in_flight -= self._taken[at][1] - place
             del self._taken[at]
@@ -222,17 +253,21 @@ def meet(timeout: float) -> None:
         return
     found = None
     with suppress(OSError, ValueError, AttributeError):  # of memfd_create, mmap, sockets; no Linux
-        found = _Door()
+        found = Door()
     known: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
     dist.all_gather_object(known, (host(), found.name if found else ""))
     neighbours = None
     with suppress(OSError):
-        neighbours = found and found.meet(known, dist.get_rank(), min(timeout, MEETING))
-    connected = [False] * dist.get_world_size()
-    dist.all_gather_object(connected, neighbours is not None)
-    if neighbours and not all(connected):
-        neighbours.close()
-    _known = job, neighbours if all(connected) else None
+        if met := found and found.meet(known, dist.get_rank(), timeout):
+            neighbours = Neighbours(*met)
+    able = [(False, False)] * dist.get_world_size()
+    dist.all_gather_object(able, (neighbours is not None, neighbours is not None and neighbours.lends))
+    if neighbours:
+        neighbours.lends = all(lends for _, lends in able)
+        if not all(connected for connected, _ in able):
+            neighbours.close()
+            neighbours = None
+    _known = job, neighbours
 
 
 def leave() -> None:
@@ -253,51 +288,3 @@ def among(ranks: Collection[int]) -> Neighbours | None:
 def lane_of(name: str) -> int:
     """A number for a group of ranks, the same on all of them."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) | 1  # never READ
-
-
-class _Door:
-    """Where other ranks connect, and the memory that they get."""
-
-    def __init__(self) -> None:
-        self.name = f"\0{secrets.token_hex(16)}"  # no file
-        self._memory = os.memfd_create("messages")
-        os.ftruncate(self._memory, ROOM)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.bind(self.name)
-        self._socket.listen(4096)
-
-    def meet(self, known: Sequence[tuple[str, str]], rank: int, timeout: float) -> Neighbours | None:
-        """Connect to all ranks of this host.
-
-        Raises:
-            OSError: one could not be reached, or did not come.
-        """
-        near = [other for other, (where, _) in enumerate(known) if where == known[rank][0]]
-        sockets: dict[int, socket.socket] = {}
-        with self._socket:
-            self._socket.settimeout(timeout)
-            for other in (each for each in near if each < rank):
-                if not known[other][1]:
-                    return None
-                sockets[other] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                sockets[other].settimeout(timeout)
-                sockets[other].connect(known[other][1])
-                socket.send_fds(sockets[other], [RECORD.pack(READ, rank, 0, 0)], [self._memory])
-            for _ in (each for each in near if each > rank):
-                came, _ = self._socket.accept()
-                came.settimeout(timeout)
-                _, other, *_ = RECORD.unpack(came.recv(RECORD.size, socket.MSG_PEEK))
-                sockets[other] = came
-                socket.send_fds(came, [RECORD.pack(READ, rank, 0, 0)], [self._memory])
-        theirs = {}
-        for other, each in sockets.items():
-            _, (memory,), *_ = socket.recv_fds(each, RECORD.size, 1)
-            theirs[other] = _mapped(memory)
-            each.setblocking(False)
-        return Neighbours(sockets, _mapped(self._memory), theirs)
-
-
-def _mapped(memory: int) -> Tensor:
-    mapped = torch.frombuffer(mmap.mmap(memory, ROOM), dtype=torch.uint8)
-    os.close(memory)  # the mapping keeps it
-    return mapped
