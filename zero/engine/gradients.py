@@ -90,7 +90,10 @@ class FullGradients(Gradients):
 class Shards(Protocol):
     """Where this rank's shards of the gradients are added up."""
 
-    own: list[Tensor]
+    @property
+    def own(self) -> list[Tensor]: ...
+
+    def zero(self) -> None: ...
 
     def add(self, i: int, gradient: Tensor) -> None: ...
 
@@ -98,13 +101,28 @@ class Shards(Protocol):
 
 
 class DeviceShards:
-    """Beside the model."""
+    """Beside the model. There is none before the first sum of a step, which becomes it: forward has the memory."""
 
     def __init__(self, buckets: list[Bucket]):
-        self.own = [torch.zeros(bucket.length, dtype=bucket.gradient_dtype, device=bucket.device) for bucket in buckets]
+        self._buckets = buckets
+        self._own: list[Tensor | None] = [None] * len(buckets)
+
+    @property
+    def own(self) -> list[Tensor]:
+        """Zeros where nothing has been added in this step."""
+        for i, bucket in enumerate(self._buckets):
+            if self._own[i] is None:
+                self._own[i] = torch.zeros(bucket.length, dtype=bucket.gradient_dtype, device=bucket.device)
+        return self._own
+
+    def zero(self) -> None:
+        self._own = [None] * len(self._buckets)
 
     def add(self, i: int, gradient: Tensor) -> None:
-        self.own[i] += gradient
+        if self._own[i] is None:
+            self._own[i] = gradient
+        else:
+            self._own[i] += gradient
 
     def wait(self) -> None:
         """Nothing is in flight."""
@@ -134,12 +152,14 @@ class ShardedGradients(Gradients):
     ):
         super().__init__(users, every)
         self.buckets, self.axis, self.shards, self.reduce = buckets, axis, shards, reduce
-        self.own = shards.own
         self.in_flight: list[tuple[int, comm.Pending]] = []
 
+    @property
+    def own(self) -> list[Tensor]:
+        return self.shards.own
+
     def zero(self) -> None:
-        for shard in self.own:
-            shard.zero_()
+        self.shards.zero()
 
     def launch(self, i: int, at_once: int = 2) -> None:
         """Start to sum bucket i, if its gradients are complete, over the ranks; the parameters lose theirs.

@@ -29,6 +29,10 @@ class HostShards:
         # Not in backward's stream, where what is computed next would wait for the copy.
         self._stream = torch.Stream(device) if device.type == "cuda" else None
 
+    def zero(self) -> None:
+        for shard in self.own:
+            shard.zero_()
+
     def add(self, i: int, gradient: Tensor) -> None:
         """Start to copy a shard to the host; it is added there once it has arrived."""
         self.arrived(but=1)
