@@ -87,7 +87,7 @@ def attend_backward(
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     """Add to `out` and `lse`, in place, what the same queries have found among more keys."""
     total = torch.logaddexp(lse, more_lse)
-    out.mul_((lse - total).exp_().unsqueeze(-1)).add_((more_lse - total).exp_().unsqueeze(-1) * more)
+    out.mul_((lse - total).exp_().unsqueeze(-1)).addcmul_((more_lse - total).exp_().unsqueeze(-1), more.to(out.dtype))
     lse.copy_(total)
 
 

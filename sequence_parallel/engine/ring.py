@@ -112,18 +112,28 @@ class OverlappedRing(Placed):
             pass
 
 
+def _one_message(k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([k.flatten(), v.flatten()])
+
+
+def _two(message: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of a message in the shapes of k and v: each contiguous, as the kernel likes them."""
+    keys, values = message.split([k.numel(), v.numel()])
+    return keys.view(k.shape), values.view(v.shape)
+
+
 class _OverlappedRing(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: OverlappedRing, scale: float | None, starts: Tensor | None
     ) -> Tensor:
-        last, wide, d = ring.ranks - 1, torch.promote_types(q.dtype, torch.float32), k.shape[-1]
-        block = torch.cat([k, v], -1)  # one message
+        last, wide = ring.ranks - 1, torch.promote_types(q.dtype, torch.float32)
+        block = _one_message(k, v)
         for step in range(ring.ranks):
             arriving = ring.pass_on(block, KV, step) if step < last else None
             if tile := ring.tile(step, q.shape[2]):
                 rows, columns, causal = tile
-                keys, values = block[..., columns, :d], block[..., columns, d:]
+                keys, values = (x[:, :, columns] for x in _two(block, k, v))
                 with ring.computing(step, tile.area(q.shape[2])):
                     found = attend(q[:, :, rows], keys, values, causal, scale, ring.seen(step, tile, starts))
                     if step == 0:  # every query sees a key: itself
@@ -140,28 +150,32 @@ class _OverlappedRing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        ring, last, wide, d = ctx.ring, ctx.ring.ranks - 1, lse.dtype, k.shape[-1]
-        block, of_q = torch.cat([k, v], -1), torch.zeros_like(q, dtype=wide)
+        ring, last, wide = ctx.ring, ctx.ring.ranks - 1, lse.dtype
+        block = _one_message(k, v)
         travelling = None  # the sums of a block's gradients, one step behind the block
         for step in range(ring.ranks):
             arriving = ring.pass_on(block, KV, step) if step < last else None
             if tile := ring.tile(step, q.shape[2]):
                 rows, columns, causal = tile
                 ours, merged = (gradient[:, :, rows], q[:, :, rows]), (out[:, :, rows], lse[:, :, rows])
-                theirs, which = (block[..., columns, :d], block[..., columns, d:]), ring.seen(step, tile, ctx.starts)
+                theirs, which = (x[:, :, columns] for x in _two(block, k, v)), ring.seen(step, tile, ctx.starts)
                 with ring.computing(step, BACKWARD * tile.area(q.shape[2])):
                     of_rows, of_k, of_v = attend_backward(*ours, *theirs, *merged, causal, ctx.scale, which)
-                    of_q[:, :, rows] += of_rows
-            sums = travelling() if travelling else torch.zeros_like(block, dtype=wide)
-            if tile:
-                sums[:, :, columns, :d] += of_k
-                sums[:, :, columns, d:] += of_v
+                    if step == 0:  # of all queries, and all keys
+                        of_q = of_rows.to(wide)
+                    else:
+                        of_q[:, :, rows] += of_rows
             if step == 0:
-                own = sums  # stays here; the other ranks' terms arrive at the end
+                sums = own = _one_message(of_k.to(wide), of_v.to(wide))  # stay here; the others' terms come at the end
             else:
+                sums = travelling() if travelling else torch.zeros_like(block, dtype=wide)
+                if tile:
+                    for total, term in zip(_two(sums, k, v), (of_k, of_v), strict=True):
+                        total[:, :, columns] += term
                 travelling = ring.pass_on(sums, GRADIENTS, step)
             if arriving:
                 block = arriving()
         if travelling:
             own += travelling()
-        return of_q.to(q.dtype), own[..., :d].to(k.dtype), own[..., d:].to(v.dtype), None, None, None
+        of_k, of_v = _two(own, k, v)
+        return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None, None, None
