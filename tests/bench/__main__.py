@@ -8,9 +8,10 @@ float32, one thread a rank. Ours, the peer and the floor alternate in the same p
 taken round by round, with their quartiles. The floor is the computation alone, without messages. Not a test: the
 ratios depend on the machine, which should do nothing else.
 
-Peers that are not in torch are measured where they are installed, and their rows are blank elsewhere:
+Peers that are not in torch are measured where they are. Elsewhere DeepSpeed's rows are blank, picotron's left out:
 
     DS_BUILD_OPS=0 pip install 'deepspeed==0.19.*'
+    git clone https://github.com/huggingface/picotron ../picotron; export PICOTRON=../picotron    (of 59714b1)
 """
 
 import argparse
@@ -59,6 +60,13 @@ def chosen(found: Mapping[str, Topic], parts: Collection[str]) -> dict[str, list
         known = "\n  ".join(f"{topic}: {row}" for topic, each in found.items() for row in each.rows)
         raise ValueError(f"--rows {lacking[0]}: in no row's name; use a part of one of\n  {known}")
     return {topic: names for topic, names in rows.items() if names}
+
+
+def measurable(found: Mapping[str, Topic], rows: Mapping[str, list[str]]) -> tuple[dict[str, list[str]], list[str]]:
+    """The rows whose topic lacks nothing here; and of the others, a sentence each: which are left out, and why."""
+    lacking = {topic: reason for topic in rows if (reason := found[topic].lacking())}
+    said = [f"{', '.join(rows[topic])}: left out, {reason}" for topic, reason in lacking.items()]
+    return {topic: names for topic, names in rows.items() if topic not in lacking}, said
 
 
 def machine() -> dict[str, object]:
@@ -122,7 +130,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     found = topics()
     try:
-        rows = chosen(found, [part.strip() for part in args.rows.split(",") if part.strip()])
+        rows, left_out = measurable(found, chosen(found, [p.strip() for p in args.rows.split(",") if p.strip()]))
         if args.rounds is not None and args.rounds < 1:
             raise ValueError(f"--rounds {args.rounds}: at least one is measured; use --rounds {QUICK}")
         device = choose_device(args.device, process_info())[0]
@@ -131,7 +139,13 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    if left_out and process_info().rank == 0:
+        print("\n".join(left_out), file=sys.stderr)
+    if not rows:
+        return 2
     where, made = machine(), []
+    if left_out:
+        where["not measured"] = "; ".join(left_out)
 
     def rounds(topic: str) -> int:
         return args.rounds or (QUICK if args.quick else found[topic].rounds)

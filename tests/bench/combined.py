@@ -41,13 +41,13 @@ ROWS = {
 
 
 class Bench:
-    def __init__(self, job: Job):
-        self.job, self.losses = job, {}
-        self.batch = [t.to(job.device) for t in Text(None, CONFIG.sequence).batch(0, 0, LAYOUT.batch)]
+    def __init__(self, job: Job, config: GPTConfig = CONFIG):
+        self.job, self.config, self.losses = job, config, {}
+        self.batch = [t.to(job.device) for t in Text(None, config.sequence).batch(0, 0, LAYOUT.batch)]
 
     def ours(self) -> Step:
         mesh = make_mesh(LAYOUT, self.job.device.type, Ledger(), self.job.timeout)
-        worker = Worker(TrainSpec(CONFIG, None, LAYOUT, 0, POLICIES["float32"], self.job.device, adamw), mesh)
+        worker = Worker(TrainSpec(self.config, None, LAYOUT, 0, POLICIES["float32"], self.job.device, adamw), mesh)
 
         def step() -> None:
             worker.zero_grad()
@@ -62,7 +62,7 @@ class Bench:
         sizes = (LAYOUT.pp, LAYOUT.dp, LAYOUT.tp)
         mesh = init_device_mesh(self.job.device.type, sizes, mesh_dim_names=("pp", "dp", "tp"))
         stage, dp = mesh.get_local_rank("pp"), mesh.get_local_rank("dp")
-        model = materialize(partition(GPT(CONFIG), [stage], LAYOUT.pp), 0, self.job.device, DTYPE)
+        model = materialize(partition(GPT(self.config), [stage], LAYOUT.pp), 0, self.job.device, DTYPE)
         part = each_stage(model, [stage], LAYOUT.pp)[stage]
         torchs(model, mesh["tp"], sequence=False)
         for block in model.blocks.values():
@@ -93,7 +93,7 @@ class Bench:
         return step
 
     def one_process(self) -> Step:
-        model = materialize(GPT(CONFIG), 0, self.job.device, DTYPE)
+        model = materialize(GPT(self.config), 0, self.job.device, DTYPE)
         optimizer = adamw(model.parameters())
 
         def step() -> None:

@@ -80,12 +80,14 @@ class Topic:
         bench: called on every rank as bench(job, rounds, wanted) with the names that are wanted, of which it does no
             more than it must; returns the rows, on rank 0. It checks that both sides compute the same.
         rounds: as many, usually.
+        lacking: why its peer cannot be measured here, or an empty string: then all rows are left out, and it is said.
     """
 
     ranks: int
     rows: tuple[str, ...]
     bench: Callable[[Job, int, Collection[str]], list[Row]]
     rounds: int = 15
+    lacking: Callable[[], str] = str
 
 
 def alternate(job: Job, runs: Mapping[str, Step], rounds: int, alone: Collection[str] = ()) -> Times:
