@@ -101,7 +101,7 @@ def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, axis: Axis, near: Neighbo
     """
     if near is None or op not in ADD:
         return dist.all_reduce(x, op, axis.group, async_op=True)
-    if in_order and x.nbytes * axis.size > IN_TWO:
+    if in_order and axis.size > 2 and x.nbytes * axis.size > IN_TWO:  # two ranks would add up as much either way
         return TwoTurns(near, axis, x, ADD[op])
     flat = x.view(-1)
     return Exchange(near, axis, flat, [flat] * axis.size, lambda come: _reduce(come, flat, ADD[op]))
