@@ -82,7 +82,7 @@ def all_gather_async(x: Tensor, axis: Axis, dim: int = 0, label: str = "all-gath
     if near := direct.neighbours(x, axis):
         full = x.new_empty(*x.shape[:dim], axis.size * x.shape[dim], *x.shape[dim:][1:])
         call, parts = _record(label, axis, full, (axis.size - 1) / axis.size), full.chunk(axis.size, dim)
-        parts[axis.index].copy_(x)
+        parts[axis.index].copy_(x.detach())
         return Pending(direct.all_gather(parts, axis, near), axis, full, label, call=call)
     rows = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     call = _record(label, axis, rows, (axis.size - 1) / axis.size)

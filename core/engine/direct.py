@@ -4,15 +4,17 @@ A rank leaves every other one its part, all at once, and what comes is used wher
 have left, in the order of the axis. Elsewhere, and for ranks that share a GPU, all goes over gloo or NCCL. N ranks.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.engine.near import Neighbours, among, lane_of
+from core.engine.near import Neighbours, among
 from core.mesh import Axis
 from core.proof import host
 
@@ -26,6 +28,12 @@ def neighbours(x: Tensor, axis: Axis) -> Neighbours | None:
     return None if x.device.type != "cpu" or host.is_needed(x, axis.group) else among(axis.ranks)
 
 
+@cache
+def lane_of(name: str) -> int:
+    """A number for a group of ranks, the same on all of them."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) | 1  # never READ
+
+
 class Exchange:
     """What goes to and comes from the other ranks of an axis, in flight; waited for as a `dist.Work` is.
 
@@ -33,43 +41,45 @@ class Exchange:
         send: what each of them gets, in the order of the axis, nothing where it is empty; or one tensor for all.
         expect: of what each of them sends, the type and the number of elements.
         use: what is done with it when all has come: one-dimensional, in the order of the axis; of this rank nothing.
+            None: it is copied into `expect`.
     """
 
     def __init__(self, to: Neighbours, axis: Axis, send: Tensor | Sequence[Tensor], expect: Sequence[Tensor],
-                 use: Callable[[list[Tensor | None]], None], number: int | None = None):  # fmt: skip
+                 use: Callable[[list[Tensor | None]], None] | None, number: int | None = None):  # fmt: skip
         self._to, self._axis, self._expect, self._use = to, axis, expect, use
         self._lane = lane_of(axis.group.group_name)
         self._number = to.next_number(self._lane) if number is None else number
-        self._lost: RuntimeError | None = None
+        self._come: list[Tensor | None] = [None] * len(expect)
+        self._places: list[tuple[int, int]] = []  # by rank, of what has come and is not copied
         others = [(axis.index + step) % axis.size for step in range(1, axis.size)]  # not all send to one first
-        try:
-            if isinstance(send, Tensor):
-                if send.numel():
-                    to.send(send, [axis.ranks[i] for i in others], self._lane, self._number)
-                return
-            for i in others:
-                if send[i].numel():
-                    to.send(send[i], [axis.ranks[i]], self._lane, self._number)
-        except RuntimeError as error:
-            self._lost = error  # of a rank that is gone already: raised where it is waited for
+        if isinstance(send, Tensor):
+            if send.numel():
+                to.send(send, [axis.ranks[i] for i in others], self._lane, self._number)
+            return
+        for i in others:
+            if send[i].numel():
+                to.send(send[i], [axis.ranks[i]], self._lane, self._number)
 
     def wait(self, timeout: timedelta) -> bool:
-        if self._use is None:
+        if not self._expect:
             return True
-        if self._lost:
-            raise self._lost
-        deadline = time.monotonic() + timeout.total_seconds()
-        come, places = [None] * self._axis.size, []
-        for i, (rank, like) in enumerate(zip(self._axis.ranks, self._expect, strict=True)):
-            if i != self._axis.index:
-                come[i] = like
-                if like.numel():
-                    come[i], place = self._to.receive(rank, self._lane, self._number, like, deadline)
-                    places.append((rank, place))
-        self._use(come)
-        for rank, place in places:
+        key, deadline = (self._lane, self._number), time.monotonic() + timeout.total_seconds()
+        for i, like in enumerate(self._expect):
+            rank = self._axis.ranks[i]
+            if i == self._axis.index or self._come[i] is not None:  # by a wait that ended without the others'
+                continue
+            if self._use and like.numel():
+                self._come[i], place = self._to.receive(rank, *key, like, deadline)
+                self._places.append((rank, place))
+                continue
+            if like.numel():
+                self._to.receive_into(like, rank, *key, deadline)
+            self._come[i] = like
+        if self._use:
+            self._use(self._come)
+        for rank, place in self._places:
             self._to.has_read(rank, place)
-        self._expect, self._use = (), None
+        self._expect, self._come, self._places, self._use = (), [], [], None
         return True
 
 
@@ -80,15 +90,16 @@ class TwoTurns:
         self._to, self._axis, self._parts = to, axis, x.view(-1).tensor_split(axis.size)
         mine = self._parts[axis.index]
         self._first = Exchange(to, axis, self._parts, [mine] * axis.size, lambda come: _reduce(come, mine, add))
-        self._number = to.next_number(lane_of(axis.group.group_name))
+        self._number, self._second = to.next_number(lane_of(axis.group.group_name)), None
 
     def wait(self, timeout: timedelta) -> bool:
-        if self._parts:
-            parts, self._parts = self._parts, ()
-            self._first.wait(timeout)
-            mine = parts[self._axis.index]
-            Exchange(self._to, self._axis, mine, parts, lambda come: _fill(come, parts), self._number).wait(timeout)
-        return True
+        deadline = time.monotonic() + timeout.total_seconds()
+        self._first.wait(timeout)
+        if self._second is None:
+            mine = self._parts[self._axis.index]
+            self._second = Exchange(self._to, self._axis, mine, self._parts, None, self._number)
+            self._parts = ()
+        return self._second.wait(timedelta(seconds=deadline - time.monotonic()))
 
 
 def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, axis: Axis, near: Neighbours | None,
@@ -102,32 +113,26 @@ def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, axis: Axis, near: Neighbo
     if near is None or op not in ADD:
         return dist.all_reduce(x, op, axis.group, async_op=True)
     if in_order and axis.size > 2 and x.nbytes * axis.size > IN_TWO:  # two ranks would add up as much either way
-        return TwoTurns(near, axis, x, ADD[op])
-    flat = x.view(-1)
+        return TwoTurns(near, axis, x.detach(), ADD[op])
+    flat = x.detach().view(-1)
     return Exchange(near, axis, flat, [flat] * axis.size, lambda come: _reduce(come, flat, ADD[op]))
 
 
 def all_gather(parts: Sequence[Tensor], axis: Axis, near: Neighbours) -> Exchange:
     """Start to fill the ranks' parts of a tensor, of which this rank has its own."""
-    return Exchange(near, axis, parts[axis.index], parts, lambda come: _fill(come, parts))
+    return Exchange(near, axis, parts[axis.index], parts, None)
 
 
 def reduce_scatter(parts: Sequence[Tensor], into: Tensor, axis: Axis, near: Neighbours) -> Exchange:
     """Start to sum this rank's part over the axis; `parts` may change at once."""
-    into.copy_(parts[axis.index])
+    into.copy_(parts[axis.index].detach())
     return Exchange(near, axis, parts, [into] * axis.size, lambda come: _reduce(come, into, torch.add))
 
 
 def all_to_all(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, near: Neighbours) -> Exchange:
     """Start to give each rank its part and to get one from each; this rank's own is copied at once."""
-    receive[axis.index].copy_(send[axis.index])
-    return Exchange(near, axis, send, receive, lambda come: _fill(come, receive))
-
-
-def _fill(come: Sequence[Tensor | None], parts: Sequence[Tensor]) -> None:
-    for values, part in zip(come, parts, strict=True):
-        if values is not None:
-            part.copy_(values.view(part.shape))
+    receive[axis.index].copy_(send[axis.index].detach())
+    return Exchange(near, axis, send, receive, None)
 
 
 def _reduce(come: Sequence[Tensor | None], mine: Tensor, add: Callable[..., Tensor]) -> None:
@@ -154,15 +159,17 @@ class Sent:
     def __init__(self, to: Neighbours, x: Tensor, rank: int, lane: int, tag: int):
         self._to, self._rank = to, rank
         self._lent = x if to.lends and x.nbytes >= LENT and x.is_contiguous() else None
-        self._place = to.send(x, [rank], lane, tag) if self._lent is None else to.lend(x, rank, lane, tag)
-
-    def wait(self, timeout: timedelta) -> bool:
-        self._to.wait_until_read(self._place, self._rank, time.monotonic() + timeout.total_seconds())
-        self._lent = None
-        return True
+        self._piece = to.send(x, [rank], lane, tag) if self._lent is None else to.lend(x, rank, lane, tag)
 
     def is_completed(self) -> bool:
-        return self._to.has_been_read(self._place, self._rank)
+        if self._lent is not None:
+            self._to.hear()
+        return not self._piece.unread
+
+    def wait(self, timeout: timedelta) -> bool:
+        self._to.wait_until_read(self._piece, self._rank, time.monotonic() + timeout.total_seconds())
+        self._lent = None
+        return True
 
 
 class Coming:
@@ -181,11 +188,7 @@ class Coming:
 
 def message(kind: type[Sent] | type[Coming], x: Tensor, axis: Axis, peer: int, near: Neighbours | None,
             group: dist.ProcessGroup, tag: int = 0) -> dist.Work | Sent | Coming:  # fmt: skip
-    """Start to send contiguous `x` to rank `peer` of the axis, or to receive into it.
-
-    Raises:
-        RuntimeError: that rank is gone.
-    """
+    """Start to send contiguous `x` to rank `peer` of the axis, or to receive into it."""
     rank = axis.ranks[peer]
     if near:
         return kind(near, x, rank, lane_of(f"messages of {group.group_name}"), tag)

@@ -9,23 +9,38 @@ As with gloo, what is sent is on its way whatever the others do meanwhile, a wai
 dies is noticed at once, because its sockets close. One thread at a time sends and waits, as everywhere in this project.
 """
 
-import hashlib
+import os
 import select
 import socket
+import threading
 import time
+from bisect import bisect
+from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from functools import cache
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.engine.meeting import READ, RECORD, ROOM, Door, copy_from, process_of
+from core.engine.meeting import READ, RECORD, ROOM, Door, OwnMemory
 from core.proof.flight import host
 
 ALIGNED = 64
+LARGE = 2**18  # bytes
 PLENTY = 2**17  # bytes in flight from which on it is asked what has been read meanwhile
+AT_ONCE = 2**16  # bytes of records
+NOW = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)  # as Linux has them
+
+
+@dataclass
+class Piece:
+    """What a rank has left for others, or lent to one."""
+
+    place: int
+    end: int  # what is lent takes no place: 0
+    unread: int  # by how many
 
 
 class Neighbours:
@@ -35,14 +50,22 @@ class Neighbours:
         sockets: by rank. They say that something has come, or has been read.
         memory: this rank's part, into which it writes.
         theirs: the parts of the others, by rank.
-        lends: whether they may read from each other's own memory.
+        own_memory: of the others, by rank, where this rank may read from it.
+
+    Attributes:
+        lends: whether all of them may.
     """
 
-    def __init__(self, sockets: dict[int, socket.socket], memory: Tensor, theirs: dict[int, Tensor], lends: bool):
-        self._sockets, self._memory, self._theirs, self.lends = sockets, memory, theirs, lends
-        self._taken: list[tuple[int, int]] = []  # places in use, from and to, in their order
-        self._readers: dict[int, int] = {}  # by place: how many have not read it yet
+    def __init__(self, sockets: dict[int, socket.socket], memory: Tensor, theirs: dict[int, Tensor],
+                 own_memory: dict[int, OwnMemory]):  # fmt: skip
+        self._sockets, self._memory, self._theirs, self._own_memory = sockets, memory, theirs, own_memory
+        self.lends = len(own_memory) == len(sockets)
+        self._taken: list[Piece] = []  # by place
+        self._lent: dict[int, Piece] = {}  # by place
+        self._begun: dict[int, bytes] = {}  # records of which only this has come, by rank
         self._in_flight = 0  # bytes of those
+        self._late: dict[int, deque[bytes]] = {rank: deque() for rank in sockets}  # records that a thread sends
+        self._lock = threading.Lock()  # for these
         self._come: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # places and sizes, by rank, lane, number
         self._started: dict[int, int] = {}  # by lane: collectives of this rank
         self._gone: set[int] = set()
@@ -60,30 +83,23 @@ class Neighbours:
         self._started[lane] = self._started.get(lane, -1) + 1
         return self._started[lane]
 
-    def send(self, x: Tensor, to: Sequence[int], lane: int, number: int) -> int:
-        """Leave `x` where these ranks can read it, and tell them; returns its place. `x` may change at once.
+    def send(self, x: Tensor, to: Sequence[int], lane: int, number: int) -> Piece:
+        """Leave `x` where these ranks can read it, and tell them. `x` may change at once.
 
-        Raises:
-            RuntimeError: one of them is gone.
+        It is no error that one of them is gone, where nothing is expected of it; a wait for it is one.
         """
-        place = self._room(x.nbytes, len(to))
-        self._typed(self._memory, place, x.nbytes, x.dtype).view(x.shape).copy_(x.detach())
+        piece = self._room(x.nbytes, len(to))
+        self._typed(self._memory, piece.place, x.nbytes, x.dtype).view(x.shape).copy_(x.detach())
         for rank in to:
-            if not self._tell(rank, RECORD.pack(lane, number, place, x.nbytes)):
-                raise RuntimeError(f"rank {rank} has closed its connection")
-        return place
+            self._tell(rank, RECORD.pack(lane, number, piece.place, x.nbytes))
+        return piece
 
-    def lend(self, x: Tensor, to: int, lane: int, number: int) -> int:
-        """Tell that rank where contiguous `x` lies, which must stay until it has been read; returns its place.
-
-        Raises:
-            RuntimeError: it is gone.
-        """
-        place = x.data_ptr()
-        self._readers[place] = self._readers.get(place, 0) + 1
-        if not self._tell(to, RECORD.pack(lane, number, place, x.nbytes)):
-            raise RuntimeError(f"rank {to} has closed its connection")
-        return place
+    def lend(self, x: Tensor, to: int, lane: int, number: int) -> Piece:
+        """Tell that rank where contiguous `x` lies, which must stay as it is until it has been read."""
+        piece = self._lent.setdefault(x.data_ptr(), Piece(x.data_ptr(), 0, 0))
+        piece.unread += 1
+        self._tell(to, RECORD.pack(lane, number, piece.place, x.nbytes))
+        return piece
 
     def receive(self, of: int, lane: int, number: int, like: Tensor, deadline: float) -> tuple[Tensor, int]:
         """Wait for what that rank sends; (values, place), in its memory until `has_read`.
@@ -94,23 +110,25 @@ class Neighbours:
         Raises:
             RuntimeError: it is gone, has not sent anything in time, or has sent something else.
         """
-        place, size = self._await(of, lane, number, like.nbytes, deadline)
+        place, size = self._come_from(of, lane, number, like.nbytes, deadline)
         return self._typed(self._theirs[of], place, size, like.dtype), place
 
     def receive_into(self, x: Tensor, of: int, lane: int, number: int, deadline: float) -> None:
-        """Wait for what that rank sends or lends, and copy it into contiguous `x`.
+        """Wait for what that rank sends or lends, and copy it into `x`, which is contiguous where it may be lent.
 
         Raises:
             RuntimeError: as `receive`.
         """
-        place, size = self._await(of, lane, number, x.nbytes, deadline)
-        if place < ROOM:
-            x.copy_(self._typed(self._theirs[of], place, size, x.dtype).view(x.shape))
+        place, size = self._come_from(of, lane, number, x.nbytes, deadline)
+        if place >= ROOM:
+            self._own_memory[of].copy_into(x, place)
+        elif self.lends and size >= LARGE and x.is_contiguous():  # else their pages would count as ours too
+            self._own_memory[of].copy_into(x, self._own_memory[of].shared + place)
         else:
-            copy_from(process_of(self._sockets[of]), place, x)
+            x.detach().copy_(self._typed(self._theirs[of], place, size, x.dtype).view(x.shape))
         self.has_read(of, place)
 
-    def _await(self, of: int, lane: int, number: int, expected: int, deadline: float) -> tuple[int, int]:
+    def _come_from(self, of: int, lane: int, number: int, expected: int, deadline: float) -> tuple[int, int]:
         key = (of, lane, number)
         if key not in self._come:
             self._hear(of)
@@ -129,23 +147,24 @@ class Neighbours:
         """Let that rank write there again."""
         self._tell(of, RECORD.pack(READ, 0, place, 0))
 
-    def wait_until_read(self, place: int, to: int, deadline: float) -> None:
+    def wait_until_read(self, piece: Piece, to: int, deadline: float) -> None:
         """Until `to`, the one rank to which it was sent, has read it.
 
         Raises:
             RuntimeError: it is gone, or has not within the time.
         """
-        while place in self._readers:
+        while piece.unread:
             if to in self._gone:
                 raise RuntimeError(f"rank {to} has closed its connection")
             self._wait(deadline)
 
-    def has_been_read(self, place: int, to: int) -> bool:
-        if place in self._readers:
-            self._hear(to)
-        return place not in self._readers
+    def hear(self) -> None:
+        """Take what has come, without waiting."""
+        for number, _ in self._poll.poll(0):
+            self._hear(self._ranks[number])
 
     def close(self) -> None:
+        self._gone.update(self._sockets)
         for each in self._sockets.values():
             each.close()
 
@@ -153,78 +172,91 @@ class Neighbours:
 
     def _wait(self, deadline: float) -> None:
         """Until anything has come, from any rank: a rank whose records nobody took could send no more."""
-        ready = self._poll.poll(max(0.0, deadline - time.monotonic()) * 1e3)
-        if not ready:
+        left = min(deadline - time.monotonic(), 1e6)  # poll takes no more, in ms
+        if left <= 0 or not (ready := self._poll.poll(1e3 * left)):  # others may go on sending for ever
             raise RuntimeError("timed out")
         for number, _ in ready:
             self._hear(self._ranks[number])
 
     def _hear(self, rank: int) -> None:
         """Take all records that have come from this rank."""
-        take = self._sockets[rank].recv
         while rank not in self._gone:
             try:
-                record = take(RECORD.size, socket.MSG_DONTWAIT)
+                data = self._sockets[rank].recv(AT_ONCE, NOW)
             except BlockingIOError:
                 return
             except ConnectionResetError:  # it left before it had taken all of ours; what it sent is still there
                 continue
-            if not record:
+            if not data:
                 self._gone.add(rank)
                 self._poll.unregister(self._sockets[rank])
                 return
-            lane, number, place, size = RECORD.unpack(record)
-            if lane == READ:
-                self._let_go(place)
-            else:
-                self._come.setdefault((rank, lane, number), []).append((place, size))
+            records = self._begun.pop(rank, b"") + data
+            if rest := len(records) % RECORD.size:
+                self._begun[rank], records = records[-rest:], records[:-rest]
+            for lane, number, place, size in RECORD.iter_unpack(records):
+                if lane == READ:
+                    self._let_go(place)
+                else:
+                    self._come.setdefault((rank, lane, number), []).append((place, size))
+            if len(data) < AT_ONCE:
+                return
 
-    def _tell(self, rank: int, record: bytes) -> bool:
-        """Send a record. Where too many wait for the other one, take what has come: it may be waiting for that."""
-        while rank not in self._gone:
-            try:
-                self._sockets[rank].send(record, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                return True
-            except BlockingIOError:
-                self._poll.modify(self._sockets[rank], select.POLLIN | select.POLLOUT)
-                for number, _ in self._poll.poll():
-                    self._hear(self._ranks[number])
-                if rank not in self._gone:
-                    self._poll.modify(self._sockets[rank], select.POLLIN)
-            except OSError:
-                return False
-        return False
+    def _tell(self, rank: int, record: bytes) -> None:
+        """Send a record. Where 278 wait for the other one, a thread goes on: neither stops for what the other does."""
+        late = self._late[rank]
+        with self._lock:
+            if left := record if late else self._not_sent(rank, record):
+                late.append(left)
+                if len(late) == 1:
+                    threading.Thread(target=self._tell_late, args=(rank, late), daemon=True).start()
+
+    def _tell_late(self, rank: int, late: deque[bytes]) -> None:
+        while late:
+            time.sleep(1e-3)
+            with self._lock:
+                while late:
+                    late[0] = self._not_sent(rank, late[0])
+                    if late[0]:
+                        break
+                    late.popleft()
+
+    def _not_sent(self, rank: int, record: bytes) -> bytes:
+        """What is left of it; nothing where that rank is gone, as whoever waits for it notices."""
+        try:
+            return record[self._sockets[rank].send(record, NOW) :]
+        except BlockingIOError:
+            return record
+        except OSError:
+            return b""
 
     # ---- Its memory: the first place that is large enough, so that little of it is ever touched
 
-    def _room(self, size: int, readers: int) -> int:
+    def _room(self, size: int, readers: int) -> Piece:
         if self._in_flight > PLENTY:
-            for rank in self._sockets:
-                self._hear(rank)
+            self.hear()
         size = max(ALIGNED, -(-size // ALIGNED) * ALIGNED)
         place, at = 0, 0
-        for at, (first, end) in enumerate(self._taken):  # noqa: B007
-            if first - place >= size:
+        for piece in self._taken:
+            if piece.place - place >= size:
                 break
-            place = end
-        else:
-            at = len(self._taken)
+            place, at = piece.end, at + 1
         if place + size > len(self._memory):
             raise RuntimeError(f"more than {ROOM >> 30} GiB have been sent and not been received")
-        self._taken.insert(at, (place, place + size))
-        self._readers[place] = readers
+        self._taken.insert(at, Piece(place, place + size, readers))
         self._in_flight += size
-        return place
+        return self._taken[at]
 
     def _let_go(self, place: int) -> None:
-        self._readers[place] -= 1
-        if not self._readers[place]:
-            del self._readers[place]
-            if place >= ROOM:  # lent
-                return
-            at = next(i for i, (first, _) in enumerate(self._taken) if first == place)
-            self._in_flight -= self._taken[at][1] - place
-            del self._taken[at]
+        if place >= ROOM:
+            self._lent[place].unread -= 1
+            if not self._lent[place].unread:
+                del self._lent[place]
+            return
+        at = bisect(self._taken, place, key=lambda piece: piece.place) - 1
+        self._taken[at].unread -= 1
+        if not self._taken[at].unread:
+            self._in_flight -= self._taken.pop(at).end - place
 
     @staticmethod
     def _typed(memory: Tensor, place: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -239,10 +271,8 @@ _known: tuple[dist.ProcessGroup, Neighbours | None] | None = None  # of which jo
 def meet(timeout: float) -> None:
     """Connect to the ranks of this machine, once a job; every rank of it calls this at the same time.
 
-    Where that is not possible for every rank, as on another system than Linux, all go on with gloo.
-
-    Args:
-        timeout: seconds for it.
+    Where that is not possible for every rank within `timeout` seconds, as on another system than Linux, all go on with
+    gloo.
     """
     global _known
     job = dist.group.WORLD
@@ -252,16 +282,16 @@ def meet(timeout: float) -> None:
     if dist.get_world_size() == 1 or dist.get_backend() != "gloo":
         return
     found = None
-    with suppress(OSError, ValueError, AttributeError):  # of memfd_create, mmap, sockets; no Linux
+    with suppress(OSError, AttributeError):  # of memfd_create or a socket; no Linux
         found = Door()
     known: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
     dist.all_gather_object(known, (host(), found.name if found else ""))
     neighbours = None
-    with suppress(OSError):
-        if met := found and found.meet(known, dist.get_rank(), timeout):
+    with suppress(OSError, ValueError):
+        if met := found and found.meet(known, dist.get_rank(), timeout / 2):  # others wait for this
             neighbours = Neighbours(*met)
     able = [(False, False)] * dist.get_world_size()
-    dist.all_gather_object(able, (neighbours is not None, neighbours is not None and neighbours.lends))
+    dist.all_gather_object(able, (bool(neighbours), bool(neighbours and neighbours.lends)))
     if neighbours:
         neighbours.lends = all(lends for _, lends in able)
         if not all(connected for connected, _ in able):
@@ -278,13 +308,10 @@ def leave() -> None:
     _known = None
 
 
+os.register_at_fork(after_in_child=leave)  # a child that lives on must not hide that its rank has died
+
+
 def among(ranks: Collection[int]) -> Neighbours | None:
     """The neighbours of this rank, if all these ranks are on its machine."""
     neighbours = _known and _known[1]
     return neighbours if neighbours and neighbours.has(ranks) else None
-
-
-@cache
-def lane_of(name: str) -> int:
-    """A number for a group of ranks, the same on all of them."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) | 1  # never READ
