@@ -32,6 +32,8 @@ class Door:
         self.name = f"\0{secrets.token_hex(16)}"  # no file
         self._memory = os.fdopen(os.memfd_create("messages"), "r+b", 0)
         self._memory.truncate(ROOM)
+        self._mine = _mapped(self._memory)
+        self._mine[:TOKEN] = torch.frombuffer(bytearray(secrets.token_bytes(TOKEN)), dtype=torch.uint8)
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(self.name)
         self._socket.listen(4096)
@@ -54,8 +56,6 @@ class Door:
         with self._socket, self._memory:
             if not all(known[other][1] for other in near):
                 return None
-            mine = _mapped(self._memory)
-            mine[:TOKEN] = torch.frombuffer(bytearray(secrets.token_bytes(TOKEN)), dtype=torch.uint8)
             self._socket.settimeout(timeout)
             for other in (each for each in near if each != rank):  # first those below
                 if other < rank:
@@ -65,7 +65,7 @@ class Door:
                 else:
                     connected.append(self._socket.accept()[0])
                     connected[-1].settimeout(timeout)
-                socket.send_fds(connected[-1], [GREETING.pack(rank, mine.data_ptr())], [self._memory.fileno()])
+                socket.send_fds(connected[-1], [GREETING.pack(rank, self._mine.data_ptr())], [self._memory.fileno()])
         sockets, theirs, own_memory = {}, {}, {}
         for each in connected:
             greeting, (memory,), *_ = socket.recv_fds(each, GREETING.size, 1)
@@ -77,7 +77,7 @@ class Door:
             if found.can_be_read(theirs[other][:TOKEN]):
                 own_memory[other] = found
             each.setblocking(False)
-        return sockets, mine, theirs, own_memory
+        return sockets, self._mine, theirs, own_memory
 
 
 def _mapped(memory: IO[bytes]) -> Tensor:
