@@ -1,6 +1,7 @@
 """The ledger counts bytes: the tensor handed over times the ring's share. Here they are measured, in the sockets.
 
-The kernel says of each TCP socket how many bytes it has sent (TCP_INFO), so other processes do not matter. Found, with
+As between machines: on one, ranks share memory, and nothing goes over a wire. The kernel says of each TCP socket how
+many bytes it has sent (TCP_INFO), so other processes do not matter. Found, with
 gloo in torch 2.13 over 2, 3 and 4 ranks, for a full tensor of S bytes, on every rank:
 
     all-reduce            2(N-1)/N S    a ring
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from core import comm, p2p
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
+from tests.core.sharing import far
 from tests.pool import Pool
 
 ELEMENTS = 2**17 * 12  # of 8 bytes; a multiple of 2, 3 and 4
@@ -137,7 +139,7 @@ EXPECTED: Mapping[str, Callable[[int, int], float]] = {
 def all_operations(bug: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, Found]:
     axis = Mesh("cpu", Ledger(), 60.0, tp=dist.get_world_size())["tp"]
     x = torch.ones(ELEMENTS, dtype=torch.float64)
-    with bug():
+    with far(), bug():
         found = {name: measure(operation, axis, x) for name, operation in OPERATIONS.items()}
     own = torch.empty(ELEMENTS // axis.size, dtype=torch.float64)
     found["gloo's reduce-scatter"] = measure(
