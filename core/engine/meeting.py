@@ -126,6 +126,19 @@ class OwnMemory:
         return torch.equal(found, token)
 
 
+class Elsewhere:
+    """What another rank has left, one-dimensional, of which pieces are copied: its pages would count as ours, too."""
+
+    def __init__(self, memory: OwnMemory, place: int, like: Tensor):
+        self._memory, self._start, self._like = memory, memory.shared + place, like
+
+    def __getitem__(self, part: slice) -> Tensor:
+        start, stop, _ = part.indices(self._like.numel())
+        piece = torch.empty(stop - start, dtype=self._like.dtype)
+        self._memory.copy_into(piece, self._start + start * piece.itemsize)
+        return piece
+
+
 @cache
 def _read_function() -> Callable[..., int]:
     function = ctypes.CDLL(None, use_errno=True).process_vm_readv

@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.engine.meeting import READ, RECORD, ROOM, Door, OwnMemory
+from core.engine.meeting import READ, RECORD, ROOM, Door, Elsewhere, OwnMemory
 from core.proof.flight import host
 
 ALIGNED = 64
-LARGE = 2**18  # bytes
+LARGE = 2**18  # bytes from which on the system copies what others have left
 PLENTY = 2**17  # bytes in flight from which on it is asked what has been read meanwhile
 AT_ONCE = 2**16  # bytes of records
 NOW = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)  # as Linux has them
@@ -101,7 +101,7 @@ class Neighbours:
         self._tell(to, RECORD.pack(lane, number, piece.place, x.nbytes))
         return piece
 
-    def receive(self, of: int, lane: int, number: int, like: Tensor, deadline: float) -> tuple[Tensor, int]:
+    def receive(self, of: int, lane: int, number: int, like: Tensor, deadline: float) -> tuple[Tensor | Elsewhere, int]:
         """Wait for what that rank sends; (values, place), in its memory until `has_read`.
 
         Args:
@@ -111,6 +111,8 @@ class Neighbours:
             RuntimeError: it is gone, has not sent anything in time, or has sent something else.
         """
         place, size = self._come_from(of, lane, number, like.nbytes, deadline)
+        if self.lends and size >= LARGE:
+            return Elsewhere(self._own_memory[of], place, like), place
         return self._typed(self._theirs[of], place, size, like.dtype), place
 
     def receive_into(self, x: Tensor, of: int, lane: int, number: int, deadline: float) -> None:
@@ -122,7 +124,7 @@ class Neighbours:
         place, size = self._come_from(of, lane, number, x.nbytes, deadline)
         if place >= ROOM:
             self._own_memory[of].copy_into(x, place)
-        elif self.lends and size >= LARGE and x.is_contiguous():  # else their pages would count as ours too
+        elif self.lends and size >= LARGE and x.is_contiguous():
             self._own_memory[of].copy_into(x, self._own_memory[of].shared + place)
         else:
             x.detach().copy_(self._typed(self._theirs[of], place, size, x.dtype).view(x.shape))

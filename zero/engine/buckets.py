@@ -105,16 +105,16 @@ class Bucket:
         return flat
 
     def take_gradients(self) -> Tensor:
-        """The gradients in a new buffer, zeros where there are none. The parameters lose theirs."""
-        flat = [
-            torch.zeros(m.parameter.numel(), dtype=self.gradient_dtype, device=self.device)
-            if m.parameter.grad is None
-            else m.parameter.grad.flatten()
-            for m in self.members
-        ]
+        """The gradients in a new buffer, zeros where there are none. The parameters lose theirs, one after another."""
+        flat = torch.empty(self.padded, dtype=self.gradient_dtype, device=self.device)
+        flat[self.size :] = 0.0
         for member in self.members:
-            member.parameter.grad = None
-        return torch.cat([*flat, flat[0].new_zeros(self.padded - self.size)])
+            gradient, member.parameter.grad = member.parameter.grad, None
+            if gradient is None:
+                member.view(flat).zero_()
+            else:
+                member.view(flat).copy_(gradient)
+        return flat
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.padded, dtype=dtype, device=self.device)
