@@ -163,7 +163,7 @@ def axes_at_once() -> list[Tensor]:
             flying.append((comm.all_gather_async(torch.tensor([base * me + i]), axis).wait, base * ranks + i))
             peer, mail = (axis.index + 1) % axis.size, p2p.PointToPoint(axis, [], CPU)
             before = axis.ranks[axis.index - 1]
-            for tag in (0, 1, 1):  # two of the same tag come in their order
+            for tag in range(3):
                 mail.send(torch.tensor([base * me + tag]), peer, "F", tag)
                 arrive = mail.receive(torch.zeros(1), (axis.index - 1) % axis.size, "F", tag)
                 flying.append((arrive, torch.tensor([base * before + tag])))
@@ -215,6 +215,7 @@ BREAKS = {
     "no such call": (meeting.os, "memfd_create", fails(AttributeError)),
     "no socket": (socket.socket, "bind", fails()),
     "no addresses": (meeting.mmap, "mmap", fails()),
+    "too many files": (meeting.socket, "recv_fds", lambda *_: (bytes(16), [], 0, None)),  # the system drops what comes
     "no connection": (socket.socket, "connect", fails()),
     "no memory goes over": (meeting.socket, "send_fds", fails()),
     "no answer": (meeting.socket, "send_fds", fails(None)),
