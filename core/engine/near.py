@@ -26,10 +26,12 @@ from torch import Tensor
 
 from core.engine.meeting import READ, RECORD, ROOM, Door, Elsewhere, OwnMemory
 from core.proof.flight import host
+from core.proof.peers import peer_errors
 
 ALIGNED = 64
 LARGE = 2**18  # bytes from which on the system copies what others have left
 PLENTY = 2**17  # bytes in flight from which on it is asked what has been read meanwhile
+MEET = "all-gather of who is on which machine"
 AT_ONCE = 2**16  # bytes of records
 NOW = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)  # as Linux has them
 
@@ -275,6 +277,9 @@ def meet(timeout: float) -> None:
 
     Where that is not possible for every rank within `timeout` seconds, as on another system than Linux, all go on with
     gloo.
+
+    Raises:
+        PeerError: another rank died, or did not come.
     """
     global _known
     job = dist.group.WORLD
@@ -287,13 +292,15 @@ def meet(timeout: float) -> None:
     with suppress(OSError, AttributeError):  # of memfd_create or a socket; no Linux
         found = Door()
     known: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
-    dist.all_gather_object(known, (host(), found.name if found else ""))
+    with peer_errors(MEET):
+        dist.all_gather_object(known, (host(), found.name if found else ""))
     neighbours = None
     with suppress(OSError, ValueError):
         if met := found and found.meet(known, dist.get_rank(), timeout / 2):  # others wait for this
             neighbours = Neighbours(*met)
     able = [(False, False)] * dist.get_world_size()
-    dist.all_gather_object(able, (bool(neighbours), bool(neighbours and neighbours.lends)))
+    with peer_errors(MEET):
+        dist.all_gather_object(able, (bool(neighbours), bool(neighbours and neighbours.lends)))
     if neighbours:
         neighbours.lends = all(lends for _, lends in able)
         if not all(connected for connected, _ in able):

@@ -59,6 +59,20 @@ def test_a_rank_with_a_bug_shows_it_and_is_named(pool: Pool, tmp_path: Path) -> 
         assert f"rank {rank}: lost rank 1 (all-reduce over dp failed: " in outcome.err
 
 
+def test_a_rank_that_dies_before_it_has_its_groups_is_named(pool: Pool, tmp_path: Path) -> None:
+    """Bug: what ranks tell each other while groups are made fails with a traceback of the rank that lives."""
+    body = """
+        if job.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        Mesh("cpu", Ledger(), job.timeout, dp=3)
+    """
+    outcome = pool.script(3, script(tmp_path, body))
+    assert (outcome.codes[0], outcome.codes[2]) == (1, 1)
+    assert "Traceback" not in outcome.err
+    for rank in (0, 2):
+        assert f"rank {rank}: lost rank 1 (" in outcome.err
+
+
 def test_stop_is_said_once(pool: Pool, tmp_path: Path) -> None:
     outcome = pool.script(3, script(tmp_path, "raise Stop('enough')"))
     assert (outcome.codes, outcome.err) == ([1, 1, 1], "stopped: enough\n")
