@@ -87,6 +87,13 @@ def draw(scripts: list[str], chance: Random) -> Trial:
     return Trial(script, chance.randrange(RANKS), phase, number, how, chance.random() < 0.7)
 
 
+def named(said: str) -> set[int]:
+    """The ranks that others say are lost, or that they could not meet."""
+    apart = "\n".join(re.findall(r"could not meet the other ranks .*", said))
+    lost = re.findall(r"lost rank (\d+)", said)
+    return {int(rank) for rank in lost + re.findall(r"rank (\d+)(?: did not come| died| is stopped|, which)", apart)}
+
+
 class Watched:
     """A trial under way."""
 
@@ -126,7 +133,7 @@ class Watched:
             failed.append(f"exit codes {codes}")
         if seconds > TIMEOUT + SLACK:
             failed.append(f"took {seconds:.0f} s")
-        if {*re.findall(r"lost rank (\d+)", said)} != {str(trial.victim)}:
+        if named(said) != {trial.victim}:
             failed.append(f"rank {trial.victim} is not named, or another is")
         if "Traceback" in said:
             failed.append("a traceback")

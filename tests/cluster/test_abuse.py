@@ -18,6 +18,7 @@ from core.proof.files import FolderLock
 from tests.abuse import storage
 from tests.abuse.configurations import applied, some
 from tests.abuse.drawn import TRAIN, Drawn, Refused, parsed, scripts
+from tests.abuse.signals import named
 from tests.pool import ROOT, Pool
 
 SLOW = "cluster/dry_run.py"  # whose refusals search layouts of 1024 ranks
@@ -155,3 +156,24 @@ def test_an_export_that_ended_between_two_renames_keeps_what_it_replaced(tmp_pat
     old.mkdir()
     settle(target, old)
     assert [*tmp_path.iterdir()] == [target]
+
+
+# ---- What is said of a rank that is killed or stopped ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "ranks"),
+    [
+        ("rank 1: lost rank 3 (all-reduce over dp failed)\nrank 2: lost rank 3 (x)", {3}),
+        ("rank 1: lost rank 0, which held the job's store", {0}),
+        ("rank 1: lost rank 3 (x)\nrank 0: lost rank 2 (x)", {2, 3}),
+        ("rank 0: could not meet the other ranks within 10 s: rank 2 is stopped", {2}),
+        ("rank 3: could not meet the other ranks within 10 s: rank 0 did not come, rank 1 died", {0, 1}),
+        ("rank 3: could not meet the other ranks within 9 s: rank 0, which holds the job's store, did not answer", {0}),
+        ("rank 3: could not meet the other ranks within 10 s: the job's store does not answer", set()),
+        ("what is wrong: rank 1 died; it was last outside a step", set()),
+    ],
+)
+def test_whom_the_others_name(said: str, ranks: set[int]) -> None:
+    """Bugs: who never met is not among them; a rank of the table that nobody has lost is."""
+    assert named(said) == ranks
