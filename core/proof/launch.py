@@ -208,6 +208,8 @@ def launch(
         dist.all_gather_object(chosen, backend)
     except (RuntimeError, ValueError) as error:
         why = missed(place, here.rank, here.world_size) if place else ""
+        if not place and here.rank and not by_torchrun():
+            apart += "rank 0, which holds the job's store, did not answer: "
         print(apart + (why or str(error).splitlines()[0]), file=sys.stderr, flush=True)
         if here.rank == 0 and not by_torchrun():
             time.sleep(LINGER)  # it holds the store, in which the others look up who is missing

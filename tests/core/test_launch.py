@@ -148,6 +148,18 @@ def test_who_comes_late_does_not_tell_again_what_a_listener_has_told(pool: Pool,
     assert "rank 0 died" in outcome.err
 
 
+def test_who_should_hold_the_store_and_died_is_named(pool: Pool, tmp_path: Path) -> None:
+    """Bug: the others name an address, and not the rank."""
+    job = pool.start(2, script(tmp_path, "pass"), timeout=60, before=first_dies_before_the_meeting)
+    apart = "rank 1: could not meet the other ranks within 10 s: rank 0, which holds the job's store, did not answer: "
+    assert apart in job.end().err
+
+
+def first_dies_before_the_meeting(rank: int) -> None:
+    if rank == 0:
+        os._exit(1)
+
+
 def dies_before_the_meeting(rank: int) -> None:
     """Rank 2 has come, and is killed before all have met."""
     if rank == 2:
