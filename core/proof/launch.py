@@ -193,7 +193,9 @@ def launch(
         torch.accelerator.set_device_index(device)
     limit, place = timedelta(seconds=timeout if meeting is None else meeting), None
     apart = f"rank {here.rank}: could not meet the other ranks within {limit.total_seconds():.0f} s: "
-    patience = threading.Timer(2 * limit.total_seconds(), leave, [f"{apart}the job's store does not answer"])
+    holder = "" if here.rank == 0 or by_torchrun() else "rank 0, which holds "
+    silent = f"{apart}{holder}the job's store{',' if holder else ''} does not answer"
+    patience = threading.Timer(2 * limit.total_seconds(), leave, [silent])
     patience.daemon = True
     patience.start()
     try:
