@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from core.engine import near
+from core.engine import neighbours
 from core.ledger import Ledger
 from core.proof.rulebook import AXES, EXPERT_RANKS, RANKS
 from core.proof.rules import check
@@ -139,7 +139,7 @@ class Mesh:
         self.order = order
         limit = timedelta(seconds=timeout)
         check_pipelines(self.sizes, order)
-        near.meet(timeout)
+        neighbours.meet(timeout)
         self._axes: dict[str, Axis] = {}
         for expert in (False, True) if {"ep", "etp"} & set(sizes) else (False,):
             names = axis_names(order, expert=expert)[::-1]  # an array's last index varies fastest
@@ -151,13 +151,11 @@ class Mesh:
             device_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=(*wide,)) if wide else None
             for name in names:
                 if name not in self._axes:  # pp is in both worlds, with the same groups
-                    ranks_here = next(g for g in axis_groups(self.sizes, name, order) if dist.get_rank() in g)
-                    group = device_mesh.get_group(name) if name in wide else None
+                    group, here = device_mesh.get_group(name) if name in wide else None, dist.get_rank()
+                    along = (*dist.get_process_group_ranks(group),) if group else (here,)
                     if group is not None:  # DeviceMesh takes no timeout; NCCL's watchdog reads this one
                         dist.distributed_c10d._set_pg_timeout(limit, group)
-                    self._axes[name] = Axis(
-                        name, (*ranks_here,), ranks_here.index(dist.get_rank()), group, ledger, limit
-                    )
+                    self._axes[name] = Axis(name, along, along.index(here), group, ledger, limit)
 
     def __getitem__(self, name: str) -> Axis:
         return self._axes[name]

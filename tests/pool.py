@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from core.engine import near
+from core.engine import neighbours
 from core.proof.flight import FLIGHT
 from core.proof.matching import Checker
 
@@ -246,7 +246,7 @@ def _leave_group() -> None:
     A group that something still holds goes on looking for messages a hundred times a second.
     """
     groups = list(dist.distributed_c10d._world.pg_map)
-    near.leave()
+    neighbours.leave()
     dist.destroy_process_group()
     gc.collect()
     threading.Thread(target=groups.clear, daemon=True).start()

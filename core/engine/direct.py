@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.engine.meeting import Elsewhere
-from core.engine.near import Neighbours, among
+from core.engine.door import Elsewhere
+from core.engine.near import Neighbours
+from core.engine.neighbours import among
 from core.mesh import Axis
 from core.proof import host
 

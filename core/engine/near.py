@@ -9,7 +9,6 @@ As with gloo, what is sent is on its way whatever the others do meanwhile, a wai
 dies is noticed at once, because its sockets close. One thread at a time sends and waits, as everywhere in this project.
 """
 
-import os
 import select
 import socket
 import threading
@@ -17,21 +16,16 @@ import time
 from bisect import bisect
 from collections import deque
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from core.engine.meeting import READ, RECORD, ROOM, Door, Elsewhere, OwnMemory
-from core.proof.flight import host
-from core.proof.peers import peer_errors
+from core.engine.door import READ, RECORD, ROOM, Elsewhere, OwnMemory
 
 ALIGNED = 64
 LARGE = 2**18  # bytes from which on the system copies what others have left
 PLENTY = 2**17  # bytes in flight from which on it is asked what has been read meanwhile
-MEET = "all-gather of who is on which machine"
 AT_ONCE = 2**16  # bytes of records
 NOW = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)  # as Linux has them
 
@@ -265,62 +259,3 @@ class Neighbours:
     @staticmethod
     def _typed(memory: Tensor, place: int, size: int, dtype: torch.dtype) -> Tensor:
         return memory[place : place + size].view(dtype)
-
-
-# ---- The neighbours of this process ----------------------------------------------------------------------------------
-
-_known: tuple[dist.ProcessGroup, Neighbours | None] | None = None  # of which job, and who they are
-
-
-def meet(timeout: float) -> None:
-    """Connect to the ranks of this machine, once a job; every rank of it calls this at the same time.
-
-    Where that is not possible for every rank within `timeout` seconds, as on another system than Linux, all go on with
-    gloo.
-
-    Raises:
-        PeerError: another rank died, or did not come.
-    """
-    global _known
-    job = dist.group.WORLD
-    if _known and _known[0] is job:
-        return
-    leave()
-    if dist.get_world_size() == 1 or dist.get_backend() != "gloo":
-        return
-    found = None
-    with suppress(OSError, AttributeError):  # of memfd_create or a socket; no Linux
-        found = Door()
-    known: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
-    with peer_errors(MEET):
-        dist.all_gather_object(known, (host(), found.name if found else ""))
-    neighbours = None
-    with suppress(OSError, ValueError):
-        if met := found and found.meet(known, dist.get_rank(), timeout / 2):  # others wait for this
-            neighbours = Neighbours(*met)
-    able = [(False, False)] * dist.get_world_size()
-    with peer_errors(MEET):
-        dist.all_gather_object(able, (bool(neighbours), bool(neighbours and neighbours.lends)))
-    if neighbours:
-        neighbours.lends = all(lends for _, lends in able)
-        if not all(connected for connected, _ in able):
-            neighbours.close()
-            neighbours = None
-    _known = job, neighbours
-
-
-def leave() -> None:
-    """Close all connections, before the job ends."""
-    global _known
-    if _known and _known[1]:
-        _known[1].close()
-    _known = None
-
-
-os.register_at_fork(after_in_child=leave)  # a child that lives on must not hide that its rank has died
-
-
-def among(ranks: Collection[int]) -> Neighbours | None:
-    """The neighbours of this rank, if all these ranks are on its machine."""
-    neighbours = _known and _known[1]
-    return neighbours if neighbours and neighbours.has(ranks) else None

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from core.engine import near
+from core.engine import neighbours
 from core.proof.files import Unwritable
 from core.proof.flight import FLIGHT, Group
 from core.proof.language import ENGLISH, Catalogue
@@ -238,7 +238,7 @@ def launch(
         with collective("barrier", "the end of the job"):
             dist.barrier()  # nobody leaves, and looks dead, while another still works
             watch.end()
-            near.leave()
+            neighbours.leave()
             dist.barrier()  # nor takes the store away while another still listens
     except (PeerError, MismatchError, dist.DistError) as error:
         watch.report_loss(str(error))

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core import comm, p2p
-from core.engine import meeting, near
+from core.engine import door, neighbours
 from core.engine.direct import LENT, Coming, Sent
-from core.engine.meeting import OwnMemory
+from core.engine.door import OwnMemory
 from core.engine.near import Neighbours
 from core.ledger import Ledger
 from core.mesh import Mesh
@@ -138,7 +138,7 @@ def test_a_process_that_is_gone_or_another_one_is_not_read() -> None:
 
 def round_trips() -> bool:
     """Messages round a ring and gathers, whose parts are large; whether they were lent."""
-    near.leave()
+    neighbours.leave()
     axis, me = Mesh("cpu", Ledger(), 20.0, dp=dist.get_world_size())["dp"], dist.get_rank()
     mail = p2p.PointToPoint(axis, [], CPU)
     for step in range(3):
@@ -151,16 +151,16 @@ def round_trips() -> bool:
     gathered = comm.all_gather(numbers(me).unsqueeze(0), axis)
     assert torch.equal(gathered, torch.stack([numbers(i) for i in range(axis.size)]))
     comm.all_reduce(torch.ones(1), axis)  # all have read
-    neighbours = near.among(axis.ranks)
-    neighbours.hear()
-    assert not neighbours._lent
-    return neighbours.lends
+    found = neighbours.among(axis.ranks)
+    found.hear()
+    assert not found._lent
+    return found.lends
 
 
 def one_cannot_read() -> bool:
-    function = meeting._read_function()
+    function = door._read_function()
     refuses = (lambda *_: -1) if dist.get_rank() == 1 else function
-    with patch.object(meeting, "_read_function", lambda: refuses):
+    with patch.object(door, "_read_function", lambda: refuses):
         return round_trips()
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core import comm, p2p
-from core.engine import direct, meeting, near
+from core.engine import direct, door, neighbours
 from core.engine.direct import Exchange, TwoTurns
 from core.engine.near import Neighbours
 from core.ledger import Ledger
@@ -33,7 +33,7 @@ def axis_of_all(timeout: float = 10.0) -> Axis:
 
 
 def neighbours_of(axis: Axis) -> Neighbours:
-    found = near.among(axis.ranks)
+    found = neighbours.among(axis.ranks)
     assert found is not None
     return found
 
@@ -211,14 +211,14 @@ def fails(error: type[Exception] | None = OSError) -> Callable:
 
 
 BREAKS = {
-    "no memory": (meeting.os, "memfd_create", fails()),
-    "no such call": (meeting.os, "memfd_create", fails(AttributeError)),
+    "no memory": (door.os, "memfd_create", fails()),
+    "no such call": (door.os, "memfd_create", fails(AttributeError)),
     "no socket": (socket.socket, "bind", fails()),
-    "no addresses": (meeting.mmap, "mmap", fails()),
-    "too many files": (meeting.socket, "recv_fds", lambda *_: (bytes(16), [], 0, None)),  # the system drops what comes
+    "no addresses": (door.mmap, "mmap", fails()),
+    "too many files": (door.socket, "recv_fds", lambda *_: (bytes(16), [], 0, None)),  # the system drops what comes
     "no connection": (socket.socket, "connect", fails()),
-    "no memory goes over": (meeting.socket, "send_fds", fails()),
-    "no answer": (meeting.socket, "send_fds", fails(None)),
+    "no memory goes over": (door.socket, "send_fds", fails()),
+    "no answer": (door.socket, "send_fds", fails(None)),
 }
 SLOW = [*BREAKS][-3:]  # others wait for what does not come
 
@@ -226,12 +226,12 @@ SLOW = [*BREAKS][-3:]  # others wait for what does not come
 def broken_on_one() -> None:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)  # as in a lesson
     for name, broken in [*BREAKS.items(), ("", ())]:
-        near.leave()
+        neighbours.leave()
         files, began = len(os.listdir("/proc/self/fd")), time.monotonic()
         with patch.object(*broken) if name and dist.get_rank() == 1 else nullcontext():
             axis = axis_of_all(4.0)
         assert name in SLOW or time.monotonic() - began < 1.9, f"{name}: others wait"
-        assert (near.among(axis.ranks) is None) == (name != ""), name
+        assert (neighbours.among(axis.ranks) is None) == (name != ""), name
         assert not name or len(os.listdir("/proc/self/fd")) == files, f"{name}: left open"
         assert comm.all_reduce(torch.ones(3), axis).sum() == 3 * axis.size
 
@@ -242,13 +242,13 @@ def test_all_go_on_with_gloo_where_one_cannot(pool: Pool) -> None:
 
 def on_two_machines() -> tuple[bool, bool]:
     FLIGHT.checker, rank = None, dist.get_rank()
-    with patch.object(near, "host", lambda: f"machine {rank // 2}"):
+    with patch.object(neighbours, "host", lambda: f"machine {rank // 2}"):
         mesh = Mesh("cpu", Ledger(), 10.0, tp=2, dp=2)
     both = mesh.joined("tp", "dp")
     for axis in (mesh["tp"], mesh["dp"], both):
         assert comm.all_reduce(torch.tensor([rank]), axis).item() == sum(axis.ranks)
         assert p2p.exchange(torch.tensor([rank]), axis, axis.size - 1 - axis.index) == axis.ranks[-1 - axis.index]
-    return tuple(near.among(axis.ranks) is not None for axis in (mesh["tp"], mesh["dp"], both))
+    return tuple(neighbours.among(axis.ranks) is not None for axis in (mesh["tp"], mesh["dp"], both))
 
 
 def test_ranks_of_two_machines_are_neighbours_of_their_own(pool: Pool) -> None:
