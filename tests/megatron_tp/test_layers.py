@@ -89,9 +89,9 @@ def order_in_backward(count: int) -> list[str]:
     happened = []
 
     def note(name: str, call: Callable) -> Callable:
-        def noting(*args: object) -> object:
+        def noting(*args: object, **more: object) -> object:
             happened.append(name)
-            return call(*args)
+            return call(*args, **more)
 
         return noting
 

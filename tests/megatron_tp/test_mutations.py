@@ -294,10 +294,11 @@ def plain_embedding_takes_the_next_ranks_rows() -> AbstractContextManager:
 
 
 def plain_loss_with(change: Callable[[Tensor, Axis, int], tuple[Axis, int]]) -> AbstractContextManager:
-    right = tensor_parallel.vocab_parallel_cross_entropy
+    right, all_reduce = tensor_parallel.vocab_parallel_cross_entropy, comm.all_reduce
 
     def wrong(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int) -> Tensor:
-        return right(logits, targets, *change(logits, axis, vocabulary))
+        with patch.object(comm, "all_reduce", lambda x, _, *op: all_reduce(x, axis, *op)):  # with the right ranks
+            return right(logits, targets, *change(logits, axis, vocabulary))
 
     return patch.object(tensor_parallel, "vocab_parallel_cross_entropy", wrong)
 
