@@ -21,7 +21,7 @@ from cluster.planner.counting import (
     vocabulary_shard,
 )
 from cluster.planner.layout import Layout
-from cluster.planner.stages import ends_of, layers_by_rank, layers_of, recomputed_of, sum_of_layers
+from cluster.planner.stages import ends_of, layers_of, recomputed_of, sum_of_layers
 from core.model.config import ModelConfig
 from pipeline.schedules import build
 
@@ -36,8 +36,10 @@ def norm_saved(model: ModelConfig, w: int) -> int:
 def angles_saved(model: ModelConfig, layout: Layout, rank: int) -> float:
     """Bytes of the cosines and sines, which the layers of a rank and all its microbatches have in common."""
     rotated_again = layout.recompute == "full" or (layout.recompute == "operators" and model.qk_norm)
-    kept = [layers_of(model, layout, s) != recomputed_of(model, layout, s) for s in layout.stages_of(rank)]
-    if model.learned_positions or not layers_by_rank(model, layout)[rank] or (rotated_again and not any(kept)):
+    stages = layout.stages_of(rank)
+    empty = not any(any(layers_of(model, layout, s)) for s in stages)
+    kept = [layers_of(model, layout, s) != recomputed_of(model, layout, s) for s in stages]
+    if model.learned_positions or empty or (rotated_again and not any(kept)):
         return 0.0
     return 4 * model.sequence / layout.cp * model.rotary_dim
 

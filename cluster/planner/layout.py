@@ -5,8 +5,11 @@ tp tensor, cp context, dp data, pp pipeline parallel ranks; ep and etp fold the 
 
 import argparse
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache, wraps
 from math import lcm
+from operator import attrgetter
 from typing import Any
 
 from core.model.config import ModelConfig
@@ -127,6 +130,26 @@ class Layout:
 
     def __str__(self) -> str:
         return shlex.join(self.flags())
+
+
+def alike_in(*names: str) -> Callable[[Callable], Callable]:
+    """Makes a function of a model, a layout and more that is computed once for all layouts with the same of these
+    fields. It sees no other: they have their defaults."""
+    of = attrgetter(*names)
+
+    def made(function: Callable) -> Callable:
+        @cache
+        def once(model: ModelConfig, values: tuple, *more: Any) -> Any:
+            return function(model, Layout(**dict(zip(names, values, strict=True))), *more)
+
+        @wraps(function)
+        def called(model: ModelConfig, layout: Layout, *more: Any) -> Any:
+            return once(model, of(layout), *more)
+
+        called.cache_clear = once.cache_clear
+        return called
+
+    return made
 
 
 def flag_of(field: str) -> str:

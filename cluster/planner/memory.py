@@ -4,7 +4,7 @@ Exact for `core.model.gpt` as the topics shard it, as their ledger counts (`test
 scale `cluster/dry_run.py`): parameters and their states element by element, but for the padding of ZeRO's buckets.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
@@ -117,6 +117,13 @@ def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int
         itemsize: bytes of a weight and of an activation.
         muon: matrices have one moment, not two.
     """
+    found = states(model, layout, rank, itemsize, muon)
+    working = found.working + transient(model, layout, rank, itemsize)
+    return replace(found, activations=saved_at_peak(model, layout, rank, itemsize), working=working)
+
+
+def states(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int = 2, muon: bool = False) -> RankMemory:
+    """The same without activations, and of what is working only buckets on their way."""
     weight, gradient, optimizer = state_sizes(itemsize)
     experts, others = parameters(model, layout, rank)
     full = experts + others
@@ -124,9 +131,6 @@ def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int
     moment = max(4, itemsize)
     of_experts, of_others = matrix_parameters(model, layout, rank) if muon else (0, 0)
     spared = of_others / layout.data + of_experts / layout.edp if layout.zero else of_others + of_experts
-    working = transient(model, layout, rank, itemsize)
-    if layout.zero >= 2:
-        working += 2 * min(BUCKET_ELEMENTS, full) * gradient  # buckets on their way
     here = 0  # elements of full weights that ZeRO-3 has gathered
     if layout.zero == 3:
         few = filling(layout.schedule, layout.pp, layout.microbatches)
@@ -136,7 +140,7 @@ def rank_memory(model: ModelConfig, layout: Layout, rank: int = 0, itemsize: int
         weights=weight * (shard if layout.zero == 3 else full) + selection_biases(model, layout, rank),
         gradients=gradient * (shard + added_up if layout.zero >= 2 else full),
         optimizer=optimizer * (shard if layout.zero >= 1 else full) - moment * spared,
-        activations=saved_at_peak(model, layout, rank, itemsize),
+        activations=0.0,
         gathered=weight * here,
-        working=working,
+        working=2 * min(BUCKET_ELEMENTS, full) * gradient if layout.zero >= 2 else 0.0,
     )

@@ -14,10 +14,9 @@ from cluster.planner.layout import REDUCE, RESHARD, Layout
 from cluster.planner.memory import RankMemory, parameters, rank_memory, state_sizes
 from cluster.planner.overlap import messages_of
 from cluster.planner.residency import held, largest, needed
-from cluster.planner.rulebook import Case, keeps_all
+from cluster.planner.rulebook import MEANINGFUL, RECOMPUTE, Case, keeps_all
 from cluster.planner.search import Choices, divisors, legal, recomputations
 from cluster.planner.software import Software
-from cluster.planner.stages import distinct_ranks
 from cluster.planner.steptime import OF_A_LAYER, Step, layer_seconds, step
 from core.model.config import ModelConfig
 from sequence_parallel.engine.ulysses import CP_KINDS
@@ -98,6 +97,7 @@ def fitting(
     machine = with_equal_nodes(machine, world)
     tried = choices(model, machine, world, batch, fixed, software)
     again = recomputations(tried["recompute"], tried["recompute_every"])
+    again = [x for x in again if keeps_all(Case(with_(Layout(), x), model), RECOMPUTE)]
     if not again:
         return
     moe = model.moe_layers > 0
@@ -138,8 +138,6 @@ def fitting(
         rest: tuple[Layout, RankMemory] | None = None
         for kind in order:
             this = with_(layout, kind)
-            if kind != again[0] and not keeps_all(Case(this, model, machine, world, batch), advice=True):
-                continue
             need = fits(model, this, machine, software)
             if kind == LAST_RESORT and asked:
                 if need is None:
@@ -194,7 +192,7 @@ def with_better_exchanges(
         if plan.step.seconds - parts["dp"] - parts["cp"] < first[-1]:
             for reduce, reshard, cp_kind in exchanges_of(x, fixed):
                 other = replace(x, reduce=reduce, reshard=reshard, cp_kind=cp_kind)
-                if not keeps_all(replace(case, layout=other), advice=True):
+                if not keeps_all(replace(case, layout=other), MEANINGFUL):
                     continue
                 made = step(model, other, machine, software)
                 if made.seconds < plan.step.seconds and (need := fits(model, other, machine, software)):
@@ -268,16 +266,12 @@ def fits(model: ModelConfig, layout: Layout, machine: Machine, software: Softwar
     Args:
         software: the program whose memory is meant; None, or one without figures of its own: this project.
     """
+    room = usable(machine, software)
     if has_own_memory(software):
-        most = largest(model, layout, software, machine.memory)
-        return most if needed(most, layout, software) <= machine.memory else None
-    most = None
-    for rank in distinct_ranks(model, layout):
-        need = rank_memory(model, layout, rank)
-        if need.total > usable(machine, software):
-            return None
-        most = need if most is None or need.total > most.total else most
-    return most
+        most = largest(model, layout, software, room)
+        return most if needed(most, layout, software) <= room else None
+    most = largest(model, layout, None, room)
+    return most if most.total <= room else None
 
 
 def has_own_memory(software: Software | None) -> bool:

@@ -8,14 +8,15 @@ keeps for its channels, and the runtime.
 
 from dataclasses import replace
 from math import inf
+from typing import NamedTuple
 
-from cluster.planner.activations import FORGETTING, layer_saved, transient
+from cluster.planner.activations import FORGETTING, filling, layer_saved, saved_at_peak, transient
 from cluster.planner.counting import expert_matrices, layer_matrices, vocabulary_shard
 from cluster.planner.efficiency import head_in_layers
 from cluster.planner.exchanges import most_gathered
-from cluster.planner.layout import Layout
+from cluster.planner.layout import Layout, alike_in
 from cluster.planner.machines import Machine
-from cluster.planner.memory import RankMemory, parameters, rank_memory
+from cluster.planner.memory import RankMemory, parameters, states
 from cluster.planner.software import Software
 from cluster.planner.stages import distinct_ranks, ends_of
 from core.model.config import ModelConfig
@@ -25,38 +26,68 @@ NCCL = 0.2e9  # of each communicator with other ranks: its channels' buffers
 ITEM = 2
 
 
-def held(model: ModelConfig, layout: Layout, software: Software, rank: int = 0) -> RankMemory:
-    """Bytes on rank `rank` of the pipeline, as the program keeps them; what is allocated, without what is lost."""
-    ours = rank_memory(model, layout, rank)
-    moe, saved, working = model.moe_layers > 0, ours.activations, ours.working
-    if ends_of(layout, rank)[1]:  # the logits by themselves: our loss saves 4 bytes, and makes 8 at a time
-        logits = layout.tokens(model.sequence) * vocabulary_shard(model, layout.tp)
-        saved -= 4 * logits
-        working = transient(model, replace(layout, loss_chunk=1), rank, ITEM)
-        of_logit = (layout.tp > 1 and software.logits_held_tp) or software.logits_held
-        working = max(working, of_logit * logits)
-    kept = replace(layout, recompute="none") if layout.recompute == "full" and layout.recompute_every > 1 else layout
-    if kept.recompute != "full":  # or of one in several layers, which are little beside what the others save
-        saved *= share_saved(model, kept, software, moe) * (1 - software.again.dropped)
-    elif software.keeps_gathered:
-        working = max(working, transient(model, replace(layout, loss_chunk=1), rank, ITEM)
-                      + gathered_inputs(model, layout, moe))  # fmt: skip
+class Flying(NamedTuple):
+    """Bytes on a rank of what comes and goes in a step, beside its states."""
+
+    saved: float  # for backward
+    working: float  # of a backward
+    beside: bool = True  # whether buckets are on their way meanwhile
+    least: float = 0.0  # of all that works
+
+
+def held(model: ModelConfig, layout: Layout, software: Software | None, rank: int = 0) -> RankMemory:
+    """Bytes on rank `rank` of the pipeline, as the program keeps them; what is allocated, without what is lost.
+
+    Args:
+        software: None: this project, as `rank_memory` counts it.
+    """
+    return together(layout, software, states_held(model, layout, software, rank),
+                    flying(model, layout, software, rank))  # fmt: skip
+
+
+def together(layout: Layout, software: Software | None, of: RankMemory, air: Flying) -> RankMemory:
+    gradients = of.gradients
+    if software and software.grown and layout.pp == layout.microbatches == 1:
+        gradients = max(0.0, gradients - air.saved)
+    working = max(air.least, air.working + (of.working if air.beside else 0.0))
+    return RankMemory(of.weights, gradients, of.optimizer, air.saved, of.gathered, working)
+
+
+def states_held(model: ModelConfig, layout: Layout, software: Software | None, rank: int) -> RankMemory:
+    """Without activations, and of what works only buckets on their way."""
+    ours = states(model, layout, rank)
+    if software is None:
+        return ours
     gradients, gathered = ours.gradients, ours.gathered
     if layout.zero == 3 and layout.edp == 1:  # experts that nobody else has are not sharded, nor gathered
         experts = parameters(model, layout, rank)[0]
         gathered = max(0.0, gathered - ITEM * most_gathered(model, layout, rank, True, layout.pp))
         gradients -= 4 * experts if layout.reduce == "step" else 0.0
     gradients *= software.gradient_held / 4
-    if software.grown and layout.pp == layout.microbatches == 1:
-        gradients = max(0.0, gradients - saved)
-    return replace(
-        ours,
-        gradients=gradients,
-        optimizer=ours.optimizer * software.state_held / 12,
-        activations=saved,
-        gathered=gathered,
-        working=working,
-    )
+    optimizer = ours.optimizer * software.state_held / 12
+    return replace(ours, gradients=gradients, optimizer=optimizer, gathered=gathered)
+
+
+def flying(model: ModelConfig, layout: Layout, software: Software | None, rank: int) -> Flying:
+    saved = saved_at_peak(model, layout, rank, ITEM)
+    if software is None:
+        return Flying(saved, transient(model, layout, rank, ITEM))
+    moe, least = model.moe_layers > 0, 0.0
+    last = ends_of(layout, rank)[1]
+    in_one = replace(layout, loss_chunk=1)
+    if last:  # the logits by themselves: our loss saves 4 bytes, and makes 8 at a time
+        logits = layout.tokens(model.sequence) * vocabulary_shard(model, layout.tp)
+        saved -= 4 * logits
+        of_logit = (layout.tp > 1 and software.logits_held_tp) or software.logits_held
+        working = max(transient(model, in_one, rank, ITEM), of_logit * logits)
+    else:
+        working = transient(model, layout, rank, ITEM)
+    kept = replace(layout, recompute="none") if layout.recompute == "full" and layout.recompute_every > 1 else layout
+    if kept.recompute != "full":  # or of one in several layers, which are little beside what the others save
+        saved *= share_saved(model, kept, software, moe) * (1 - software.again.dropped)
+    elif software.keeps_gathered:
+        least = transient(model, in_one, rank, ITEM) + gathered_inputs(model, layout, moe)
+    return Flying(saved, working, not last, least)
 
 
 def share_saved(model: ModelConfig, layout: Layout, software: Software, moe: bool) -> float:
@@ -110,14 +141,38 @@ def needed(memory: RankMemory, layout: Layout, software: Software) -> float:
     return reserved(memory, software) + RUNTIME + axes * NCCL
 
 
-def largest(model: ModelConfig, layout: Layout, software: Software, limit: float = inf) -> RankMemory:
+# What states and activations depend on: layouts that differ in something else share them. Of the microbatches it is
+# how many fill the pipeline.
+OF_STATES = ("tp", "cp", "ep", "etp", "pp", "dp", "v", "schedule", "zero", "reduce", "reshard", "split")
+IN_FLIGHT = ("tp", "cp", "cp_kind", "etp", "pp", "v", "sp", "ulysses", "schedule", "microbatch", "recompute",
+             "recompute_every", "loss_chunk", "split")  # fmt: skip
+
+
+@alike_in(*OF_STATES)
+def states_by_rank(
+    model: ModelConfig, layout: Layout, microbatches: int, software: Software | None
+) -> list[RankMemory]:
+    layout = replace(layout, microbatches=microbatches)
+    return [states_held(model, layout, software, rank) for rank in distinct_ranks(model, layout)]
+
+
+@alike_in(*IN_FLIGHT)
+def flying_by_rank(model: ModelConfig, layout: Layout, microbatches: int, software: Software | None) -> list[Flying]:
+    layout = replace(layout, microbatches=microbatches)
+    return [flying(model, layout, software, rank) for rank in distinct_ranks(model, layout)]
+
+
+def largest(model: ModelConfig, layout: Layout, software: Software | None, limit: float = inf) -> RankMemory:
     """What the rank of the pipeline holds that holds most; or the first that is found to hold more than a limit."""
-    if software.balances and layout.pp > 1 and not layout.split:  # the first rank has layers for the last one's head
+    if software and software.balances and layout.pp > 1 and not layout.split:
+        # The first rank has layers for the last one's head.
         more = round((model.layers + head_in_layers(model)) / layout.stages) * layout.stages
         return held(replace(model, layers=more), layout, software, 0)
+    few = filling(layout.schedule, layout.pp, layout.microbatches)
+    own = states_by_rank(model, layout, few if layout.zero > 1 else 1, software)
     most = None
-    for rank in distinct_ranks(model, layout):
-        memory = held(model, layout, software, rank)
+    for of_rank, air in zip(own, flying_by_rank(model, layout, few, software), strict=True):
+        memory = together(layout, software, of_rank, air)
         most = memory if most is None or memory.total > most.total else most
         if most.total > limit:
             break

@@ -4,7 +4,7 @@ What a lesson refuses too is refused by the same rule: of several topics (`core/
 `tests/cluster/test_rules.py` compares them. A rule that is advice never refuses: without it a layout runs, but slowly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -224,10 +224,11 @@ RULES = (*POSITIVE, *MEANINGFUL)
 REFUSING = tuple(rule for rule in MEANINGFUL if not rule.advice)
 
 
-def keeps_all(case: Case, advice: bool = False) -> bool:
-    """Whether a layout of positive sizes breaks no rule. A search asks it for every one: it stops at the first."""
+def keeps_all(case: Case, rules: Sequence[Rule] = REFUSING) -> bool:
+    """Whether a layout of positive sizes breaks none of these rules. A search asks for every one: it stops at the
+    first."""
     sizes = case.sizes
-    return all(rule.holds(sizes) for rule in (MEANINGFUL if advice else REFUSING))
+    return all(rule.holds(sizes) for rule in rules)
 
 
 def broken(case: Case, advice: bool = False) -> list[Rule]:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from cluster.planner.hardware import Machine
 from cluster.planner.layout import FOLDED, Layout
-from cluster.planner.rulebook import Case, broken, keeps_all
+from cluster.planner.rulebook import MEANINGFUL, REFUSING, Case, broken, keeps_all
 from core.model.config import ModelConfig
 from pipeline.split import PP_LAYERS, nearly_equal, notation
 
@@ -33,7 +33,7 @@ def legal(
             and split; but a split is written out where stages would otherwise have no layer.
         worth: whether a layout is wanted at all; asked before the rules, which take longer.
     """
-    usual = Layout()
+    usual, rules = Layout(), MEANINGFUL if machine else REFUSING
 
     def of(name: str, every: Sequence | None = None) -> Sequence:
         return choices.get(name) or every or (getattr(usual, name),)
@@ -63,7 +63,7 @@ def legal(
             layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute,
                             reduce=reduce, reshard=reshard, loss_chunk=loss_chunk, cp_kind=cp_kind,
                             recompute_every=every, split=split or few_layers(model, pp * v))  # fmt: skip
-            if worth(layout) and keeps_all(Case(layout, model, machine, world, batch), advice=machine is not None):
+            if worth(layout) and keeps_all(Case(layout, model, machine, world, batch), rules):
                 yield layout
 
 

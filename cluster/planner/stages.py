@@ -72,6 +72,13 @@ def met_by_rank(model: ModelConfig, schedule: str, pp: int, v: int, split: str) 
     return found
 
 
+@cache
+def stage_rank(schedule: str, pp: int, v: int, stage: int) -> int:
+    """The first rank that has a stage."""
+    layout = Layout(schedule=schedule, pp=pp, v=v)
+    return next(rank for rank in range(pp) if stage in layout.stages_of(rank))
+
+
 def distinct_ranks(model: ModelConfig, layout: Layout) -> list[int]:
     """Ranks of the pipeline of which one holds most: of those with equal stages, the first and the last."""
     return _distinct_ranks(model.layers, _kinds(model), layout.schedule, layout.pp, layout.v, layout.split)

@@ -25,11 +25,11 @@ from cluster.planner.efficiency import (
     speed,
 )
 from cluster.planner.hardware import Machine
-from cluster.planner.layout import Layout
+from cluster.planner.layout import Layout, alike_in
 from cluster.planner.memory import parameters
 from cluster.planner.overlap import data_parallel
 from cluster.planner.software import Software
-from cluster.planner.stages import distinct_ranks, ends_of, met_by_rank
+from cluster.planner.stages import distinct_ranks, met_by_rank, stage_rank
 from core.model.config import ModelConfig
 from pipeline.engine.actions import stage_share
 from pipeline.engine.validator import validate
@@ -137,39 +137,45 @@ OF_A_LAYER = ("tp", "cp", "cp_kind", "ep", "etp", "sp", "ulysses", "microbatch",
 
 def rank_times(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> Microbatch:
     """Of the rank of a pipeline whose layers take longest."""
-    every = layers_times(model, layout, machine, software)
-    return max(every, key=seconds_of)
-
-
-def layers_times(model: ModelConfig, layout: Layout, machine: Machine, software: Software) -> list[Microbatch]:
-    """Of the layers of each rank."""
-    key = Layout(**{field: getattr(layout, field) for field in OF_A_LAYER})
-    met = met_by_rank(model, layout.schedule, layout.pp, layout.v, layout.split)
-    return [_rank_times(model, key, dense, moe, machine, software) for dense, moe in met]
+    met = dict.fromkeys(met_by_rank(model, layout.schedule, layout.pp, layout.v, layout.split))
+    return max((_rank_times(model, layout, *layers, machine, software) for layers in met), key=seconds_of)
 
 
 def layer_seconds(model: ModelConfig, layout: Layout, moe: bool, machine: Machine, software: Software) -> float:
     """Of one layer, forward and backward."""
-    key = Layout(**{field: getattr(layout, field) for field in OF_A_LAYER})
-    return seconds_of(_rank_times(model, key, float(not moe), float(moe), machine, software))
+    return seconds_of(_rank_times(model, layout, float(not moe), float(moe), machine, software))
 
 
 def seconds_of(microbatch: Microbatch) -> float:
     return sum(sum(seconds.values()) for seconds in microbatch)
 
 
-@cache
+@alike_in(*OF_A_LAYER)
 def _rank_times(
     model: ModelConfig, layout: Layout, dense: float, moe: float, machine: Machine, software: Software
 ) -> Microbatch:
+    """Of so many layers."""
     again = (model.layers // layout.recompute_every) / model.layers  # of the layers
     times = []
     for n, of_moe in ((dense, False), (moe, True)):
         for share, kind in ((again, layout.recompute), (1 - again, "none")):
             if n * share or not (dense or moe or times):  # of a rank without layers one that takes no time
-                each = layer_times(model, replace(layout, recompute=kind), of_moe, machine, software)
+                each = _layer_times(model, layout, kind, of_moe, machine, software)
                 times.append([add(seconds, count=n * share) for seconds in each])
     return Microbatch(*(add(*of_kinds) for of_kinds in zip(*times, strict=True)))
+
+
+@alike_in(*(name for name in OF_A_LAYER if not name.startswith("recompute")))
+def _layer_times(
+    model: ModelConfig, layout: Layout, recompute: str, moe: bool, machine: Machine, software: Software
+) -> Microbatch:
+    return layer_times(model, replace(layout, recompute=recompute), moe, machine, software)
+
+
+def forget() -> None:
+    """For tests that change what times are made of."""
+    for kept in (_rank_times, _layer_times, layer_flop):
+        kept.cache_clear()
 
 
 # ---- A step ----------------------------------------------------------------------------------------------------------
@@ -238,11 +244,17 @@ def step(model: ModelConfig, layout: Layout, machine: Machine, software: Softwar
         hidden, parts["bubble"] = of_turns(layout, pair, f, i, w)
         parts["ep"] -= hidden
     parts["pp"] = between_stages(model, layout, machine, software, f + i + w)
-    experts, others = max((parameters(model, layout, rank) for rank in distinct_ranks(model, layout)), key=sum)
+    experts, others = most_parameters(model, layout)
     updated = others / layout.data + experts / layout.edp if layout.zero else others + experts
     parts["optimizer"] = updated * UPDATE / machine.bandwidth
     parts["dp"] = data_parallel(model, layout, (experts, others), f, i + w, machine, software)
     return Step(parts)
+
+
+@alike_in("tp", "ep", "etp", "pp", "v", "schedule", "split")
+def most_parameters(model: ModelConfig, layout: Layout) -> tuple[int, int]:
+    """Of the rank of the pipeline that has most: of experts, and all others."""
+    return max((parameters(model, layout, rank) for rank in distinct_ranks(model, layout)), key=sum)
 
 
 def head_not_hidden(model: ModelConfig, layout: Layout, machine: Machine, software: Software, slowest: float) -> float:
@@ -251,11 +263,12 @@ def head_not_hidden(model: ModelConfig, layout: Layout, machine: Machine, softwa
     Args:
         slowest: seconds of the layers of the rank whose layers take longest.
     """
-    with_head = next(rank for rank in range(layout.pp) if ends_of(layout, rank)[1])
     head = head_seconds(model, layout, machine, software)
     if software.balances and not layout.split:
         return head / layout.pp
-    layers = seconds_of(layers_times(model, layout, machine, software)[with_head])
+    met = met_by_rank(model, layout.schedule, layout.pp, layout.v, layout.split)
+    with_head = met[stage_rank(layout.schedule, layout.pp, layout.v, layout.stages - 1)]
+    layers = seconds_of(_rank_times(model, layout, *with_head, machine, software))
     return max(0.0, layers + head - slowest)
 
 

@@ -23,7 +23,7 @@ from cluster.planner.layout import FOLDED, Layout, add_flags
 from cluster.planner.layout import given as decided
 from cluster.planner.models import PRESETS
 from cluster.planner.options import case_of, parser
-from cluster.planner.rulebook import REFUSING, RULES, Case, broken, keeps_all
+from cluster.planner.rulebook import MEANINGFUL, REFUSING, RULES, Case, broken, keeps_all
 from cluster.planner.search import legal
 from cluster.rules import check, explain, nearest
 from cluster.run import arguments as run_arguments
@@ -264,7 +264,7 @@ def test_what_is_refused_says_why_and_what_works(name: str) -> None:
     assert name in [rule.name for rule in broken(refused, advice=True)]
     found = nearest(refused)
     assert found is not None
-    assert keeps_all(replace(refused, layout=found), advice=True)
+    assert keeps_all(replace(refused, layout=found), MEANINGFUL)
     if not BY_NAME[name].advice:
         with pytest.raises(ValueError, match="; use --tp") as refusal:
             check(BROKEN[name], model, MACHINES["dgx-a100"])
@@ -291,7 +291,7 @@ layouts = st.builds(
 @settings(max_examples=20, deadline=None)
 def test_check_refuses_what_breaks_a_rule_and_suggests_what_keeps_all(layout: Layout, name: str, advice: bool) -> None:
     refused = Case(layout, PRESETS[name], MACHINES["dgx-h100"])
-    assert keeps_all(refused, advice) == (not broken(refused, advice))
+    assert keeps_all(refused, MEANINGFUL if advice else REFUSING) == (not broken(refused, advice))
     if not broken(refused):
         check(layout, PRESETS[name], MACHINES["dgx-h100"])
         assert nearest(refused) == layout or broken(refused, advice=True), "nothing is nearer than itself"
