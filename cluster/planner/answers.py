@@ -117,7 +117,7 @@ def gains(
         ("twice the network", twice_the_network(machine)),
         ("twice the memory", replace(machine, memory=2 * machine.memory)),
     ):
-        found, _ = plans(model, other, world, batch, software, near)
+        found, _ = plans(model, other, world, batch, software, near, shown=1)
         yield what, max(0.0, batch / found[0].step.seconds / before - 1) if found else 0.0
     if best.layout.ep > 1 and not best.layout.by_turns and best.step.parts.get("ep"):
         hidden = step(model, best.layout, machine, replace(software, ep_seen=EP_OVERLAPPED * software.ep_seen))
@@ -125,7 +125,7 @@ def gains(
     more = world + (machine.node if world >= machine.node else 1)
     samples = max(1, round(batch / best.layout.dp)) * max(1, best.layout.dp * more // world)
     free = {"zero": [best.layout.zero, 3], "schedule": [best.layout.schedule, "1f1b"], "ulysses": [1]}
-    found, _ = plans(model, machine, more, samples, software, free | fixed | {"microbatch": [1, 2, 4, 8]})
+    found, _ = plans(model, machine, more, samples, software, free | fixed | {"microbatch": [1, 2, 4, 8]}, shown=1)
     found = [plan for plan in found if plan.layout.ranks == more]
     name = "one more GPU" if more == world + 1 else f"one more node ({more} GPUs)"
     gain = found[0].layout.batch / found[0].step.seconds / before - 1 if found else 0.0

@@ -121,6 +121,7 @@ def fitting(
         return states[key]
 
     too_much: set[tuple] = set()
+    failed: set[tuple] = set()  # the same with one recomputation
     settled: set[tuple] = set()  # fit with ZeRO-1 and nothing computed again: to shard more takes time and nothing else
     overlaps = software is not None and software.overlapped
     for layout in legal(model, machine, world, batch, tried | first, worth):
@@ -138,7 +139,9 @@ def fitting(
         rest: tuple[Layout, RankMemory] | None = None
         for kind in order:
             this = with_(layout, kind)
-            need = fits(model, this, machine, software)
+            need = None if (key, kind) in failed else fits(model, this, machine, software)
+            if need is None:
+                failed.add((key, kind))
             if kind == LAST_RESORT and asked:
                 if need is None:
                     yield this, None
@@ -159,25 +162,27 @@ def fitting(
 
 
 def plans(
-    model: ModelConfig, machine: Machine, world: int, batch: int, software: Software, fixed: Choices
+    model: ModelConfig, machine: Machine, world: int, batch: int, software: Software, fixed: Choices, shown: int = SHOWN
 ) -> tuple[list[Plan], int]:
     """The layouts that fit and could be best, the fastest first, and how many were tried.
 
     Args:
         fixed: the values that may be tried, by field of `Layout`, where not all.
+        shown: so many, the fastest, are as fast as what is sent when and the split can make them.
     """
     machine = with_equal_nodes(machine, world)
     found = list(fitting(model, machine, world, batch, fixed, software))
     fit = [Plan(x, need, step(model, x, machine, software)) for x, need in found if need is not None]
     fit.sort(key=lambda plan: plan.step.seconds)
-    fit = with_better_exchanges(model, fit, machine, software, fixed, Case(Layout(), model, machine, world, batch))
+    case = Case(Layout(), model, machine, world, batch)
+    fit = with_better_exchanges(model, fit, machine, software, fixed, case, shown)
     if "split" not in fixed:
-        fit = with_better_splits(model, fit, machine, software)
+        fit = with_better_splits(model, fit, machine, software, shown)
     return fit, len(found)
 
 
 def with_better_exchanges(
-    model: ModelConfig, found: list[Plan], machine: Machine, software: Software, fixed: Choices, case: Case
+    model: ModelConfig, found: list[Plan], machine: Machine, software: Software, fixed: Choices, case: Case, shown: int
 ) -> list[Plan]:
     """The same plans, sorted again, those that can be among the first ones with what sends least of what fits.
 
@@ -186,7 +191,7 @@ def with_better_exchanges(
     """
     if not software.exchanges:
         return found
-    kept, first = [], [inf] * SHOWN
+    kept, first = [], [inf] * shown
     for plan in found:
         x, parts = plan.layout, plan.step.parts
         if plan.step.seconds - parts["dp"] - parts["cp"] < first[-1]:
@@ -198,7 +203,7 @@ def with_better_exchanges(
                 if made.seconds < plan.step.seconds and (need := fits(model, other, machine, software)):
                     plan = Plan(other, need, made)
         kept.append(plan)
-        first = sorted([*first, plan.step.seconds])[:SHOWN]
+        first = sorted([*first, plan.step.seconds])[:shown]
     return sorted(kept, key=lambda plan: plan.step.seconds)
 
 
@@ -211,12 +216,14 @@ def exchanges_of(layout: Layout, fixed: Choices) -> Iterator[tuple[str, str, str
     yield from (each for each in product(reduces, reshards, kinds) if each != now)
 
 
-def with_better_splits(model: ModelConfig, found: list[Plan], machine: Machine, software: Software) -> list[Plan]:
+def with_better_splits(
+    model: ModelConfig, found: list[Plan], machine: Machine, software: Software, shown: int
+) -> list[Plan]:
     """The same plans, sorted again, those that can be among the first ones with the splits that make them faster.
 
     Equal stages are not always as fast, for the head is on one of them.
     """
-    kept, first = [], [inf] * SHOWN
+    kept, first = [], [inf] * shown
     for plan in found:
         x = plan.layout
         shifts = x.pp > 1 and not software.balances
@@ -225,7 +232,7 @@ def with_better_splits(model: ModelConfig, found: list[Plan], machine: Machine, 
             if better:
                 plan = Plan(better, fits(model, better, machine, software), step(model, better, machine, software))
         kept.append(plan)
-        first = sorted([*first, plan.step.seconds])[:SHOWN]
+        first = sorted([*first, plan.step.seconds])[:shown]
     return sorted(kept, key=lambda plan: plan.step.seconds)
 
 

@@ -74,7 +74,7 @@ def flying(model: ModelConfig, layout: Layout, software: Software | None, rank: 
         return Flying(saved, transient(model, layout, rank, ITEM))
     moe, least = model.moe_layers > 0, 0.0
     last = ends_of(layout, rank)[1]
-    in_one = replace(layout, loss_chunk=1)
+    in_one = replace(layout, loss_chunk=1) if last or software.keeps_gathered else layout
     if last:  # the logits by themselves: our loss saves 4 bytes, and makes 8 at a time
         logits = layout.tokens(model.sequence) * vocabulary_shard(model, layout.tp)
         saved -= 4 * logits

@@ -31,7 +31,8 @@ def legal(
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
             usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard, recompute, recompute_every
             and split; but a split is written out where stages would otherwise have no layer.
-        worth: whether a layout is wanted at all; asked before the rules, which take longer.
+        worth: whether a layout is wanted at all; asked before the rules, which take longer. First without microbatches
+            and recomputation: where one sample is not wanted more are not either.
     """
     usual, rules = Layout(), MEANINGFUL if machine else REFUSING
 
@@ -57,14 +58,16 @@ def legal(
         exchanges = [(zero, reduce, reshard) for zero in of("zero") for reduce in of("reduce")
                      for reshard in of("reshard")]  # fmt: skip
         again = recomputations(of("recompute"), of("recompute_every"))
-        for fold, (schedule, v), (zero, reduce, reshard), (b, m), (recompute, every) in product(
-            folds, pipelines, exchanges, sizes, again
-        ):
-            layout = Layout(tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero, b, m, recompute,
-                            reduce=reduce, reshard=reshard, loss_chunk=loss_chunk, cp_kind=cp_kind,
-                            recompute_every=every, split=split or few_layers(model, pp * v))  # fmt: skip
-            if worth(layout) and keeps_all(Case(layout, model, machine, world, batch), rules):
-                yield layout
+        for fold, (schedule, v), (zero, reduce, reshard) in product(folds, pipelines, exchanges):
+            of_fold = tp, cp, *fold[:2], pp, dp, v, *fold[2:], placement, schedule, zero
+            if not worth(Layout(*of_fold)):
+                continue
+            more = {"reduce": reduce, "reshard": reshard, "loss_chunk": loss_chunk, "cp_kind": cp_kind,
+                    "split": split or few_layers(model, pp * v)}  # fmt: skip
+            for (b, m), (recompute, every) in product(sizes, again):
+                layout = Layout(*of_fold, b, m, recompute, recompute_every=every, **more)
+                if worth(layout) and keeps_all(Case(layout, model, machine, world, batch), rules):
+                    yield layout
 
 
 def recomputations(kinds: Sequence[str], every: Sequence[int]) -> list[tuple[str, int]]:

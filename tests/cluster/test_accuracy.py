@@ -53,8 +53,7 @@ def _forget() -> Iterator[None]:
 
 
 def _clear() -> None:
-    steptime._rank_times.cache_clear()
-    steptime.layer_flop.cache_clear()
+    steptime.forget()
 
 
 def bubble_of_one_stage(original: object, schedule: str, p: int, m: int, v: int, *times: float) -> float:

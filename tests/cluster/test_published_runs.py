@@ -13,7 +13,7 @@ import pytest
 
 from cluster.evidence.todays_runs import BARS, MEMORY, PAIRS, by_source
 from cluster.links import messages
-from cluster.planner import efficiency, fitting, overlap, steptime
+from cluster.planner import fitting, overlap, steptime
 from cluster.planner.answers import RUNS, WITHIN
 from cluster.planner.counting import model_parameters
 from cluster.planner.fitting import fit, fitted_to, predict
@@ -173,8 +173,7 @@ def _clean() -> Iterator[None]:
 def _forget() -> None:
     """What a mutation has computed must not outlive it."""
     fitting.possible.cache_clear()
-    steptime._rank_times.cache_clear()
-    efficiency.layer_flop.cache_clear()
+    steptime.forget()
 
 
 @pytest.mark.parametrize("name", BREAKS)
