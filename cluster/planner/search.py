@@ -31,8 +31,8 @@ def legal(
         choices: values to try, by field of `Layout`. Left out: all that there are of a size, but 1 of etp; and the
             usual one of sp, ulysses, placement, cp_kind, schedule, zero, reduce, reshard, recompute, recompute_every
             and split; but a split is written out where stages would otherwise have no layer.
-        worth: whether a layout is wanted at all; asked before the rules, which take longer. First without microbatches
-            and recomputation: where one sample is not wanted more are not either.
+        worth: whether a layout is wanted at all; asked before the rules, which take longer. First without a
+            schedule, ZeRO and microbatches, then without microbatches: what is not wanted then is not with them.
     """
     usual, rules = Layout(), MEANINGFUL if machine else REFUSING
 
@@ -47,10 +47,8 @@ def legal(
         # First what the ranks do, then, of what can be, how a pipeline of them works.
         folds = product(of("ep", divisors(world // pp) if model.experts else [1]), of("etp"), of("sp"), of("ulysses"))
         pipe = {"microbatches": pp, "split": few_layers(model, pp)}
-        folds = [
-            fold for fold in folds
-            if keeps_all(Case(Layout(tp, cp, *fold[:2], pp, dp, 1, *fold[2:], **pipe), model, machine))
-        ]  # fmt: skip
+        inside = [(fold, Layout(tp, cp, *fold[:2], pp, dp, 1, *fold[2:], **pipe)) for fold in folds]
+        folds = [fold for fold, layout in inside if worth(layout) and keeps_all(Case(layout, model, machine))]
         samples = batch // dp  # of a pipeline
         sizes = [(b, samples // b) for b in of("microbatch", divisors(samples)) if samples % b == 0]
         sizes = [(b, m) for b, m in sizes if m in of("microbatches", [m])]

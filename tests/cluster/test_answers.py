@@ -463,7 +463,7 @@ def test_published_models_are_counted_to_the_unit(content: dict[str, Any], param
 @pytest.mark.parametrize("software", ["megatron-core", "fsdp-compiled", "here"])
 def test_what_layouts_have_in_common_is_what_each_has(software: str) -> None:
     """Bugs: a field that memory or time depends on, left out of those that two layouts must have in common."""
-    model = replace(EXPERTS, sequence=8192, layers=9, dense_layers=1, vocabulary=1024)
+    model = replace(EXPERTS, sequence=8192, layers=9, dense_layers=1, vocabulary=1024, kv_heads=32)
     program = NAMED[software]
     drawn = Random(0)
     every = {
