@@ -2,7 +2,7 @@
 
 Against one process with a thread a core, in tokens a second; and against torch's composition of the same: DTensor's
 tensor parallelism, 1F1B of torch.distributed.pipelining, and fully_shard over the data ranks. The floor is a rank's own
-step with messages that are not sent.
+step with messages that are not sent. Peak memory as in `memory.py`.
 """
 
 from collections.abc import Collection
@@ -27,6 +27,7 @@ from core.model.text import Text
 from core.proof.launch import Job
 from pipeline.stages import each_stage, partition
 from tests.bench.harness import Row, Step, Topic, alternate, row, silent
+from tests.bench.memory import compared, memory_row
 from tests.bench.tensor_parallel import torchs
 
 CONFIG = GPTConfig(layers=8, hidden=256, heads=8, sequence=128, tied=False)
@@ -38,6 +39,7 @@ ROWS = {
     "combined / one process": ("one process, all cores", None, True, 0.85),
     "combined / torch's composition": ("DTensor, 1F1B, fully_shard", None, False, 0.75),
 }
+MEMORY = {"combined peak of a rank / torch's composition": ("combined", "torch's", 0.9)}
 
 
 class Bench:
@@ -105,6 +107,16 @@ class Bench:
 
 
 def bench(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
+    timed, kept = ([name for name in wanted if name in rows] for rows in (ROWS, MEMORY))
+    rows = bench_time(job, rounds, timed) if timed else []
+    if kept:
+        made = Bench(job)
+        found = compared(job, {"combined": made.ours, "torch's": made.torchs}, rounds)
+        rows += [] if job.rank else [memory_row(name, found, *MEMORY[name]) for name in kept]
+    return rows
+
+
+def bench_time(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
     made = Bench(job)
     runs, alone = {"combined": made.ours(), "floor": silent(Bench(job).ours())}, "one process, all cores"
     for name in wanted:
@@ -125,4 +137,4 @@ def bench(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
     ]
 
 
-TOPIC = Topic(8, tuple(ROWS), bench, rounds=9)
+TOPIC = Topic(8, (*ROWS, *MEMORY), bench, rounds=9)

@@ -7,12 +7,13 @@ so that the mark is what is alive and not what the allocator keeps.
 
 import ctypes
 import gc
-from collections.abc import Collection
+import statistics
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from core.proof.launch import Job
 from tests.bench.harness import Row, Step, Topic
-from tests.bench.long_context import AT_ONCE, M_MMAP_THRESHOLD, status
+from tests.bench.long_context import AT_ONCE, M_MMAP_THRESHOLD, USUAL, status
 from tests.bench.zero import OURS, Bench
 
 STEPS = 3
@@ -23,12 +24,11 @@ ROWS = {
 }
 
 
-def peak(job: Job, name: str) -> float:
+def growth(make: Callable[[], Step]) -> float:
     """MB by which this process grows at most, from before the model is made; the making itself is not counted."""
-    made = Bench(job)
     gc.collect()
     base = status("VmRSS")
-    step: Step = (made.ours(OURS[name]) if name in OURS else made.torchs(name))[1]
+    step = make()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now the present: sharding the full model is over
     for _ in range(STEPS):
@@ -36,21 +36,27 @@ def peak(job: Job, name: str) -> float:
     return (status("VmHWM") - base) / 1e6
 
 
-def bench(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
+def compared(job: Job, sides: Mapping[str, Callable[[], Step]], rounds: int) -> dict[str, float]:
+    """Of each side the growth of the rank that grows most, the median of a few rounds; on rank 0."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, AT_ONCE)
     found: dict[str, list[float]] = {}
-    for name in dict.fromkeys(side for row in wanted for side in ROWS[row][:2]):
-        peak(job, name)  # what is loaded at the first use
-        gc.collect()
-        found[name] = [max(job.gather(peak(job, name)), default=0.0) for _ in range(min(rounds, 3))]
-    if job.rank:
-        return []
-    rows = []
-    for name in wanted:
-        ours, peer, bar = ROWS[name]
-        a, b = (sorted(found[side])[len(found[side]) // 2] for side in (ours, peer))
-        rows.append(Row(name, peer, a, b, ratio=a / b, bar=bar, unit="MB"))
-    return rows
+    for name, make in sides.items():
+        growth(make)  # what is loaded at the first use
+        found[name] = [max(job.gather(growth(make)), default=0.0) for _ in range(min(rounds, 3))]
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, USUAL)
+    return {name: statistics.median(each) for name, each in found.items()}
+
+
+def bench(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
+    made = Bench(job)
+    names = dict.fromkeys(side for row in wanted for side in ROWS[row][:2])
+    sides = {n: lambda n=n: (made.ours(OURS[n]) if n in OURS else made.torchs(n))[1] for n in names}
+    found = compared(job, sides, rounds)
+    return [] if job.rank else [memory_row(name, found, *ROWS[name]) for name in wanted]
+
+
+def memory_row(name: str, found: Mapping[str, float], ours: str, peer: str, bar: float | None) -> Row:
+    return Row(name, peer, found[ours], found[peer], ratio=found[ours] / found[peer], bar=bar, unit="MB")
 
 
 TOPIC = Topic(4, tuple(ROWS), bench, rounds=3)
