@@ -9,20 +9,18 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.engine.door import Elsewhere
 from core.engine.near import Neighbours
 from core.engine.neighbours import among
 from core.mesh import Axis
 from core.proof import host
 
 IN_TWO = 2**19  # bytes that all ranks have to sum, from which on each sums its part only and sends it to the others
-CHUNK = 2**15  # elements that are summed at once, where they are copied for it: they stay in the processor's cache
+CHUNK = 2**16  # elements that are summed at once: the total stays in the processor's cache
 LENT = 2**19  # bytes of a message from which on it is not copied, but read from where it is
 ADD = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MAX: torch.maximum}
 
@@ -49,11 +47,11 @@ class Exchange:
     """
 
     def __init__(self, to: Neighbours, axis: Axis, send: Tensor | Sequence[Tensor], expect: Sequence[Tensor],
-                 use: Callable[[list[Any]], None] | None, number: int | None = None):  # fmt: skip
+                 use: Callable[[list[Tensor | None]], None] | None, number: int | None = None):  # fmt: skip
         self._to, self._axis, self._expect, self._use = to, axis, expect, use
         self._lane = lane_of(axis.group.group_name)
         self._number = to.next_number(self._lane) if number is None else number
-        self._come: list[Tensor | Elsewhere | None] = [None] * len(expect)
+        self._come: list[Tensor | None] = [None] * len(expect)
         self._places: list[tuple[int, int]] = []  # by rank, of what has come and is not copied
         others = [(axis.index + step) % axis.size for step in range(1, axis.size)]  # not all send to one first
         if isinstance(send, Tensor):
@@ -139,13 +137,12 @@ def all_to_all(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, ne
     return Exchange(near, axis, send, receive, None)
 
 
-def _reduce(come: Sequence[Tensor | Elsewhere | None], mine: Tensor, add: Callable[..., Tensor]) -> None:
+def _reduce(come: Sequence[Tensor | None], mine: Tensor, add: Callable[..., Tensor]) -> None:
     """Into `mine`, in the order of the axis. What has less than float32 is added up in float32, and rounded once."""
     flat = mine.view(-1)
-    step = CHUNK if any(isinstance(each, Elsewhere) for each in come) else len(flat)
-    for start in range(0, len(flat), step or 1):
-        here = flat[start : start + step]
-        first, *others = (here if each is None else each[start : start + step] for each in come)
+    for start in range(0, len(flat), CHUNK):
+        here = flat[start : start + CHUNK]
+        first, *others = (here if each is None else each[start : start + CHUNK] for each in come)
         total = first.float() if first.is_floating_point() and first.element_size() < 4 else first
         for values in others[:-1]:
             total = add(total, values) if total is first else add(total, values, out=total)

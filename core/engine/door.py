@@ -73,8 +73,8 @@ class Door:
             sockets[other] = each
             with os.fdopen(memory, "r+b", 0) as file:
                 theirs[other] = _mapped(file)
-            found = OwnMemory(each, shared)
-            if found.can_be_read(theirs[other][:TOKEN]):
+            found = OwnMemory(each)
+            if found.can_be_read(shared, theirs[other][:TOKEN]):
                 own_memory[other] = found
             each.setblocking(False)
         return sockets, self._mine, theirs, own_memory
@@ -93,13 +93,11 @@ class OwnMemory:
 
     Args:
         connection: to it.
-        shared: where the memory that it shares lies there.
     """
 
-    def __init__(self, connection: socket.socket, shared: int):
+    def __init__(self, connection: socket.socket):
         # By the number that it has here; 0 where it has none.
         self._process, *_ = struct.unpack("=3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        self.shared = shared
 
     def copy_into(self, x: Tensor, address: int) -> None:
         """Fill contiguous `x` with what lies at that address.
@@ -116,27 +114,14 @@ class OwnMemory:
                 raise RuntimeError(f"the memory of process {self._process} cannot be read: {why}")
             done += copied
 
-    def can_be_read(self, token: Tensor) -> bool:
-        """Whether what it shares can be read there, which begins with that."""
+    def can_be_read(self, address: int, token: Tensor) -> bool:
+        """Whether that is found there."""
         found = torch.zeros_like(token)
         try:
-            self.copy_into(found, self.shared)
+            self.copy_into(found, address)
         except (RuntimeError, AttributeError):
             return False
         return torch.equal(found, token)
-
-
-class Elsewhere:
-    """What another rank has left, one-dimensional, of which pieces are copied: its pages would count as ours, too."""
-
-    def __init__(self, memory: OwnMemory, place: int, like: Tensor):
-        self._memory, self._start, self._like = memory, memory.shared + place, like
-
-    def __getitem__(self, part: slice) -> Tensor:
-        start, stop, _ = part.indices(self._like.numel())
-        piece = torch.empty(stop - start, dtype=self._like.dtype)
-        self._memory.copy_into(piece, self._start + start * piece.itemsize)
-        return piece
 
 
 @cache

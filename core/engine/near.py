@@ -21,10 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.engine.door import READ, RECORD, ROOM, Elsewhere, OwnMemory
+from core.engine.door import READ, RECORD, ROOM, OwnMemory
 
 ALIGNED = 64
-LARGE = 2**18  # bytes from which on the system copies what others have left
 PLENTY = 2**17  # bytes in flight from which on it is asked what has been read meanwhile
 AT_ONCE = 2**16  # bytes of records
 NOW = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)  # as Linux has them
@@ -97,7 +96,7 @@ class Neighbours:
         self._tell(to, RECORD.pack(lane, number, piece.place, x.nbytes))
         return piece
 
-    def receive(self, of: int, lane: int, number: int, like: Tensor, deadline: float) -> tuple[Tensor | Elsewhere, int]:
+    def receive(self, of: int, lane: int, number: int, like: Tensor, deadline: float) -> tuple[Tensor, int]:
         """Wait for what that rank sends; (values, place), in its memory until `has_read`.
 
         Args:
@@ -107,8 +106,6 @@ class Neighbours:
             RuntimeError: it is gone, has not sent anything in time, or has sent something else.
         """
         place, size = self._come_from(of, lane, number, like.nbytes, deadline)
-        if self.lends and size >= LARGE:
-            return Elsewhere(self._own_memory[of], place, like), place
         return self._typed(self._theirs[of], place, size, like.dtype), place
 
     def receive_into(self, x: Tensor, of: int, lane: int, number: int, deadline: float) -> None:
@@ -120,8 +117,6 @@ class Neighbours:
         place, size = self._come_from(of, lane, number, x.nbytes, deadline)
         if place >= ROOM:
             self._own_memory[of].copy_into(x, place)
-        elif self.lends and size >= LARGE and x.is_contiguous():
-            self._own_memory[of].copy_into(x, self._own_memory[of].shared + place)
         else:
             x.detach().copy_(self._typed(self._theirs[of], place, size, x.dtype).view(x.shape))
         self.has_read(of, place)

@@ -108,12 +108,12 @@ class Bench:
 
 def bench(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
     timed, kept = ([name for name in wanted if name in rows] for rows in (ROWS, MEMORY))
-    rows = bench_time(job, rounds, timed) if timed else []
-    if kept:
+    rows = []
+    if kept:  # first: what steps before have left to the allocator would be used again
         made = Bench(job)
         found = compared(job, {"combined": made.ours, "torch's": made.torchs}, rounds)
-        rows += [] if job.rank else [memory_row(name, found, *MEMORY[name]) for name in kept]
-    return rows
+        rows = [] if job.rank else [memory_row(name, found, *MEMORY[name]) for name in kept]
+    return rows + (bench_time(job, rounds, timed) if timed else [])
 
 
 def bench_time(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:

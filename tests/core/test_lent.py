@@ -33,8 +33,7 @@ def pair() -> Iterator[list[Neighbours]]:
     """Two ranks in this process."""
     ends = socket.socketpair(socket.AF_UNIX)
     memory = [torch.zeros(2**23, dtype=torch.uint8) for _ in ends]
-    both = [Neighbours({1 - i: end}, memory[i], {1 - i: memory[1 - i]},
-                       {1 - i: OwnMemory(end, memory[1 - i].data_ptr())})
+    both = [Neighbours({1 - i: end}, memory[i], {1 - i: memory[1 - i]}, {1 - i: OwnMemory(end)})
             for i, end in enumerate(ends)]  # fmt: skip
     yield both
     for each in both:
@@ -121,15 +120,15 @@ def test_small_and_strided_ones_are_copied(pair: list[Neighbours]) -> None:
 def test_a_process_that_is_gone_or_another_one_is_not_read() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     token = torch.arange(16, dtype=torch.uint8)
-    own = OwnMemory(ours, token.data_ptr())
-    assert own.can_be_read(token)
-    assert not own.can_be_read(token + 1)  # another process has that number here
+    own = OwnMemory(ours)
+    assert own.can_be_read(token.data_ptr(), token)
+    assert not own.can_be_read(token.data_ptr(), token + 1)  # another process has that number here
     child = os.fork()
     if not child:
         os._exit(0)
     os.waitpid(child, 0)
     own._process = child
-    assert not own.can_be_read(token)
+    assert not own.can_be_read(token.data_ptr(), token)
     with pytest.raises(RuntimeError, match=f"process {child} cannot be read: No such process"):
         own.copy_into(torch.zeros(16, dtype=torch.uint8), token.data_ptr())
     ours.close()
