@@ -194,7 +194,7 @@ def launch(
     limit, place = timedelta(seconds=timeout if meeting is None else meeting), None
     apart = f"rank {here.rank}: could not meet the other ranks within {limit.total_seconds():.0f} s: "
     holder = "" if here.rank == 0 or by_torchrun() else "rank 0, which holds "
-    silent = f"{apart}{holder}the job's store{',' if holder else ''} does not answer"
+    silent = f"{apart}{holder}the job's store{',' if holder else ''} did not answer"
     patience = threading.Timer(2 * limit.total_seconds(), leave, [silent])
     patience.daemon = True
     patience.start()

@@ -170,7 +170,7 @@ def test_an_export_that_ended_between_two_renames_keeps_what_it_replaced(tmp_pat
         ("rank 0: could not meet the other ranks within 10 s: rank 2 is stopped", {2}),
         ("rank 3: could not meet the other ranks within 10 s: rank 0 did not come, rank 1 died", {0, 1}),
         ("rank 3: could not meet the other ranks within 9 s: rank 0, which holds the job's store, did not answer", {0}),
-        ("rank 3: could not meet the other ranks within 10 s: the job's store does not answer", set()),
+        ("rank 3: could not meet the other ranks within 10 s: the job's store did not answer", set()),
         ("what is wrong: rank 1 died; it was last outside a step", set()),
     ],
 )

@@ -151,7 +151,7 @@ def test_who_comes_late_does_not_tell_again_what_a_listener_has_told(pool: Pool,
 def test_who_should_hold_the_store_and_died_is_named(pool: Pool, tmp_path: Path) -> None:
     """Bug: the others name an address, and not the rank."""
     job = pool.start(2, script(tmp_path, "pass"), timeout=60, before=first_dies_before_the_meeting)
-    apart = "rank 1: could not meet the other ranks within 10 s: rank 0, which holds the job's store, did not answer: "
+    apart = "rank 1: could not meet the other ranks within 10 s: rank 0, which holds the job's store, did not answer"
     assert apart in job.end().err
 
 
