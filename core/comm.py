@@ -18,6 +18,8 @@ from core.proof import host
 from core.proof.flight import FLIGHT, Call
 from core.proof.peers import peer_errors
 
+empty, wait_until_read = direct.empty, direct.wait_until_read  # memory that a reduce-scatter sends without a copy
+
 
 def wait(work: dist.Work, axis: Axis, x: Tensor, what: str, call: Call | None = None, background: bool = False) -> None:
     """Wait for `work` on tensor `x` over `axis`, at most the timeout of the axis; the flight record has it as `call`.
@@ -105,7 +107,7 @@ def all_gather_in_place_async(x: Tensor, axis: Axis) -> Pending:
 
 
 def reduce_scatter_async(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
-    """Sum `x` over the axis and keep this rank's equal shard along `dim`. `x` must not change before the wait is over.
+    """Sum `x`, which must stay until the wait is over (from `empty`: `wait_until_read`); keep a shard along `dim`.
 
     On CPUs the sum is in the order of the axis: for gloo an all-to-all, faster than its own, an all-reduce underneath.
     """

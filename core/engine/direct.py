@@ -18,6 +18,7 @@ from core.engine.near import Neighbours
 from core.engine.neighbours import among
 from core.mesh import Axis
 from core.proof import host
+from core.proof.peers import peer_errors
 
 IN_TWO = 2**19  # bytes that all ranks have to sum, from which on each sums its part only and sends it to the others
 CHUNK = 2**16  # elements that are summed at once: the total stays in the processor's cache
@@ -28,6 +29,28 @@ ADD = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MAX: torch.maximum}
 def neighbours(x: Tensor, axis: Axis) -> Neighbours | None:
     """The other ranks of the axis, where all are on this machine and x is not on a GPU."""
     return None if x.device.type != "cpu" or host.is_needed(x, axis.group) else among(axis.ranks)
+
+
+def empty(size: int, dtype: torch.dtype, device: torch.device, axis: Axis) -> Tensor:
+    """Memory (size) without values, from where `reduce_scatter` sends without a copy where ranks can read it.
+
+    What has been sent from it is not written to before `wait_until_read`, or is dropped.
+    """
+    near = neighbours(torch.empty(0, device=device), axis) if axis.size > 1 and size else None
+    if near is None:
+        return torch.empty(size, dtype=dtype, device=device)
+    return near.empty(size * dtype.itemsize).view(dtype)
+
+
+def wait_until_read(x: Tensor, axis: Axis) -> None:
+    """Until the others have read what was sent from `x`, which is from `empty`.
+
+    Raises:
+        PeerError: they have not within the timeout of the axis.
+    """
+    if axis.size > 1 and x.numel() and (near := neighbours(x, axis)):
+        with peer_errors(f"wait until what was sent over {axis.name} is read"):
+            near.wait_until_all_read(x, time.monotonic() + axis.timeout.total_seconds())
 
 
 @cache
@@ -44,10 +67,12 @@ class Exchange:
         expect: of what each of them sends, the type and the number of elements.
         use: what is done with it when all has come: one-dimensional, in the order of the axis; of this rank nothing.
             None: it is copied into `expect`.
+        stays: what is sent does not change before it has been read.
     """
 
     def __init__(self, to: Neighbours, axis: Axis, send: Tensor | Sequence[Tensor], expect: Sequence[Tensor],
-                 use: Callable[[list[Tensor | None]], None] | None, number: int | None = None):  # fmt: skip
+                 use: Callable[[list[Tensor | None]], None] | None, number: int | None = None,
+                 stays: bool = False):  # fmt: skip
         self._to, self._axis, self._expect, self._use = to, axis, expect, use
         self._lane = lane_of(axis.group.group_name)
         self._number = to.next_number(self._lane) if number is None else number
@@ -60,7 +85,7 @@ class Exchange:
             return
         for i in others:
             if send[i].numel():
-                to.send(send[i], [axis.ranks[i]], self._lane, self._number)
+                to.send(send[i], [axis.ranks[i]], self._lane, self._number, stays)
 
     def wait(self, timeout: timedelta) -> bool:
         if not self._expect:
@@ -126,9 +151,14 @@ def all_gather(parts: Sequence[Tensor], axis: Axis, near: Neighbours) -> Exchang
 
 
 def reduce_scatter(parts: Sequence[Tensor], into: Tensor, axis: Axis, near: Neighbours) -> Exchange:
-    """Start to sum this rank's part over the axis; `parts` may change at once."""
-    into.copy_(parts[axis.index].detach())
-    return Exchange(near, axis, parts, [into] * axis.size, lambda come: _reduce(come, into, torch.add))
+    """Start to sum this rank's part over the axis; `parts` must not change before it is waited for."""
+    own = parts[axis.index].detach()
+
+    def use(come: list[Tensor | None]) -> None:
+        come[axis.index] = own.reshape(-1)
+        _reduce(come, into, torch.add)
+
+    return Exchange(near, axis, parts, [into] * axis.size, use, stays=True)
 
 
 def all_to_all(send: Sequence[Tensor], receive: Sequence[Tensor], axis: Axis, near: Neighbours) -> Exchange:

@@ -9,10 +9,12 @@ As with gloo, what is sent is on its way whatever the others do meanwhile, a wai
 dies is noticed at once, because its sockets close. One thread at a time sends and waits, as everywhere in this project.
 """
 
+import ctypes
 import select
 import socket
 import threading
 import time
+import weakref
 from bisect import bisect
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -24,7 +26,7 @@ from torch import Tensor
 from core.engine.door import READ, RECORD, ROOM, OwnMemory
 
 ALIGNED = 64
-PLENTY = 2**17  # bytes in flight from which on it is asked what has been read meanwhile
+PLENTY = 2**20  # bytes in flight from which on it is asked what has been read meanwhile
 AT_ONCE = 2**16  # bytes of records
 NOW = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)  # as Linux has them
 
@@ -36,6 +38,7 @@ class Piece:
     place: int
     end: int  # what is lent takes no place: 0
     unread: int  # by how many
+    kept: bool = False  # one more: whoever has it from `empty`
 
 
 class Neighbours:
@@ -56,6 +59,7 @@ class Neighbours:
         self._sockets, self._memory, self._theirs, self._own_memory = sockets, memory, theirs, own_memory
         self.lends = len(own_memory) == len(sockets)
         self._taken: list[Piece] = []  # by place
+        self._dropped: deque[int] = deque()  # places that nobody keeps any more
         self._lent: dict[int, Piece] = {}  # by place
         self._begun: dict[int, bytes] = {}  # records of which only this has come, by rank
         self._in_flight = 0  # bytes of those
@@ -78,16 +82,45 @@ class Neighbours:
         self._started[lane] = self._started.get(lane, -1) + 1
         return self._started[lane]
 
-    def send(self, x: Tensor, to: Sequence[int], lane: int, number: int) -> Piece:
+    def empty(self, size: int) -> Tensor:
+        """So many bytes of this rank's part, for what is sent from where it is; free with the last tensor in them."""
+        self.hear()  # what has been read meanwhile
+        piece = self._room(size, 1)
+        piece.kept, self._in_flight = True, self._in_flight - (piece.end - piece.place)
+        kept = (ctypes.c_char * size).from_address(self._memory.data_ptr() + piece.place)
+        # Anywhere, by Python's collector too: it only notes it. The memory is not given back before that.
+        weakref.finalize(kept, lambda place, _: self._dropped.append(place), piece.place, self._memory).atexit = False
+        return torch.frombuffer(kept, dtype=torch.uint8)
+
+    def send(self, x: Tensor, to: Sequence[int], lane: int, number: int, stays: bool = False) -> Piece:
         """Leave `x` where these ranks can read it, and tell them. `x` may change at once.
 
         It is no error that one of them is gone, where nothing is expected of it; a wait for it is one.
+
+        Args:
+            stays: contiguous `x` does not change before it has been read: it is not copied where it is from `empty`.
         """
-        piece = self._room(x.nbytes, len(to))
-        self._typed(self._memory, piece.place, x.nbytes, x.dtype).view(x.shape).copy_(x.detach())
+        place = x.data_ptr() - self._memory.data_ptr()
+        if stays and x.is_contiguous() and 0 <= place < len(self._memory):
+            piece = self._taken[self._at(place)]
+            piece.unread += len(to)
+        else:
+            piece = self._room(x.nbytes, len(to))
+            place = piece.place
+            self._typed(self._memory, place, x.nbytes, x.dtype).view(x.shape).copy_(x.detach())
         for rank in to:
-            self._tell(rank, RECORD.pack(lane, number, piece.place, x.nbytes))
+            self._tell(rank, RECORD.pack(lane, number, place, x.nbytes))
         return piece
+
+    def wait_until_all_read(self, x: Tensor, deadline: float) -> None:
+        """Until all have read what was sent of `x`, which is from `empty`: it may be written to again.
+
+        Raises:
+            RuntimeError: it has not been within the time.
+        """
+        piece = self._taken[self._at(x.data_ptr() - self._memory.data_ptr())]
+        while piece.unread > piece.kept:
+            self._wait(deadline)
 
     def lend(self, x: Tensor, to: int, lane: int, number: int) -> Piece:
         """Tell that rank where contiguous `x` lies, which must stay as it is until it has been read."""
@@ -226,6 +259,8 @@ class Neighbours:
     # ---- Its memory: the first place that is large enough, so that little of it is ever touched
 
     def _room(self, size: int, readers: int) -> Piece:
+        while self._dropped:
+            self._let_go(self._dropped.popleft())
         if self._in_flight > PLENTY:
             self.hear()
         size = max(ALIGNED, -(-size // ALIGNED) * ALIGNED)
@@ -246,10 +281,16 @@ class Neighbours:
             if not self._lent[place].unread:
                 del self._lent[place]
             return
-        at = bisect(self._taken, place, key=lambda piece: piece.place) - 1
-        self._taken[at].unread -= 1
-        if not self._taken[at].unread:
-            self._in_flight -= self._taken.pop(at).end - place
+        at = self._at(place)
+        piece = self._taken[at]
+        piece.unread -= 1
+        if not piece.unread:
+            del self._taken[at]
+            self._in_flight -= 0 if piece.kept else piece.end - piece.place
+
+    def _at(self, place: int) -> int:
+        """Which piece that is taken has this place."""
+        return bisect(self._taken, place, key=lambda piece: piece.place) - 1
 
     @staticmethod
     def _typed(memory: Tensor, place: int, size: int, dtype: torch.dtype) -> Tensor:

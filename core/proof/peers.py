@@ -1,8 +1,6 @@
 """What a rank says when a wait on another rank fails."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class PeerError(RuntimeError):
@@ -16,10 +14,15 @@ class PeerError(RuntimeError):
         super().__init__(f"{what} failed: {reason or type(cause).__name__}")
 
 
-@contextmanager
-def peer_errors(what: str) -> Iterator[None]:
+class peer_errors:
     """Turn the failure of a wait on other ranks into a PeerError that says in words what was waited for."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerError(what, error) from error
+
+    def __init__(self, what: str):
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise PeerError(self._what, error) from error

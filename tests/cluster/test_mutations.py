@@ -103,10 +103,10 @@ def last_chunk_lost(right: Callable, self: Any, x: Any, *rows: Any) -> Any:
     return found
 
 
-def and_stay(right: Callable, self: Bucket) -> torch.Tensor:
+def and_stay(right: Callable, self: Bucket, axis: Any = None) -> torch.Tensor:
     """As gradients that are sent and not forgotten."""
     before = [member.parameter.grad for member in self.members]
-    flat = right(self)
+    flat = right(self, axis)
     for member, gradient in zip(self.members, before, strict=True):
         member.parameter.grad = gradient
     return flat

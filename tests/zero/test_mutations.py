@@ -152,9 +152,9 @@ def the_optimizer_is_not_sharded() -> AbstractContextManager:
 def full_gradients_stay() -> AbstractContextManager:
     right, kept = Bucket.take_gradients, []
 
-    def wrong(self: Bucket) -> Tensor:
+    def wrong(self: Bucket, axis: Axis | None = None) -> Tensor:
         before = [(m.parameter, m.parameter.grad) for m in self.members]
-        full = right(self)
+        full = right(self, axis)
         for p, gradient in before:
             p.grad = gradient
             kept.append(gradient)

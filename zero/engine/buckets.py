@@ -11,6 +11,8 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 
+from core import comm
+from core.mesh import Axis
 from core.shards import FlatShard, LocalTensor, shard_of
 from zero.engine.parts import Users
 
@@ -97,16 +99,24 @@ class Bucket:
             member.parameter.data = member.view(flat)
         return flat
 
-    def flatten_gradients(self) -> Tensor:
-        """One buffer for the gradients, into which autograd adds: each parameter's `.grad` becomes a view of it."""
-        flat = self._zeros(self.gradient_dtype)
+    def flatten_gradients(self, axis: Axis | None = None) -> Tensor:
+        """One buffer for the gradients, into which autograd adds: each parameter's `.grad` becomes a view of it.
+
+        Args:
+            axis: over which it is to be scattered.
+        """
+        flat = self._for_gradients(axis).zero_()
         for member in self.members:
             member.parameter.grad = member.view(flat)
         return flat
 
-    def take_gradients(self) -> Tensor:
-        """The gradients in a new buffer, zeros where there are none. The parameters lose theirs, one after another."""
-        flat = torch.empty(self.padded, dtype=self.gradient_dtype, device=self.device)
+    def take_gradients(self, axis: Axis | None = None) -> Tensor:
+        """The gradients in a new buffer, zeros where there are none. The parameters lose theirs, one after another.
+
+        Args:
+            axis: over which it is to be scattered as it is.
+        """
+        flat = self._for_gradients(axis)
         flat[self.size :] = 0.0
         for member in self.members:
             gradient, member.parameter.grad = member.parameter.grad, None
@@ -115,6 +125,11 @@ class Bucket:
             else:
                 member.view(flat).copy_(gradient)
         return flat
+
+    def _for_gradients(self, axis: Axis | None) -> Tensor:
+        if axis is None:
+            return torch.empty(self.padded, dtype=self.gradient_dtype, device=self.device)
+        return comm.empty(self.padded, self.gradient_dtype, self.device, axis)
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.padded, dtype=dtype, device=self.device)

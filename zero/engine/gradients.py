@@ -45,7 +45,7 @@ class FullGradients(Gradients):
     def __init__(self, buckets: list[Bucket], users: Sequence[Users], axis: Axis, scatter: bool, first: bool):
         super().__init__(users, every=False)
         self.axis, self.scatter, self.first, self.buckets = axis, scatter, first, buckets
-        self._full = [bucket.flatten_gradients() for bucket in buckets]
+        self._full = [bucket.flatten_gradients(axis if scatter else None) for bucket in buckets]
         self.own = self._full  # after the last micro-batch: summed over the ranks
         if scatter:
             self.own = [flat[bucket.shard(axis.index)] for bucket, flat in zip(buckets, self._full, strict=True)]
@@ -53,6 +53,8 @@ class FullGradients(Gradients):
         self._views = {m.parameter: m.parameter.grad for bucket in buckets for m in bucket.members}
 
     def zero(self) -> None:
+        for flat in self._full if self.scatter else ():
+            comm.wait_until_read(flat, self.axis)
         if self.first:
             for parameter in self._views:
                 parameter.grad = None
@@ -171,7 +173,7 @@ class ShardedGradients(Gradients):
             return
         self._arrived(but=at_once - 1)
         self.used |= {m.parameter for m in self.buckets[i].members if m.parameter.grad is not None}
-        flat = self.buckets[i].take_gradients()
+        flat = self.buckets[i].take_gradients(self.axis if self.reduce is reduce_scatter else None)
         self.in_flight.append((i, self.reduce(flat, self.axis)))
 
     def make_room(self) -> None:
