@@ -15,6 +15,28 @@ from torch import Tensor, nn
 
 from core.proof.memory import SavedActivations
 
+
+class Product(NamedTuple):
+    """The gradient of a weight (O, I) that is left^T right, still to be multiplied."""
+
+    left: Tensor  # (R, O)
+    right: Tensor  # (R, I)
+
+    def value(self) -> Tensor:
+        return self.left.T @ self.right
+
+    def added_to(self, weight: Tensor) -> bool:
+        """Whether it could be added to `.grad` in the product itself, and now is: without a pass of its own over it.
+
+        Not where the first gradient is to become `.grad`, nor where a hook is to be told.
+        """
+        total = weight.grad
+        if total is None or total.dtype != self.left.dtype or weight._post_accumulate_grad_hooks:
+            return False
+        torch.addmm(total, self.left.T, self.right, out=total)
+        return True
+
+
 Gradients = Sequence[Tensor | None]  # of weight and bias, or of several; None where not trained
 
 
@@ -22,14 +44,18 @@ class Later(NamedTuple):
     """The gradients of the weights and biases of one layer, or of several of one input, still to be computed."""
 
     parameters: Sequence[Tensor | None]
-    compute: Callable[[], Gradients]
+    compute: Callable[[], Sequence[Tensor | Product | None]]
     account: list[Any]  # keeps what `compute` reads in the count of saved activations, where it is counted
 
     def add(self) -> None:
         """Compute, and add to `.grad` as autograd does, with its hooks."""
+        trained = []
         with torch.no_grad():  # as in a backward
-            gradients = self.compute()
-        trained = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+            for p, gradient in zip(self.parameters, self.compute(), strict=True):
+                if isinstance(gradient, Product):
+                    gradient = None if gradient.added_to(p) else gradient.value()
+                if gradient is not None:
+                    trained.append((p, gradient))
         torch.autograd.backward([p for p, _ in trained], [g for _, g in trained])
 
 
@@ -55,7 +81,10 @@ class Deferred:
         self.on = False
 
     def put(
-        self, parameters: Sequence[Tensor | None], compute: Callable[[], Gradients], reads: Sequence[Tensor]
+        self,
+        parameters: Sequence[Tensor | None],
+        compute: Callable[[], Sequence[Tensor | Product | None]],
+        reads: Sequence[Tensor],
     ) -> Gradients:
         """Leave `compute`, which reads these tensors, for later; nothing to return from backward now."""
         if any(p is not None and p.requires_grad for p in parameters):
@@ -82,13 +111,15 @@ def of_parameters(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | No
         x: (..., I).
     """
 
-    def compute() -> Gradients:
+    def compute() -> tuple[Product | None, Tensor | None]:
         rows = gradient.reshape(-1, gradient.shape[-1])
-        of_weight = rows.T @ x.reshape(-1, x.shape[-1]) if weight.requires_grad else None
+        of_weight = Product(rows, x.reshape(-1, x.shape[-1])) if weight.requires_grad else None
         return of_weight, rows.sum(0) if bias is not None and bias.requires_grad else None
 
-    deferred = deferring(weight)
-    return deferred.put((weight, bias), compute, (gradient, x)) if deferred else compute()
+    if deferred := deferring(weight):
+        return deferred.put((weight, bias), compute, (gradient, x))
+    of_weight, of_bias = compute()
+    return of_weight and of_weight.value(), of_bias
 
 
 class _Split(torch.autograd.Function):

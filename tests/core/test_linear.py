@@ -52,13 +52,28 @@ def test_hooks_see_the_gradient_when_it_is_added() -> None:
     deferred = Deferred(layer.parameters())
     for name, p in layer.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: seen.extend([name] * (p.grad is not None)))
-    y = layer(torch.ones(1, 3))
-    with deferred:
-        y.sum().backward()
-    assert seen == []
-    for later in deferred.take():
-        later.add()
-    assert sorted(seen) == ["bias", "weight"]
+    for _ in range(2):  # the first becomes .grad, the second is added to it
+        y = layer(torch.ones(1, 3))
+        with deferred:
+            y.sum().backward()
+        seen.clear()
+        for later in deferred.take():
+            later.add()
+        assert sorted(seen) == ["bias", "weight"]
+
+
+def test_a_gradient_of_another_type_is_added_in_that() -> None:
+    """In float32 for weights in bfloat16: 256 + 1 is not 256."""
+    layer = Linear(1, 1, False, dtype=torch.bfloat16)
+    layer.weight.grad_dtype = torch.float32
+    deferred = Deferred(layer.parameters())
+    for x in (256.0, 1.0):
+        y = layer(torch.full((1, 1), x, dtype=torch.bfloat16))
+        with deferred:
+            y.sum().backward()
+        for later in deferred.take():
+            later.add()
+    assert (layer.weight.grad.dtype, layer.weight.grad.item()) == (torch.float32, 257.0)
 
 
 def flops(what: object) -> int:

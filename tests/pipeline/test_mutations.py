@@ -245,7 +245,7 @@ def weights_gradients_come_at_once_and_later() -> AbstractContextManager:
 
     def wrong(self: linear.Deferred, parameters: tuple, compute: Callable, reads: tuple) -> tuple:
         right(self, parameters, compute, reads)
-        return compute()
+        return tuple(each.value() if isinstance(each, linear.Product) else each for each in compute())
 
     return patch.object(linear.Deferred, "put", wrong)
 
