@@ -97,6 +97,9 @@ class Pipeline:
         self.pairs = dict(row.pairs) if turns and isinstance(row, Row) else {}  # the F and B of an F&B
         self.program = side_by_side(with_communication(schedule)[axis.index], self.pairs)
         self.in_flight_peak = 0
+        sends = {a: a._replace(kind=a.kind[-1]) for a in self.program if a.kind.startswith("SEND")}
+        self._receive_of = {a: input_of(a) for a in row}  # what an action needs
+        self._receive_for = {a: output_of(sends.get(a, a)) for a in (*row, *sends)}  # what becomes of its result
         self._share = stage_share(schedule)
         self._rank_of = placement(schedule)
         self._messages = PointToPoint(axis, routes(schedule), device)
@@ -286,11 +289,11 @@ class Pipeline:
         self._arriving[receive] = arrive
 
     def _wait_for_input(self, action: Action) -> Tensor:
-        return self._arriving.pop(input_of(action))()
+        return self._arriving.pop(self._receive_of[action])()
 
     def _pass_on(self, action: Action, result: Tensor | None) -> None:
         """Hand the result to the next stage, or leave it for the SEND that follows."""
-        receive = output_of(action)
+        receive = self._receive_for[action]
         receiver = self._rank_of.get((receive.stage, receive.microbatch))  # none at the ends of the pipeline
         if receiver == self.axis.index:
             value = result.detach()
@@ -299,7 +302,7 @@ class Pipeline:
             self._leaving[receive] = result.detach()
 
     def _send(self, send: Action) -> None:
-        receive = output_of(send._replace(kind=send.kind[-1]))
+        receive = self._receive_for[send]
         x = self._leaving.pop(receive)
         assert x.shape == self.shape, f"{send}: {tuple(x.shape)} is not the {self.shape} that the next stage expects"
         receiver = self._rank_of[receive.stage, receive.microbatch]

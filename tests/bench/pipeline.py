@@ -1,22 +1,39 @@
 """Pipelines: a step of each schedule, without an optimizer, against torch.distributed.pipelining.
 
 The same stages, data and order of actions. The floor is what a rank computes: its stages' forwards and backwards, on
-inputs that are there.
+inputs that are there. Nobody reaches it: a rank waits for others. So each schedule is compared with its order alone
+too, the same products in the schedule's order, in which a rank waits for others, but for a byte in place of a tensor.
 """
 
+import os
+import tempfile
 from collections.abc import Collection
+from contextlib import nullcontext
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
+from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from core.ledger import Ledger
 from core.mesh import Mesh
 from core.model.gpt import GPT, GPTConfig, materialize, token_loss
+from core.model.linear import Deferred, Later
 from core.model.text import Text
 from core.proof.launch import Job
-from pipeline.engine.actions import Schedule, size, stages_of_ranks
+from pipeline.engine.actions import (
+    Action,
+    Schedule,
+    input_of,
+    output_of,
+    placement,
+    routes,
+    sender_of,
+    size,
+    stages_of_ranks,
+)
 from pipeline.engine.runtime import Pipeline
 from pipeline.schedules import build
 from pipeline.stages import each_stage, partition
@@ -31,7 +48,46 @@ PEERS = {
     "zb-v": "ScheduleZBVZeroBubble",
     "dualpipev": "ScheduleDualPipeV",
 }
-ROWS = {**{f"pipeline {name}": name for name in PEERS}, "pipeline 1f1b / one process": "1f1b"}
+BY_BYTES = "the order alone"
+ALONE = "one process, all cores"
+# Of each row: ours, the peer, the bar.
+ROWS = {
+    **{f"pipeline {name}": (name, peer, 0.90) for name, peer in PEERS.items()},
+    **{f"pipeline {name} / its order alone": (name, f"{name}, {BY_BYTES}", 1.08) for name in PEERS},
+    "pipeline 1f1b / one process": ("1f1b", ALONE, None),
+}
+
+
+class Bytes:
+    """From rank to rank one byte for each message of a schedule, in pipes of the system. All ranks make all of them."""
+
+    def __init__(self, job: Job, schedule: Schedule, rank: int):
+        self._rank, self._rank_of = rank, placement(schedule)
+        folder = job.share(tempfile.mkdtemp() if job.rank == 0 else None)
+        every = {route: os.path.join(folder, "-".join(map(str, route))) for route in routes(schedule)}
+        if job.rank == 0:
+            for name in every.values():
+                os.mkfifo(name)
+        dist.barrier()
+        self._files = {route: os.open(name, os.O_RDWR) for route, name in every.items()}
+        dist.barrier()
+        if job.rank == 0:
+            for name in every.values():
+                os.unlink(name)
+            os.rmdir(folder)
+
+    def wait(self, action: Action) -> None:
+        """For what the action needs, where another rank makes it."""
+        sender = self._rank_of.get(sender_of(input_of(action)), self._rank)
+        if sender != self._rank:
+            os.read(self._files[sender, self._rank, input_of(action).kind[-1]], 1)
+
+    def tell(self, action: Action) -> None:
+        """Whoever needs what the action has made, where that is another rank."""
+        receive = output_of(action)
+        receiver = self._rank_of.get((receive.stage, receive.microbatch), self._rank)
+        if receiver != self._rank:
+            os.write(self._files[self._rank, receiver, receive.kind[-1]], b".")
 
 
 class Bench:
@@ -84,6 +140,39 @@ class Bench:
 
         return self.zeroed(f"{name}, floor", step)
 
+    def in_order(self, name: str) -> Step:
+        plan = build(name, self.axis.size, MICROBATCHES)
+        stages, last, row = self.stages(f"{name}, {BY_BYTES}", plan), size(plan)[0] - 1, plan[self.axis.index]
+        others = Bytes(self.job, plan, self.axis.index)
+        deferred = Deferred(p for stage in stages.values() for p in stage.parameters())
+        split = {(a.stage, a.microbatch) for a in row if a.kind == "I"}
+        activation, gradient = torch.randn(2, *self.shape, device=self.job.device)
+        kept: dict[tuple[int, int], Tensor] = {}
+        later: dict[tuple[int, int], list[Later]] = {}
+
+        def forward(stage: int, m: int) -> Tensor:
+            y = stages[stage](self.inputs[m] if stage == 0 else activation.detach().requires_grad_())
+            return self.loss(y, self.targets[m]) if stage == last else y
+
+        def step() -> None:
+            for action in row:
+                stage, kind, m = action
+                if kind == "W":
+                    while later[stage, m]:
+                        later[stage, m].pop().add()
+                    continue
+                others.wait(action)
+                if kind == "F":
+                    deferred.expected = (stage, m) in split
+                    kept[stage, m] = forward(stage, m)
+                else:
+                    with deferred if kind == "I" else nullcontext():
+                        kept.pop((stage, m)).backward(None if stage == last else gradient)
+                    later[stage, m] = deferred.take()
+                others.tell(action)
+
+        return self.zeroed(f"{name}, {BY_BYTES}", step)
+
     def one_process(self) -> Step:
         self.models["one process"] = model = materialize(GPT(CONFIG), 0, self.job.device, torch.float32)
         return self.zeroed("one process", lambda: self.loss(model(self.whole[0]), self.whole[1]).backward())
@@ -98,27 +187,24 @@ class Bench:
 
 def bench(job: Job, rounds: int, wanted: Collection[str]) -> list[Row]:
     made, runs = Bench(job), {}
-    for name in dict.fromkeys(ROWS[each] for each in wanted):
-        runs |= {name: made.ours(name), PEERS[name]: made.torchs(name), f"{name}, floor": made.floor(name)}
-    alone = "one process, all cores"
-    if "pipeline 1f1b / one process" in wanted:
-        runs[alone] = made.one_process()
-    times = alternate(job, runs, rounds, {alone})
+    for name in dict.fromkeys(ROWS[each][0] for each in wanted):
+        runs |= {name: made.ours(name), f"{name}, floor": made.floor(name)}
+    for name, peer, _ in (ROWS[each] for each in wanted):
+        if peer == ALONE:
+            runs[ALONE] = made.one_process()
+        else:
+            runs[peer] = made.in_order(name) if BY_BYTES in peer else made.torchs(name)
+    times = alternate(job, runs, rounds, {ALONE})
     same = [
         torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
-        for name, peer in PEERS.items() if name in runs
+        for name, peer in PEERS.items() if peer in runs
         for ours, theirs in zip(made.models[name].parameters(), made.models[peer].parameters(), strict=True)
     ]  # fmt: skip
     equal = job.gather(all(same))
     if job.rank:
         return []
     assert all(equal), f"the two sides do not compute the same gradients on ranks {equal}"
-    found = []
-    for each in wanted:
-        name = ROWS[each]
-        peer, bar = (alone, None) if each.endswith("one process") else (PEERS[name], 0.90)
-        found.append(row(times, each, name, peer, f"{name}, floor", bar))
-    return found
+    return [row(times, each, *ROWS[each][:2], f"{ROWS[each][0]}, floor", ROWS[each][2]) for each in wanted]
 
 
 TOPIC = Topic(4, tuple(ROWS), bench)
