@@ -37,9 +37,8 @@ def empty(size: int, dtype: torch.dtype, device: torch.device, axis: Axis) -> Te
     What has been sent from it is not written to before `wait_until_read`, or is dropped.
     """
     near = neighbours(torch.empty(0, device=device), axis) if axis.size > 1 and size else None
-    if near is None:
-        return torch.empty(size, dtype=dtype, device=device)
-    return near.empty(size * dtype.itemsize).view(dtype)
+    found = near and near.empty(size * dtype.itemsize)
+    return torch.empty(size, dtype=dtype, device=device) if found is None else found.view(dtype)
 
 
 def wait_until_read(x: Tensor, axis: Axis) -> None:

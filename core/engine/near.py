@@ -26,6 +26,7 @@ from torch import Tensor
 from core.engine.door import READ, RECORD, ROOM, OwnMemory
 
 ALIGNED = 64
+MOST_KEPT = ROOM // 2  # bytes
 PLENTY = 2**20  # bytes in flight from which on it is asked what has been read meanwhile
 AT_ONCE = 2**16  # bytes of records
 NOW = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)  # as Linux has them
@@ -82,9 +83,14 @@ class Neighbours:
         self._started[lane] = self._started.get(lane, -1) + 1
         return self._started[lane]
 
-    def empty(self, size: int) -> Tensor:
-        """So many bytes of this rank's part, for what is sent from where it is; free with the last tensor in them."""
+    def empty(self, size: int) -> Tensor | None:
+        """So many bytes of this rank's part, for what is sent from where it is; free with the last tensor in them.
+
+        None where so much is kept already that messages could find no room.
+        """
         self.hear()  # what has been read meanwhile
+        if size + sum(piece.end - piece.place for piece in self._taken if piece.kept) > MOST_KEPT:
+            return None
         piece = self._room(size, 1)
         piece.kept, self._in_flight = True, self._in_flight - (piece.end - piece.place)
         kept = (ctypes.c_char * size).from_address(self._memory.data_ptr() + piece.place)
@@ -100,8 +106,8 @@ class Neighbours:
         Args:
             stays: contiguous `x` does not change before it has been read: it is not copied where it is from `empty`.
         """
-        place = x.data_ptr() - self._memory.data_ptr()
-        if stays and x.is_contiguous() and 0 <= place < len(self._memory):
+        place = self._place_of(x) if stays and x.is_contiguous() else None
+        if place is not None:
             piece = self._taken[self._at(place)]
             piece.unread += len(to)
         else:
@@ -118,7 +124,9 @@ class Neighbours:
         Raises:
             RuntimeError: it has not been within the time.
         """
-        piece = self._taken[self._at(x.data_ptr() - self._memory.data_ptr())]
+        if (place := self._place_of(x)) is None:  # there was no room for it
+            return
+        piece = self._taken[self._at(place)]
         while piece.unread > piece.kept:
             self._wait(deadline)
 
@@ -287,6 +295,11 @@ class Neighbours:
         if not piece.unread:
             del self._taken[at]
             self._in_flight -= 0 if piece.kept else piece.end - piece.place
+
+    def _place_of(self, x: Tensor) -> int | None:
+        """Where `x` lies in this rank's part, if it does."""
+        place = x.data_ptr() - self._memory.data_ptr()
+        return place if 0 <= place < len(self._memory) else None
 
     def _at(self, place: int) -> int:
         """Which piece that is taken has this place."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core import comm
-from core.engine import direct
+from core.engine import direct, near
 from core.engine.near import Neighbours
 from core.ledger import Ledger
 from core.mesh import Axis, Mesh
@@ -113,6 +113,18 @@ def test_what_may_change_is_copied() -> None:
     for work in works:
         work.wait(SOON)
     assert all(torch.equal(each, wide[0][:, i : i + 1] * 2) for i, each in enumerate(sums))
+
+
+def test_where_much_is_kept_the_rest_is_elsewhere() -> None:
+    ranks, axis = connected(2), axis_of(0, 2)
+    with patch.object(near, "MOST_KEPT", 9 * LENGTH), patch.object(direct, "neighbours", lambda *_: ranks[0]):
+        kept = [comm.empty(LENGTH, torch.float32, CPU, axis) for _ in range(3)]
+        assert [ranks[0]._place_of(x) for x in kept] == [0, ranks[0]._taken[1].place, None]
+        works, sums = begun(ranks, [kept[2][:LENGTH].fill_(3.0).repeat(2), torch.ones(2 * LENGTH)])
+        for work in works:
+            work.wait(SOON)
+        comm.wait_until_read(kept[2], axis)
+    assert (torch.cat(sums) == 4.0).all()
 
 
 # ---- Ranks of their own
