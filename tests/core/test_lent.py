@@ -78,7 +78,7 @@ def test_what_is_let_go_too_early_is_seen(pair: list[Neighbours]) -> None:
 
 def test_nothing_is_copied_and_nothing_kept(pair: list[Neighbours]) -> None:
     receiver, sender = pair
-    for tag in range(200):
+    for tag in range(20):
         x = numbers(tag)
         alive, flying = ref(x), Sent(sender, x, 0, LANE, 0)
         del x
