@@ -93,7 +93,7 @@ class Bucket:
 
     def flatten_weights(self) -> Tensor:
         """Move the parameters into one buffer, of which they become views."""
-        flat = self._zeros(self.dtype)
+        flat = torch.zeros(self.padded, dtype=self.dtype, device=self.device)
         for member in self.members:
             member.view(flat).copy_(member.parameter.detach())
             member.parameter.data = member.view(flat)
@@ -130,9 +130,6 @@ class Bucket:
         if axis is None:
             return torch.empty(self.padded, dtype=self.gradient_dtype, device=self.device)
         return comm.empty(self.padded, self.gradient_dtype, self.device, axis)
-
-    def _zeros(self, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(self.padded, dtype=dtype, device=self.device)
 
 
 def buckets_of(named: Iterable[tuple[str, nn.Parameter]], count: int, elements: int) -> list[Bucket]:
