@@ -35,7 +35,7 @@ from tabulate import tabulate
 import tests.bench
 from core.proof.launch import choose_device, launch, process_info
 from tests.bench.harness import TIMEOUT, Row, Topic, work
-from tests.pool import Pool
+from tests.pool import Pool, WorkerError
 
 PEERS = ("torch", "deepspeed", "numpy")
 QUICK = 3  # rounds
@@ -143,7 +143,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(left_out), file=sys.stderr)
     if not rows:
         return 2
-    where, made = machine(), []
+    where, made, failed = machine(), [], []
     if left_out:
         where["not measured"] = "; ".join(left_out)
 
@@ -165,13 +165,18 @@ def main(arguments: list[str]) -> int:
             try:
                 arguments = (found[topic].bench, rounds(topic), wanted)
                 made += pool.run(found[topic].ranks, work, *arguments, timeout=TIMEOUT)[0]
+            except WorkerError as error:  # the other topics' figures are not lost for it
+                print(error, file=sys.stderr)
+                failed.append(topic)
             finally:
                 pool.close()
             print(f"{topic}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    if failed:
+        where["failed"] = ", ".join(failed)
     print("\n".join(f"{key}: {value}" for key, value in where.items()))
     print(f"\n{table(made)}")
     write(args.out, where, made)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

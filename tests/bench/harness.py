@@ -151,7 +151,7 @@ def silent(step: Step) -> Step:
         """How much would come is as much as would go."""
 
         def __init__(self, near: object, axis: object, send: Tensor | Sequence[Tensor], expect: Sequence[Tensor],
-                     use: object, number: int = 0):  # fmt: skip
+                     *_: object, **__: object):  # fmt: skip
             self._numbers = [] if isinstance(send, Tensor) or send[0].is_floating_point() else send
             self._into = expect
 

@@ -3,10 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from core import comm
+from core.ledger import Ledger
+from core.mesh import Mesh
+from core.p2p import PointToPoint
 from tests.bench import __main__ as record
 from tests.bench import picotron
-from tests.bench.harness import Row, Topic
+from tests.bench.harness import Row, Topic, silent
+from tests.pool import Pool, WorkerError
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +72,59 @@ def test_the_record_says_what_is_left_out(
         assert f"{picotron.ROW}: left out, PICOTRON is not set" in text
     assert "| other" in file
     assert f"| {picotron.ROW}" not in file
+
+
+def test_a_topic_that_fails_is_named_and_the_others_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Pool:
+        """Without workers: the first topic fails."""
+
+        def __init__(self, _: object):
+            pass
+
+        def run(self, ranks: int, *_: object, **__: object) -> list[list[Row]]:
+            if ranks == 1:
+                raise WorkerError("rank 0 of 1: no such thing")
+            return [[Row("second", "", 1.0)]]
+
+        def close(self) -> None:
+            pass
+
+    made = {"a": Topic(1, ("first",), lambda *_: []), "b": Topic(2, ("second",), lambda *_: [])}
+    monkeypatch.setattr(record, "topics", lambda: made)
+    monkeypatch.setattr(record, "Pool", Pool)
+    assert record.main(["--out", str(tmp_path / "bench.md")]) == 1
+    said, file = capsys.readouterr(), (tmp_path / "bench.md").read_text()
+    assert "no such thing" in said.err
+    assert "failed: a" in file
+    assert "| second" in file
+
+
+def every_message_while_the_other_ranks_do_nothing() -> bool:
+    axis = Mesh("cpu", Ledger(), 20.0, dp=3)["dp"]
+    messages = PointToPoint(axis, [(0, 1, "F"), (1, 0, "B")], torch.device("cpu"))
+    rows, kept = torch.ones(6, 3), comm.empty(12, torch.float32, torch.device("cpu"), axis)
+
+    def step() -> None:
+        for size in (4, 2**18):  # in one turn or two, copied or lent
+            comm.all_reduce(torch.ones(size), axis)
+        for x in (rows, rows.double(), kept):
+            comm.reduce_scatter(x, axis)
+            comm.all_gather(x, axis)
+        comm.all_gather_in_place_async(rows.clone(), axis).wait()
+        assert comm.all_to_all(torch.tensor([2, 7, 1]), axis, [1] * 3, [1] * 3).tolist() == [2, 7, 1], "numbers of rows"
+        comm.all_to_all(rows, axis, [1, 3, 2], [1, 3, 2])
+        for size in (4, 2**18):
+            messages.send(torch.ones(size), 1, "F", size)
+            messages.receive(torch.ones(size), 1, "B", size)()
+        messages.flush()
+
+    if axis.index == 0:
+        silent(step)()
+    dist.barrier()
+    return True
+
+
+def test_the_floor_sends_nothing(pool: Pool) -> None:
+    assert all(pool.run(3, every_message_while_the_other_ranks_do_nothing, timeout=40.0))
