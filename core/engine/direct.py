@@ -191,7 +191,7 @@ class Sent:
     """
 
     def __init__(self, to: Neighbours, x: Tensor, rank: int, lane: int, tag: int):
-        self._to, self._rank = to, rank
+        self._to = to
         self._lent = x if to.lends and x.nbytes >= LENT and x.is_contiguous() else None
         self._piece = to.send(x, [rank], lane, tag) if self._lent is None else to.lend(x, rank, lane, tag)
 
@@ -201,7 +201,7 @@ class Sent:
         return not self._piece.unread
 
     def wait(self, timeout: timedelta) -> bool:
-        self._to.wait_until_read(self._piece, self._rank, time.monotonic() + timeout.total_seconds())
+        self._to.wait_until_read(self._piece, time.monotonic() + timeout.total_seconds())
         self._lent = None
         return True
 

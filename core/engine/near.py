@@ -38,8 +38,8 @@ class Piece:
 
     place: int
     end: int  # what is lent takes no place: 0
-    unread: int  # by how many
-    kept: bool = False  # one more: whoever has it from `empty`
+    unread: list[int]  # ranks that are to read it, once for each message
+    kept: bool = False  # somebody has it, from `empty`
 
 
 class Neighbours:
@@ -91,7 +91,7 @@ class Neighbours:
         self.hear()  # what has been read meanwhile
         if size + sum(piece.end - piece.place for piece in self._taken if piece.kept) > MOST_KEPT:
             return None
-        piece = self._room(size, 1)
+        piece = self._room(size, [])
         piece.kept, self._in_flight = True, self._in_flight - (piece.end - piece.place)
         kept = (ctypes.c_char * size).from_address(self._memory.data_ptr() + piece.place)
         # Anywhere, by Python's collector too: it only notes it. The memory is not given back before that.
@@ -109,9 +109,9 @@ class Neighbours:
         place = self._place_of(x) if stays and x.is_contiguous() else None
         if place is not None:
             piece = self._taken[self._at(place)]
-            piece.unread += len(to)
+            piece.unread += to
         else:
-            piece = self._room(x.nbytes, len(to))
+            piece = self._room(x.nbytes, to)
             place = piece.place
             self._typed(self._memory, place, x.nbytes, x.dtype).view(x.shape).copy_(x.detach())
         for rank in to:
@@ -122,18 +122,20 @@ class Neighbours:
         """Until all have read what was sent of `x`, which is from `empty`: it may be written to again.
 
         Raises:
-            RuntimeError: it has not been within the time.
+            RuntimeError: one of them is gone, or has not within the time.
         """
         if (place := self._place_of(x)) is None:  # there was no room for it
             return
         piece = self._taken[self._at(place)]
-        while piece.unread > piece.kept:
-            self._wait(deadline)
+        try:
+            self.wait_until_read(piece, deadline)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}; still to be read by ranks {sorted(set(piece.unread))}") from error
 
     def lend(self, x: Tensor, to: int, lane: int, number: int) -> Piece:
         """Tell that rank where contiguous `x` lies, which must stay as it is until it has been read."""
-        piece = self._lent.setdefault(x.data_ptr(), Piece(x.data_ptr(), 0, 0))
-        piece.unread += 1
+        piece = self._lent.setdefault(x.data_ptr(), Piece(x.data_ptr(), 0, []))
+        piece.unread.append(to)
         self._tell(to, RECORD.pack(lane, number, piece.place, x.nbytes))
         return piece
 
@@ -181,15 +183,15 @@ class Neighbours:
         """Let that rank write there again."""
         self._tell(of, RECORD.pack(READ, 0, place, 0))
 
-    def wait_until_read(self, piece: Piece, to: int, deadline: float) -> None:
-        """Until `to`, the one rank to which it was sent, has read it.
+    def wait_until_read(self, piece: Piece, deadline: float) -> None:
+        """Until all to whom it was sent have read it.
 
         Raises:
-            RuntimeError: it is gone, or has not within the time.
+            RuntimeError: one of them is gone, or has not within the time.
         """
         while piece.unread:
-            if to in self._gone:
-                raise RuntimeError(f"rank {to} has closed its connection")
+            if gone := self._gone.intersection(piece.unread):
+                raise RuntimeError(f"rank {min(gone)} has closed its connection")
             self._wait(deadline)
 
     def hear(self) -> None:
@@ -230,7 +232,7 @@ class Neighbours:
                 self._begun[rank], records = records[-rest:], records[:-rest]
             for lane, number, place, size in RECORD.iter_unpack(records):
                 if lane == READ:
-                    self._let_go(place)
+                    self._read(place, rank)
                 else:
                     self._come.setdefault((rank, lane, number), []).append((place, size))
             if len(data) < AT_ONCE:
@@ -266,9 +268,12 @@ class Neighbours:
 
     # ---- Its memory: the first place that is large enough, so that little of it is ever touched
 
-    def _room(self, size: int, readers: int) -> Piece:
+    def _room(self, size: int, readers: Sequence[int]) -> Piece:
         while self._dropped:
-            self._let_go(self._dropped.popleft())
+            at = self._at(self._dropped.popleft())
+            self._taken[at].kept = False
+            self._in_flight += self._taken[at].end - self._taken[at].place
+            self._let_go(at)
         if self._in_flight > PLENTY:
             self.hear()
         size = max(ALIGNED, -(-size // ALIGNED) * ALIGNED)
@@ -279,22 +284,25 @@ class Neighbours:
             place, at = piece.end, at + 1
         if place + size > len(self._memory):
             raise RuntimeError(f"more than {ROOM >> 30} GiB have been sent and not been received")
-        self._taken.insert(at, Piece(place, place + size, readers))
+        self._taken.insert(at, Piece(place, place + size, [*readers]))
         self._in_flight += size
         return self._taken[at]
 
-    def _let_go(self, place: int) -> None:
-        if place >= ROOM:
-            self._lent[place].unread -= 1
-            if not self._lent[place].unread:
-                del self._lent[place]
+    def _read(self, place: int, by: int) -> None:
+        if place < ROOM:
+            at = self._at(place)
+            self._taken[at].unread.remove(by)
+            self._let_go(at)
             return
-        at = self._at(place)
+        self._lent[place].unread.remove(by)
+        if not self._lent[place].unread:
+            del self._lent[place]
+
+    def _let_go(self, at: int) -> None:
         piece = self._taken[at]
-        piece.unread -= 1
-        if not piece.unread:
+        if not piece.unread and not piece.kept:
             del self._taken[at]
-            self._in_flight -= 0 if piece.kept else piece.end - piece.place
+            self._in_flight -= piece.end - piece.place
 
     def _place_of(self, x: Tensor) -> int | None:
         """Where `x` lies in this rank's part, if it does."""

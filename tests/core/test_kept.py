@@ -64,7 +64,7 @@ def dropped_before_it_is_read() -> None:
         del works
     for rank in ranks:
         rank.hear()
-        rank._room(1, 1)  # takes what was let go, and is in its place
+        rank._room(1, [1])  # takes what was let go, and is in its place
         assert [(piece.place, piece.kept) for piece in rank._taken] == [(0, False)]
         assert rank._in_flight == rank._taken[0].end
 
@@ -78,10 +78,10 @@ def test_readers_that_are_not_counted_are_seen() -> None:
 
     def wrong(self: Neighbours, x: Tensor, to: list[int], *where: int) -> object:
         piece = right(self, x, to, *where)
-        piece.unread -= len(to)
+        del piece.unread[-len(to) :]
         return piece
 
-    with patch.object(Neighbours, "send", wrong), pytest.raises((AssertionError, IndexError)):
+    with patch.object(Neighbours, "send", wrong), pytest.raises((AssertionError, IndexError, ValueError)):
         dropped_before_it_is_read()
 
 
@@ -92,10 +92,25 @@ def test_it_is_written_to_again_when_all_have_read_it() -> None:
     works[0].wait(SOON)
     object.__setattr__(axis, "timeout", FEW)
     with patch.object(direct, "neighbours", lambda *_: ranks[0]):
-        with pytest.raises(PeerError, match="wait until what was sent over dp is read failed: timed out"):
+        with pytest.raises(
+            PeerError, match=r"wait until what was sent over dp is read failed: timed out; .* ranks \[1\]"
+        ):
             comm.wait_until_read(sent[0], axis)
         works[1].wait(SOON)
         comm.wait_until_read(sent[0], axis)
+
+
+def test_a_reader_that_is_gone_is_named_at_once() -> None:
+    ranks, axis = connected(3), axis_of(0, 3)
+    sent = [floats(rank, 3 * LENGTH).fill_(1.0) for rank in ranks]
+    works, _ = begun(ranks, sent)
+    works[1].wait(SOON)
+    ranks[2].close()
+    began = time.monotonic()
+    said = r"rank 2 has closed its connection; still to be read by ranks \[2\]"
+    with patch.object(direct, "neighbours", lambda *_: ranks[0]), pytest.raises(PeerError, match=said):
+        comm.wait_until_read(sent[0], axis)
+    assert time.monotonic() - began < SOON.total_seconds() / 2
 
 
 def test_what_may_change_is_copied() -> None:
