@@ -22,7 +22,7 @@ from core.proof.peers import PeerError, peer_errors
 
 def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
     """Swap tensors of equal shape with rank `peer` of the axis; both must call it. Returns the peer's."""
-    sent, received = host.outgoing(x, axis.group), torch.empty_like(x)
+    sent, received = host.outgoing(x, axis.group), torch.empty_like(x, memory_format=torch.contiguous_format)
     landing, near = host.landing(received, axis.group), direct.neighbours(x, axis)
     axis.ledger.record("exchange", axis.name, x.numel(), x.element_size())
     FLIGHT.start_message("exchange", axis, x, axis.index, peer)

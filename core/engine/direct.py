@@ -18,6 +18,7 @@ from core.engine.near import Neighbours
 from core.engine.neighbours import among
 from core.mesh import Axis
 from core.proof import host
+from core.proof.flight import FLIGHT
 from core.proof.peers import peer_errors
 
 IN_TWO = 2**19  # bytes that all ranks have to sum, from which on each sums its part only and sends it to the others
@@ -48,8 +49,17 @@ def wait_until_read(x: Tensor, axis: Axis) -> None:
         PeerError: they have not within the timeout of the axis.
     """
     if axis.size > 1 and x.numel() and (near := neighbours(x, axis)):
-        with peer_errors(f"wait until what was sent over {axis.name} is read"):
+        what = "wait for readers"
+        call = FLIGHT.start(what, axis)
+        phase = FLIGHT.wait(call)
+        with peer_errors(f"{what} of what was sent over {axis.name}"):
             near.wait_until_all_read(x, time.monotonic() + axis.timeout.total_seconds())
+        FLIGHT.done(call, phase, x.device)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether its values lie in memory one after another, as they are."""
+    return x.is_contiguous() and not x.is_conj() and not x.is_neg()
 
 
 @cache
@@ -84,7 +94,7 @@ class Exchange:
             return
         for i in others:
             if send[i].numel():
-                to.send(send[i], [axis.ranks[i]], self._lane, self._number, stays)
+                to.send(send[i], [axis.ranks[i]], self._lane, self._number, stays and is_plain(send[i]))
 
     def wait(self, timeout: timedelta) -> bool:
         if not self._expect:
@@ -192,7 +202,7 @@ class Sent:
 
     def __init__(self, to: Neighbours, x: Tensor, rank: int, lane: int, tag: int):
         self._to = to
-        self._lent = x if to.lends and x.nbytes >= LENT and x.is_contiguous() else None
+        self._lent = x if to.lends and x.nbytes >= LENT and is_plain(x) else None
         self._piece = to.send(x, [rank], lane, tag) if self._lent is None else to.lend(x, rank, lane, tag)
 
     def is_completed(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 RECORD = struct.Struct("=Qqqq")  # lane, number, place, bytes; or READ, 0, place, 0: the receiver has read it
 READ = 0
-ROOM = 2**34  # bytes of addresses a rank; memory is taken for those only that are in use. A place above is an address
+ROOM = 2**34  # bytes of addresses a rank; memory is taken for those in use. A place from here on is lent: an address
 MEETING = 20.0  # seconds for the ranks of a machine to connect
 TOKEN = 16  # bytes
 GREETING = struct.Struct("=qQ")  # rank, address of the memory that it shares

@@ -9,37 +9,22 @@ As with gloo, what is sent is on its way whatever the others do meanwhile, a wai
 dies is noticed at once, because its sockets close. One thread at a time sends and waits, as everywhere in this project.
 """
 
-import ctypes
 import select
 import socket
 import threading
 import time
-import weakref
-from bisect import bisect
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from core.engine.door import READ, RECORD, ROOM, OwnMemory
+from core.engine.room import Piece, Room
 
-ALIGNED = 64
-MOST_KEPT = ROOM // 2  # bytes
 PLENTY = 2**20  # bytes in flight from which on it is asked what has been read meanwhile
 AT_ONCE = 2**16  # bytes of records
 NOW = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)  # as Linux has them
-
-
-@dataclass
-class Piece:
-    """What a rank has left for others, or lent to one."""
-
-    place: int
-    end: int  # what is lent takes no place: 0
-    unread: list[int]  # ranks that are to read it, once for each message
-    kept: bool = False  # somebody has it, from `empty`
 
 
 class Neighbours:
@@ -57,13 +42,11 @@ class Neighbours:
 
     def __init__(self, sockets: dict[int, socket.socket], memory: Tensor, theirs: dict[int, Tensor],
                  own_memory: dict[int, OwnMemory]):  # fmt: skip
-        self._sockets, self._memory, self._theirs, self._own_memory = sockets, memory, theirs, own_memory
+        self._sockets, self._theirs, self._own_memory = sockets, theirs, own_memory
         self.lends = len(own_memory) == len(sockets)
-        self._taken: list[Piece] = []  # by place
-        self._dropped: deque[int] = deque()  # places that nobody keeps any more
-        self._lent: dict[int, Piece] = {}  # by place
+        self.room = Room(memory)
+        self._lent: dict[int, Piece] = {}  # by place: ROOM and an address in this process
         self._begun: dict[int, bytes] = {}  # records of which only this has come, by rank
-        self._in_flight = 0  # bytes of those
         self._late: dict[int, deque[bytes]] = {rank: deque() for rank in sockets}  # records that a thread sends
         self._lock = threading.Lock()  # for these
         self._come: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # places and sizes, by rank, lane, number
@@ -84,19 +67,9 @@ class Neighbours:
         return self._started[lane]
 
     def empty(self, size: int) -> Tensor | None:
-        """So many bytes of this rank's part, for what is sent from where it is; free with the last tensor in them.
-
-        None where so much is kept already that messages could find no room.
-        """
+        """So many bytes of this rank's part, for what is sent from where it is; None where there is no room."""
         self.hear()  # what has been read meanwhile
-        if size + sum(piece.end - piece.place for piece in self._taken if piece.kept) > MOST_KEPT:
-            return None
-        piece = self._room(size, [])
-        piece.kept, self._in_flight = True, self._in_flight - (piece.end - piece.place)
-        kept = (ctypes.c_char * size).from_address(self._memory.data_ptr() + piece.place)
-        # Anywhere, by Python's collector too: it only notes it. The memory is not given back before that.
-        weakref.finalize(kept, lambda place, _: self._dropped.append(place), piece.place, self._memory).atexit = False
-        return torch.frombuffer(kept, dtype=torch.uint8)
+        return self.room.keep(size)
 
     def send(self, x: Tensor, to: Sequence[int], lane: int, number: int, stays: bool = False) -> Piece:
         """Leave `x` where these ranks can read it, and tell them. `x` may change at once.
@@ -104,16 +77,18 @@ class Neighbours:
         It is no error that one of them is gone, where nothing is expected of it; a wait for it is one.
 
         Args:
-            stays: contiguous `x` does not change before it has been read: it is not copied where it is from `empty`.
+            stays: plain `x` does not change before it has been read: it is not copied where it is from `empty`.
         """
-        place = self._place_of(x) if stays and x.is_contiguous() else None
+        place = self.room.place_of(x) if stays else None
         if place is not None:
-            piece = self._taken[self._at(place)]
+            piece = self.room.at(place)
             piece.unread += to
         else:
-            piece = self._room(x.nbytes, to)
+            if self.room.in_flight > PLENTY:
+                self.hear()
+            piece = self.room.take(x.nbytes, to)
             place = piece.place
-            self._typed(self._memory, place, x.nbytes, x.dtype).view(x.shape).copy_(x.detach())
+            self._typed(self.room.memory, place, x.nbytes, x.dtype).view(x.shape).copy_(x.detach())
         for rank in to:
             self._tell(rank, RECORD.pack(lane, number, place, x.nbytes))
         return piece
@@ -122,21 +97,17 @@ class Neighbours:
         """Until all have read what was sent of `x`, which is from `empty`: it may be written to again.
 
         Raises:
-            RuntimeError: one of them is gone, or has not within the time.
+            RuntimeError: as `wait_until_read`.
         """
-        if (place := self._place_of(x)) is None:  # there was no room for it
-            return
-        piece = self._taken[self._at(place)]
-        try:
-            self.wait_until_read(piece, deadline)
-        except RuntimeError as error:
-            raise RuntimeError(f"{error}; still to be read by ranks {sorted(set(piece.unread))}") from error
+        if (place := self.room.place_of(x)) is not None:  # there was room for it
+            self.wait_until_read(self.room.at(place), deadline)
 
     def lend(self, x: Tensor, to: int, lane: int, number: int) -> Piece:
-        """Tell that rank where contiguous `x` lies, which must stay as it is until it has been read."""
-        piece = self._lent.setdefault(x.data_ptr(), Piece(x.data_ptr(), 0, []))
+        """Tell that rank where plain `x` lies, which must stay as it is until it has been read."""
+        place = ROOM + x.data_ptr()  # an address may be as low as a place, where the executable is at a fixed one
+        piece = self._lent.setdefault(place, Piece(place, place, []))
         piece.unread.append(to)
-        self._tell(to, RECORD.pack(lane, number, piece.place, x.nbytes))
+        self._tell(to, RECORD.pack(lane, number, place, x.nbytes))
         return piece
 
     def receive(self, of: int, lane: int, number: int, like: Tensor, deadline: float) -> tuple[Tensor, int]:
@@ -159,7 +130,8 @@ class Neighbours:
         """
         place, size = self._come_from(of, lane, number, x.nbytes, deadline)
         if place >= ROOM:
-            self._own_memory[of].copy_into(x, place)
+            assert x.is_contiguous(), f"received into a tensor of strides {x.stride()}"
+            self._own_memory[of].copy_into(x, place - ROOM)
         else:
             x.detach().copy_(self._typed(self._theirs[of], place, size, x.dtype).view(x.shape))
         self.has_read(of, place)
@@ -171,7 +143,7 @@ class Neighbours:
         while key not in self._come:
             if of in self._gone:
                 raise RuntimeError(f"rank {of} has closed its connection")
-            self._wait(deadline)
+            self._wait(deadline, f"without rank {of}")
         place, size = self._come[key].pop(0)
         if not self._come[key]:
             del self._come[key]
@@ -192,7 +164,7 @@ class Neighbours:
         while piece.unread:
             if gone := self._gone.intersection(piece.unread):
                 raise RuntimeError(f"rank {min(gone)} has closed its connection")
-            self._wait(deadline)
+            self._wait(deadline, f"not read by rank {', '.join(map(str, sorted({*piece.unread})))}")
 
     def hear(self) -> None:
         """Take what has come, without waiting."""
@@ -206,11 +178,11 @@ class Neighbours:
 
     # ---- What has come
 
-    def _wait(self, deadline: float) -> None:
+    def _wait(self, deadline: float, lacking: str) -> None:
         """Until anything has come, from any rank: a rank whose records nobody took could send no more."""
         left = min(deadline - time.monotonic(), 1e6)  # poll takes no more, in ms
         if left <= 0 or not (ready := self._poll.poll(1e3 * left)):  # others may go on sending for ever
-            raise RuntimeError("timed out")
+            raise RuntimeError(f"timed out, {lacking}")
         for number, _ in ready:
             self._hear(self._ranks[number])
 
@@ -232,11 +204,19 @@ class Neighbours:
                 self._begun[rank], records = records[-rest:], records[:-rest]
             for lane, number, place, size in RECORD.iter_unpack(records):
                 if lane == READ:
-                    self._read(place, rank)
+                    self._has_read(place, rank)
                 else:
                     self._come.setdefault((rank, lane, number), []).append((place, size))
             if len(data) < AT_ONCE:
                 return
+
+    def _has_read(self, place: int, rank: int) -> None:
+        if place < ROOM:
+            self.room.read(place, rank)
+            return
+        self._lent[place].unread.remove(rank)
+        if not self._lent[place].unread:
+            del self._lent[place]
 
     def _tell(self, rank: int, record: bytes) -> None:
         """Send a record. Where 278 wait for the other one, a thread goes on: neither stops for what the other does."""
@@ -265,53 +245,6 @@ class Neighbours:
             return record
         except OSError:
             return b""
-
-    # ---- Its memory: the first place that is large enough, so that little of it is ever touched
-
-    def _room(self, size: int, readers: Sequence[int]) -> Piece:
-        while self._dropped:
-            at = self._at(self._dropped.popleft())
-            self._taken[at].kept = False
-            self._in_flight += self._taken[at].end - self._taken[at].place
-            self._let_go(at)
-        if self._in_flight > PLENTY:
-            self.hear()
-        size = max(ALIGNED, -(-size // ALIGNED) * ALIGNED)
-        place, at = 0, 0
-        for piece in self._taken:
-            if piece.place - place >= size:
-                break
-            place, at = piece.end, at + 1
-        if place + size > len(self._memory):
-            raise RuntimeError(f"more than {ROOM >> 30} GiB have been sent and not been received")
-        self._taken.insert(at, Piece(place, place + size, [*readers]))
-        self._in_flight += size
-        return self._taken[at]
-
-    def _read(self, place: int, by: int) -> None:
-        if place < ROOM:
-            at = self._at(place)
-            self._taken[at].unread.remove(by)
-            self._let_go(at)
-            return
-        self._lent[place].unread.remove(by)
-        if not self._lent[place].unread:
-            del self._lent[place]
-
-    def _let_go(self, at: int) -> None:
-        piece = self._taken[at]
-        if not piece.unread and not piece.kept:
-            del self._taken[at]
-            self._in_flight -= piece.end - piece.place
-
-    def _place_of(self, x: Tensor) -> int | None:
-        """Where `x` lies in this rank's part, if it does."""
-        place = x.data_ptr() - self._memory.data_ptr()
-        return place if 0 <= place < len(self._memory) else None
-
-    def _at(self, place: int) -> int:
-        """Which piece that is taken has this place."""
-        return bisect(self._taken, place, key=lambda piece: piece.place) - 1
 
     @staticmethod
     def _typed(memory: Tensor, place: int, size: int, dtype: torch.dtype) -> Tensor:

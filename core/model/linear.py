@@ -28,10 +28,10 @@ class Product(NamedTuple):
     def added_to(self, weight: Tensor) -> bool:
         """Whether it could be added to `.grad` in the product itself, and now is: without a pass of its own over it.
 
-        Not where the first gradient is to become `.grad`, nor where a hook is to be told.
+        Not where the first gradient is to become `.grad`, nor where a hook is to be told or may change it.
         """
-        total = weight.grad
-        if total is None or total.dtype != self.left.dtype or weight._post_accumulate_grad_hooks:
+        total, hooks = weight.grad, weight._post_accumulate_grad_hooks or weight._backward_hooks
+        if total is None or total.dtype != self.left.dtype or hooks:
             return False
         torch.addmm(total, self.left.T, self.right, out=total)
         return True

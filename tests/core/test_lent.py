@@ -1,6 +1,7 @@
 """Large messages between ranks of one machine: read from the sender's own memory, which stays as it is until then."""
 
 import gc
+import mmap
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from tests.pool import Pool
 LANE, SOON = 7, timedelta(seconds=5)
 CPU = torch.device("cpu")
 COUNT = LENT // 8 + 3  # of int64
+MAP_32BIT = 0x40  # Linux on x86-64
 
 
 @pytest.fixture
@@ -90,8 +92,8 @@ def test_nothing_is_copied_and_nothing_kept(pair: list[Neighbours]) -> None:
         assert flying.is_completed()
         flying.wait(SOON)
         assert alive() is None
-    assert not any([sender._taken, sender._lent, sender._in_flight, receiver._come])
-    assert not sender._memory.any()
+    assert not any([sender.room.taken, sender._lent, sender.room.in_flight, receiver._come])
+    assert not sender.room.memory.any()
 
 
 def test_one_tensor_lent_twice_is_kept_for_both(pair: list[Neighbours]) -> None:
@@ -110,12 +112,57 @@ def test_small_and_strided_ones_are_copied(pair: list[Neighbours]) -> None:
     strided = torch.arange(2 * COUNT).view(COUNT, 2)[:, 0]
     for x in (numbers(0)[: LENT // 8 - 1], strided):
         sent = Sent(sender, x, 0, LANE, 0)
-        assert sender._taken
+        assert sender.room.taken
         assert not sender._lent
         into = torch.zeros(len(x), dtype=torch.int64)
         Coming(receiver, into, 1, LANE, 0).wait(SOON)
         assert torch.equal(into, x)
         sent.wait(SOON)
+
+
+def test_what_lies_at_a_low_address_is_no_place(pair: list[Neighbours]) -> None:
+    """As all does where the executable is at a fixed address: Debian's own Python."""
+    receiver, sender = pair
+    low = mmap.mmap(-1, 8 * COUNT, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_32BIT)
+    x = torch.frombuffer(low, dtype=torch.int64).copy_(numbers(4))
+    if x.data_ptr() >= door.ROOM:
+        pytest.skip("there are no low addresses on this processor")
+    for tag in range(2):
+        sent = Sent(sender, x, 0, LANE, tag)
+        assert sender._lent
+        assert torch.equal(received(receiver, tag), numbers(4))
+        sent.wait(SOON)
+    assert not sender._lent
+
+
+def test_conjugated_and_negated_views_are_copied(pair: list[Neighbours]) -> None:
+    receiver, sender = pair
+    z = torch.complex(numbers(0).double(), numbers(1).double())
+    for x in (z.conj(), z.conj().imag):
+        into = torch.zeros(x.shape, dtype=x.dtype)
+        sent = Sent(sender, x, 0, LANE, 0)
+        Coming(receiver, into, 1, LANE, 0).wait(SOON)
+        assert torch.equal(into, x.resolve_conj().resolve_neg())
+        sent.wait(SOON)
+
+
+def test_a_lent_message_is_not_read_into_strides(pair: list[Neighbours]) -> None:
+    receiver, sender = pair
+    Sent(sender, numbers(0), 0, LANE, 0)
+    with pytest.raises(AssertionError, match="strides"):
+        Coming(receiver, torch.zeros(2 * COUNT, dtype=torch.int64)[::2], 1, LANE, 0).wait(SOON)
+
+
+def transposed() -> None:
+    axis, me = Mesh("cpu", Ledger(), 20.0, dp=2)["dp"], dist.get_rank()
+    for size in (16, 512):  # copied, and lent
+        x = torch.arange(size * size, dtype=torch.float64).view(size, size) + me
+        theirs = p2p.exchange(x if me else x.T.contiguous().T, axis, 1 - me)
+        assert torch.equal(theirs, x - me + 1 - me)
+
+
+def test_an_exchange_of_a_transposed_tensor(pool: Pool) -> None:
+    pool.run(2, transposed)
 
 
 def test_a_process_that_is_gone_or_another_one_is_not_read() -> None:

@@ -63,6 +63,19 @@ def test_hooks_see_the_gradient_when_it_is_added() -> None:
         assert sorted(seen) == ["bias", "weight"]
 
 
+def test_hooks_change_each_gradient_that_is_added() -> None:
+    layer = Linear(3, 2, False)
+    layer.weight.register_hook(lambda g: None if g is None else 10 * g)  # None in the backward that leaves it for later
+    deferred = Deferred(layer.parameters())
+    for _ in range(3):
+        y = layer(torch.ones(1, 3))
+        with deferred:
+            y.sum().backward()
+        for later in deferred.take():
+            later.add()
+    assert (layer.weight.grad == 30).all()
+
+
 def test_a_gradient_of_another_type_is_added_in_that() -> None:
     """In float32 for weights in bfloat16: 256 + 1 is not 256."""
     layer = Linear(1, 1, False, dtype=torch.bfloat16)

@@ -97,7 +97,7 @@ def nobody_looks() -> None:
     came(b, 0, 1)
     last.wait(SOON)
     with a._lock, b._lock:
-        assert not any([*a._taken, a._in_flight, *b._come, *a._late.values(), *b._late.values()])
+        assert not any([*a.room.taken, a.room.in_flight, *b._come, *a._late.values(), *b._late.values()])
 
 
 def test_nobody_stops_for_a_rank_that_does_not_look() -> None:
@@ -194,7 +194,7 @@ def read_and_told() -> None:
     seen = []
 
     def use(come: list[Tensor | None]) -> None:
-        a._wait(time.monotonic() + 0.1) if a._poll.poll(0) else None
+        a._wait(time.monotonic() + 0.1, "") if a._poll.poll(0) else None
         for i in range(20):
             Sent(a, torch.full((64,), i), 1, LANE, i)
         seen.append(come[0].clone())

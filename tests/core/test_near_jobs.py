@@ -42,7 +42,7 @@ def is_empty(at: Neighbours) -> bool:
     dist.barrier()
     for rank in at._sockets:
         at._hear(rank)
-    return not (at._taken or at._in_flight or at._come or any(at._late.values()))
+    return not (at.room.taken or at.room.in_flight or at._come or any(at._late.values()))
 
 
 def flood() -> None:
@@ -70,8 +70,8 @@ def rounds() -> None:
     axis, other = axis_of_all(), axis_of_all()  # two meshes of a job have the same neighbours
     at, mail = neighbours_of(axis), p2p.PointToPoint(axis, [], CPU)
     assert at is neighbours_of(other)
-    found, furthest, right = [], [0], at._room
-    at._room = lambda *wanted: (piece := right(*wanted), furthest.append(max(furthest.pop(), piece.end)))[0]
+    found, furthest, right = [], [0], at.room.take
+    at.room.take = lambda *wanted: (piece := right(*wanted), furthest.append(max(furthest.pop(), piece.end)))[0]
     for i in range(800):
         x = torch.full((1 + i * 37 % 5000,), float(i))
         arrive = mail.receive(torch.zeros(2**17), 1 - axis.index, "F", i)
@@ -86,7 +86,7 @@ def rounds() -> None:
             files = len(os.listdir("/proc/self/fd"))
             found.append((files, *memory))
     assert furthest[0] < 2**22
-    assert max(len(mail._sent), len(at._come), len(at._taken)) < 9
+    assert max(len(mail._sent), len(at._come), len(at.room.taken)) < 9
     assert found[1][0] == found[0][0]
     assert all(after - before < 50 for before, after in zip(*found, strict=True))  # of 300 MB that were sent meanwhile
     mail.close()

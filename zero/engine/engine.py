@@ -102,7 +102,7 @@ class Engine:
     # ---- A step
 
     def zero_grad(self) -> None:
-        """Before the first micro-batch of a step."""
+        """Before the first micro-batch of a step, also after one whose backward has failed on all ranks."""
         self.sharding.gradients.zero()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:

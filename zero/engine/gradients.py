@@ -25,6 +25,13 @@ class Gradients:
         self.users, self.every = users, every
         self.finishing: set[int] = set()  # the parts whose last backward of this step goes on, or is done
         self.used: set[nn.Parameter] = set()  # what got a gradient in this step
+        self.in_flight: list[tuple[int, comm.Pending]] = []
+
+    def zero(self) -> None:
+        """A step begins. What one that failed has left in flight arrives first, and is forgotten."""
+        for _, pending in self.in_flight:
+            pending.wait()
+        self.in_flight.clear()
 
     def complete(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter has been added to, in backward."""
@@ -49,10 +56,10 @@ class FullGradients(Gradients):
         self.own = self._full  # after the last micro-batch: summed over the ranks
         if scatter:
             self.own = [flat[bucket.shard(axis.index)] for bucket, flat in zip(buckets, self._full, strict=True)]
-        self.in_flight: list[tuple[int, comm.Pending]] = []
         self._views = {m.parameter: m.parameter.grad for bucket in buckets for m in bucket.members}
 
     def zero(self) -> None:
+        super().zero()
         for flat in self._full if self.scatter else ():
             comm.wait_until_read(flat, self.axis)
         if self.first:
@@ -154,13 +161,15 @@ class ShardedGradients(Gradients):
     ):
         super().__init__(users, every)
         self.buckets, self.axis, self.shards, self.reduce = buckets, axis, shards, reduce
-        self.in_flight: list[tuple[int, comm.Pending]] = []
 
     @property
     def own(self) -> list[Tensor]:
         return self.shards.own
 
     def zero(self) -> None:
+        super().zero()
+        for member in (member for bucket in self.buckets for member in bucket.members):
+            member.parameter.grad = None
         self.shards.zero()
 
     def launch(self, i: int, at_once: int = 2) -> None:

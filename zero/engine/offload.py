@@ -30,6 +30,7 @@ class HostShards:
         self._stream = torch.Stream(device) if device.type == "cuda" else None
 
     def zero(self) -> None:
+        self.wait()  # for what a step that failed has left
         for shard in self.own:
             shard.zero_()
 
