@@ -15,7 +15,7 @@ holds the planner against other runs, in the same columns.
 
 Calculated by the first rank; the others, if there are any, wait.
 
-read: accuracy.py:45-109; planner/published.py:18-29; then planner/steptime.py, planner/validation.py
+read: accuracy.py:45-109; planner/published.py:17-29; then planner/steptime.py, planner/validation.py
 """
 
 import argparse

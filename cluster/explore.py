@@ -10,7 +10,7 @@ browser.
 Weights and activations in bfloat16, gradients in float32, AdamW; sequence parallelism wherever tp is more than 1, and
 2 x pp microbatches in a pipeline.
 
-read: explore.py:86-164; then planner/memory.py, and the page's own share in static/memory.js
+read: explore.py:86-167; then planner/memory.py, and the page's own share in static/memory.js
 """
 
 import sys

@@ -5,11 +5,11 @@
 Every layout that keeps the rules (`planner/rulebook.py`), fits the memory (`planner/memory.py`, `planner/residency.py`)
 and could be best gets the time of its step (`planner/steptime.py`), with the constants of a named program, which
 `accuracy.py` fits to published runs (`--software`). The model of time has an error of its own: layouts within it are a
-tie, and the simplest is chosen. Shown are the fastest, and the layouts that everybody knows; what bounds the choice,
+tie, and the simplest is chosen. Shown are the fastest, and the usual ones beside them; what bounds the choice,
 what other choices would cost, what more hardware would win, and the command that starts it. A flag of the layout fixes
 that choice. What the times were held against, and what is not in them, is at the end of --help.
 
-read: planner/plans.py:84-170; planner/search.py:24-67; then planner/answers.py, planner/memory.py, planner/steptime.py
+read: planner/plans.py:84-181; planner/search.py:24-68; then planner/answers.py, planner/memory.py, planner/steptime.py
 """
 
 import argparse
@@ -153,7 +153,7 @@ def main() -> int:
                       help="whose time and memory; here: this project's (default %(default)s)")  # fmt: skip
     made.add_argument("--bits", type=int, choices=(4, 8, 16), default=16, help="of the layers' products (default 16)")
     made.add_argument("--imbalance", type=float, default=IMBALANCE, metavar="X",
-                      help="routed rows of the busiest expert over the mean (default %(default)s)")  # fmt: skip
+                      help="tokens of the busiest expert over the mean (default %(default)s)")  # fmt: skip
     made.add_argument("--kubernetes", action="store_true", help="also print a TrainJob of Kubeflow")
     made.add_argument("--top", type=int, default=10, help="layouts to show (default %(default)s)")
     made.add_argument("--write-config", metavar="FOLDER", help="write config.json there, for a command that trains it")
@@ -201,7 +201,7 @@ def main() -> int:
     say(table(model, machine, chosen, found[: args.top], common) + "\n")
     tied = len(ties(model, found))
     if tied > 1:
-        say(f"{tied} layouts are within {error_of(model):.0%} of the fastest, which is the model's own error: a tie. "
+        say(f"{tied} layouts are within {error_of(model):.0%} of the fastest, the median error on H100: a tie. "
             f"Chosen is the one with fewest parts.")  # fmt: skip
     say("\n".join(reasons))
     won = ", ".join(f"{what} {gain:+.1%}" for what, gain in gains(model, machine, world, layout.batch, software, chosen,

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 cluster/train.py --tp 2 --pp 2 --dp 2
 
-read: train.py:69-141; run/build.py:105-181; then run/worker.py
+read: train.py:59-146; run/build.py:105-157; then run/worker.py
 
 Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, because the topics have the rest:
 

@@ -9,7 +9,7 @@ each of their layers the routed tokens are dispatched to the ranks of their expe
 How many go where is only known now, so the counts are exchanged first.
 
 B samples of this rank, S tokens of a sample, T = B S tokens of this rank, H hidden, F feed-forward, E experts, k of
-them for each token, R <= T k routed tokens that this rank sends, R' that it receives
+them for each token, R <= T k rows that this rank dispatches, one for each token and expert, R' that it receives
 """
 
 import sys
@@ -45,7 +45,7 @@ class ExpertParallelMoE(nn.Module):
     def __init__(self, moe: MoE, ep: Axis):
         super().__init__()
         self.router, self.shared, self.experts, self.ep = moe.router, moe.shared, moe.experts, ep
-        for linear in self.experts.children():  # gate, up and down: (E, F, H) to (E/ep, F, H)
+        for linear in self.experts.children():  # gate and up (E, F, H), down (E, H, F) and biases: E/ep of each
             for name, p in list(linear.named_parameters()):
                 setattr(linear, name, shard(p, 0, ep))
 
@@ -69,7 +69,7 @@ class ExpertParallelMoE(nn.Module):
         receive = comm.all_to_all(send, ep.labelled("counts"), one, one)  # (ep, E/ep): from rank, for the expert here
 
         # Dispatch: all-to-all of rows. They arrive in the order (rank, expert).
-        to, of = send.sum(1).tolist(), receive.sum(1).tolist()  # rows to and of each rank
+        to, of = send.sum(1).tolist(), receive.sum(1).tolist()  # rows to and from each rank
         rows = all_to_all(rows, ep, to, of)  # (R', H)
 
         # Each expert here on its rows.

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 expert_parallel/upcycle.py
 
-    read: upcycle.py:33-62; moe.py:31-85; then core/proof/chunks.py
+    read: upcycle.py:33-63; moe.py:31-85; then core/proof/chunks.py
 
 Sparse upcycling, Komatsuzaki et al. 2022 (2212.05055): a trained dense model becomes a mixture whose experts are copies
 of its MLP, and trains on. Where the weights of a token's experts sum to 1, equal experts are the MLP they were copied

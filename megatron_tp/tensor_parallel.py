@@ -6,7 +6,7 @@ A column-parallel linear layer followed by a row-parallel one: two matrix produc
 backward (f). The vocabulary is sharded too, and the loss never gathers the logits. The optimizer, and the rest of the
 model, are those of one process.
 
-Grouped heads (`--model llama`): a rank has K/t heads of keys and values. With fewer than ranks, t/K neighbouring ranks
+Grouped heads (`--model llama`): a rank has K/t heads of keys and values. Where K < t, t/K neighbours
 hold copies of one, each for query heads of its own, and add up the copies' gradients after backward. So do all ranks
 with the norms of queries and keys, which are replicated and yet see a rank's own heads only. Latent attention: what is
 made for each head (`q_up`, `kv_up`) is sharded by head; what is made once for all, before one f, is replicated.

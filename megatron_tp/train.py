@@ -4,8 +4,8 @@
 
 The course's own model, with an untied, biased head and positions for 1024 tokens, trained on real text over all ranks:
 one training step with the layers of lecture 05, every collective outside of a layer in sight. And what a rank
-holds of it on every divisor of the number of ranks (1, 2, 4, 8): less than before, but by less than their number,
-because what is replicated stays.
+holds of it on every divisor of the number of ranks (1, 2, 4, 8): less, but not 1/t, because what is
+replicated stays whole.
 
 read: train.py:37-66; tensor_parallel.py:82-197; then evidence/memory.py
 
@@ -49,8 +49,8 @@ class TensorParallel(Replica):
         self.masks.seek(step)
         logits = self.model(tokens)  # (B, S, V/t)
         loss = vocab_parallel_cross_entropy(logits, targets, self.axis, self.vocabulary).mean()
-        loss.backward()  # then a shard's gradient is complete, a replicated parameter's equal on all ranks, but for
-        sum_partial_gradients(self.model, self.axis, self.same_heads)  # what a Llama's ranks have parts of
+        loss.backward()  # then a shard's gradient is complete, and a replicated parameter's equal on all ranks
+        sum_partial_gradients(self.model, self.axis, self.same_heads)  # but for those of which each has a part
         return loss.detach() if self.axis.index == 0 else torch.zeros_like(loss)
 
     def clip(self, largest: float, share: Tensor) -> tuple[float, float]:

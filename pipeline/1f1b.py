@@ -5,13 +5,15 @@
 GPipe's bubble, at a fraction of its memory: a rank starts backwards as soon as it can, so it never has more than
 p-r micro-batches in flight, whatever m is. Three phases on rank r of p:
 
-    warm-up       p-r-1 forwards, as many as there are stages after this one
+    warm-up       p-r-1 forwards, as many as there are stages after this one, at most m
     steady state  one forward, one backward, in turn: one more in flight, one less
     cool-down     the backwards of what the warm-up left
 
 How a rank carries out such a list, and where its messages come from, is lecture 09: `runtime.py`.
 
-read: 1f1b.py:25-52; runtime.py:66-134; then engine/runtime.py
+p ranks, each with one stage, so that rank r has stage r; m micro-batches
+
+read: 1f1b.py:27-54; runtime.py:66-134; then engine/runtime.py
 """
 
 import sys

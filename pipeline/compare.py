@@ -15,7 +15,7 @@ when the virtual devices do. Then a case too large for a laptop, on virtual devi
 `--csv FILE` adds a schedule of your own, in the notation of torch.distributed.pipelining, one row a rank. Print one to
 start from with `python -m pipeline.schedules zb-v --stages 8 --microbatches 16 --csv`.
 
-read: compare.py:60-127; then engine/validator.py
+read: compare.py:63-130; then engine/validator.py
 
 p ranks, m micro-batches
 """

@@ -14,7 +14,7 @@ each has twice as much.
     1F1B    (P-1)(F+B)              1                    P
     both    (P/2-1)(F&B+B-3W)       2                    P+1
 
-read: dualpipe.py:39-112; engine/actions.py:35-82; then runtime.py, zero_bubble.py
+read: dualpipe.py:39-112; engine/actions.py:38-85; then runtime.py, zero_bubble.py
 
 P stages as the paper counts: p ranks of DualPipe, 2p stages on p ranks of DualPipeV; B a full backward, as in the paper
 (I and W in `zero_bubble.py`), W the part of the weights, F a forward, each of one stage

@@ -6,7 +6,7 @@ Any schedules side by side, with their bubble, activations, parameters, messages
 by action; and one of your own, pasted in torch's CSV. The page makes and validates schedules itself, in JavaScript
 (`static/schedules.js`): its numbers equal those of `engine/validator.py`, which a test holds in a browser.
 
-read: schedules.py:30-54; then engine/validator.py, and the same for the page in static/schedules.js
+read: schedules.py:30-55; then engine/validator.py, and the same for the page in static/schedules.js
 """
 
 import sys

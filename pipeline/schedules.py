@@ -7,7 +7,7 @@ The second is the CSV notation of `torch.distributed.pipelining`: one row a rank
 stage 2, `2B0` its backward, or `2I0` and `2W0` that in two parts: the gradient of the stage's input, and those of its
 weights.
 
-read: schedules.py:28-54; then engine/actions.py, engine/validator.py
+read: schedules.py:28-55; then engine/actions.py, engine/validator.py
 """
 
 import argparse

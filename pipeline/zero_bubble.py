@@ -6,7 +6,7 @@ A backward computes two things: the gradient of the stage's input (I, dgrad), fo
 of the weights (W, wgrad), for which nobody does. Split in two, layer by layer, the W fill the bubbles. The letters: the
 paper's B, the input gradient only, is our I; its W is our W; our B, as in lecture 08 and DualPipe, is both.
 
-    zb-h1   1F1B's memory: bubble (p-1)(F+I-W)
+    zb-h1   1F1B's peak, that of rank 0, on every rank: bubble (p-1)(F+I-W)
     zb-h2   2p-1 micro-batches in flight, nearly twice the memory: (p-1)(F+I-2W), none if all three cost the same
     zb-v    two stages a rank, down the ranks and up again, so that the last stage is on the first rank: none at equal
             costs either, with 1F1B's memory
@@ -39,7 +39,7 @@ from pipeline.evidence.training import check as check_stages
 
 
 def zb_h1(ranks: int, microbatches: int) -> Schedule:
-    """1F1B's warm-up and one forward more; on rank r the W wait r micro-batches, so that every rank has p in flight."""
+    """As many forwards before the first I as 1F1B. On rank r the W wait r micro-batches: every rank has p in flight."""
     return [one_rank(r, ranks - r, r, microbatches) for r in range(ranks)]
 
 
@@ -120,7 +120,7 @@ def one_rank_v(rank: int, ranks: int, microbatches: int) -> Row:
     row = Row((rank, 0), (2 * ranks - 1 - rank, 0))
     down, up = 0, 1  # the two stages
 
-    # Warm-up: forwards on the way down, until the first comes up again; then both in turn.
+    # Warm-up: forwards on the way down, until the first comes up again; then both in turn; then F I W on the way up.
     for _ in range(2 * (ranks - rank) - 1):
         row.forward(down)
     for _ in range(rank):

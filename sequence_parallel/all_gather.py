@@ -10,7 +10,7 @@ values. A rank sends what a ring sends, in 3 messages; it waits for the first, a
 A rank's tokens are one run of neighbours, or with zigzag, as in the paper, two: chunks r and 2c-1-r of 2c. No query of
 a run sees a key after it, so for each run the keys up to its end are enough.
 
-read: all_gather.py:37-66; context.py:80-140; then engine/all_gather.py
+read: all_gather.py:37-66; context.py:80-144; then engine/all_gather.py
 
 B batch (paper: b), A heads (a), K of keys and values, S sequence (s), N = S/c tokens of a rank, D head size, c ranks
 """

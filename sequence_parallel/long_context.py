@@ -6,7 +6,7 @@ One layer over c ranks in every way of this folder, for several c and s: message
 activations that it keeps, weights that it has. The formulas stand here, and are measured to hold; each way trains as
 one process does. Then cases too large for a laptop, calculated by the same formulas.
 
-read: long_context.py:28-126; then megatron_sp.py, ulysses.py, ring_attention.py, all_gather.py, hybrid.py
+read: long_context.py:28-131; then megatron_sp.py, ulysses.py, ring_attention.py, all_gather.py, hybrid.py
 
 b samples, s tokens in a sample, h hidden, a heads of size d, k heads of keys and values (where c1 is no divisor of it
 lcm(k, c1), with copies), c = c1 c2 ranks

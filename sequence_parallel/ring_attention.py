@@ -12,9 +12,10 @@ A query sees no later key, so where a rank's tokens are contiguous the first ran
 computes every block: all wait for it. Zigzag (as in zhuzilin's ring-flash-attention) gives rank r chunk r from the
 beginning and chunk r from the end, and every rank the same work in every step.
 
-read: ring_attention.py:41-160; context.py:80-98; then engine/ring.py, engine/blocks.py
+read: ring_attention.py:42-161; context.py:80-102; then engine/ring.py, engine/blocks.py
 
-B batch (paper: b), A heads (a), K of keys and values, S sequence (s), N = S/c tokens of a rank, D head size, c ranks
+B batch (paper: b), A heads (a), K of keys and values, S sequence (s), N = S/c tokens of a rank, M of a block of keys,
+D head size, c ranks
 """
 
 import sys
@@ -90,7 +91,7 @@ def to_next(x: Tensor, axis: Axis) -> Tensor:
 
 
 def visible(axis: Axis, step: int, n: int, zigzag: bool) -> tuple[slice, slice] | None:
-    """Which of this rank's N queries see which of the N keys that have come `step` ranks far; None where none does."""
+    """Which of this rank's N queries see which of the N keys that have come from `step` ranks before; None: none."""
     everything, early, late = slice(0, n), slice(0, n // 2), slice(n // 2, n)
     earlier = step <= axis.index  # the keys are those of rank r - step, or, where that is negative, r - step + c
     if not zigzag:

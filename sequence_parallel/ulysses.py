@@ -6,7 +6,7 @@ A rank has some tokens of all heads; for attention it wants all tokens of some h
 V changes the one into the other, and one of the output changes back. Keys and values of fewer heads than ranks are
 repeated first; queries and keys are already rotated, each by the position of its token.
 
-read: ulysses.py:33-83; context.py:101-140; then engine/ulysses.py
+read: ulysses.py:33-83; context.py:105-144; then engine/ulysses.py
 
 B batch (paper: b), A heads (a), K of keys and values, S sequence (s), D head size, c ranks of the axis
 """

@@ -12,7 +12,7 @@ Adam's two moments: 4 bytes a parameter less.
 Shards that are whole matrices would need no exchange (KellerJordan/Muon, Megatron-LM's layer-wise optimizer). But they
 are unequal, and where tensor parallelism has sharded a matrix it has to be gathered all the same: see the engine.
 
-read: muon.py:37-122; newton_schulz.py:17-64; then flat.py, engine/muon.py
+read: muon.py:37-125; newton_schulz.py:17-64; then flat.py, engine/muon.py
 
 Ψ parameters, Ψm of them in matrices of the layers, N ranks, m micro-batches a step
 """

@@ -2,12 +2,12 @@
 
     torchrun --nproc_per_node=8 zero/zero3.py
 
-Each rank keeps 1/N of everything: (2+2+K)Ψ/N bytes, K = 12, and the layer at hand. The weights of a layer are gathered
-just before its forward and freed after, gathered again for its backward and freed, and its gradients are reduced and
-scattered. Ψ elements each, 3Ψ in all; 3mΨ with m micro-batches.
+Each rank keeps 1/N of the model states, (2+2+K)Ψ/N bytes in the paper's mixed precision, K = 12, and in full both ends
+of the model and the layer at hand. The weights of a layer are gathered just before its forward and freed after, again
+for its backward, and its gradients are reduced and scattered: 3 times Ψ (N-1)/N elements for each of m micro-batches.
 
-The plain version keeps the input of each layer and computes the layer again in backward: an activation that autograd
-saved in forward would keep alive the weights that it needs. The engine frees the storage under what autograd has saved
+The plain version keeps the input of each layer and computes the layer again in backward: the graph of its forward would
+keep alive the weights that autograd has saved in it. The engine frees the storage under what autograd has saved
 (as FSDP does), so it computes nothing twice, and it prefetches the next layer while this one computes.
 
 read: zero3.py:34-113; flat.py:16-37; then engine/gathered.py, engine/gradients.py, engine/engine.py

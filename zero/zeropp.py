@@ -10,7 +10,7 @@ ZeRO-3 sends 3Ψ elements between the nodes. Three changes make that less:
 
 hpZ is exact. The other two round; what that does to weights, gradients and losses is measured.
 
-read: zeropp.py:45-138; zero3.py:71-110; then flat.py, engine/gathered.py
+read: zeropp.py:47-140; zero3.py:71-110; then flat.py, engine/gathered.py
 
 Ψ parameters, N ranks, l ranks in a node, n nodes
 """

@@ -40,8 +40,8 @@ def add_case_flags(made: argparse.ArgumentParser) -> None:
     flag("--config", metavar="config.json", help="a Hugging Face model instead")
     for size in SIZES:
         flag(f"--{flag_of(size)}", type=int, help="of the model, if not the preset's")
-    flag("--world", type=int, help="ranks (default: as the layout has)")
-    flag("--batch", type=int, help="samples in a step (default: as the layout has)")
+    flag("--world", type=int, help="ranks (default: as the layout has; for a plan, one node)")
+    flag("--batch", type=int, help="samples in a step (default: as the layout has; for a plan, 512)")
     add_flags(made)
 
 

@@ -64,7 +64,7 @@ def on_host(model: ModelConfig, plan: Offloaded) -> str:
     """What it is, how fast, and whether device and host have the room."""
     (device, host), rate = plan.room, plan.layout.batch * model.sequence / plan.seconds
     held = f"{gb(plan.device)} of {gb(device)} GB of a device, {gb(plan.host)} of {gb(host)} GB of the host for each"
-    what = "gradients and optimizer on the host (ZeRO-Offload; not built here)"
+    what = "gradients and optimizer on the host (ZeRO-Offload; not in cluster/train.py)"
     if not plan.fits:
         return f"does not fit, nor with {what}: {held}"
     return f"{what}: {plan.seconds:.3g} s a step, {rate:,.0f} tokens/s, {held}"

@@ -122,7 +122,7 @@ def test_the_language_is_as_gettext_finds_it(flags: list[str], environment: dict
     [
         ("bubble over wall time", "气泡占总时间"),
         ("elements sent a step, engine, rank 3", "每步发送的元素数，引擎版，rank 3"),
-        ("the weights of a token, bias, no loss (plain)", "一个 token 的权重，偏置，无辅助损失（直白版）"),
+        ("the weights of a token, bias, no loss (plain)", "一个 token 的权重，偏置，无辅助损失（朴素版）"),
         ("(p-1)/m = 7/8, in virtual time", "(p-1)/m = 7/8，虚拟时间"),
         ("--steps 0: at least 1 step; use --steps 20", "--steps 0：至少 1 步；请改用 --steps 20"),
         ("min(m, p-r) on rank r", "rank r 上为 min(m, p-r)"),
@@ -190,7 +190,7 @@ def test_printed_tables_are_laid_out_again() -> None:
 
 
 def test_no_line_begins_with_a_comma() -> None:
-    text = fit("相对误差 0，至多 1e-10（直白版，引擎版）" * 4, 40)
+    text = fit("相对误差 0，至多 1e-10（朴素版，引擎版）" * 4, 40)
     assert not [line for line in text.split("\n") if line[0] in "，。；：、）"]
 
 

@@ -67,6 +67,17 @@ def check(offenders: list[str]) -> None:
 # ---- What is read ----------------------------------------------------------------------------------------------------
 
 
+def whole(body: list[ast.stmt]) -> Iterator[tuple[int, int]]:
+    """First and last line of what is not to be cut: statements outside classes, the heads of these, and methods."""
+    for node in body:
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        if isinstance(node, ast.ClassDef):
+            yield first, node.lineno
+            yield from whole(node.body)
+        else:
+            yield first, node.end_lineno
+
+
 def wrong_ranges(script: str, counted: str) -> Iterator[str]:
     """What is wrong with the part of a `read:` line that counts, such as `zero1.py:20-60; flat.py:1-30`."""
     files, lines = set(), 0
@@ -80,6 +91,9 @@ def wrong_ranges(script: str, counted: str) -> Iterator[str]:
             yield f"there is no {name}"
         elif not 1 <= first <= last <= length(path):
             yield f"{name} has {length(path)} lines, not {first}-{last}"
+        else:
+            cut = [(a, b) for a, b in whole(tree(path).body) if a < first <= b or a <= last < b]
+            yield from (f"{name}:{first}-{last} cuts what stands in {a}-{b}" for a, b in cut)
         files.add(path)
         lines += last - first + 1
     if len(files) > READ_FILES:
