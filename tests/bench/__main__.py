@@ -85,7 +85,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": ", ".join(f"{name} {installed[name]}" for name in PEERS if name in installed),
         "commit": said.stdout.strip(),
-    }
+    } | {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
 
 
 def table(rows: list[Row]) -> str:

@@ -74,6 +74,13 @@ def test_the_record_says_what_is_left_out(
     assert f"| {picotron.ROW}" not in file
 
 
+def test_the_record_says_how_the_allocator_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    assert record.machine()["MALLOC_TRIM_THRESHOLD_"] == "1000"
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    assert "MALLOC_TRIM_THRESHOLD_" not in record.machine()
+
+
 def test_a_topic_that_fails_is_named_and_the_others_are_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
