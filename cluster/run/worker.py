@@ -38,7 +38,7 @@ from core.shards import LocalTensor, is_copied, is_first, shard_of
 from expert_parallel.engine.choices import Choices, follow
 from expert_parallel.engine.experts import Experts
 from expert_parallel.engine.layers import expert_parameters, parameters_of_shares
-from expert_parallel.engine.router import count_ahead, end_step, forget
+from expert_parallel.engine.router import count_ahead, end_step, evaluating, forget
 from pipeline.engine.step import Trace
 from pipeline.stages import Copies
 from sequence_parallel import context
@@ -108,6 +108,7 @@ class Worker:
     def zero_grad(self) -> None:
         if self.choices:
             self.choices.forget()
+        forget(self.model)
         for engine in self.engines:
             engine.zero_grad()
 
@@ -209,10 +210,8 @@ class Worker:
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
         """The loss of a batch of the size of a step's, on all ranks."""
-        self.model.eval()
-        share = self._once_over_tp(self._forward(*self.split((inputs, targets))))
-        self.model.train()
-        forget(self.model)
+        with evaluating(self.model):
+            share = self._once_over_tp(self._forward(*self.split((inputs, targets))))
         return norm_and_totals([], [self.tp, self.dense_engine.axis, self.pp], share[None])[1][0]
 
     def clip(self, clip: float, share: Tensor) -> tuple[float, float]:

@@ -9,6 +9,8 @@ B samples, S tokens of a sample, H hidden, E experts, k of them for each token, 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -160,9 +162,22 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 def forget(model: nn.Module) -> None:
-    """Do not count the forwards since the last step: they were an evaluation."""
+    """A step begins: what one that failed has counted is not its own."""
     for router in routers(model):
-        router.load = None
+        router.load, router.share, router.loss = None, None, 0.0
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Forwards without dropout, which are not counted as a step's."""
+    loads = [(router, router.load) for router in routers(model)]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+        for router, load in loads:
+            router.load = load
 
 
 def count_ahead(model: nn.Module) -> None:

@@ -169,6 +169,10 @@ class Pipeline:
         if not len(inputs) == len(targets) == self.microbatches:
             raise ValueError(f"{len(inputs)} microbatches for a schedule of {self.microbatches}")
         loss = torch.zeros((), dtype=torch.float64, device=self.device)  # not self.dtype: many small shares
+        for left in (self._kept, self._pending, self._arriving, self._leaving):  # by a step that failed
+            left.clear()
+        if self.deferred:
+            self.deferred.take()
         self._now = Step(inputs, targets, loss, trace, saved)
         pairs = self.pairs if torch.is_grad_enabled() else {}
         follows = what_follows(program, pairs)

@@ -28,10 +28,11 @@ class Gradients:
         self.in_flight: list[tuple[int, comm.Pending]] = []
 
     def zero(self) -> None:
-        """A step begins. What one that failed has left in flight arrives first, and is forgotten."""
+        """A step begins. What one that failed has left in flight arrives first, and all of it is forgotten."""
         for _, pending in self.in_flight:
             pending.wait()
         self.in_flight.clear()
+        self.finishing, self.used = set(), set()
 
     def complete(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter has been added to, in backward."""

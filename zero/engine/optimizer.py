@@ -113,5 +113,8 @@ class ShardOptimizer:
 def fuse(optimizer: torch.optim.Optimizer) -> None:
     """Where torch has a fused update of this kind and was left the choice, take it: one pass over memory, not ten."""
     for group in optimizer.param_groups:
-        if "fused" in group and group["fused"] is None and not group.get("foreach") and not group.get("differentiable"):
+        if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
+            continue  # its fused form knows no parameter that is first used in a later step
+        left = "fused" in group and group["fused"] is None and group.get("foreach") is None
+        if left and not group.get("differentiable"):
             group["fused"] = True
