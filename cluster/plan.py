@@ -47,6 +47,7 @@ from pipeline.split import layers_by_stage, notation
 
 BATCH = 512  # without the flag
 IMBALANCE = 1.04  # 2408.15664, table 2: a MaxVio of 0.04 over a data set, by biases and without a loss for balance
+AT_LEAST_ONE = ("world", "batch", "tp", "cp", "ep", "etp", "pp", "dp", "ulysses", "microbatch", "microbatches")
 WHY = {  # what takes longest, and what makes it shorter
     "matrix products": "matrix products: shorter with fewer FLOP computed again, larger microbatches, 8-bit products "
     "(--bits 8) or faster devices",
@@ -123,7 +124,8 @@ def search(args: argparse.Namespace) -> tuple[ModelConfig, Machine, list[Plan], 
     Raises:
         ValueError: the flags make no sense, or no layout fits; then it says with which flags one does.
     """
-    check(args, [at_least("top", 1, 10)])
+    said = [name for name in AT_LEAST_ONE if getattr(args, name, None) is not None]
+    check(args, [at_least("top", 1, 10), *(at_least(name, 1, 1) for name in said)])
     if not 1 <= args.imbalance <= 1000:
         raise ValueError(
             f"--imbalance {args.imbalance}: is a ratio to the mean, of 1 to 1000; use --imbalance {IMBALANCE}"

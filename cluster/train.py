@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 cluster/train.py --tp 2 --pp 2 --dp 2
 
-read: train.py:59-146; run/build.py:105-157; then run/worker.py
+read: train.py:60-154; run/build.py:105-157; then run/worker.py
 
 Megatron-LM's pretrain_gpt.py, step by step; here each step is a few lines, because the topics have the rest:
 
@@ -21,6 +21,7 @@ Unless told `--no-verify`, one process trains beside it, and every step is compa
 import argparse
 import sys
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,23 @@ def pretrain(run: Run, locks: list[FolderLock]) -> None:
 
     before = evaluate()
     with ledger.recording_to(sent):
-        compared = train(
-            run, {"": worker}, oracle, text=training, first=first, compare=args.verify,
-            rows=None if args.verify else worker.rows(args.batch), before_step=before_step, after_step=after_step,
-        )[""]  # fmt: skip
+        try:
+            compared = train(
+                run, {"": worker}, oracle, text=training, first=first, compare=args.verify,
+                rows=None if args.verify else worker.rows(args.batch), before_step=before_step, after_step=after_step,
+            )[""]  # fmt: skip
+        except Stop:
+            if checkpoints:
+                checkpoints.wait()  # what is being written is not lost
+            raise
     if checkpoints:
         or_stop(checkpoints.wait)
+    after = evaluate()
+    if not isfinite(after):
+        raise Stop(f"the validation loss is {after} after the last update: nothing is exported; use a smaller --lr")
     if args.export:
         written = or_stop(export, worker, args.export, full_model(config, moe), bytes_of(args.shard_size), folder)
         evidence.claim_export(run, model, written)
-    after = evaluate()
 
     # What came of it.
     steps = max(0, args.steps - first)

@@ -180,6 +180,9 @@ def planned(args: argparse.Namespace, world: int, model: ModelConfig, decided: d
 
 def check(args: argparse.Namespace, world: int) -> None:
     """Raises ValueError when the arguments cannot make a run."""
+    for name in ("hf", "init", "tokenizer", "tokens", "export"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name} '': has no name; use --{name} PATH, or leave it out")
     check_model(args if args.hf is None else argparse.Namespace(**vars(args) | {"kv_heads": 0}))  # see `configured`
     check_rules(args, (*RULES, *RECIPE))
     folder = folder_of(args)
@@ -204,6 +207,10 @@ def check_weights(args: argparse.Namespace, config: ModelConfig, moe: MoEConfig 
     if args.export:
         if not is_file(args.export):
             check_export(args.export, model.config, model, args.hf)
+            for name in ("save", "init", "tokenizer"):
+                path = getattr(args, name)
+                if path and Path(path).resolve().is_relative_to(Path(args.export).resolve()):
+                    raise ValueError(f"--export {args.export}: is replaced, and --{name} is in it; use another folder")
         FolderLock("--export", args.export, probe=True, beside=True)
 
 

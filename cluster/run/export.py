@@ -9,6 +9,7 @@ its part and a copy of one shard. A file is
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ from core.proof.chunks import Chunks
 from core.proof.files import sync
 
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
           "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
 
@@ -51,17 +53,23 @@ def check_export(path: str, config: ModelConfig, model: GPT, source: str | None)
         model: all of it, on the meta device.
         source: the folder that is read.
     """
-    flag, target = f"--export {path}", Path(path)
-    if source is not None and target.resolve() == Path(source).resolve():
+    flag, target = f"--export {path}", Path(os.path.realpath(path))
+    if source is not None and target == Path(source).resolve():
         raise ValueError(f"{flag}: is the folder that --hf reads; use another folder")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{flag}: is a file; use a folder, or a name that ends in .safetensors")
-    others = sorted(p.name for p in target.iterdir() if not _ours(p.name)) if target.is_dir() else ()
-    if others:
-        raise ValueError(f"{flag}: holds {others[0]}, which an export does not replace; use a new folder")
-    if not target.resolve().parent.is_dir():
-        raise ValueError(f"{flag}: there is no folder {target.resolve().parent}; make it, or use another folder")
-    if not os.access(target.resolve().parent, os.W_OK):
+    if Path.cwd().is_relative_to(target):
+        raise ValueError(f"{flag}: the run is in that folder, which is replaced; use another folder")
+    try:
+        if target.is_symlink():
+            raise ValueError(f"{flag}: is a link that leads to itself; use another folder")
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"{flag}: is a file; use a folder, or a name that ends in .safetensors")
+        if others := not_replaced(target, source):
+            raise ValueError(f"{flag}: holds {others[0]}, which an export does not replace; use a new folder")
+        if not target.parent.is_dir():
+            raise ValueError(f"{flag}: there is no folder {target.parent}; make it, or use another folder")
+    except OSError as error:
+        raise ValueError(f"{flag}: {error.strerror}; use another folder") from None
+    if not os.access(target.parent, os.W_OK):
         raise ValueError(f"{flag}: nothing can be written beside it; use another folder")
     try:
         if source is None:
@@ -74,8 +82,11 @@ def check_export(path: str, config: ModelConfig, model: GPT, source: str | None)
         raise ValueError(f"{flag}: {why}; use --export {path}.safetensors, with our own names") from None
 
 
-def _ours(name: str) -> bool:
-    return name in (CONFIG, INDEX, *BESIDE) or (name.startswith("model") and name.endswith(".safetensors"))
+def not_replaced(target: Path, source: str | None) -> list[str]:
+    """What is in a folder and no export writes, by name: others' files, and a tokenizer where none goes along."""
+    names = [p.name for p in target.iterdir()] if target.is_dir() else ()
+    ours = {CONFIG, INDEX, *(BESIDE if source is not None else ())}
+    return sorted(name for name in names if name not in ours and not WEIGHTS.fullmatch(name))
 
 
 # ---- Out -------------------------------------------------------------------------------------------------------------
@@ -237,7 +248,7 @@ def export(worker: Worker, path: str, model: GPT, most: int, source: Folder | No
     Raises:
         ValueError: they cannot be written.
     """
-    target = Path(path).absolute()
+    target = Path(os.path.realpath(path))  # what a link leads to is replaced, and not the link
     part, old = (target.with_name(f".{target.name}.{what}") for what in ("part", "replaced"))
     group = dist.new_group(backend="gloo", timeout=LONGEST)  # a rank may have much more to write than another
     first, config = dist.get_rank() == 0, worker.model.config
@@ -259,6 +270,8 @@ def export(worker: Worker, path: str, model: GPT, most: int, source: Folder | No
             if (Path(source.path) / name).is_file():
                 shutil.copyfile(Path(source.path) / name, part / name)
         sync(part)
+        if others := not_replaced(target, source and source.path):  # put there meanwhile
+            raise ValueError(f"holds {others[0]} now, which an export does not replace")
         if target.exists():
             target.rename(old)
         part.rename(target)

@@ -10,7 +10,7 @@ from torch import nn
 
 from core.model.gpt import GPT
 from core.proof.lesson import Lesson
-from core.proof.rules import Rule, at_least, positive
+from core.proof.rules import Rule, at_least, at_most, positive
 from zero.engine.muon import Muon
 from zero.engine.optimizer import MakeOptimizer
 from zero.evidence.muon import RULES as MUON_RULES
@@ -58,6 +58,7 @@ RECIPE = (
     at_least("cooldown", 0, 0),
     at_least("schedule-steps", 0, 0),
     at_least("weight-decay", 0, 0.01),
+    at_most("weight-decay", 1000),
     positive("eps", 1e-8),
     _below_one("beta1", 0.9),
     _below_one("beta2", 0.999),

@@ -70,7 +70,10 @@ class Run:
     def say(self, text: str = "", known: bool = False) -> None:
         """Print on rank 0, no wider than the terminal, in the reader's language, which `known` text has already."""
         if self.job.rank == 0:
-            print(fit(text if known else self.known.printed(text)), flush=True)
+            try:
+                print(fit(text if known else self.known.printed(text)), flush=True)
+            except BrokenPipeError:  # of `| head`: nobody reads on, and the run goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @property
     def page(self) -> bool:
@@ -195,7 +198,8 @@ class Lesson:
         if here.node == 0:  # where rank 0 is, which writes
             taken: dict[str, str] = {}
             for name in ("report", "plot", "page", "trace", "export"):
-                if (path := getattr(args, name, None)) is not None and (name != "export" or Path(path).suffix):
+                path = getattr(args, name, None)
+                if path is not None and (name != "export" or Path(path).suffix == ".safetensors"):
                     check_writable(f"--{name}", path)
                     if (first := taken.setdefault(os.path.realpath(path), name)) != name:
                         raise ValueError(f"--{name} {path}: --{first} writes that file; use another name")
