@@ -153,7 +153,6 @@ def the_other_directions_rows() -> AbstractContextManager:
 Bug = tuple[str, Callable[[], AbstractContextManager], str]
 BUGS: dict[str, Bug] = {  # layout, bug, the claim that fails
     "the norm misses the experts": ("experts", lambda: instead(worker, "hypot", lambda _, a, b: a), NORM),
-    "an evaluation leaves the router's load": ("experts", lambda: instead(worker, "forget", nothing), PARAMETER),
     "replicated gradients are not summed under sp": (
         "experts", lambda: instead(Worker, "_sum_over_tp", nothing), GRADIENT,
     ),
