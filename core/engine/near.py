@@ -204,13 +204,13 @@ class Neighbours:
                 self._begun[rank], records = records[-rest:], records[:-rest]
             for lane, number, place, size in RECORD.iter_unpack(records):
                 if lane == READ:
-                    self._has_read(place, rank)
+                    self._was_read(place, rank)
                 else:
                     self._come.setdefault((rank, lane, number), []).append((place, size))
             if len(data) < AT_ONCE:
                 return
 
-    def _has_read(self, place: int, rank: int) -> None:
+    def _was_read(self, place: int, rank: int) -> None:
         if place < ROOM:
             self.room.read(place, rank)
             return

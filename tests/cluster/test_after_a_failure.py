@@ -119,6 +119,26 @@ def test_the_next_step_is_as_if_it_had_not_been(pool: Pool, name: str) -> None:
     assert max(pool.run(CASES[name][0].ranks, apart, *CASES[name])) < 1e-12
 
 
+def evaluated_between() -> float:
+    """An evaluation between a step's gradients and its update takes nothing from what the routers have counted."""
+    found = []
+    for evaluates in (False, True):
+        of = worker(ALONE, moe=MOE)
+        of.zero_grad()
+        share = of.forward_backward(0, *batch(of, 0))
+        if evaluates:
+            of.evaluate(*batch(of, 3))
+        of.clip(0.5, share)
+        of.step()
+        found.append(torch.cat([each.value.flatten() for each in of.weights()]))
+        of.close()
+    return (found[0] - found[1]).abs().max().item()
+
+
+def test_an_evaluation_within_a_step(pool: Pool) -> None:
+    assert pool.run(1, evaluated_between) == [0.0]
+
+
 def with_bug(make: Callable[[], AbstractContextManager], *case: object) -> float:
     with make():
         return apart(*case)

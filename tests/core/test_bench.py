@@ -1,6 +1,8 @@
 """What the benchmark of record leaves out, and that it says so. The benchmark itself is not a test."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,11 @@ from tests.pool import Pool, WorkerError
 @pytest.fixture(autouse=True)
 def _not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PICOTRON", raising=False)
+
+
+def without_workers(run: Callable[[int], Row]) -> Callable[[object], SimpleNamespace]:
+    """In place of a pool: `run` gives the row of a topic of so many ranks."""
+    return lambda _: SimpleNamespace(run=lambda ranks, *_, **__: [[run(ranks)]], close=lambda: None)
 
 
 def test_without_a_clone_the_row_is_left_out_and_all_others_stay() -> None:
@@ -50,22 +57,13 @@ def test_alone_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_the_record_says_what_is_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Pool:
-        """The row "other", without workers."""
-
-        def __init__(self, _: object):
-            pass
-
-        def run(self, ranks: int, *_: object, **__: object) -> list[list[Row]]:
-            assert ranks == 1, "picotron's ranks were started"
-            return [[Row("other", "", 1.0)]]
-
-        def close(self) -> None:
-            pass
+    def run(ranks: int) -> Row:
+        assert ranks == 1, "picotron's ranks were started"
+        return Row("other", "", 1.0)
 
     other = Topic(1, ("other",), lambda *_: [])
     monkeypatch.setattr(record, "topics", lambda: {"other": other, "picotron": picotron.TOPIC})
-    monkeypatch.setattr(record, "Pool", Pool)
+    monkeypatch.setattr(record, "Pool", without_workers(run))
     assert record.main(["--out", str(tmp_path / "bench.md")]) == 0
     said, file = capsys.readouterr(), (tmp_path / "bench.md").read_text()
     for text in (said.err, said.out, file):
@@ -84,23 +82,14 @@ def test_the_record_says_how_the_allocator_was_set(monkeypatch: pytest.MonkeyPat
 def test_a_topic_that_fails_is_named_and_the_others_are_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Pool:
-        """Without workers: the first topic fails."""
-
-        def __init__(self, _: object):
-            pass
-
-        def run(self, ranks: int, *_: object, **__: object) -> list[list[Row]]:
-            if ranks == 1:
-                raise WorkerError("rank 0 of 1: no such thing")
-            return [[Row("second", "", 1.0)]]
-
-        def close(self) -> None:
-            pass
+    def run(ranks: int) -> Row:
+        if ranks == 1:
+            raise WorkerError("rank 0 of 1: no such thing")
+        return Row("second", "", 1.0)
 
     made = {"a": Topic(1, ("first",), lambda *_: []), "b": Topic(2, ("second",), lambda *_: [])}
     monkeypatch.setattr(record, "topics", lambda: made)
-    monkeypatch.setattr(record, "Pool", Pool)
+    monkeypatch.setattr(record, "Pool", without_workers(run))
     assert record.main(["--out", str(tmp_path / "bench.md")]) == 1
     said, file = capsys.readouterr(), (tmp_path / "bench.md").read_text()
     assert "no such thing" in said.err

@@ -169,8 +169,9 @@ class ShardedGradients(Gradients):
 
     def zero(self) -> None:
         super().zero()
-        for member in (member for bucket in self.buckets for member in bucket.members):
-            member.parameter.grad = None
+        for bucket in self.buckets:
+            for member in bucket.members:
+                member.parameter.grad = None
         self.shards.zero()
 
     def launch(self, i: int, at_once: int = 2) -> None:
